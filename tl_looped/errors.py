@@ -1,0 +1,21 @@
+"""The errors tl_looped raises; each message says what was asked, what exists and what to do."""
+
+from __future__ import annotations
+
+
+class LoopedError(ValueError):
+    """Something was asked that this model, run or checkpoint cannot answer."""
+
+
+class UnknownNameError(LoopedError, KeyError):
+    """A hook name that this model does not have."""
+
+    __str__ = ValueError.__str__  # KeyError would show the message quoted
+
+
+class OutOfRangeError(LoopedError, IndexError):
+    """A loop or layer that this run does not have."""
+
+
+class CheckpointError(LoopedError):
+    """A checkpoint that cannot be read, or that contradicts itself."""

@@ -1,0 +1,7 @@
+"""The canonical looped model in plain PyTorch: one forward for all families, configured by `LoopedConfig`."""
+
+from __future__ import annotations
+
+from .looped_model import LoopedModel, LoopedOutput
+
+__all__ = ["LoopedModel", "LoopedOutput"]

@@ -1,0 +1,210 @@
+"""The parts of a block: norms, attention, MLP.
+
+Every intermediate value a researcher may want passes through a slot, an `nn.Identity` named `hook_*`. The plain model computes the
+same with or without them; the bridge puts TransformerLens hook points in their place, so there is one forward to read and to trust.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ..config import LoopedConfig
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class KeyValueCache(Protocol):
+    """What the model needs of a key-value cache; transformers' `DynamicCache` is one."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]: ...
+
+    def get_seq_length(self) -> int: ...
+
+
+@dataclass
+class Inputs:
+    """What every layer of a run reads beside the residual stream."""
+
+    rope: tuple[Tensor, Tensor] | None
+    # Attention masks by window (None: no window), True where a query may look; None means plain causal.
+    masks: dict[int | None, Bool[Tensor, "#batch 1 query key"] | None]
+    cache: KeyValueCache | None = None
+    value_embeds: dict[int, Float[Tensor, "batch pos kv_width"]] = field(default_factory=dict)
+
+
+def is_observed(slot: nn.Module) -> bool:
+    """Whether a hook is attached to a slot."""
+    return bool(slot._forward_hooks or slot._forward_pre_hooks or slot._backward_hooks or slot._backward_pre_hooks)
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x)` in fp32, cast back, times a weight if there is one. `eps=None` is the resolution of the dtype."""
+
+    def __init__(self, width: int, eps: float | None, weight: bool = True):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width)) if weight else None
+        self.hook_scale = nn.Identity()
+        self.hook_normalized = nn.Identity()
+
+    def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + eps).sqrt())
+        normalized = self.hook_normalized((wide / scale).to(x.dtype))
+        return normalized if self.weight is None else self.weight * normalized
+
+
+def rotate(
+    x: Float[Tensor, "batch pos head d_head"], rope: tuple[Tensor, Tensor], layout: str
+) -> Float[Tensor, "batch pos head d_head"]:
+    """Rotary position embedding; `rope` holds cos and sin, [batch or 1, pos, d_head / 2], in fp32 or wider."""
+    cos, sin = (angle.unsqueeze(-2) for angle in rope)
+    if layout == "half":
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped keys and values; fused unless a hook asks for scores or pattern."""
+
+    def __init__(self, cfg: LoopedConfig, physical: int):
+        super().__init__()
+        self.head_dim, self.rope_layout, self.qk_norm = cfg.d_head, cfg.rope_layout, cfg.qk_norm
+        self.window = cfg.windows[physical] if cfg.windows else None
+        self.scale = cfg.d_head**-0.5
+        self.grouped = cfg.n_kv_heads != cfg.n_heads
+        self.value_table: int | None = physical if physical in cfg.value_embed_layers else None
+        self.slot = -1  # the virtual layer, set when the model is unrolled
+        q_width, kv_width = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
+        self.q = nn.Linear(cfg.d_model, q_width, bias="q" in cfg.biases)
+        self.k = nn.Linear(cfg.d_model, kv_width, bias="k" in cfg.biases)
+        self.v = nn.Linear(cfg.d_model, kv_width, bias="v" in cfg.biases)
+        self.o = nn.Linear(q_width, cfg.d_model, bias="o" in cfg.biases)
+        self.gate = nn.Linear(cfg.d_model, q_width, bias="attn_gate" in cfg.biases) if cfg.attn_gate else None
+        self.value_gate = None
+        if self.value_table is not None:
+            self.value_gate = nn.Linear(cfg.value_gate_width, cfg.n_kv_heads, bias=False)
+            self.hook_value_embed = nn.Identity()
+        if cfg.qk_norm != "none":
+            after = cfg.qk_norm == "after_rope"
+            widths = (q_width, kv_width) if cfg.qk_norm == "flat" else (cfg.d_head, cfg.d_head)
+            self.q_norm, self.k_norm = (RMSNorm(w, None if after else cfg.norm_eps, not after) for w in widths)
+        self.hook_rot_q = nn.Identity()
+        self.hook_rot_k = nn.Identity()
+        self.hook_attn_scores = nn.Identity()
+        self.hook_pattern = nn.Identity()
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"], inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.qk_norm == "flat":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # [batch, pos, head, d_head]
+        if self.value_gate is not None and self.value_table is not None:
+            gate = 2 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))
+            embed = inputs.value_embeds[self.value_table].view_as(v)
+            v = v + self.hook_value_embed(gate.unsqueeze(-1) * embed)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if inputs.rope is not None:
+            q = self.hook_rot_q(rotate(q, inputs.rope, self.rope_layout))
+            k = self.hook_rot_k(rotate(k, inputs.rope, self.rope_layout))
+        if self.qk_norm == "after_rope":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [batch, head, pos, d_head]
+        if inputs.cache is not None:
+            k, v = inputs.cache.update(k, v, self.slot)
+        z = self.mix(q, k, v, inputs.masks[self.window]).transpose(1, 2).flatten(-2)  # [batch, pos, head * d_head]
+        if self.gate is not None:
+            z = z * torch.sigmoid(self.gate(x))
+        return self.o(z)
+
+    def mix(
+        self,
+        q: Float[Tensor, "batch head query d_head"],
+        k: Float[Tensor, "batch kv_head key d_head"],
+        v: Float[Tensor, "batch kv_head key d_head"],
+        mask: Bool[Tensor, "#batch 1 query key"] | None,
+    ) -> Float[Tensor, "batch head query d_head"]:
+        """Attention-weighted values. Looking at scores or pattern never changes the result: only an edit, or a gradient that must
+        flow through them, takes the explicit path instead of the fused kernel."""
+        if is_observed(self.hook_attn_scores) or is_observed(self.hook_pattern):
+            groups = q.shape[1] // k.shape[1]
+            keys, values = (t.repeat_interleave(groups, dim=1) if self.grouped else t for t in (k, v))
+            scores = q @ keys.transpose(-2, -1) * self.scale
+            scores = scores.masked_fill(~(causal(q, k) if mask is None else mask), float("-inf"))
+            pattern = torch.softmax(scores, dim=-1, dtype=torch.float32 if scores.dtype != torch.float64 else None)
+            expected = pattern.to(q.dtype)
+            scores = self.hook_attn_scores(scores.clone())
+            pattern = torch.softmax(scores, dim=-1, dtype=torch.float32 if scores.dtype != torch.float64 else None)
+            pattern = self.hook_pattern(pattern.to(q.dtype))
+            if pattern.requires_grad or not torch.equal(pattern, expected):
+                return pattern @ values
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[-2] > 1, scale=self.scale, enable_gqa=self.grouped
+        )
+
+
+def causal(q: Tensor, k: Tensor) -> Bool[Tensor, "query key"]:
+    """The causal mask for queries that are the last of the keys' positions."""
+    n_query, n_key = q.shape[-2], k.shape[-2]
+    return torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)
+
+
+class MLP(nn.Module):
+    """`down(act(gate(x)) * up(x))`, or Parcae's `down(relu(up(x))^2 / 2)`."""
+
+    def __init__(self, cfg: LoopedConfig):
+        super().__init__()
+        gated = cfg.mlp == "gated"
+        self.act = ACTIVATIONS[cfg.act_fn]
+        self.gate = nn.Linear(cfg.d_model, cfg.d_mlp, bias="gate" in cfg.biases) if gated else None
+        self.up = nn.Linear(cfg.d_model, cfg.d_mlp, bias="in" in cfg.biases)
+        self.down = nn.Linear(cfg.d_mlp, cfg.d_model, bias="out" in cfg.biases)
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        if self.gate is None:
+            return self.down(0.5 * F.relu(self.up(x)).square())
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """Attention and MLP around the residual stream, with the norms where the family has them."""
+
+    def __init__(self, cfg: LoopedConfig, physical: int):
+        super().__init__()
+
+        def norm(*kinds: str) -> RMSNorm | None:
+            return RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_weight) if cfg.norm in kinds else None
+
+        self.ln1 = norm("pre", "sandwich", "stream")
+        self.attn = Attention(cfg, physical)
+        self.ln1_post = norm("branch", "sandwich")
+        self.ln1_stream = norm("stream")
+        self.hook_resid_mid = nn.Identity()
+        self.ln2 = norm("pre", "sandwich", "stream")
+        self.mlp = MLP(cfg)
+        self.ln2_post = norm("branch", "sandwich")
+        self.ln2_stream = norm("stream")
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"], inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
+        attn_out = self.attn(x if self.ln1 is None else self.ln1(x), inputs)
+        x = x + (attn_out if self.ln1_post is None else self.ln1_post(attn_out))
+        x = self.hook_resid_mid(x if self.ln1_stream is None else self.ln1_stream(x))
+        mlp_out = self.mlp(x if self.ln2 is None else self.ln2(x))
+        x = x + (mlp_out if self.ln2_post is None else self.ln2_post(mlp_out))
+        return x if self.ln2_stream is None else self.ln2_stream(x)

@@ -1,0 +1,388 @@
+"""The canonical looped model: unrolled into virtual layers that share their parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from ..config import LoopedConfig
+from ..errors import LoopedError
+from ..schedule import Pass, check_count
+from .initial_state import InitialState, NoiseTable, initial_state
+from .layers import Block, Inputs, KeyValueCache, RMSNorm
+from .passes import PassEnds
+from .rotary import Rotary
+
+
+class LoopedOutput(NamedTuple):
+    """What a run returns.
+
+    Args:
+        logits: [batch, pos, d_vocab]; the residual stream entering layer `stop`, [batch, pos, d_model], when the run was stopped.
+        past_key_values: the key-value cache, one slot per virtual layer, if one was asked for.
+    """
+
+    logits: Tensor
+    past_key_values: KeyValueCache | None = None
+
+
+class Embedding(nn.Embedding):
+    """Token embedding times the family's scale."""
+
+    def __init__(self, cfg: LoopedConfig):
+        super().__init__(cfg.d_vocab, cfg.d_model)
+        self.scale = cfg.embed_scale
+
+    def forward(self, input: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        embed = super().forward(input)
+        return embed if self.scale == 1.0 else embed * self.scale
+
+
+class LoopedModel(nn.Module):
+    """A looped language model in plain PyTorch.
+
+    `blocks[i]` is virtual layer `i`; the blocks of one physical layer, and the ends of all passes, hold the same `Parameter`
+    objects. `parameter_slots` gives the name of every distinct parameter and the modules that hold it.
+
+    Args:
+        cfg: the structure.
+    """
+
+    def __init__(self, cfg: LoopedConfig):
+        super().__init__()
+        self.cfg = cfg
+        schedule = cfg.schedule
+        self.embed = Embedding(cfg)
+        physical = [Block(cfg, i) for i in range(cfg.n_physical)]
+        seen: set[int] = set()
+        self.blocks = nn.ModuleList(_share(physical[i]) if i in seen else (seen.add(i) or physical[i]) for i in schedule.physical)
+        for slot, block in enumerate(self.blocks):
+            block.attn.slot = slot
+        last = PassEnds(cfg, is_last=True)
+        ends = PassEnds(cfg, is_last=False)
+        self.passes = nn.ModuleList([*(_share(ends) for _ in schedule.passes[:-1]), last])
+        self.prelude_norm = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_weight) if cfg.prelude_norm else None
+        self.learned_state = nn.Parameter(torch.zeros(cfg.d_model)) if cfg.initial_state == "learned" else None
+        self.value_embeds = nn.ModuleDict(
+            {str(i): nn.Embedding(cfg.d_vocab, cfg.n_kv_heads * cfg.d_head) for i in cfg.value_embed_layers}
+        )
+        self.after_loop: nn.Module | None = None
+        if cfg.after_loop == "linear":
+            self.after_loop = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
+        elif cfg.after_loop == "final_norm":
+            self.after_loop = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_weight)
+        self.ln_final = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_weight)
+        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        self.rotary = Rotary(cfg) if cfg.rope_layout != "none" else None
+        self.noise = NoiseTable(cfg)
+        self.parameter_slots = self._find_parameter_slots()
+        for name, parameter in [(n, getattr(*holders[0])) for n, holders in self.parameter_slots.items()]:
+            self.set_parameter(name, parameter)
+
+    def _find_parameter_slots(self) -> dict[str, list[tuple[nn.Module, str]]]:
+        """For every distinct parameter, its canonical name and all (module, attribute) pairs that hold it."""
+        schedule = self.cfg.schedule
+        holders: dict[str, list[nn.Module]] = {"embed": [self.embed]}
+        for site, block in zip(schedule.sites, self.blocks, strict=True):
+            holders.setdefault(f"{site.stack}.{site.layer}", []).append(block)
+        for ends in self.passes:
+            for part in ("inject", "norm", "exit_gate"):
+                if (module := getattr(ends, part)) is not None:
+                    holders.setdefault({"norm": "pass_norm"}.get(part, part), []).append(module)
+        if self.prelude_norm is not None:
+            holders["prelude_norm"] = [self.prelude_norm]
+        holders["value_embeds"] = [self.value_embeds]
+        if self.cfg.pass_norm_is_final:  # one norm serves every pass, the last included
+            holders.setdefault("pass_norm", []).append(self.ln_final)
+        else:
+            holders["ln_final"] = [self.ln_final]
+        if self.after_loop is not None:
+            holders.setdefault("ln_final" if self.cfg.after_loop == "final_norm" else "after_loop", []).append(self.after_loop)
+        holders.setdefault("embed" if self.cfg.tied else "unembed", []).append(self.unembed)
+        slots: dict[str, list[tuple[nn.Module, str]]] = {}
+        for prefix, modules in holders.items():
+            for module in modules:
+                for path, owner in module.named_modules():
+                    for attribute in owner._parameters:
+                        if owner._parameters[attribute] is not None:
+                            name = ".".join(filter(None, (prefix, path, attribute)))
+                            slots.setdefault(name, []).append((owner, attribute))
+        if self.learned_state is not None:
+            slots["learned_state"] = [(self, "learned_state")]
+        return slots
+
+    def set_parameter(self, name: str, parameter: nn.Parameter) -> None:
+        """Put one parameter wherever its canonical name stands."""
+        for owner, attribute in self.parameter_slots[name]:
+            setattr(owner, attribute, parameter)
+
+    def canonical_parameters(self) -> dict[str, nn.Parameter]:
+        """Every distinct parameter once, by canonical name."""
+        return {name: getattr(*holders[0]) for name, holders in self.parameter_slots.items()}
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch pos"] | None = None,
+        *,
+        inputs_embeds: Float[Tensor, "batch pos d_model"] | None = None,
+        attention_mask: Bool[Tensor, "batch key"] | Int[Tensor, "batch key"] | Float[Tensor, "batch key"] | None = None,
+        position_ids: Int[Tensor, "#batch pos"] | None = None,
+        token_type_ids: Int[Tensor, "batch pos"] | None = None,
+        past_key_values: KeyValueCache | None = None,
+        use_cache: bool = False,
+        initial_state: InitialState = None,
+        loop: int | None = None,
+        start: int | None = None,
+        stop: int | None = None,
+        injection: Float[Tensor, "batch pos d_model"] | None = None,
+    ) -> LoopedOutput:
+        """Run the model, or a part of it.
+
+        Args:
+            input_ids: token ids.
+            inputs_embeds: scaled embeddings (what `embed` returns) instead of tokens; with `start`, the residual stream entering
+                that layer.
+            attention_mask: 1 for real tokens, over cached and new positions.
+            position_ids: default: counted from the first real token.
+            token_type_ids: 1 for the tokens of a bidirectional prefix (HRM-Text).
+            past_key_values: a cache from an earlier call.
+            use_cache: return a cache.
+            initial_state: see `tl_looped.model.initial_state.initial_state`.
+            loop: read out after this loop and skip the later ones.
+            start: first virtual layer to run.
+            stop: run up to this virtual layer, exclusive, and return its input.
+            injection: with `start`, what is injected in the pass of that layer, for families that inject.
+
+        Raises:
+            LoopedError: inputs that do not fit the model.
+        """
+        schedule = self.cfg.schedule
+        if loop is not None and (start is not None or stop is not None):
+            raise LoopedError("loop= reads out a whole run; it cannot be combined with start= or stop=.")
+        last_loop = schedule.n_loops - 1 if loop is None else schedule.loop(loop)
+        x = self._embed(input_ids, inputs_embeds, start)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if use_cache and past_key_values is None:
+            from transformers import DynamicCache
+
+            past_key_values = DynamicCache()
+        positions = self._positions(x, position_ids, attention_mask, past)
+        inputs = Inputs(
+            rope=self.rotary(positions) if self.rotary else None,
+            masks=self._masks(x, attention_mask, token_type_ids, past),
+            cache=past_key_values,
+            value_embeds=self._value_embeds(input_ids),
+        )
+        part = Part(start, stop, schedule.n_layers)
+
+        x, stopped = self._layers(x, range(schedule.n_prelude), part, inputs)
+        if not stopped and part.first < schedule.first_coda_layer:
+            state = _InitialState(initial_state, positions)
+            x, stopped = self._loops(x, schedule.pass_of_loop(last_loop), part, inputs, state, injection)
+            if not stopped and self.after_loop is not None:
+                x = self.after_loop(x)
+        if not stopped:
+            x, stopped = self._layers(x, range(schedule.first_coda_layer, schedule.n_layers), part, inputs)
+        return LoopedOutput(x if stopped else self._logits(x), past_key_values)
+
+    def _layers(self, x: Tensor, layers: range, part: Part, inputs: Inputs) -> tuple[Tensor, bool]:
+        """Run those of `layers` that belong to the part asked for; the flag says that the part ends here."""
+        for i in layers:
+            if i == part.stop:
+                return x, True
+            if i >= part.first:
+                x = self.blocks[i](x, inputs)
+        return x, part.stop == layers.stop == part.n_layers
+
+    def _loops(
+        self, x: Tensor, last: Pass, part: Part, inputs: Inputs, initial: _InitialState, injection: Tensor | None
+    ) -> tuple[Tensor, bool]:
+        """Run the passes. Each stack has a state; what a pass injects is the prelude's output or, with two stacks, the other's state."""
+        cfg, passes = self.cfg, self.cfg.schedule.passes
+        entry = cfg.schedule.pass_of_layer(part.first) if part.is_restart else None
+        states: dict[str, Tensor] = {}
+        embed = anchor = None
+        if entry is None:
+            embed = x if self.prelude_norm is None else self.prelude_norm(x)
+            if self.learned_state is not None:
+                states = {"L": self._initial_state(initial, self.learned_state.expand_as(x), x), "H": x}
+            else:
+                default = embed if cfg.initial_state == "embedding" else None
+                states = {"core": self._initial_state(initial, default, x)}
+        else:
+            self._check_restart(entry, last, injection)
+            if injection is not None and cfg.l_cycles is None:
+                embed = injection
+            elif injection is not None:
+                states[other_stack(entry.stack)] = injection
+        for p in passes[0 if entry is None else entry.index : last.index + 1]:
+            ends, state = self.passes[p.index], None
+            if p is not entry:
+                x, state = ends.enter(states[p.stack], embed if cfg.l_cycles is None else states[other_stack(p.stack)])
+            x, stopped = self._layers(x, p.layers, part, inputs)
+            if stopped:
+                return x, True
+            anchor = x if anchor is None else anchor
+            is_final = cfg.pass_norm_is_final and p is passes[-1]
+            states[p.stack] = ends.leave(x, state, self.ln_final if is_final else None)
+        x = states[last.stack]
+        if cfg.strategy == "anchored" and anchor is not None:
+            x = cfg.beta * anchor + (1 - cfg.beta) * x
+        return x, False
+
+    def _initial_state(self, initial: _InitialState, default: Tensor | None, like: Tensor) -> Tensor:
+        return initial_state(initial.asked, default, like, initial.positions, self.noise)
+
+    def _check_restart(self, entry: Pass, last: Pass, injection: Tensor | None) -> None:
+        schedule = self.cfg.schedule
+        where = f"layer {entry.first} to {entry.layers.stop - 1} lie in pass {schedule.pass_prefix(entry)}"
+        if self.cfg.strategy == "anchored":
+            raise LoopedError(f"{where} of an anchored loop, whose output also needs earlier passes; start before or after the loop.")
+        if injection is None and self.cfg.injection != "none" and entry.index < last.index:
+            raise LoopedError(
+                f"{where}, and later passes read an injection that cannot be recomputed from the residual stream; "
+                f"pass injection=cache['{schedule.pass_prefix(entry)}.hook_injection']."
+            )
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits = self.unembed(x if self.cfg.pass_norm_is_final else self.ln_final(x))
+        cap = self.cfg.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, start: int | None) -> Tensor:
+        cfg = self.cfg
+        if input_ids is not None:
+            check_tokens(input_ids, cfg.d_vocab)
+        both_read = bool(cfg.value_embed_layers) or start is not None
+        if inputs_embeds is None and input_ids is not None and start is None:
+            return self.embed(input_ids)
+        if inputs_embeds is None or (input_ids is not None and not both_read):
+            wanted = "inputs_embeds, the residual stream" if start is not None else "either input_ids or inputs_embeds"
+            raise LoopedError(f"pass {wanted} [batch, pos, d_model={cfg.d_model}].")
+        if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != cfg.d_model or not inputs_embeds.shape[1]:
+            raise LoopedError(
+                f"inputs_embeds of shape {tuple(inputs_embeds.shape)} was given; this model needs [batch, pos, d_model={cfg.d_model}]."
+            )
+        return inputs_embeds
+
+    def _value_embeds(self, input_ids: Tensor | None) -> dict[int, Tensor]:
+        if self.cfg.value_embed_layers and input_ids is None:
+            raise LoopedError(f"{self.cfg.family} layers also read the token ids (value embeddings); pass input_ids too.")
+        return {i: self.value_embeds[str(i)](input_ids) for i in self.cfg.value_embed_layers}
+
+    def _positions(self, x: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None, past: int) -> Tensor:
+        batch, n_new = x.shape[:2]
+        if attention_mask is not None and attention_mask.shape != (batch, past + n_new):
+            raise LoopedError(
+                f"attention_mask of shape {tuple(attention_mask.shape)} was given; this run needs [batch, pos] = "
+                f"{(batch, past + n_new)}" + (f" ({past} cached positions included)." if past else ".")
+            )
+        if position_ids is not None:
+            positions = position_ids.expand(batch, n_new)
+        elif attention_mask is not None:
+            positions = ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        else:
+            positions = torch.arange(past, past + n_new, device=x.device).expand(batch, n_new)
+        if past + n_new > self.cfg.n_ctx and int(positions.max()) >= self.cfg.n_ctx:
+            raise LoopedError(
+                f"the prompt has {past + n_new} positions, but the context of this model is n_ctx={self.cfg.n_ctx}; shorten it."
+            )
+        return positions
+
+    def _masks(
+        self, x: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None, past: int
+    ) -> dict[int | None, Tensor | None]:
+        """The attention mask of every window size that some layer has."""
+        n_new = x.shape[1]
+        prefix = None
+        if token_type_ids is not None:
+            prefix = (token_type_ids == 1).to(x.device)
+            if not self.cfg.prefix_lm:
+                raise LoopedError(f"token_type_ids mark a bidirectional prefix, which this {self.cfg.family} model does not have.")
+            if token_type_ids.shape != x.shape[:2] or (past and prefix.any()):
+                raise LoopedError("token_type_ids [batch, pos] mark the prefix of the prompt: pass them with the whole prompt, uncached.")
+            prefix = prefix if not past and prefix.any() else None
+        real = None if attention_mask is None or bool((attention_mask != 0).all()) else (attention_mask != 0).to(x.device)
+        query = torch.arange(past, past + n_new, device=x.device)[:, None]
+        key = torch.arange(past + n_new, device=x.device)
+        masks: dict[int | None, Tensor | None] = {}
+        for window in set(self.cfg.windows) or {None}:
+            narrow = window is not None and window < past + n_new
+            if real is None and prefix is None and not narrow and (not past or n_new == 1):
+                masks[window] = None
+                continue
+            mask = (key <= query)[None]
+            if prefix is not None:
+                mask = mask | (prefix[:, :, None] & prefix[:, None, :])
+            if narrow:
+                mask = mask & (query - key < window)
+            if real is not None:
+                mask = mask & real[:, None, :] | (key == query)  # a padded query looks at itself, or it would look at nothing
+            masks[window] = mask[:, None]
+        return masks
+
+
+@dataclass(frozen=True)
+class Part:
+    """The virtual layers `first .. stop - 1` that a run executes; `is_restart` when it begins from a given residual stream."""
+
+    start: int | None
+    stop: int | None
+    n_layers: int
+
+    @property
+    def first(self) -> int:
+        return self.start or 0
+
+    @property
+    def is_restart(self) -> bool:
+        return self.start is not None
+
+
+class _InitialState(NamedTuple):
+    asked: InitialState
+    positions: Tensor
+
+
+def other_stack(stack: str) -> str:
+    """The other one of HRM-Text's two stacks."""
+    return "H" if stack == "L" else "L"
+
+
+def check_tokens(tokens: Tensor, d_vocab: int) -> None:
+    """Raise a `LoopedError` unless `tokens` is a non-empty integer [batch, pos] inside the vocabulary."""
+    if tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
+        raise LoopedError(f"tokens of shape {tuple(tokens.shape)} and {tokens.dtype} were given; pass a non-empty int [batch, pos].")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= d_vocab:
+        bad = low if low < 0 else high
+        raise LoopedError(f"token {bad} was given, but the vocabulary of this model is 0..{d_vocab - 1}.")
+
+
+def _share(module: nn.Module) -> nn.Module:
+    """A copy of the module tree that holds the same parameters and buffers (a deep copy would take seconds for 100 layers)."""
+    twin = module.__class__.__new__(module.__class__)
+    for key, value in module.__dict__.items():
+        twin.__dict__[key] = value.copy() if isinstance(value, dict) else value
+    for name, child in module._modules.items():
+        twin._modules[name] = None if child is None else _share(child)
+    return twin
+
+
+@torch.no_grad()
+def initialise(model: LoopedModel, seed: int, std: float = 0.02) -> LoopedModel:
+    """Draw all parameters: matrices from N(0, std^2), norms 1, biases and decay rates 0; in the order of their names."""
+    check_count("seed", seed, 0)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    for name, parameter in sorted(model.canonical_parameters().items()):
+        value = torch.zeros(parameter.shape)
+        if parameter.ndim == 2:
+            value.normal_(0, std, generator=generator)
+        elif name.endswith(".weight"):
+            value.fill_(1)
+        model.set_parameter(name, nn.Parameter(value))
+    return model

@@ -1,0 +1,256 @@
+"""Which layer runs when: passes, virtual layers, and the names that carry the loop.
+
+A looped model runs stacks of layers several times. Unrolled, every execution of a layer is one *virtual layer*; TransformerLens
+names it `blocks.{i}`. This module is the only place that converts between that index, the site (stack, loop, layer) and the names.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from .errors import LoopedError, OutOfRangeError, UnknownNameError
+
+_INDEX = r"(\*|-?\d+|(?:-?\d+)?:(?:-?\d+)?)"
+_BLOCK = re.compile(rf"blocks\.{_INDEX}\.(.+)")
+_EDGE = re.compile(rf"(prelude|coda)\.blocks\.{_INDEX}\.(.+)")
+_LOOP = re.compile(rf"(?:(\w+)\.)?loops\.{_INDEX}(?:\.blocks\.{_INDEX})?\.(.+)")
+
+
+class Site(NamedTuple):
+    """Where a virtual layer sits: its stack, the loop (None in prelude and coda) and the layer inside the stack."""
+
+    stack: str
+    loop: int | None
+    layer: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One execution of a stack: its position in the run, its loop index, and the virtual layers `first .. first + n_layers - 1`."""
+
+    index: int
+    stack: str
+    loop: int
+    first: int
+    n_layers: int
+
+    @property
+    def layers(self) -> range:
+        """The virtual indices of this pass."""
+        return range(self.first, self.first + self.n_layers)
+
+
+def check_count(name: str, value: object, minimum: int = 1) -> int:
+    """Return `value` if it is an int of at least `minimum`; raise a `LoopedError` that names it otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise LoopedError(f"{name}={value!r} was asked, but {name} must be an int >= {minimum}.")
+    return value
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The order in which the layers of a looped model run.
+
+    Args:
+        n_core: layers in the looped stack (in each of the two stacks when `l_cycles` is given).
+        n_loops: how often the looped stack runs; counts H cycles when `l_cycles` is given.
+        n_prelude: layers before the loop.
+        n_coda: layers after the loop.
+        l_cycles: runs of the L stack before each run of the H stack (HRM-Text), or None for one looped stack.
+
+    Example:
+        >>> schedule = Schedule(n_core=3, n_loops=4, n_prelude=2, n_coda=1)
+        >>> schedule.n_layers
+        15
+        >>> schedule.site(7)
+        Site(stack='core', loop=1, layer=2)
+        >>> schedule.name(7, "attn.hook_z")
+        'loops.1.blocks.2.attn.hook_z'
+        >>> schedule.expand("loops.2:.blocks.0.hook_resid_pre")
+        ['blocks.8.hook_resid_pre', 'blocks.11.hook_resid_pre']
+    """
+
+    n_core: int
+    n_loops: int
+    n_prelude: int = 0
+    n_coda: int = 0
+    l_cycles: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("n_core", self.n_core)
+        check_count("n_loops", self.n_loops)
+        check_count("n_prelude", self.n_prelude, 0)
+        check_count("n_coda", self.n_coda, 0)
+        if self.l_cycles is not None:
+            check_count("l_cycles", self.l_cycles)
+
+    @property
+    def core_stacks(self) -> tuple[str, ...]:
+        """The looped stacks."""
+        return ("core",) if self.l_cycles is None else ("L", "H")
+
+    @cached_property
+    def stacks(self) -> dict[str, int]:
+        """Number of physical layers of every stack, in the order of their physical indices."""
+        return {"prelude": self.n_prelude, **dict.fromkeys(self.core_stacks, self.n_core), "coda": self.n_coda}
+
+    @cached_property
+    def passes(self) -> tuple[Pass, ...]:
+        """Every execution of a looped stack, in the order of the run."""
+        if self.l_cycles is None:
+            order = [("core", t) for t in range(self.n_loops)]
+        else:
+            order = []
+            for h in range(self.n_loops):
+                order += [("L", h * self.l_cycles + step) for step in range(self.l_cycles)] + [("H", h)]
+        first = self.n_prelude
+        return tuple(Pass(k, stack, t, first + k * self.n_core, self.n_core) for k, (stack, t) in enumerate(order))
+
+    @property
+    def n_layers(self) -> int:
+        """Number of virtual layers."""
+        return self.n_prelude + len(self.passes) * self.n_core + self.n_coda
+
+    @property
+    def first_coda_layer(self) -> int:
+        """Virtual index of the first coda layer (`n_layers` where there is no coda)."""
+        return self.n_layers - self.n_coda
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The site of every virtual layer."""
+        core = [Site(p.stack, p.loop, j) for p in self.passes for j in range(p.n_layers)]
+        edge = {s: [Site(s, None, j) for j in range(n)] for s, n in (("prelude", self.n_prelude), ("coda", self.n_coda))}
+        return tuple(edge["prelude"] + core + edge["coda"])
+
+    @cached_property
+    def _virtual(self) -> dict[Site, int]:
+        return {site: i for i, site in enumerate(self.sites)}
+
+    @cached_property
+    def physical(self) -> tuple[int, ...]:
+        """For every virtual layer, the index of its physical layer (prelude, looped stacks, coda)."""
+        offset, base = {}, 0
+        for stack, n in self.stacks.items():
+            offset[stack], base = base, base + n
+        return tuple(offset[site.stack] + site.layer for site in self.sites)
+
+    def n_loops_of(self, stack: str) -> int:
+        """How often a looped stack runs."""
+        return sum(p.stack == stack for p in self.passes)
+
+    def layer(self, index: int) -> int:
+        """Check a virtual index and make it non-negative."""
+        return _pick_one(index, self.n_layers, "layer", "virtual layers")
+
+    def loop(self, index: int) -> int:
+        """Check a loop index (of the H stack for HRM-Text) and make it non-negative."""
+        return _pick_one(index, self.n_loops, "loop", "loops", more_loops=True)
+
+    def pass_of_loop(self, loop: int) -> Pass:
+        """The pass that ends loop `loop` (the H pass for HRM-Text)."""
+        wanted = self.loop(loop)
+        return next(p for p in self.passes if p.stack == self.core_stacks[-1] and p.loop == wanted)
+
+    def pass_of_layer(self, index: int) -> Pass | None:
+        """The pass that virtual layer `index` belongs to, or None in prelude and coda."""
+        return next((p for p in self.passes if index in p.layers), None)
+
+    def site(self, index: int) -> Site:
+        """The site of a virtual layer."""
+        return self.sites[self.layer(index)]
+
+    def virtual(self, site: Site) -> int:
+        """The virtual index of a site."""
+        if site not in self._virtual:
+            raise OutOfRangeError(f"{site} was asked, but this run has {self.describe()}.")
+        return self._virtual[site]
+
+    def pass_prefix(self, p: Pass) -> str:
+        """The loop-indexed name of a pass, without a hook."""
+        return f"{self._stack_prefix(p.stack)}loops.{p.loop}"
+
+    def _stack_prefix(self, stack: str) -> str:
+        return "" if stack == "core" else f"{stack}."
+
+    def name(self, index: int, hook: str) -> str:
+        """The loop-indexed name of hook point `hook` of virtual layer `index`."""
+        site = self.site(index)
+        stack = self._stack_prefix(site.stack)
+        loop = "" if site.loop is None else f"loops.{site.loop}."
+        return f"{stack}{loop}blocks.{site.layer}.{hook}"
+
+    def loop_name(self, name: str) -> str:
+        """The loop-indexed spelling of a TransformerLens hook name; other names come back as they are."""
+        match = _BLOCK.fullmatch(name)
+        return self.name(int(match[1]), match[2]) if match and match[1].lstrip("-").isdigit() else name
+
+    def expand(self, name: str) -> list[str]:
+        """All TransformerLens names that a name or pattern in either spelling stands for.
+
+        Indices may be negative (from the end), `*` (all) or `a:b` (a half-open range). Names without an index come back unchanged;
+        whether the hook itself exists is for the bridge to say.
+
+        Raises:
+            OutOfRangeError: an index outside the run.
+            UnknownNameError: a stack that this model does not have.
+        """
+        if match := _BLOCK.fullmatch(name):
+            index, hook = match.groups()
+            return [f"blocks.{i}.{hook}" for i in _pick(index, self.n_layers, name, "virtual layers")]
+        if match := _EDGE.fullmatch(name):
+            stack, index, hook = match.groups()
+            layers = _pick(index, self.stacks[stack], name, f"{stack} layers")
+            return [f"blocks.{self.virtual(Site(stack, None, j))}.{hook}" for j in layers]
+        if match := _LOOP.fullmatch(name):
+            stack, loop, layer, hook = match.groups()
+            stack = stack or "core"
+            if stack not in self.core_stacks:
+                exist = " and ".join(f"'{self._stack_prefix(s)}loops.'" for s in self.core_stacks)
+                raise UnknownNameError(f"{name!r} was asked, but the looped names of this model begin with {exist}.")
+            loops = _pick(loop, self.n_loops_of(stack), name, "loops", more_loops=stack == "core")
+            if layer is None:
+                return [f"{self._stack_prefix(stack)}loops.{t}.{hook}" for t in loops]
+            layers = _pick(layer, self.stacks[stack], name, "layers in a loop")
+            return [f"blocks.{self.virtual(Site(stack, t, j))}.{hook}" for t in loops for j in layers]
+        return [name]
+
+    def describe(self) -> str:
+        """One line: what runs in this model."""
+        core = "one stack" if self.l_cycles is None else f"stacks L ({self.l_cycles} x per loop) and H"
+        edges = f"{self.n_prelude} prelude and {self.n_coda} coda layers"
+        return f"{self.n_loops} loops over {core} of {self.n_core} layers, {edges}: {self.n_layers} virtual layers"
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name may stand for several hook points."""
+    return "*" in name or ":" in name
+
+
+def _pick(token: str, n: int, asked: str, what: str, more_loops: bool = False) -> list[int]:
+    if token == "*":
+        chosen = list(range(n))
+    elif ":" in token:
+        start, stop = (int(end) if end else None for end in token.split(":"))
+        chosen = list(range(n))[start:stop]
+    else:
+        return [_pick_one(int(token), n, asked, what, more_loops)]
+    if not chosen:
+        raise OutOfRangeError(f"{asked!r} selects nothing: there are {n} {what}{_span(n)}.")
+    return chosen
+
+
+def _pick_one(index: int, n: int, asked: str, what: str, more_loops: bool = False) -> int:
+    if isinstance(index, bool) or not isinstance(index, int):
+        raise LoopedError(f"{asked} {index!r} was asked, but an index is an int.")
+    if not -n <= index < n:
+        advice = f"; for more, load with n_loops= or use model.unroll({index + 1})" if more_loops and index >= n else ""
+        raise OutOfRangeError(f"index {index} in {asked!r} is out of range: there are {n} {what}{_span(n)}{advice}.")
+    return index % n
+
+
+def _span(n: int) -> str:
+    return f" (0..{n - 1})" if n else ""
