@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from .bridge.cache import LoopedCache
+from .bridge.looped_bridge import LoopedBridge
 from .config import LoopedConfig
 from .errors import LoopedError
 from .schedule import Schedule
 
-__all__ = ["LoopedConfig", "LoopedError", "Schedule"]
+__all__ = ["LoopedBridge", "LoopedCache", "LoopedConfig", "LoopedError", "Schedule"]

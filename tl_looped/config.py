@@ -17,8 +17,9 @@ Projection = Literal["q", "k", "v", "o", "gate", "in", "out", "attn_gate"]
 class LoopedConfig:
     """The structure of a looped language model, validated on construction.
 
-    The defaults describe a plain pre-norm decoder whose layers are looped; each field below is one way in which a family departs
-    from it. `n_kv_heads`, `d_head` and `d_mlp` may be 0 for their usual values (`n_heads`, `d_model // n_heads`, `4 * d_model`).
+    The defaults describe a plain pre-norm decoder whose layers are looped; each field below is one way in which a family
+    departs from it. `n_kv_heads`, `d_head` and `d_mlp` may be 0 for their usual values (`n_heads`, `d_model // n_heads`,
+    `4 * d_model`).
 
     Example:
         >>> cfg = LoopedConfig(d_model=64, n_heads=4, d_vocab=100, n_core=2, n_loops=3)
@@ -42,8 +43,8 @@ class LoopedConfig:
     n_coda: int = 0
     l_cycles: int | None = None
 
-    # A block: where its norms sit ("pre": on the branch input, "branch": on the branch output, "sandwich": both, "stream": on the
-    # branch input and on the stream after the addition), and what its attention and MLP add to the usual ones.
+    # A block: where its norms sit ("pre": on the branch input, "branch": on the branch output, "sandwich": both, "stream": on
+    # the branch input and on the stream after the addition), and what its attention and MLP add to the usual ones.
     norm: Literal["pre", "branch", "sandwich", "stream"] = "pre"
     norm_eps: float = 1e-6
     norm_weight: bool = True
@@ -100,20 +101,32 @@ class LoopedConfig:
         _ = self.schedule  # checks its own counts
         if self.n_heads % self.n_kv_heads:
             self._refuse(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+        if self.d_model % self.n_heads and self.d_head == self.d_model // self.n_heads:
+            self._refuse(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; give d_head")
         if self.rope_layout != "none" and self.d_head % 2:
             self._refuse(f"rotary positions need an even d_head, got {self.d_head}")
         if (self.l_cycles is not None) != (self.injection == "add" and self.initial_state == "learned"):
             self._refuse("two stacks (l_cycles) go with injection='add' and initial_state='learned', and only with them")
-        if self.l_cycles is not None and (self.n_prelude or self.n_coda or not self.pass_norm):
-            self._refuse("two stacks (l_cycles) go with pass_norm and without prelude and coda")
+        if self.l_cycles is not None and (self.n_prelude or self.n_coda or self.prelude_norm or not self.pass_norm):
+            self._refuse("two stacks (l_cycles) go with pass_norm and without prelude, prelude_norm and coda")
         if self.initial_state == "noise" and self.injection == "none":
             self._refuse("a random initial state without injection would ignore the prompt")
         if self.strategy == "anchored" and (self.injection != "none" or self.pass_norm):
             self._refuse("strategy='anchored' goes with injection='none' and without pass_norm")
         if not self.final_norm and not self.pass_norm_is_final:
-            self._refuse("without final_norm, the norm of the last pass must be the last norm: pass_norm, no coda, no after_loop")
+            self._refuse(
+                "without final_norm, the norm of the last pass must be the last norm: pass_norm, no coda, no after_loop"
+            )
         if self.windows and len(self.windows) != self.n_physical:
             self._refuse(f"windows has {len(self.windows)} entries for {self.n_physical} physical layers")
+        for window in self.windows:
+            check_count("a window", 1 if window is None else window)
+        if wrong := sorted(set(self.biases) - set(get_args(Projection))):
+            self._refuse(f"biases names {wrong}; choose from {get_args(Projection)}")
+        if self.value_embed_layers and not 0 < self.value_gate_width <= self.d_model:
+            self._refuse(f"value embeddings need 0 < value_gate_width <= d_model, got {self.value_gate_width}")
+        if wrong := [i for i in self.value_embed_layers if not 0 <= i < self.n_physical]:
+            self._refuse(f"value_embed_layers names {wrong}, but the physical layers are 0..{self.n_physical - 1}")
 
     def _refuse(self, why: str) -> None:
         raise LoopedError(f"this LoopedConfig ({self.family}) contradicts itself: {why}.")
@@ -147,7 +160,8 @@ class LoopedConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise LoopedError(f"unknown LoopedConfig fields {unknown}; this version knows {sorted(known)}.")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoopedConfig:
         return self  # immutable

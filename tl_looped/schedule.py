@@ -1,7 +1,8 @@
 """Which layer runs when: passes, virtual layers, and the names that carry the loop.
 
-A looped model runs stacks of layers several times. Unrolled, every execution of a layer is one *virtual layer*; TransformerLens
-names it `blocks.{i}`. This module is the only place that converts between that index, the site (stack, loop, layer) and the names.
+A looped model runs stacks of layers several times. Unrolled, every execution of a layer is one *virtual layer*;
+TransformerLens names it `blocks.{i}`. This module is the only place that converts between that index, the site (stack, loop,
+layer) and the names.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Site(NamedTuple):
 
 @dataclass(frozen=True)
 class Pass:
-    """One execution of a stack: its position in the run, its loop index, and the virtual layers `first .. first + n_layers - 1`."""
+    """One execution of a stack: its place in the run, its loop index, its virtual layers `first .. first + n_layers - 1`."""
 
     index: int
     stack: str
@@ -191,8 +192,8 @@ class Schedule:
     def expand(self, name: str) -> list[str]:
         """All TransformerLens names that a name or pattern in either spelling stands for.
 
-        Indices may be negative (from the end), `*` (all) or `a:b` (a half-open range). Names without an index come back unchanged;
-        whether the hook itself exists is for the bridge to say.
+        Indices may be negative (from the end), `*` (all) or `a:b` (a half-open range). Names without an index come back
+        unchanged; whether the hook itself exists is for the bridge to say.
 
         Raises:
             OutOfRangeError: an index outside the run.

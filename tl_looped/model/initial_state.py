@@ -57,9 +57,9 @@ def initial_state(
     """The state entering the first pass.
 
     Args:
-        asked: a tensor [batch, pos, d_model]; "zero"; for random-state families an int seed, or a generator that is advanced as the
-            published code advances torch's global one (so `torch.Generator().manual_seed(k)` gives that code's state after
-            `torch.manual_seed(k)`); None for the default: the embedding, the learned vector, or noise from seed 0.
+        asked: a tensor [batch, pos, d_model]; "zero"; for random-state families an int seed, or a generator that is advanced
+            as the published code advances torch's global one (so `torch.Generator().manual_seed(k)` gives that code's state
+            after `torch.manual_seed(k)`); None for the default: the embedding, the learned vector, or noise from seed 0.
         default: the state of families that have no random one.
         like: a tensor of the shape, dtype and device wanted.
         position_ids: the position of every token.
@@ -68,7 +68,8 @@ def initial_state(
     if isinstance(asked, Tensor):
         if asked.shape != like.shape:
             raise LoopedError(
-                f"initial_state of shape {tuple(asked.shape)} was asked; this run needs [batch, pos, d_model] = {tuple(like.shape)}."
+                f"initial_state of shape {tuple(asked.shape)} was asked; this run needs "
+                f"[batch, pos, d_model] = {tuple(like.shape)}."
             )
         return asked.to(like.device, like.dtype)
     if asked == "zero":

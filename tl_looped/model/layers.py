@@ -1,13 +1,15 @@
 """The parts of a block: norms, attention, MLP.
 
-Every intermediate value a researcher may want passes through a slot, an `nn.Identity` named `hook_*`. The plain model computes the
-same with or without them; the bridge puts TransformerLens hook points in their place, so there is one forward to read and to trust.
+Every intermediate value a researcher may want passes through a slot, an `nn.Identity` named `hook_*`. The plain model computes
+the same with or without them; the bridge puts TransformerLens hook points in their place, so there is one forward to read and
+to trust.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..config import LoopedConfig
+
+Slot = Callable[[Tensor], Tensor]
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -24,12 +28,13 @@ ACTIVATIONS = {
 }
 
 
+@runtime_checkable
 class KeyValueCache(Protocol):
     """What the model needs of a key-value cache; transformers' `DynamicCache` is one."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]: ...
 
-    def get_seq_length(self) -> int: ...
+    def get_seq_length(self, layer_idx: int = 0) -> int: ...
 
 
 @dataclass
@@ -59,10 +64,15 @@ class RMSNorm(nn.Module):
         self.hook_normalized = nn.Identity()
 
     def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
+        return self.normalize(x, self.hook_scale, self.hook_normalized)
+
+    def normalize(self, x: Tensor, on_scale: Slot | None = None, on_normalized: Slot | None = None) -> Tensor:
+        """The norm itself; without slots, for uses that are not the one occurrence a hook name stands for."""
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + eps).sqrt())
-        normalized = self.hook_normalized((wide / scale).to(x.dtype))
+        scale = (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        normalized = (wide / (on_scale(scale) if on_scale else scale)).to(x.dtype)
+        normalized = on_normalized(normalized) if on_normalized else normalized
         return normalized if self.weight is None else self.weight * normalized
 
 
@@ -75,7 +85,7 @@ def rotate(
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -140,8 +150,8 @@ class Attention(nn.Module):
         v: Float[Tensor, "batch kv_head key d_head"],
         mask: Bool[Tensor, "#batch 1 query key"] | None,
     ) -> Float[Tensor, "batch head query d_head"]:
-        """Attention-weighted values. Looking at scores or pattern never changes the result: only an edit, or a gradient that must
-        flow through them, takes the explicit path instead of the fused kernel."""
+        """Attention-weighted values. Looking at scores or pattern never changes the result: only an edit, or a gradient that
+        must flow through them, takes the explicit path instead of the fused kernel."""
         if is_observed(self.hook_attn_scores) or is_observed(self.hook_pattern):
             groups = q.shape[1] // k.shape[1]
             keys, values = (t.repeat_interleave(groups, dim=1) if self.grouped else t for t in (k, v))

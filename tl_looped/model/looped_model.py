@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,18 +11,22 @@ from torch import Tensor, nn
 
 from ..config import LoopedConfig
 from ..errors import LoopedError
-from ..schedule import Pass, check_count
+from ..schedule import Pass, Schedule, check_count
 from .initial_state import InitialState, NoiseTable, initial_state
 from .layers import Block, Inputs, KeyValueCache, RMSNorm
 from .passes import PassEnds
 from .rotary import Rotary
 
 
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
 class LoopedOutput(NamedTuple):
     """What a run returns.
 
     Args:
-        logits: [batch, pos, d_vocab]; the residual stream entering layer `stop`, [batch, pos, d_model], when the run was stopped.
+        logits: [batch, pos, d_vocab]; when the run was stopped, the residual stream entering layer `stop`,
+            [batch, pos, d_model].
         past_key_values: the key-value cache, one slot per virtual layer, if one was asked for.
     """
 
@@ -58,10 +62,11 @@ class LoopedModel(nn.Module):
         schedule = cfg.schedule
         self.embed = Embedding(cfg)
         physical = [Block(cfg, i) for i in range(cfg.n_physical)]
-        seen: set[int] = set()
-        self.blocks = nn.ModuleList(_share(physical[i]) if i in seen else (seen.add(i) or physical[i]) for i in schedule.physical)
-        for slot, block in enumerate(self.blocks):
-            block.attn.slot = slot
+        blocks: list[Block] = []
+        for slot, i in enumerate(schedule.physical):
+            blocks.append(_share(physical[i]) if i in schedule.physical[:slot] else physical[i])
+            blocks[-1].attn.slot = slot
+        self.blocks = nn.ModuleList(blocks)
         last = PassEnds(cfg, is_last=True)
         ends = PassEnds(cfg, is_last=False)
         self.passes = nn.ModuleList([*(_share(ends) for _ in schedule.passes[:-1]), last])
@@ -144,8 +149,8 @@ class LoopedModel(nn.Module):
 
         Args:
             input_ids: token ids.
-            inputs_embeds: scaled embeddings (what `embed` returns) instead of tokens; with `start`, the residual stream entering
-                that layer.
+            inputs_embeds: scaled embeddings (what `embed` returns) instead of tokens; with `start`, the residual stream
+                entering that layer.
             attention_mask: 1 for real tokens, over cached and new positions.
             position_ids: default: counted from the first real token.
             token_type_ids: 1 for the tokens of a bidirectional prefix (HRM-Text).
@@ -163,9 +168,15 @@ class LoopedModel(nn.Module):
         schedule = self.cfg.schedule
         if loop is not None and (start is not None or stop is not None):
             raise LoopedError("loop= reads out a whole run; it cannot be combined with start= or stop=.")
-        last_loop = schedule.n_loops - 1 if loop is None else schedule.loop(loop)
         x = self._embed(input_ids, inputs_embeds, start)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        part = Part.of(schedule, start, stop)
+        entry = schedule.pass_of_layer(part.first) if part.is_restart else None
+        if injection is not None and (entry is None or self.cfg.injection == "none"):
+            raise LoopedError("injection= goes with a start= inside a pass, in a model whose passes have a hook_injection.")
+        if initial_state is not None and part.is_restart and part.first >= schedule.n_prelude:
+            raise LoopedError(f"initial_state= was given, but a run from start={part.first} on does not read it; leave it out.")
+        last = schedule.pass_of_loop(-1 if loop is None else loop)
+        past = 0 if past_key_values is None else self._cached(past_key_values, part, last)
         if use_cache and past_key_values is None:
             from transformers import DynamicCache
 
@@ -177,12 +188,11 @@ class LoopedModel(nn.Module):
             cache=past_key_values,
             value_embeds=self._value_embeds(input_ids),
         )
-        part = Part(start, stop, schedule.n_layers)
 
         x, stopped = self._layers(x, range(schedule.n_prelude), part, inputs)
         if not stopped and part.first < schedule.first_coda_layer:
             state = _InitialState(initial_state, positions)
-            x, stopped = self._loops(x, schedule.pass_of_loop(last_loop), part, inputs, state, injection)
+            x, stopped = self._loops(x, last, part, inputs, state, injection)
             if not stopped and self.after_loop is not None:
                 x = self.after_loop(x)
         if not stopped:
@@ -201,7 +211,10 @@ class LoopedModel(nn.Module):
     def _loops(
         self, x: Tensor, last: Pass, part: Part, inputs: Inputs, initial: _InitialState, injection: Tensor | None
     ) -> tuple[Tensor, bool]:
-        """Run the passes. Each stack has a state; what a pass injects is the prelude's output or, with two stacks, the other's state."""
+        """Run the passes up to `last`.
+
+        Each stack has a state; what a pass injects is the prelude's output or, with two stacks, the other's state.
+        """
         cfg, passes = self.cfg, self.cfg.schedule.passes
         entry = cfg.schedule.pass_of_layer(part.first) if part.is_restart else None
         states: dict[str, Tensor] = {}
@@ -220,7 +233,7 @@ class LoopedModel(nn.Module):
             elif injection is not None:
                 states[other_stack(entry.stack)] = injection
         for p in passes[0 if entry is None else entry.index : last.index + 1]:
-            ends, state = self.passes[p.index], None
+            ends, state = cast(PassEnds, self.passes[p.index]), None
             if p is not entry:
                 x, state = ends.enter(states[p.stack], embed if cfg.l_cycles is None else states[other_stack(p.stack)])
             x, stopped = self._layers(x, p.layers, part, inputs)
@@ -234,6 +247,19 @@ class LoopedModel(nn.Module):
             x = cfg.beta * anchor + (1 - cfg.beta) * x
         return x, False
 
+    def _cached(self, cache: KeyValueCache, part: Part, last: Pass) -> int:
+        """How many positions the cache holds, in every layer that will run."""
+        schedule = self.cfg.schedule
+        stop = schedule.n_layers if part.stop is None else part.stop
+        layers = [i for i in range(part.first, stop) if not last.layers.stop <= i < schedule.first_coda_layer]
+        lengths = {cache.get_seq_length(i) for i in layers} or {0}
+        if len(lengths) > 1:
+            raise LoopedError(
+                f"past_key_values holds {sorted(lengths)} positions, depending on the layer: it was filled by a run with another "
+                "n_loops, loop=, start= or stop=; make a new cache, or run the same layers."
+            )
+        return lengths.pop()
+
     def _initial_state(self, initial: _InitialState, default: Tensor | None, like: Tensor) -> Tensor:
         return initial_state(initial.asked, default, like, initial.positions, self.noise)
 
@@ -241,7 +267,9 @@ class LoopedModel(nn.Module):
         schedule = self.cfg.schedule
         where = f"layer {entry.first} to {entry.layers.stop - 1} lie in pass {schedule.pass_prefix(entry)}"
         if self.cfg.strategy == "anchored":
-            raise LoopedError(f"{where} of an anchored loop, whose output also needs earlier passes; start before or after the loop.")
+            raise LoopedError(
+                f"{where} of an anchored loop, whose output also needs earlier passes; start before or after the loop."
+            )
         if injection is None and self.cfg.injection != "none" and entry.index < last.index:
             raise LoopedError(
                 f"{where}, and later passes read an injection that cannot be recomputed from the residual stream; "
@@ -265,7 +293,8 @@ class LoopedModel(nn.Module):
             raise LoopedError(f"pass {wanted} [batch, pos, d_model={cfg.d_model}].")
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != cfg.d_model or not inputs_embeds.shape[1]:
             raise LoopedError(
-                f"inputs_embeds of shape {tuple(inputs_embeds.shape)} was given; this model needs [batch, pos, d_model={cfg.d_model}]."
+                f"inputs_embeds of shape {tuple(inputs_embeds.shape)} was given; "
+                f"this model needs [batch, pos, d_model={cfg.d_model}]."
             )
         return inputs_embeds
 
@@ -282,6 +311,10 @@ class LoopedModel(nn.Module):
                 f"{(batch, past + n_new)}" + (f" ({past} cached positions included)." if past else ".")
             )
         if position_ids is not None:
+            if position_ids.shape not in ((batch, n_new), (1, n_new)):
+                raise LoopedError(
+                    f"position_ids of shape {tuple(position_ids.shape)} were given; this run needs [batch, pos] = {(batch, n_new)}."
+                )
             positions = position_ids.expand(batch, n_new)
         elif attention_mask is not None:
             positions = ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, past:]
@@ -302,24 +335,28 @@ class LoopedModel(nn.Module):
         if token_type_ids is not None:
             prefix = (token_type_ids == 1).to(x.device)
             if not self.cfg.prefix_lm:
-                raise LoopedError(f"token_type_ids mark a bidirectional prefix, which this {self.cfg.family} model does not have.")
+                raise LoopedError(
+                    f"token_type_ids mark a bidirectional prefix, which this {self.cfg.family} model does not have."
+                )
             if token_type_ids.shape != x.shape[:2] or (past and prefix.any()):
-                raise LoopedError("token_type_ids [batch, pos] mark the prefix of the prompt: pass them with the whole prompt, uncached.")
+                raise LoopedError(
+                    "token_type_ids [batch, pos] mark the prefix of the prompt: pass them with the whole prompt, uncached."
+                )
             prefix = prefix if not past and prefix.any() else None
         real = None if attention_mask is None or bool((attention_mask != 0).all()) else (attention_mask != 0).to(x.device)
         query = torch.arange(past, past + n_new, device=x.device)[:, None]
         key = torch.arange(past + n_new, device=x.device)
         masks: dict[int | None, Tensor | None] = {}
         for window in set(self.cfg.windows) or {None}:
-            narrow = window is not None and window < past + n_new
-            if real is None and prefix is None and not narrow and (not past or n_new == 1):
+            narrow = window if window is not None and window < past + n_new else None
+            if real is None and prefix is None and narrow is None and (not past or n_new == 1):
                 masks[window] = None
                 continue
             mask = (key <= query)[None]
             if prefix is not None:
                 mask = mask | (prefix[:, :, None] & prefix[:, None, :])
-            if narrow:
-                mask = mask & (query - key < window)
+            if narrow is not None:
+                mask = mask & (query - key < narrow)
             if real is not None:
                 mask = mask & real[:, None, :] | (key == query)  # a padded query looks at itself, or it would look at nothing
             masks[window] = mask[:, None]
@@ -337,6 +374,15 @@ class Part:
     @property
     def first(self) -> int:
         return self.start or 0
+
+    @classmethod
+    def of(cls, schedule: Schedule, start: int | None, stop: int | None) -> Part:
+        """Check what was asked; negative indices count from the end."""
+        start = None if start is None else schedule.layer(start)
+        stop = stop if stop is None or stop == schedule.n_layers else schedule.layer(stop)
+        if stop is not None and stop < (start or 0):
+            raise LoopedError(f"start={start} and stop={stop} were asked, but a run goes forward; choose start <= stop.")
+        return cls(start, stop, schedule.n_layers)
 
     @property
     def is_restart(self) -> bool:
@@ -356,14 +402,16 @@ def other_stack(stack: str) -> str:
 def check_tokens(tokens: Tensor, d_vocab: int) -> None:
     """Raise a `LoopedError` unless `tokens` is a non-empty integer [batch, pos] inside the vocabulary."""
     if tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
-        raise LoopedError(f"tokens of shape {tuple(tokens.shape)} and {tokens.dtype} were given; pass a non-empty int [batch, pos].")
+        raise LoopedError(
+            f"tokens of shape {tuple(tokens.shape)} and {tokens.dtype} were given; pass a non-empty int [batch, pos]."
+        )
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= d_vocab:
         bad = low if low < 0 else high
         raise LoopedError(f"token {bad} was given, but the vocabulary of this model is 0..{d_vocab - 1}.")
 
 
-def _share(module: nn.Module) -> nn.Module:
+def _share(module: AnyModule) -> AnyModule:
     """A copy of the module tree that holds the same parameters and buffers (a deep copy would take seconds for 100 layers)."""
     twin = module.__class__.__new__(module.__class__)
     for key, value in module.__dict__.items():

@@ -24,7 +24,7 @@ class ConcatInjection(nn.Module):
 
 
 class DecayInjection(nn.Module):
-    """Parcae's discretised linear system: `exp(-dt A) state + dt B injection`, with `A = exp(A_log)`, `dt = softplus(dt_bias)`."""
+    """Parcae's discretised linear system: `exp(-dt A) state + dt B injection`; `A = exp(A_log)`, `dt = softplus(dt_bias)`."""
 
     def __init__(self, width: int):
         super().__init__()

@@ -9,8 +9,8 @@ from torch import Tensor
 from ..config import LoopedConfig
 from ..errors import LoopedError
 
-# Scaling rules whose frequencies do not depend on the length of the prompt. The others would make an activation depend on how much
-# text follows it.
+# Scaling rules whose frequencies do not depend on the length of the prompt. The others would make an activation depend on how
+# much text follows it.
 STATIC_SCALING = ("default", "linear", "llama3", "yarn")
 
 

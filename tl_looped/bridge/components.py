@@ -1,0 +1,158 @@
+"""TransformerLens components around the parts of the canonical model.
+
+The canonical modules already have a slot wherever a hook belongs. A component only fires `hook_in` and `hook_out` around its module
+and puts its own hook points into the module's slots, so nothing is computed twice and an unhooked run costs what the plain model costs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.generalized_components import (
+    AttentionBridge,
+    BlockBridge,
+    GatedMLPBridge,
+    LinearBridge,
+    MLPBridge,
+    RMSNormalizationBridge,
+)
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+from ..model.layers import Inputs
+
+
+class Around(GeneralizedComponent):
+    """Fire `hook_in`, run the module, fire `hook_out`; hook points of the component's names replace the module's slots."""
+
+    __call__ = nn.Module.__call__  # the parent's version looks for offloaded weights at every call
+
+    def set_original_component(self, original_component: nn.Module) -> None:
+        super().set_original_component(original_component)
+        for name in [name for name in original_component._modules if name.startswith("hook_")]:
+            if name not in self._modules:
+                setattr(self, name, HookPoint())
+            original_component._modules[name] = self._modules[name]
+
+    def forward(self, x: Tensor, *args: Any) -> Any:
+        modules = self._modules
+        return modules["hook_out"](modules["_original_component"](modules["hook_in"](x), *args))  # type: ignore[misc]
+
+
+class LoopedLinear(Around, LinearBridge):
+    """A projection."""
+
+
+class LoopedNorm(Around, RMSNormalizationBridge):
+    """An RMS norm with `hook_scale` and `hook_normalized`."""
+
+
+class LoopedGatedMLP(Around, GatedMLPBridge):
+    """A gated MLP; unlike TransformerLens's, its inner hooks fire in every run."""
+
+
+class LoopedMLP(Around, MLPBridge):
+    """An MLP without gate."""
+
+
+class PassBridge(Around):
+    """The ends of a pass: `hook_state`, `hook_injection`, `hook_in`, `hook_out`, `hook_exit_logit`."""
+
+    is_list_item = True
+
+
+class InputProjection(LoopedLinear):
+    """q, k or v: reads its own copy of the residual stream per head when `use_split_qkv_input` or `use_attn_in` is on."""
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        forked = self._attention().forked_input(self.__dict__["_letter"], x)
+        if forked is None:
+            return super().forward(x)
+        linear: Any = self.original_component
+        weight = linear.weight.unflatten(0, (forked.shape[2], -1))  # [head, d_head, d_model]
+        out = torch.einsum("bphm,hdm->bphd", forked, weight).flatten(-2)
+        return self.hook_out(out if linear.bias is None else out + linear.bias)
+
+    def _attention(self) -> LoopedAttention:
+        return self.__dict__["_owner"]()
+
+
+class OutputProjection(LoopedLinear):
+    """o: sums `hook_result` over heads when `use_attn_result` is on."""
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        attention: LoopedAttention = self.__dict__["_owner"]()
+        if not attention.config.use_attn_result:
+            return super().forward(x)
+        z = self.hook_in(x).unflatten(-1, (attention.config.n_heads, -1))
+        return self.hook_out(attention._compute_per_head_result(z, attention.config.n_heads, z.shape[-1]))
+
+
+class LoopedAttention(Around, AttentionBridge):
+    """Attention with the hook names and shapes of TransformerLens."""
+
+    supports_attn_result = True
+    config: Any
+
+    def __init__(self, name: str, config: Any, submodules: dict[str, GeneralizedComponent]):
+        super().__init__(name, config, submodules, maintain_native_attention=True)
+        if "gate" in submodules:
+            self.hook_aliases = {**self.hook_aliases, "hook_gate": "gate.hook_out"}
+        if "q_norm" in submodules:
+            self.hook_aliases = {**self.hook_aliases, "hook_q_normed": "q_norm.hook_out", "hook_k_normed": "k_norm.hook_out"}
+        del self._modules["hook_hidden_states"], self._hook_registry["hook_hidden_states"]  # it would never fire
+
+    def set_original_component(self, original_component: nn.Module) -> None:
+        super().set_original_component(original_component)
+        for letter in "qkvo":
+            projection = self.submodules[letter]
+            object.__setattr__(projection, "_owner", weakref.ref(self))
+            object.__setattr__(projection, "_letter", letter)
+
+    def _setup_qkv_hook_reshaping(self) -> None:
+        super()._setup_qkv_hook_reshaping()
+        for name in ("hook_rot_q", "hook_rot_k"):
+            if name in self._modules:
+                self._modules[name].hook_conversion = None  # these fire as [batch, pos, head, d_head] already
+
+    def forked_input(self, letter: str, x: Tensor) -> Tensor | None:
+        """The normed input of a projection, [batch, pos, head, d_model], after its fork hook; None when no switch is on."""
+        cfg = self.config
+        if not (cfg.use_split_qkv_input or cfg.use_attn_in):
+            return None
+        source = x if self._captured_pre_ln_residual is None else self._captured_pre_ln_residual
+        n_heads = cfg.n_heads if letter == "q" else cfg.n_key_value_heads
+        if cfg.use_split_qkv_input:
+            return self._fork_and_norm_per_head(source, getattr(self, f"hook_{letter}_input"), n_heads)
+        if letter == "q":
+            self.__dict__["_attn_in"] = self._fork_and_norm_per_head(source, self.hook_attn_in, n_heads)
+        shared = self.__dict__["_attn_in"] if letter != "v" else self.__dict__.pop("_attn_in")
+        return shared[:, :, :n_heads]
+
+    def _apply_ln1_per_head(self, x: Tensor) -> Tensor:
+        return x if self._ln1_module is None else self._ln1_module.normalize(x)  # type: ignore[operator]
+
+
+class LoopedBlock(Around, BlockBridge):
+    """A virtual layer. `hook_resid_mid` sits on the stream itself, so a patch there reaches everything after it."""
+
+    config: Any
+
+    def __init__(self, name: str, config: Any, submodules: dict[str, GeneralizedComponent]):
+        super().__init__(name, config, submodules, mlp_reads_resid_directly="ln2" not in submodules)
+        self.hook_aliases = {alias: hook for alias, hook in self.hook_aliases.items() if alias != "hook_resid_mid"}
+
+    def forward(self, x: Tensor, *args: Inputs) -> Tensor:
+        cfg = self.config
+        if not (cfg.use_split_qkv_input or cfg.use_attn_in or cfg.use_hook_mlp_in):
+            if self._capture_hooks_wired:
+                self._teardown_capture_hooks()
+            return super().forward(x, *args)
+        self._maybe_wire_capture_hooks()
+        try:
+            return super().forward(x, *args)
+        finally:
+            self._clear_attention_capture()

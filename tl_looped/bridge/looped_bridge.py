@@ -1,0 +1,432 @@
+"""`LoopedBridge`: a looped model as a TransformerBridge whose blocks are virtual layers."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent, alias_generation
+from transformer_lens.model_bridge.sources._bridge_builder import configure_tokenizer
+
+from .. import families, loading
+from ..config import LoopedConfig
+from ..errors import LoopedError, UnknownNameError
+from ..model import LoopedModel
+from ..model.initial_state import InitialState
+from ..model.looped_model import initialise
+from ..schedule import Schedule, check_count, is_pattern
+from .adapter import LoopedArchitectureAdapter, bridge_config
+from .cache import LoopedCache
+
+NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
+Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
+
+
+class LoopedBridge(TransformerBridge):
+    """A looped language model in TransformerLens.
+
+    `blocks[i]` is virtual layer `i` of the unrolled computation; all passes over a layer hold the same parameters. Hook names come
+    in two spellings, `blocks.{i}.{hook}` and `loops.{t}.blocks.{j}.{hook}`, and both work wherever a name is accepted. Use
+    `from_pretrained`, `from_hf`, `from_config` or `loop_layers` to make one.
+
+    Example:
+        >>> import torch
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
+        >>> logits, cache = model.run_with_cache(torch.tensor([[1, 2, 3]]), names_filter="loops.*.hook_out")
+        >>> list(cache.keys())
+        ['loops.0.hook_out', 'loops.1.hook_out', 'loops.2.hook_out']
+    """
+
+    def __init__(self, model: LoopedModel, tokenizer: Any = None, model_name: str = "looped"):
+        cfg = bridge_config(model.cfg, model_name)
+        parameter = model.embed.weight
+        cfg.dtype, cfg.device = parameter.dtype, str(parameter.device)
+        adapter = LoopedArchitectureAdapter(cfg)
+        adapter.prepare_model(model)
+        self.__dict__["looped_cfg"] = model.cfg
+        self.__dict__["_hook_dict"] = (None, {})
+        super().__init__(model, adapter, None if tokenizer is None else configure_tokenizer(tokenizer, cfg))
+        self.eval()
+
+    @property
+    def schedule(self) -> Schedule:
+        """The order in which the layers run."""
+        return self.looped_cfg.schedule
+
+    @property
+    def n_loops(self) -> int:
+        """Number of loops (of H cycles for HRM-Text)."""
+        return self.looped_cfg.n_loops
+
+    # Making one.
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_dir: str | Path,
+        *,
+        n_loops: int | None = None,
+        l_cycles: int | None = None,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        tokenizer: Any = None,
+    ) -> LoopedBridge:
+        """Load a looped checkpoint.
+
+        Args:
+            name_or_dir: a Hub id, or a directory of the same layout. Only `config.json`, tensors and tokenizer files are read; no
+                remote code is run.
+            n_loops: how often to loop (H cycles for HRM-Text); None for what the checkpoint says.
+            l_cycles: L cycles per H cycle (HRM-Text).
+            revision: branch, tag or commit on the Hub.
+            device: None for CUDA where there is one, else the CPU.
+            dtype: None for the one the checkpoint is stored in.
+            tokenizer: None for the checkpoint's own, if it has one.
+
+        Raises:
+            CheckpointError: not found, not a looped checkpoint, or tensors and config that do not fit.
+        """
+        checkpoint = loading.open_checkpoint(name_or_dir, revision)
+        model = loading.load_model(checkpoint, device=device, dtype=dtype, n_loops=n_loops, l_cycles=l_cycles)
+        if tokenizer is None:
+            tokenizer = loading.load_tokenizer(checkpoint.path)
+        return cls(model, tokenizer, str(name_or_dir))
+
+    @classmethod
+    def from_hf(
+        cls, hf_model: nn.Module, *, tokenizer: Any = None, n_loops: int | None = None, l_cycles: int | None = None
+    ) -> LoopedBridge:
+        """Make a bridge from an instantiated looped model: its config and its weights, which are shared where their layout allows.
+
+        Args:
+            hf_model: a model of a known family with a `config`, such as transformers' `HrmTextForCausalLM`.
+            tokenizer: its tokenizer.
+            n_loops: how often to loop; None for what the config says.
+            l_cycles: L cycles per H cycle (HRM-Text).
+
+        Raises:
+            CheckpointError: the model is of no known looped family.
+        """
+        checkpoint = loading.checkpoint_of(hf_model)
+        return cls(loading.load_model(checkpoint, n_loops=n_loops, l_cycles=l_cycles), tokenizer, type(hf_model).__name__)
+
+    @classmethod
+    def from_config(cls, cfg: LoopedConfig, *, seed: int = 0, tokenizer: Any = None) -> LoopedBridge:
+        """A randomly initialised model: matrices from N(0, 0.02^2), norms 1.
+
+        Args:
+            cfg: the structure.
+            seed: seed of the initialisation.
+            tokenizer: a tokenizer for it.
+        """
+        with torch.device("meta"):
+            model = LoopedModel(cfg)
+        return cls(initialise(model, seed), tokenizer, cfg.family)
+
+    @classmethod
+    def loop_layers(
+        cls,
+        hf_model: nn.Module,
+        start: int,
+        stop: int,
+        n_loops: int | None = None,
+        *,
+        strategy: str = "naive",
+        beta: float = 0.5,
+        K: int | None = None,
+        tokenizer: Any = None,
+    ) -> LoopedBridge:
+        """Loop layers `start .. stop - 1` of an ordinary Llama-shaped decoder (Llama, Mistral, Qwen2, Qwen3, SmolLM).
+
+        Args:
+            hf_model: an instantiated transformers model; its weights are shared, not copied.
+            start: first looped layer.
+            stop: end of the looped layers, exclusive.
+            n_loops: how often they run; 1 is the ordinary model. Default: `K` for "anchored".
+            strategy: "naive" feeds the output of the range back into it. "anchored" (arXiv 2605.23872, `block_anchored`) moves the
+                state by 1/K of the way in every pass and returns `beta * first pass + (1 - beta) * last state`. The paper loops the
+                prompt only; here every position is looped, so that a cached run equals a full one.
+            beta: weight of the first pass ("anchored").
+            K: number of steps ("anchored"); default `n_loops`, or the paper's 6.
+            tokenizer: its tokenizer.
+
+        Raises:
+            LoopedError: a range or strategy that does not fit the model.
+            CheckpointError: the model is not a decoder of a known shape.
+        """
+        if strategy not in ("naive", "anchored"):
+            raise LoopedError(f"strategy={strategy!r} was asked; choose 'naive' or 'anchored'.")
+        if strategy == "naive" and (K is not None or n_loops is None):
+            raise LoopedError("strategy='naive' needs n_loops= and has no K; K belongs to strategy='anchored'.")
+        steps = check_count("K", K) if K is not None else check_count("n_loops", n_loops) if n_loops is not None else 6
+        checkpoint = loading.checkpoint_of(hf_model)
+        cfg = families.llama.looped_config(
+            checkpoint.config,
+            checkpoint.shapes,
+            start=start,
+            stop=stop,
+            n_loops=steps if n_loops is None else n_loops,
+            strategy=strategy,
+            beta=beta,
+            anchor_steps=steps if strategy == "anchored" else 1,
+        )
+        return cls(loading.load_model(checkpoint, cfg=cfg), tokenizer, f"looped {type(hf_model).__name__}")
+
+    def unroll(self, n_loops: int) -> LoopedBridge:
+        """The same model with another number of loops: the same parameters, no copy, its own hooks.
+
+        Args:
+            n_loops: how often to loop (H cycles for HRM-Text).
+
+        Raises:
+            LoopedError: `n_loops` is no positive int; the weights were processed, and belong to this unroll only.
+        """
+        if self._weights_processed:
+            raise LoopedError("the weights of this model were processed (compatibility mode); unroll the model before that.")
+        with torch.device("meta"):
+            model = LoopedModel(self.looped_cfg.replace(n_loops=n_loops))
+        for name, parameter in self.original_model.canonical_parameters().items():
+            model.set_parameter(name, parameter)
+        return LoopedBridge(model, self.tokenizer, self.cfg.model_name)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config, tensors (each once) and tokenizer; `from_pretrained` reads them back bit for bit.
+
+        Args:
+            directory: where to write; made if it does not exist.
+
+        Raises:
+            LoopedError: the weights were processed and are no longer the checkpoint's.
+        """
+        if self._weights_processed:
+            raise LoopedError("the weights of this model were processed (compatibility mode); save the model before that.")
+        loading.save_model(self.original_model, Path(directory))
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
+
+    # Running it.
+
+    def forward(
+        self,
+        input: str | list[str] | Int[Tensor, "*batch pos"] | Float[Tensor, "batch pos d_model"],
+        return_type: str | None = "logits",
+        *args: Any,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the model; `TransformerBridge.forward` with loops.
+
+        Args:
+            input: text, tokens, scaled embeddings (`hook_embed`), or with `start_at_layer` the residual stream entering that layer.
+            return_type: "logits", "loss", "both", "logits_and_cache" or None.
+            *args: as in TransformerBridge.
+            start_at_layer: first virtual layer to run; the ones before are skipped. For families that inject, later passes need
+                `injection=cache["loops.{t}.hook_injection"]` of that pass, and Parcae needs `input_ids=`.
+            stop_at_layer: run up to this virtual layer, exclusive, and return the residual stream entering it, [batch, pos, d_model];
+                `n_layers` for the one leaving the last layer.
+            **kwargs: `initial_state` (tensor [batch, pos, d_model], int seed, torch.Generator or "zero"), `attention_mask`,
+                `position_ids`, `token_type_ids` (HRM-Text's prefix), `past_key_values`, and the rest of TransformerBridge's.
+
+        Raises:
+            LoopedError: inputs that do not fit the model; layers out of range.
+        """
+        if start_at_layer is not None:
+            kwargs["start"] = self.schedule.layer(start_at_layer)
+            if not isinstance(input, Tensor) or not input.is_floating_point():
+                raise LoopedError(
+                    f"start_at_layer={start_at_layer} needs the residual stream entering that layer, [batch, pos, d_model], "
+                    f"such as cache['blocks.{kwargs['start']}.hook_resid_pre']."
+                )
+        if stop_at_layer is not None:
+            kwargs["stop"] = self._stop(stop_at_layer)
+            return_type = "logits"
+        return super().forward(input, return_type, *args, **kwargs)
+
+    def _stop(self, stop_at_layer: int) -> int:
+        return stop_at_layer if stop_at_layer == self.schedule.n_layers else self.schedule.layer(stop_at_layer)
+
+    def readout(
+        self, input: str | Int[Tensor, "*batch pos"], loop: int, initial_state: InitialState = None
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """What the model would answer if it stopped after one of its loops; the later passes are not run.
+
+        Equals `model.unroll(loop + 1)(input)`: the family's own way from the state to the logits.
+
+        Args:
+            input: text or tokens.
+            loop: which loop, 0-based; negative counts from the end.
+            initial_state: as in `forward`.
+        """
+        return self.forward(input, loop=self.schedule.loop(loop), initial_state=initial_state)
+
+    def to_tokens(
+        self,
+        input: str | list[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool = False,
+    ) -> Int[Tensor, "batch pos"]:
+        """Tokens of a text, as in TransformerBridge; a text longer than the context is cut only when `truncate` is asked for."""
+        return super().to_tokens(input, prepend_bos, padding_side, move_to_device, truncate)
+
+    # Hooks under both names.
+
+    def expand_name(self, name: str, check: bool = True) -> list[str]:
+        """The TransformerLens names of all hook points that a name or pattern in either spelling stands for.
+
+        Args:
+            name: such as "blocks.3.hook_mlp_out", "loops.2.blocks.5.attn.hook_z", "loops.1:.blocks.*.attn.hook_pattern".
+            check: raise if no such hook point exists.
+
+        Raises:
+            UnknownNameError: no such hook; the message has the nearest names.
+            OutOfRangeError: a loop or layer that this run does not have.
+        """
+        names = self.schedule.expand(name)
+        if self.looped_cfg.pass_norm_is_final:  # the last pass's norm is the model's last norm
+            last = f"{self.schedule.pass_prefix(self.schedule.passes[-1])}.norm."
+            names = [f"ln_final.{n.removeprefix(last)}" if n.startswith(last) else n for n in names]
+        if check:
+            names = [n for n in names if n in self.hook_dict]
+            if not names:
+                raise self._unknown(name)
+        return names
+
+    def _unknown(self, name: str) -> UnknownNameError:
+        near = difflib.get_close_matches(name, self._all_spellings, n=4, cutoff=0.5)
+        if not near:  # the right layer, but a hook that is nothing like the one asked for
+            stem = name.rsplit(".", 1)[0]
+            near = [n for n in self._all_spellings if n.startswith(f"{stem}.")][:4]
+        hint = f" Nearest: {', '.join(near)}." if near else ""
+        return UnknownNameError(f"hook {name!r} was asked, but this model has no such hook point.{hint} All: model.hook_dict.")
+
+    @property
+    def _all_spellings(self) -> list[str]:
+        names = list(self.hook_dict)
+        return names + [n for n in map(self.schedule.loop_name, names) if n not in self.hook_dict]
+
+    def _expand_hooks(self, hooks: Iterable[Hook]) -> list[Hook]:
+        expanded: list[Hook] = []
+        for name, function in hooks:
+            expanded += [(n, function) for n in self.expand_name(name)] if isinstance(name, str) else [(name, function)]
+        return expanded
+
+    def _expand_filter(self, names_filter: NamesFilter) -> list[str] | Callable[[str], bool] | None:
+        if names_filter is None or callable(names_filter):
+            return names_filter
+        names = [names_filter] if isinstance(names_filter, str) else names_filter
+        return list(dict.fromkeys(n for name in names for n in self.expand_name(name)))
+
+    def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
+        """Add a hook as in TransformerBridge; a name may be loop-indexed and may be a pattern."""
+        for n in self.expand_name(name) if isinstance(name, str) else [name]:
+            super().add_hook(n, *args, **kwargs)
+
+    def hooks(self, fwd_hooks: Iterable[Hook] = (), bwd_hooks: Iterable[Hook] = (), **kwargs: Any) -> Any:
+        """Context manager with hooks, as in TransformerBridge; names may be loop-indexed and may be patterns."""
+        return super().hooks(self._expand_hooks(fwd_hooks), self._expand_hooks(bwd_hooks), **kwargs)
+
+    def run_with_hooks(
+        self, input: Any, fwd_hooks: Iterable[Hook] = (), bwd_hooks: Iterable[Hook] = (), *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run with hooks, as in TransformerBridge; names may be loop-indexed and may be patterns."""
+        return super().run_with_hooks(input, self._expand_hooks(fwd_hooks), self._expand_hooks(bwd_hooks), *args, **kwargs)
+
+    def run_with_cache(  # type: ignore[override]
+        self,
+        input: Any,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        names_filter: NamesFilter = None,
+        stop_at_layer: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, LoopedCache | dict[str, Tensor]]:
+        """Run and cache, as in TransformerBridge; returns (output, `LoopedCache`).
+
+        Args:
+            input: as in `forward`.
+            return_cache_object: False for a plain dict under TransformerLens names.
+            remove_batch_dim: drop a batch dimension of 1 from the cache.
+            names_filter: a name, names or patterns in either spelling, or a function of TransformerLens names.
+            stop_at_layer: as in `forward`.
+            *args: as in TransformerBridge.
+            **kwargs: as in TransformerBridge, and what `forward` takes.
+        """
+        if stop_at_layer is not None:  # the model stops by itself; TransformerLens would unwind with an exception
+            kwargs |= {"stop": self._stop(stop_at_layer), "return_type": "logits"}
+        chosen = self._expand_filter(names_filter)
+        output, cache = super().run_with_cache(input, return_cache_object, remove_batch_dim, chosen, None, *args, **kwargs)
+        if not return_cache_object:
+            return output, cache
+        return output, LoopedCache(cache.cache_dict, self, has_batch_dim=cache.has_batch_dim)
+
+    def get_caching_hooks(self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> Any:
+        """Caching hooks as in TransformerBridge; names may be loop-indexed and may be patterns."""
+        return super().get_caching_hooks(self._expand_filter(names_filter), *args, **kwargs)
+
+    def get_hook_point(self, hook_name: str) -> HookPoint | None:
+        """The hook point of a name in either spelling, or None."""
+        names = self.expand_name(hook_name, check=False) if not is_pattern(hook_name) else [hook_name]
+        return super().get_hook_point(names[0])
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """Every hook point under its TransformerLens names; indexing also understands loop-indexed names."""
+        version = (len(self._hook_registry), alias_generation())
+        if self.__dict__["_hook_dict"][0] != version:
+            hooks = HookDict(super().hook_dict)
+            hooks.expand_name = self.expand_name
+            self.__dict__["_hook_dict"] = (version, hooks)
+        return self.__dict__["_hook_dict"][1]
+
+    def _scan_existing_hooks(self, module: nn.Module, prefix: str = "") -> None:
+        """Fill the hook registry; passes get their loop-indexed names, which are the only ones they have."""
+        named = {id(hook) for hook in self._hook_registry.values()}
+        components = list(self._components(self, ""))
+        for aliases in (False, True):
+            for path, component in components:
+                source = component.__dict__ if aliases else component._modules
+                for name, hook in source.items():
+                    if isinstance(hook, HookPoint):
+                        full_name = f"{path}.{name}" if path else name
+                        if id(hook) not in named:
+                            hook.name = full_name
+                            named.add(id(hook))
+                        self._hook_registry[full_name] = hook
+
+    def _components(self, module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        """All components with their paths; the modules they wrap hold the same hook points and are left out."""
+        yield path, module
+        for name, child in module._modules.items():
+            if isinstance(child, (GeneralizedComponent, nn.ModuleList)) and name != "_original_component":
+                child_path = f"{path}.{name}" if path else name
+                if path == "passes":
+                    child_path = self.schedule.pass_prefix(self.schedule.passes[int(name)])
+                yield from self._components(child, child_path)
+
+    def _validate_attention_fork_supported(self, flag_name: str) -> None:
+        """Every looped family has the forks; TransformerLens would check for its own attention classes."""
+
+
+class HookDict(dict[str, HookPoint]):
+    """TransformerLens's hook dictionary; `[name]` also takes loop-indexed names."""
+
+    expand_name: Callable[[str], list[str]]
+
+    def __missing__(self, name: str) -> HookPoint:
+        names = self.expand_name(name)
+        if len(names) > 1:
+            raise LoopedError(f"{name!r} stands for {len(names)} hook points, from {names[0]!r} to {names[-1]!r}; name one.")
+        return self[names[0]]
