@@ -71,6 +71,7 @@ class InputProjection(LoopedLinear):
         forked = self._attention().forked_input(self.__dict__["_letter"], x)
         if forked is None:
             return super().forward(x)
+        forked = self.hook_in(forked)
         linear: Any = self.original_component
         weight = linear.weight.unflatten(0, (forked.shape[2], -1))  # [head, d_head, d_model]
         out = torch.einsum("bphm,hdm->bphd", forked, weight).flatten(-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar, cast
 
@@ -17,8 +18,10 @@ from .layers import Block, Inputs, KeyValueCache, RMSNorm
 from .passes import PassEnds
 from .rotary import Rotary
 
-
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+OnLoop = Callable[[int, Tensor], None]
 
 
 class LoopedOutput(NamedTuple):
@@ -144,6 +147,7 @@ class LoopedModel(nn.Module):
         start: int | None = None,
         stop: int | None = None,
         injection: Float[Tensor, "batch pos d_model"] | None = None,
+        on_loop: OnLoop | None = None,
     ) -> LoopedOutput:
         """Run the model, or a part of it.
 
@@ -161,13 +165,16 @@ class LoopedModel(nn.Module):
             start: first virtual layer to run.
             stop: run up to this virtual layer, exclusive, and return its input.
             injection: with `start`, what is injected in the pass of that layer, for families that inject.
+            on_loop: called with (loop, logits) after every loop, with what the model would answer if it stopped there.
 
         Raises:
             LoopedError: inputs that do not fit the model.
         """
         schedule = self.cfg.schedule
-        if loop is not None and (start is not None or stop is not None):
-            raise LoopedError("loop= reads out a whole run; it cannot be combined with start= or stop=.")
+        if (loop is not None or on_loop is not None) and (start is not None or stop is not None):
+            raise LoopedError("loop= and on_loop= read out whole runs; they cannot be combined with start= or stop=.")
+        if on_loop is not None and self.cfg.n_coda and (use_cache or past_key_values is not None):
+            raise LoopedError("on_loop= runs the coda after every loop, for which a cache has no slots; run without a cache.")
         x = self._embed(input_ids, inputs_embeds, start)
         part = Part.of(schedule, start, stop)
         entry = schedule.pass_of_layer(part.first) if part.is_restart else None
@@ -192,12 +199,16 @@ class LoopedModel(nn.Module):
         x, stopped = self._layers(x, range(schedule.n_prelude), part, inputs)
         if not stopped and part.first < schedule.first_coda_layer:
             state = _InitialState(initial_state, positions)
-            x, stopped = self._loops(x, last, part, inputs, state, injection)
+            x, stopped = self._loops(x, last, part, inputs, state, injection, on_loop)
             if not stopped and self.after_loop is not None:
                 x = self.after_loop(x)
         if not stopped:
-            x, stopped = self._layers(x, range(schedule.first_coda_layer, schedule.n_layers), part, inputs)
-        return LoopedOutput(x if stopped else self._logits(x), past_key_values)
+            x, stopped = self._layers(x, self._coda, part, inputs)
+        if not stopped:
+            x = self._logits(x)
+            if on_loop is not None:
+                on_loop(last.loop, x)
+        return LoopedOutput(x, past_key_values)
 
     def _layers(self, x: Tensor, layers: range, part: Part, inputs: Inputs) -> tuple[Tensor, bool]:
         """Run those of `layers` that belong to the part asked for; the flag says that the part ends here."""
@@ -209,7 +220,14 @@ class LoopedModel(nn.Module):
         return x, part.stop == layers.stop == part.n_layers
 
     def _loops(
-        self, x: Tensor, last: Pass, part: Part, inputs: Inputs, initial: _InitialState, injection: Tensor | None
+        self,
+        x: Tensor,
+        last: Pass,
+        part: Part,
+        inputs: Inputs,
+        initial: _InitialState,
+        injection: Tensor | None,
+        on_loop: OnLoop | None,
     ) -> tuple[Tensor, bool]:
         """Run the passes up to `last`.
 
@@ -242,10 +260,18 @@ class LoopedModel(nn.Module):
             anchor = x if anchor is None else anchor
             is_final = cfg.pass_norm_is_final and p is passes[-1]
             states[p.stack] = ends.leave(x, state, self.ln_final if is_final else None)
-        x = states[last.stack]
-        if cfg.strategy == "anchored" and anchor is not None:
-            x = cfg.beta * anchor + (1 - cfg.beta) * x
-        return x, False
+            if on_loop is not None and p is not last and p.stack == last.stack:
+                x = self._loop_output(states[p.stack], anchor)
+                x = x if self.after_loop is None else self.after_loop(x)
+                on_loop(p.loop, self._logits(self._layers(x, self._coda, part, inputs)[0]))
+        return self._loop_output(states[last.stack], anchor), False
+
+    @property
+    def _coda(self) -> range:
+        return range(self.cfg.schedule.first_coda_layer, self.cfg.schedule.n_layers)
+
+    def _loop_output(self, state: Tensor, anchor: Tensor) -> Tensor:
+        return self.cfg.beta * anchor + (1 - self.cfg.beta) * state if self.cfg.strategy == "anchored" else state
 
     def _cached(self, cache: KeyValueCache, part: Part, last: Pass) -> int:
         """How many positions the cache holds, in every layer that will run."""
@@ -255,13 +281,16 @@ class LoopedModel(nn.Module):
         lengths = {cache.get_seq_length(i) for i in layers} or {0}
         if len(lengths) > 1:
             raise LoopedError(
-                f"past_key_values holds {sorted(lengths)} positions, depending on the layer: it was filled by a run with another "
-                "n_loops, loop=, start= or stop=; make a new cache, or run the same layers."
+                f"past_key_values holds {sorted(lengths)} positions, depending on the layer: it was filled by a run with "
+                "another n_loops, loop=, start= or stop=; make a new cache, or run the same layers."
             )
         return lengths.pop()
 
     def _initial_state(self, initial: _InitialState, default: Tensor | None, like: Tensor) -> Tensor:
-        return initial_state(initial.asked, default, like, initial.positions, self.noise)
+        state = initial_state(initial.asked, default, like, initial.positions, self.noise)
+        if torch.is_grad_enabled() and not state.requires_grad:
+            return state.detach().requires_grad_()  # backward hooks on the first pass's state need a gradient to see
+        return state
 
     def _check_restart(self, entry: Pass, last: Pass, injection: Tensor | None) -> None:
         schedule = self.cfg.schedule
@@ -313,7 +342,8 @@ class LoopedModel(nn.Module):
         if position_ids is not None:
             if position_ids.shape not in ((batch, n_new), (1, n_new)):
                 raise LoopedError(
-                    f"position_ids of shape {tuple(position_ids.shape)} were given; this run needs [batch, pos] = {(batch, n_new)}."
+                    f"position_ids of shape {tuple(position_ids.shape)} were given; "
+                    f"this run needs [batch, pos] = {(batch, n_new)}."
                 )
             positions = position_ids.expand(batch, n_new)
         elif attention_mask is not None:

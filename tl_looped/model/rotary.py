@@ -33,7 +33,8 @@ def inverse_frequencies(cfg: LoopedConfig) -> tuple[Float[Tensor, " half"], floa
         max_position_embeddings=cfg.n_ctx,
         rope_parameters={**scaling, "rope_type": kind, "rope_theta": cfg.rope_theta},
     )
-    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](llama, torch.device("cpu"))
+    with torch.device("cpu"):  # these functions also create tensors on the default device, "meta" while loading
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](llama, torch.device("cpu"))
     return frequencies.to(torch.float32), float(factor)
 
 

@@ -1,0 +1,465 @@
+"""The bridge on models of every family's structure: hooks, names, passes, gradients, sharing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformer_lens import ActivationCache, patching
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformer_lens.utilities import get_act_name
+from zoo import ZOO, random_bridge, random_tokens
+
+from tl_looped import LoopedBridge, LoopedCache, LoopedError
+from tl_looped.bridge.adapter import ARCHITECTURE, bridge_config
+from tl_looped.model import LoopedModel
+
+TOKENS = random_tokens()
+SWITCHES = ("attn_result", "split_qkv_input", "attn_in", "hook_mlp_in")
+FAMILIES = pytest.mark.parametrize("name", ZOO)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def edit(tensor: torch.Tensor, hook: object) -> torch.Tensor:
+    return tensor * 1.5 + 0.1
+
+
+def storages(model: torch.nn.Module) -> set[int]:
+    return {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+
+@FAMILIES
+def test_bridge_equals_the_plain_model_bit_for_bit(name: str) -> None:
+    bridge = random_bridge(name)
+    plain = LoopedModel(ZOO[name])
+    for key, parameter in bridge.original_model.canonical_parameters().items():
+        plain.set_parameter(key, parameter)
+    assert isinstance(bridge, TransformerBridge)
+    assert torch.equal(bridge(TOKENS), plain(TOKENS).logits)
+
+
+@FAMILIES
+@pytest.mark.parametrize("switch", [None, *SWITCHES])
+def test_every_hook_point_fires_and_reading_changes_nothing(name: str, switch: str | None) -> None:
+    bridge = random_bridge(name, torch.float64)
+    logits = bridge(TOKENS)
+    if switch is not None:
+        getattr(bridge, f"set_use_{switch}")(True)
+    cached_logits, cache = bridge.run_with_cache(TOKENS)
+    fireable = {n for n, h in bridge.hook_dict.items() if bridge._gated_hook_reason(h.name) is None}
+    assert set(cache.keys()) == fireable
+    if switch in (None, "hook_mlp_in"):
+        assert torch.equal(cached_logits, logits)
+    torch.testing.assert_close(cached_logits, logits, atol=1e-10, rtol=0)  # forked projections sum in another order
+
+
+@FAMILIES
+def test_patching_a_run_with_its_own_cache_is_a_no_op(name: str) -> None:
+    bridge = random_bridge(name)
+    logits, cache = bridge.run_with_cache(TOKENS)
+    for hook_name in cache:
+        patched = bridge.run_with_hooks(TOKENS, fwd_hooks=[(hook_name, lambda t, hook, n=hook_name: cache[n].clone())])
+        assert torch.equal(patched, logits), hook_name
+
+
+@FAMILIES
+def test_an_edit_reaches_later_layers_only(name: str) -> None:
+    bridge = random_bridge(name)
+    _, clean = bridge.run_with_cache(TOKENS)
+    for layer in range(bridge.cfg.n_layers):
+        for hook in ("hook_resid_pre", "attn.hook_pattern", "attn.hook_z", "hook_resid_mid", "mlp.hook_post"):
+            with bridge.hooks(fwd_hooks=[(bridge.schedule.name(layer, hook), edit)]):
+                logits, edited = bridge.run_with_cache(TOKENS)
+            earlier = [n for n in clean if n.startswith("blocks.") and int(n.split(".")[1]) < layer]
+            assert all(torch.equal(clean[n], edited[n]) for n in earlier)
+            assert not torch.equal(clean[f"blocks.{layer}.hook_resid_post"], edited[f"blocks.{layer}.hook_resid_post"])
+            assert not torch.equal(clean["unembed.hook_out"], edited["unembed.hook_out"])
+
+
+@FAMILIES
+def test_an_edit_of_the_injection_affects_one_pass_only(name: str) -> None:
+    bridge = random_bridge(name)
+    if bridge.looped_cfg.injection == "none":
+        assert not any("hook_injection" in n for n in bridge.hook_dict)
+        return
+    _, clean = bridge.run_with_cache(TOKENS)
+    first, second = (bridge.schedule.pass_prefix(p) for p in bridge.schedule.passes[:2])
+    hooks = [(f"{first}.hook_injection", lambda t, hook: t + 1)]
+    with bridge.hooks(fwd_hooks=hooks):
+        _, edited = bridge.run_with_cache(TOKENS)
+    assert not torch.equal(clean[f"{first}.hook_in"], edited[f"{first}.hook_in"])
+    assert torch.equal(clean[f"{first}.hook_state"], edited[f"{first}.hook_state"])
+    assert torch.equal(clean[f"{second}.hook_injection"], edited[f"{second}.hook_injection"])
+
+
+@FAMILIES
+def test_hook_points_of_a_pass_mean_what_they_say(name: str) -> None:
+    bridge = random_bridge(name)
+    _, cache = bridge.run_with_cache(TOKENS)
+    schedule = bridge.schedule
+    for p in schedule.passes:
+        prefix = schedule.pass_prefix(p)
+        assert torch.equal(cache[f"{prefix}.hook_in"], cache["resid_pre", p.first])
+        followers = [q for q in schedule.passes if q.stack == p.stack and q.loop == p.loop + 1]
+        for q in followers:
+            assert torch.equal(cache[f"{prefix}.hook_out"], cache[f"{schedule.pass_prefix(q)}.hook_state"])
+
+
+@FAMILIES
+def test_shapes_are_those_of_transformer_lens(name: str) -> None:
+    bridge = random_bridge(name)
+    for switch in ("attn_result", "split_qkv_input", "hook_mlp_in"):
+        getattr(bridge, f"set_use_{switch}")(True)
+    _, cache = bridge.run_with_cache(TOKENS)
+    cfg = bridge.looped_cfg
+    (batch, pos), kv = TOKENS.shape, cfg.n_kv_heads
+    expected = {
+        "q": (batch, pos, 3, 8), "k": (batch, pos, kv, 8), "v": (batch, pos, kv, 8), "z": (batch, pos, 3, 8),
+        "rot_q": (batch, pos, 3, 8), "rot_k": (batch, pos, kv, 8), "result": (batch, pos, 3, 24),
+        "pattern": (batch, 3, pos, pos), "attn_scores": (batch, 3, pos, pos), "resid_mid": (batch, pos, 24),
+        "q_input": (batch, pos, 3, 24), "k_input": (batch, pos, kv, 24), "pre": (batch, pos, 20), "post": (batch, pos, 20),
+        "attn_out": (batch, pos, 24), "mlp_out": (batch, pos, 24), "mlp_in": (batch, pos, 24),
+    }  # fmt: skip
+    for short, shape in expected.items():
+        assert tuple(cache[short, 1].shape) == shape, short
+    torch.testing.assert_close(cache["pattern", 1].sum(-1), torch.ones(batch, 3, pos))
+    assert not cache["pattern", 1].triu(1).any()
+    torch.testing.assert_close(cache["result", 1].sum(2), cache["blocks.1.attn.hook_out"], atol=1e-5, rtol=0)
+
+
+@FAMILIES
+def test_residual_stream_adds_up_inside_a_block(name: str) -> None:
+    bridge = random_bridge(name)
+    _, cache = bridge.run_with_cache(TOKENS)
+    for layer in range(bridge.cfg.n_layers):
+        mid = cache["resid_pre", layer] + cache["attn_out", layer]
+        post = cache["resid_mid", layer] + cache["mlp_out", layer]
+        if bridge.looped_cfg.norm == "stream":
+            block = bridge.blocks[layer]
+            mid, post = (n._original_component.normalize(x) for n, x in ((block.ln1_stream, mid), (block.ln2_stream, post)))
+        torch.testing.assert_close(mid, cache["resid_mid", layer])
+        torch.testing.assert_close(post, cache["resid_post", layer])
+
+
+@FAMILIES
+def test_resid_mid_is_on_the_stream(name: str) -> None:
+    bridge = random_bridge(name)
+    last = bridge.cfg.n_layers - 1
+    shift = torch.randn(24, generator=torch.Generator().manual_seed(3))
+    with bridge.hooks(fwd_hooks=[(f"blocks.{last}.hook_resid_mid", lambda t, hook: t + shift)]):
+        _, edited = bridge.run_with_cache(TOKENS)
+    stream = edited["resid_mid", last] + edited["mlp_out", last]
+    if bridge.looped_cfg.norm == "stream":
+        stream = bridge.blocks[last].ln2_stream._original_component.normalize(stream)
+    torch.testing.assert_close(edited["resid_post", last], stream)
+
+
+@FAMILIES
+def test_both_spellings_everywhere(name: str) -> None:
+    bridge = random_bridge(name)
+    layer = bridge.cfg.n_layers - 2
+    tl_name, loop_name = f"blocks.{layer}.attn.hook_z", bridge.schedule.name(layer, "attn.hook_z")
+    expected = bridge.run_with_hooks(TOKENS, fwd_hooks=[(tl_name, edit)])
+    assert not torch.equal(expected, bridge(TOKENS))
+    assert get_act_name("z", layer) == tl_name
+    assert torch.equal(bridge.run_with_hooks(TOKENS, fwd_hooks=[(loop_name, edit)]), expected)
+    with bridge.hooks(fwd_hooks=[(loop_name, edit)]):
+        assert torch.equal(bridge(TOKENS), expected)
+    for add in (bridge.add_hook, bridge.add_perma_hook):
+        add(loop_name, edit)
+        assert torch.equal(bridge(TOKENS), expected)
+        bridge.reset_hooks(including_permanent=True)
+    _, cache = bridge.run_with_cache(TOKENS, names_filter=loop_name)
+    assert torch.equal(cache[loop_name], cache[tl_name]) and torch.equal(cache[loop_name], cache["z", layer])
+    assert loop_name in cache and tl_name in cache and bridge.schedule.name(layer, "attn.hook_q") not in cache
+    assert bridge.hook_dict[loop_name] is bridge.hook_dict[tl_name] is bridge.get_hook_point(loop_name)
+    assert isinstance(cache, LoopedCache) and isinstance(cache, ActivationCache)
+    caught, fwd_hooks, _ = bridge.get_caching_hooks(loop_name)
+    bridge.run_with_hooks(TOKENS, fwd_hooks=fwd_hooks)
+    assert torch.equal(caught[tl_name], cache[loop_name])
+
+
+def test_patterns_name_what_brute_force_finds() -> None:
+    bridge = random_bridge("huginn")
+    schedule = bridge.schedule
+    _, cache = bridge.run_with_cache(TOKENS, names_filter="loops.1:.blocks.*.attn.hook_pattern")
+    wanted = [i for i, s in enumerate(schedule.sites) if s.stack == "core" and s.loop >= 1]
+    assert {n for n in cache if "hook_pattern" in n} == {f"blocks.{i}.attn.hook_pattern" for i in wanted}
+    _, cache = bridge.run_with_cache(TOKENS, names_filter=["loops.-1.hook_out", "coda.blocks.0.hook_mlp_out"])
+    assert "loops.2.hook_out" in cache and "blocks.11.hook_mlp_out" in cache and "loops.1.hook_out" not in cache
+    zeroed = bridge.run_with_hooks(TOKENS, fwd_hooks=[("loops.*.blocks.1.hook_mlp_out", lambda t, hook: t * 0)])
+    one_by_one = [(f"loops.{t}.blocks.1.hook_mlp_out", lambda t, hook: t * 0) for t in range(3)]
+    assert torch.equal(zeroed, bridge.run_with_hooks(TOKENS, fwd_hooks=one_by_one))
+
+
+def test_hook_dictionary_holds_each_point_once() -> None:
+    shallow, deep = random_bridge("ouro", n_loops=1), random_bridge("ouro", n_loops=5)
+    per_loop = len(shallow.hook_dict) - len([n for n in shallow.hook_dict if not n.startswith(("blocks", "loops"))])
+    extra_norms = 4 * 4  # hook_in, hook_scale, hook_normalized, hook_out of the norms between passes
+    assert len(deep.hook_dict) == len(shallow.hook_dict) + 4 * per_loop + extra_norms
+
+
+def test_the_last_pass_norm_has_a_loop_name() -> None:
+    bridge = random_bridge("ouro")
+    _, cache = bridge.run_with_cache(TOKENS, names_filter="loops.*.norm.hook_scale")
+    assert torch.equal(cache["loops.2.norm.hook_scale"], cache["ln_final.hook_scale"])
+    assert "loops.0.norm.hook_scale" in cache
+
+
+@FAMILIES
+def test_stack_loops(name: str) -> None:
+    bridge = random_bridge(name)
+    _, cache = bridge.run_with_cache(TOKENS)
+    stack = bridge.schedule.core_stacks[-1]
+    if len(bridge.schedule.core_stacks) > 1:
+        with pytest.raises(LoopedError, match="stack="):
+            cache.stack_loops("resid_post")
+    streams = cache.stack_loops("resid_post", stack=stack)
+    assert tuple(streams.shape) == (bridge.n_loops, bridge.looped_cfg.n_core, *TOKENS.shape, 24)
+    patterns = cache.stack_loops("pattern", layer=-1, stack=stack, loops=[1])
+    last = bridge.schedule.pass_of_loop(1).layers[-1]
+    assert torch.equal(patterns, cache["pattern", last][None])
+    assert torch.equal(streams[1, -1], cache["resid_post", last])
+
+
+@FAMILIES
+def test_readout_equals_the_shorter_model_and_skips_the_rest(name: str) -> None:
+    bridge = random_bridge(name)
+    seen = {}
+    bridge(TOKENS, on_loop=lambda loop, logits: seen.update({loop: logits}))
+    for loop in range(bridge.n_loops):
+        calls = []
+        hook = ("blocks.*.hook_in", lambda t, hook: calls.append(hook.name))
+        with bridge.hooks(fwd_hooks=[hook]):
+            logits = bridge.readout(TOKENS, loop=loop)
+        shorter = bridge.unroll(loop + 1)
+        assert torch.equal(logits, shorter(TOKENS)) and torch.equal(logits, seen[loop])
+        assert len(calls) == shorter.cfg.n_layers
+    assert torch.equal(bridge.readout(TOKENS, loop=-1), bridge(TOKENS))
+
+
+def test_readout_takes_an_initial_state() -> None:
+    bridge = random_bridge("huginn")
+    state = torch.randn(2, 7, 24)
+    assert torch.equal(bridge.readout(TOKENS, loop=1, initial_state=state), bridge.unroll(2)(TOKENS, initial_state=state))
+    assert not torch.equal(bridge.readout(TOKENS, loop=1, initial_state=state), bridge.readout(TOKENS, loop=1))
+
+
+@FAMILIES
+def test_unroll_shares_every_parameter(name: str) -> None:
+    bridge = random_bridge(name)
+    before = storages(bridge)
+    deeper = bridge.unroll(9)
+    assert storages(deeper) == before == storages(bridge)
+    assert deeper.n_loops == 9 and deeper.cfg.n_layers == deeper.schedule.n_layers
+    assert torch.equal(deeper.unroll(bridge.n_loops)(TOKENS), bridge(TOKENS))
+    deeper.add_hook("blocks.0.hook_resid_pre", edit)
+    assert not any(h.has_hooks() for h in bridge.hook_points())
+
+
+@FAMILIES
+def test_start_and_stop_skip_the_work(name: str) -> None:
+    bridge = random_bridge(name)
+    logits, cache = bridge.run_with_cache(TOKENS)
+    schedule = bridge.schedule
+    for layer in range(schedule.n_layers):
+        stream = cache["resid_pre", layer]
+        assert torch.equal(bridge(TOKENS, stop_at_layer=layer), stream)
+        out, part = bridge.run_with_cache(TOKENS, stop_at_layer=layer)
+        ran = {int(n.split(".")[1]) for n in part if n.startswith("blocks.")}
+        assert torch.equal(out, stream) and ran == set(range(layer))
+        p = schedule.pass_of_layer(layer)
+        if p is not None and bridge.looped_cfg.strategy == "anchored":
+            with pytest.raises(LoopedError, match="anchored"):
+                bridge(stream, start_at_layer=layer)
+            continue
+        extra = {"input_ids": TOKENS} if bridge.looped_cfg.value_embed_layers else {}
+        if p is not None and bridge.looped_cfg.injection != "none":
+            if p is not schedule.passes[-1]:
+                with pytest.raises(LoopedError, match=r"hook_injection"):
+                    bridge(stream, start_at_layer=layer, **extra)
+            extra["injection"] = cache[f"{schedule.pass_prefix(p)}.hook_injection"]
+        restarted, part = bridge.run_with_cache(stream, start_at_layer=layer, **extra)
+        ran = {int(n.split(".")[1]) for n in part if n.startswith("blocks.")}
+        assert torch.equal(restarted, logits) and ran == set(range(layer, schedule.n_layers))
+    assert torch.equal(bridge(TOKENS, stop_at_layer=schedule.n_layers), cache["resid_post", -1])
+    assert torch.equal(bridge(TOKENS, stop_at_layer=-1), cache["resid_pre", -1])
+
+
+@FAMILIES
+def test_gradients_of_every_pass_agree_with_finite_differences(name: str) -> None:
+    bridge = random_bridge(name, torch.float64)
+    with torch.enable_grad():
+        loss, cache = bridge.run_with_cache(TOKENS, incl_bwd=True, return_type="loss")
+    generator = torch.Generator().manual_seed(5)
+    schedule = bridge.schedule
+    for p in schedule.passes:
+        prefix = schedule.pass_prefix(p)
+        hooks = [f"{prefix}.hook_state", f"{prefix}.hook_out", f"blocks.{p.first}.attn.hook_z", f"blocks.{p.first}.attn.hook_pattern"]
+        for hook_name in hooks + ([f"{prefix}.hook_injection"] if bridge.looped_cfg.injection != "none" else []):
+            direction = torch.randn(cache[hook_name].shape, generator=generator, dtype=torch.float64)
+            losses = []
+            for step in (1e-5, -1e-5):
+                nudge = lambda t, hook, step=step, d=direction: t + step * d  # noqa: E731
+                losses.append(bridge.run_with_hooks(TOKENS, return_type="loss", fwd_hooks=[(hook_name, nudge)]))
+            slope = (losses[0] - losses[1]) / 2e-5
+            torch.testing.assert_close((cache[f"{hook_name}_grad"] * direction).sum(), slope, rtol=1e-5, atol=1e-8)
+    assert loss.dtype == torch.float64
+
+
+@FAMILIES
+def test_generation_with_and_without_cache_agrees(name: str) -> None:
+    bridge = random_bridge(name)
+    common = {"max_new_tokens": 6, "do_sample": False, "verbose": False, "stop_at_eos": False}
+    cached = bridge.generate(TOKENS[:1], use_past_kv_cache=True, **common)
+    assert torch.equal(cached, bridge.generate(TOKENS[:1], use_past_kv_cache=False, **common))
+    tokens = TOKENS[:1]
+    for _ in range(6):
+        tokens = torch.cat([tokens, bridge(tokens)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(cached, tokens)
+
+
+@FAMILIES
+def test_left_padded_rows_equal_the_rows_alone(name: str) -> None:
+    bridge = random_bridge(name)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), TOKENS[:1, :4]], dim=1)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
+    logits = bridge(torch.cat([padded, TOKENS[1:]]), attention_mask=mask)
+    torch.testing.assert_close(logits[:1, 3:], bridge(TOKENS[:1, :4]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[1:], bridge(TOKENS[1:]), atol=1e-5, rtol=1e-5)
+
+
+@FAMILIES
+def test_embeddings_as_input_reproduce_the_run(name: str) -> None:
+    bridge = random_bridge(name)
+    logits, cache = bridge.run_with_cache(TOKENS)
+    extra = {"input_ids": TOKENS} if bridge.looped_cfg.value_embed_layers else {}
+    assert torch.equal(bridge(cache["hook_embed"], **extra), logits)
+
+
+@FAMILIES
+def test_transformer_lens_patching_equals_a_patch_by_hand(name: str) -> None:
+    bridge = random_bridge(name)
+    _, clean_cache = bridge.run_with_cache(random_tokens(seed=1))
+    metric = lambda logits: logits[0, -1, :5].sum()  # noqa: E731
+    scores = patching.get_act_patch_resid_pre(bridge, TOKENS, clean_cache, metric)
+    assert tuple(scores.shape) == (bridge.cfg.n_layers, 7)
+    for layer in range(bridge.cfg.n_layers):
+
+        def patch(tensor: torch.Tensor, hook: object, layer: int = layer) -> torch.Tensor:
+            tensor[:, 4] = clean_cache["resid_pre", layer][:, 4]
+            return tensor
+
+        by_hand = bridge.run_with_hooks(TOKENS, fwd_hooks=[(bridge.schedule.name(layer, "hook_resid_pre"), patch)])
+        torch.testing.assert_close(scores[layer, 4], metric(by_hand))
+
+
+@FAMILIES
+def test_weights_have_virtual_layers_as_leading_axis(name: str) -> None:
+    bridge = random_bridge(name)
+    assert tuple(bridge.W_Q.shape) == (bridge.cfg.n_layers, 3, 24, 8)
+    physical = bridge.schedule.physical
+    for i, j in ((i, j) for i in range(len(physical)) for j in range(i)):
+        assert torch.equal(bridge.W_Q[i], bridge.W_Q[j]) == (physical[i] == physical[j])
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("loops.7.hook_out", r"3 loops \(0\.\.2\).*n_loops=.*unroll\(8\)"),
+        ("loops.1.blocks.4.hook_mlp_out", r"2 layers in a loop \(0\.\.1\)"),
+        ("blocks.6.hook_resid_pre", r"6 virtual layers \(0\.\.5\)"),
+        ("loops.1.blocks.0.attn.hook_zz", r"loops\.1\.blocks\.0\.attn\.hook_z"),
+        ("loops.1.hook_injection", r"loops\.1\.hook_"),
+        ("coda.blocks.0.hook_mlp_out", "0 coda layers"),
+        ("L.loops.0.hook_out", "'loops"),
+        ("loops.*.blocks.*.hook_nothing", "no such hook"),
+    ],
+)
+def test_unknown_names_are_refused_everywhere(asked: str, says: str) -> None:
+    bridge = random_bridge("ouro")
+    calls = [
+        lambda: bridge.run_with_hooks(TOKENS, fwd_hooks=[(asked, edit)]),
+        lambda: bridge.run_with_cache(TOKENS, names_filter=["hook_embed", asked]),
+        lambda: bridge.add_hook(asked, edit),
+        lambda: bridge.get_caching_hooks(asked),
+        lambda: bridge.hooks(fwd_hooks=[(asked, edit)]).__enter__(),
+    ]
+    for call in calls:
+        with pytest.raises(LoopedError, match=says):
+            call()
+    assert not any(h.has_hooks() for h in bridge.hook_points())
+
+
+def test_the_cache_says_what_is_missing() -> None:
+    bridge = random_bridge("ouro")
+    _, cache = bridge.run_with_cache(TOKENS, names_filter="loops.0.hook_out")
+    with pytest.raises(KeyError, match="exists, but was not cached"):
+        cache["loops.1.hook_out"]
+    with pytest.raises(KeyError, match="no hook of this model"):
+        cache["loops.1.hook_outt"]
+    with pytest.raises(IndexError, match="3 loops"):
+        cache["loops.3.hook_out"]
+    with pytest.raises(LoopedError, match="stack_loops"):
+        cache["loops.*.hook_out"]
+    with pytest.raises(IndexError, match="6 virtual layers"):
+        cache["z", 6]
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda b: b.readout(TOKENS, loop=3), r"3 loops \(0\.\.2\)"),
+        (lambda b: b(TOKENS, stop_at_layer=7), r"6 virtual layers"),
+        (lambda b: b(TOKENS, start_at_layer=2), "residual stream"),
+        (lambda b: b(TOKENS + 40), r"0\.\.30"),
+        (lambda b: b(random_tokens(1, 33)), "n_ctx=32"),
+        (lambda b: b(TOKENS, initial_state=torch.zeros(2, 7, 5)), r"\(2, 7, 24\)"),
+        (lambda b: b(TOKENS, initial_state=3), "not random"),
+        (lambda b: b.unroll(0), "n_loops=0"),
+        (lambda b: b.unroll(-2), "n_loops=-2"),
+        (lambda b: b.unroll(2.5), r"n_loops=2\.5"),
+        (lambda b: b(TOKENS, token_type_ids=torch.ones_like(TOKENS)), "prefix"),
+    ],
+)
+def test_bad_input_is_explained(call, says: str, unchecked: None) -> None:
+    bridge = random_bridge("ouro")
+    with pytest.raises(LoopedError, match=says):
+        call(bridge)
+    assert not any(h.has_hooks() for h in bridge.hook_points())
+    assert torch.isfinite(bridge(TOKENS)).all()
+
+
+def test_an_exception_in_a_hook_leaves_nothing_behind() -> None:
+    bridge = random_bridge("huginn")
+    logits = bridge(TOKENS)
+
+    def fail(tensor: torch.Tensor, hook: object) -> torch.Tensor:
+        raise RuntimeError("from the hook")
+
+    hooks = [("loops.1.blocks.0.hook_mlp_out", fail)]
+    with pytest.raises(RuntimeError, match="from the hook"):
+        bridge.run_with_hooks(TOKENS, fwd_hooks=hooks)
+    with pytest.raises(RuntimeError, match="from the hook"), bridge.hooks(fwd_hooks=hooks):
+        bridge(TOKENS)
+    assert not any(h.has_hooks() for h in bridge.hook_points())
+    assert torch.equal(bridge(TOKENS), logits)
+
+
+def test_registered_with_transformer_lens() -> None:
+    cfg = ZOO["huginn"]
+    model = LoopedModel(cfg)
+    bridge = build_bridge_from_module(model, ARCHITECTURE, tl_config=bridge_config(cfg, "any"))
+    assert type(bridge) is TransformerBridge and bridge.cfg.n_layers == cfg.schedule.n_layers
+    with pytest.raises(LoopedError, match="LoopedBridge"):
+        build_bridge_from_module(torch.nn.Linear(2, 2), ARCHITECTURE, tl_config=bridge_config(cfg, "any"))
+
+
+def test_made_from_config_is_reproducible() -> None:
+    one, two, other = (LoopedBridge.from_config(ZOO["ouro"], seed=s) for s in (0, 0, 1))
+    assert torch.equal(one(TOKENS), two(TOKENS)) and not torch.equal(one(TOKENS), other(TOKENS))

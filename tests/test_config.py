@@ -1,0 +1,106 @@
+"""A `LoopedConfig` either describes a model or says what is wrong."""
+
+from __future__ import annotations
+
+import doctest
+import json
+from copy import deepcopy
+
+import pytest
+
+from tl_looped import config as config_module
+from tl_looped.config import LoopedConfig
+from tl_looped.errors import LoopedError
+
+BASE = {"d_model": 16, "n_heads": 4, "d_vocab": 20, "n_core": 2, "n_loops": 3}
+TWO_STACKS = {"l_cycles": 2, "injection": "add", "initial_state": "learned", "pass_norm": True}
+
+
+def test_usual_sizes_are_filled_in() -> None:
+    cfg = LoopedConfig(**BASE)
+    assert (cfg.n_kv_heads, cfg.d_head, cfg.d_mlp, cfg.n_physical) == (4, 4, 64, 2)
+    assert LoopedConfig(**BASE, d_head=6).d_head == 6
+    assert cfg.replace(n_loops=5).schedule.n_layers == 10 and cfg.schedule.n_layers == 6
+
+
+@pytest.mark.parametrize("field", [*BASE, "n_ctx", "anchor_steps"])
+@pytest.mark.parametrize("value", [0, -2, 1.5, True])
+def test_counts_are_positive_ints(field: str, value: object, unchecked: None) -> None:
+    with pytest.raises(LoopedError, match=f"{field}={value!r}"):
+        LoopedConfig(**{**BASE, field: value})
+
+
+@pytest.mark.parametrize(
+    "field", ["norm", "qk_norm", "mlp", "act_fn", "rope_layout", "injection", "initial_state", "after_loop", "strategy"]
+)
+def test_choices_are_listed_when_missed(field: str, unchecked: None) -> None:
+    with pytest.raises(LoopedError, match=f"{field}='other' was asked; choose one of '"):
+        LoopedConfig(**BASE, **{field: "other"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_kv_heads": 3}, "n_heads=4 is not a multiple of n_kv_heads=3"),
+        ({"n_kv_heads": -4}, "n_kv_heads=-4 was asked"),
+        ({"n_heads": 3}, "d_model=16 is not a multiple of n_heads=3"),
+        ({"d_head": 5}, "rotary positions need an even d_head, got 5"),
+        ({"l_cycles": 2}, "two stacks"),
+        ({**TWO_STACKS, "l_cycles": None}, "two stacks"),
+        ({**TWO_STACKS, "l_cycles": 0}, "l_cycles=0"),
+        ({**TWO_STACKS, "pass_norm": False}, "with pass_norm"),
+        ({**TWO_STACKS, "n_prelude": 1}, "without prelude"),
+        ({**TWO_STACKS, "n_coda": 1}, "without prelude"),
+        ({**TWO_STACKS, "prelude_norm": True}, "prelude_norm"),
+        ({"n_prelude": -1}, "n_prelude=-1"),
+        ({"initial_state": "noise"}, "would ignore the prompt"),
+        ({"strategy": "anchored", "pass_norm": True}, "goes with injection='none' and without pass_norm"),
+        ({"strategy": "anchored", "injection": "concat"}, "goes with injection='none'"),
+        ({"final_norm": False}, "the norm of the last pass must be the last norm"),
+        ({"final_norm": False, "pass_norm": True, "n_coda": 1}, "the norm of the last pass must be the last norm"),
+        ({"final_norm": False, "pass_norm": True, "after_loop": "linear"}, "the norm of the last pass must be the last norm"),
+        ({"windows": (None,)}, "windows has 1 entries for 2 physical layers"),
+        ({"windows": (None, 0)}, "a window=0 was asked"),
+        ({"biases": ("q", "w")}, r"biases names \['w'\]"),
+        ({"value_embed_layers": (0,)}, "0 < value_gate_width <= d_model, got 0"),
+        ({"value_embed_layers": (2,), "value_gate_width": 4}, r"value_embed_layers names \[2\]"),
+    ],
+)
+def test_contradictions_are_refused(fields: dict, message: str, unchecked: None) -> None:
+    with pytest.raises(LoopedError, match=message):
+        LoopedConfig(**{**BASE, **fields})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        TWO_STACKS,
+        {"windows": (4, None), "biases": ("q", "in"), "value_embed_layers": (1,), "value_gate_width": 8},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "logit_softcap": 15.0, "tied": True},
+        {"injection": "decay", "initial_state": "noise", "noise_std": 0.01, "prelude_norm": True, "after_loop": "linear"},
+    ],
+)
+def test_a_config_survives_json(fields: dict) -> None:
+    cfg = LoopedConfig(**{**BASE, **fields})
+    assert LoopedConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+
+
+def test_unknown_fields_are_refused() -> None:
+    values = {**LoopedConfig(**BASE).to_dict(), "n_layer": 3}
+    with pytest.raises(LoopedError, match=r"unknown LoopedConfig fields \['n_layer'\]; this version knows \['act_fn'"):
+        LoopedConfig.from_dict(values)
+
+
+def test_a_config_cannot_change() -> None:
+    cfg = LoopedConfig(**BASE)
+    with pytest.raises(AttributeError):
+        cfg.n_loops = 5  # type: ignore[misc]
+    assert deepcopy(cfg) is cfg
+    with pytest.raises(LoopedError, match="n_loops=0"):
+        cfg.replace(n_loops=0)
+
+
+def test_examples_in_the_module_run() -> None:
+    results = doctest.testmod(config_module)
+    assert results.attempted and not results.failed

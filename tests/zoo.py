@@ -1,0 +1,60 @@
+"""Small random models of the structure of every family, with grouped keys, odd head numbers and uneven stacks."""
+
+from __future__ import annotations
+
+import torch
+
+from tl_looped import LoopedBridge, LoopedConfig
+
+SMALL = {"d_model": 24, "n_heads": 3, "d_head": 8, "d_mlp": 20, "d_vocab": 31, "n_ctx": 32}
+
+ZOO = {
+    "ouro": LoopedConfig(
+        **SMALL, n_core=2, n_loops=3, norm="sandwich", pass_norm=True, final_norm=False, exit_gate=True, family="ouro"
+    ),
+    "huginn": LoopedConfig(
+        **SMALL, n_core=3, n_loops=3, n_prelude=2, n_coda=1, norm="stream", injection="concat", initial_state="noise", noise_std=0.1,
+        noise_scale=5.0, embed_scale=5.0, after_loop="final_norm", rope_layout="pairs", tied=True, biases=("q", "k"), family="huginn",
+    ),
+    "retrofit_llama": LoopedConfig(
+        **SMALL, n_core=2, n_loops=3, n_prelude=1, n_coda=2, n_kv_heads=1, injection="concat", initial_state="noise", noise_std=0.1,
+        family="retrofit",
+    ),
+    "retrofit_olmo": LoopedConfig(
+        **SMALL, n_core=2, n_loops=2, n_prelude=1, n_coda=1, norm="branch", qk_norm="flat", injection="concat",
+        initial_state="noise", noise_std=0.1, family="retrofit",
+    ),
+    "hrm_text": LoopedConfig(
+        **SMALL, n_core=2, n_loops=2, l_cycles=2, norm_weight=False, attn_gate=True, pass_norm=True, final_norm=False,
+        injection="add", initial_state="learned", prefix_lm=True, embed_scale=4.0, family="hrm_text",
+    ),
+    "nanbeige": LoopedConfig(**SMALL, n_core=2, n_loops=3, n_kv_heads=1, pass_norm=True, final_norm=False, family="nanbeige"),
+    "parcae": LoopedConfig(
+        **SMALL, n_core=2, n_loops=3, n_prelude=2, n_coda=2, mlp="relu_squared", qk_norm="after_rope", injection="decay",
+        initial_state="noise", noise_std=0.1, prelude_norm=True, after_loop="linear", rope_layout="pairs",
+        value_embed_layers=(1, 3, 5), value_gate_width=8, tied=True, logit_softcap=9.0, family="parcae",
+    ),
+    "looped_qwen": LoopedConfig(
+        **SMALL, n_core=2, n_loops=3, n_prelude=1, n_coda=1, n_kv_heads=1, qk_norm="head", biases=("q", "k", "v"),
+        windows=(None, 3, None, 4), family="llama",
+    ),
+    "anchored": LoopedConfig(**SMALL, n_core=2, n_loops=3, n_prelude=1, n_coda=1, strategy="anchored", anchor_steps=3, family="llama"),
+}  # fmt: skip
+
+
+def random_bridge(name: str, dtype: torch.dtype = torch.float32, **changes: object) -> LoopedBridge:
+    """A bridge whose parameters are all different from their usual initial values, so that none can go unnoticed."""
+    bridge = LoopedBridge.from_config(ZOO[name].replace(**changes))
+    generator = torch.Generator().manual_seed(1)
+    for key, parameter in bridge.original_model.canonical_parameters().items():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 2 and "embed" not in key:
+            parameter.data = 1.2 * noise / parameter.shape[-1] ** 0.5
+        else:
+            parameter.data = 0.3 * noise + (1.0 if key.endswith("weight") and parameter.ndim == 1 else 0.0)
+    return bridge.to(dtype)
+
+
+def random_tokens(batch: int = 2, pos: int = 7, seed: int = 0) -> torch.Tensor:
+    """Tokens of the zoo's vocabulary, [batch, pos]."""
+    return torch.randint(0, SMALL["d_vocab"], (batch, pos), generator=torch.Generator().manual_seed(seed))

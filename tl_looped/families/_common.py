@@ -1,0 +1,182 @@
+"""What the family files share: where a parameter is stored, and how to read a config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import LoopedConfig
+from ..errors import CheckpointError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+LLAMA_BLOCK = {
+    "ln1": "input_layernorm",
+    "attn.q": "self_attn.q_proj",
+    "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj",
+    "attn.o": "self_attn.o_proj",
+    "ln2": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+_BIASES = {
+    "attn.q": "q",
+    "attn.k": "k",
+    "attn.v": "v",
+    "attn.o": "o",
+    "attn.gate": "attn_gate",
+    "mlp.gate": "gate",
+    "mlp.up": "in",
+    "mlp.down": "out",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a parameter is stored: in tensor `name`, read as rows of the parameter's width, from row `first` on.
+
+    `shape` is the shape of the whole stored tensor where it is not the parameter's own.
+    """
+
+    name: str
+    first: int = 0
+    shape: tuple[int, ...] | None = None
+
+
+def need(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a key that a config.json must have."""
+    if config.get(key) is None:
+        raise CheckpointError(
+            f"config.json has no {key!r}, which a {kind(config)} checkpoint needs; it has {', '.join(sorted(config))}. "
+            "Restore the config.json the checkpoint was published with."
+        )
+    return config[key]
+
+
+def get(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """The value of an optional key; null counts as missing."""
+    value = config.get(key)
+    return default if value is None else value
+
+
+def kind(config: Mapping[str, Any]) -> str:
+    """What a config.json calls its model."""
+    return str(config.get("model_type") or config.get("_class_name") or "checkpoint of unknown type")
+
+
+def only(config: Mapping[str, Any], **implemented: Any) -> None:
+    """Refuse a config.json in which an option has another value than the implemented one; a missing option or null is none."""
+    for key, value in implemented.items():
+        found = config.get(key)
+        if found is not None and found != value and (found or value):  # False, 0, [] and "" all mean: off
+            raise CheckpointError(
+                f"this {kind(config)} checkpoint has {key}={found!r}, which is not implemented; only {key}={value!r} is. "
+                "Load a checkpoint without this option."
+            )
+
+
+def activation(config: Mapping[str, Any], key: str = "hidden_act") -> Any:
+    """The activation function of the MLP, SiLU by default."""
+    name = get(config, key, "silu")
+    if name.lower() not in ACTIVATIONS:
+        raise CheckpointError(f"this {kind(config)} checkpoint has {key}={name!r}; implemented are {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[name.lower()]
+
+
+def rope(config: Mapping[str, Any], default_theta: float | None) -> dict[str, Any]:
+    """The rotary fields, as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) writes them."""
+    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if any(isinstance(value, dict) for value in scaling.values()):
+        raise CheckpointError(
+            f"this {kind(config)} checkpoint has rotary parameters per layer type ({', '.join(scaling)}), which are not "
+            "implemented; only one set for all layers is. Load another checkpoint."
+        )
+    theta = get(scaling, "rope_theta", get(config, "rope_theta", default_theta))
+    only(config, partial_rotary_factor=1.0)
+    only(scaling, partial_rotary_factor=1.0)
+    scaling = {key: value for key, value in scaling.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    default = (scaling.get("rope_type") or scaling.get("type") or "default") == "default"
+    return {
+        "rope_theta": float(need({**config, "rope_theta": theta}, "rope_theta")),
+        "rope_scaling": None if default else scaling,
+    }
+
+
+def decoder_fields(config: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
+    """The fields of `LoopedConfig` that a decoder with Llama's config keys determines, whatever is looped."""
+    biases = ("q", "k", "v", "o") if get(config, "attention_bias", False) else ()
+    return {
+        "d_model": need(config, "hidden_size"),
+        "n_heads": need(config, "num_attention_heads"),
+        "n_kv_heads": get(config, "num_key_value_heads", 0),
+        "d_head": get(config, "head_dim", 0),
+        "d_mlp": need(config, "intermediate_size"),
+        "d_vocab": need(config, "vocab_size"),
+        "n_ctx": get(config, "max_position_embeddings", 2048),
+        "norm_eps": get(config, "rms_norm_eps", 1e-6),
+        "act_fn": activation(config),
+        "biases": biases + (("gate", "in", "out") if get(config, "mlp_bias", False) else ()),
+        "tied": get(config, "tie_word_embeddings", False),
+        **rope(config, default_theta),
+    }
+
+
+def layers(cfg: LoopedConfig) -> Iterator[tuple[str, str, int, int]]:
+    """Every physical layer: its canonical prefix, its stack, its index in the stack and among all layers."""
+    sites = [(stack, j) for stack, n in cfg.schedule.stacks.items() for j in range(n)]
+    return ((f"{stack}.{j}", stack, j, i) for i, (stack, j) in enumerate(sites))
+
+
+def modules(cfg: LoopedConfig, table: Mapping[str, str]) -> dict[str, Source]:
+    """Sources of modules stored one by one; `table` maps canonical modules to stored ones."""
+    sources = {f"{ours}.weight": Source(f"{theirs}.weight") for ours, theirs in table.items()}
+    for ours, theirs in table.items():
+        if _BIASES.get(".".join(ours.split(".")[2:])) in cfg.biases:
+            sources[f"{ours}.bias"] = Source(f"{theirs}.bias")
+    return sources
+
+
+def fused(stored: str, width: int, parts: Mapping[str, int]) -> dict[str, Source]:
+    """Sources of modules stored as one matrix; `parts` gives the rows of each canonical module, in the stored order."""
+    sources, first = {}, 0
+    for ours, rows in parts.items():
+        sources[f"{ours}.weight"] = Source(f"{stored}.weight", first, (sum(parts.values()), width))
+        first += rows
+    return sources
+
+
+def attention_rows(cfg: LoopedConfig, at: str, order: str) -> dict[str, int]:
+    """The rows of a fused attention matrix; `order` names its parts, for example "q k v"."""
+    q, kv = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
+    return {f"{at}.attn.{part}": kv if part in ("k", "v") else q for part in order.split()}
+
+
+def mlp_rows(cfg: LoopedConfig, at: str) -> dict[str, int]:
+    """The rows of a fused gated MLP: the gate comes first."""
+    return {f"{at}.mlp.gate": cfg.d_mlp, f"{at}.mlp.up": cfg.d_mlp}
+
+
+def readout(cfg: LoopedConfig, shapes: Shapes, embed: str, unembed: str) -> dict[str, str]:
+    """The embedding and, unless it is tied, the unembedding; of tied ones, either copy may be the stored one."""
+    if not cfg.tied:
+        return {"embed": embed, "unembed": unembed}
+    return {"embed": embed if f"{embed}.weight" in shapes or f"{unembed}.weight" not in shapes else unembed}
+
+
+def llama_sources(cfg: LoopedConfig, shapes: Shapes, block: Mapping[str, str] = LLAMA_BLOCK) -> dict[str, Source]:
+    """Sources of a decoder with Llama's tensor names, its layers numbered in the order prelude, core, coda."""
+    table = {f"{at}.{ours}": f"model.layers.{i}.{theirs}" for at, _, _, i in layers(cfg) for ours, theirs in block.items()}
+    table |= readout(cfg, shapes, "model.embed_tokens", "lm_head")
+    table["pass_norm" if cfg.pass_norm_is_final else "ln_final"] = "model.norm"
+    return modules(cfg, table)

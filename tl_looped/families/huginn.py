@@ -1,0 +1,105 @@
+"""Huginn-0125: a latent state from noise, norms on the stream, the prelude's output concatenated at every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import LoopedConfig
+from ..errors import CheckpointError
+from ._common import (
+    Shapes,
+    Source,
+    activation,
+    attention_rows,
+    fused,
+    get,
+    layers,
+    mlp_rows,
+    modules,
+    need,
+    only,
+    readout,
+    rope,
+)
+
+TIED = ("transformer.wte.weight", "lm_head.weight")
+IGNORED = ("freqs_cis",)
+
+_BLOCK = {"ln1": "norm_1", "ln1_stream": "norm_2", "ln2": "norm_3", "ln2_stream": "norm_4"}
+_STACKS = {"prelude": "prelude", "core": "core_block", "coda": "coda"}
+
+
+def matches(config: Mapping[str, Any], shapes: Shapes) -> bool:
+    """Whether this is Huginn; retrofits share its class name and model_type, but have two norms per block."""
+    return config.get("model_type") == "huginn_raven" and any(name.endswith(".norm_3.weight") for name in shapes)
+
+
+def raven_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that Huginn and the retrofits have in common."""
+    only(config, bias=False, test_time_noise=0, mlp_class_name="GatedMLP")
+    return {
+        "d_model": need(config, "n_embd"),
+        "n_heads": get(config, "n_heads", config.get("num_attention_heads")) or need(config, "n_heads"),
+        "n_kv_heads": get(config, "num_key_value_heads", 0),
+        "d_head": get(config, "head_dim", 0),
+        "d_mlp": need(config, "intermediate_size"),
+        "d_vocab": get(config, "padded_vocab_size", config.get("vocab_size")) or need(config, "padded_vocab_size"),
+        "n_prelude": need(config, "n_layers_in_prelude"),
+        "n_core": need(config, "n_layers_in_recurrent_block"),
+        "n_coda": need(config, "n_layers_in_coda"),
+        "n_loops": need(config, "mean_recurrence"),
+        "act_fn": activation(config, "nonlin_name"),
+        "injection": "concat",
+        "initial_state": "noise",
+    }
+
+
+def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
+    """What the checkpoint computes."""
+    fields = raven_fields(config)
+    width, biased = fields["d_model"], get(config, "qk_bias", True)
+    if biased and fields["n_kv_heads"] not in (0, fields["n_heads"]):
+        raise CheckpointError(
+            f"this huginn_raven checkpoint has qk_bias with num_key_value_heads={fields['n_kv_heads']} for "
+            f"n_heads={fields['n_heads']}, which the published model cannot run; only equal numbers are implemented."
+        )
+    return LoopedConfig(
+        family="huginn",
+        n_ctx=get(config, "block_size", 4096),
+        norm="stream",
+        norm_eps=get(config, "norm_eps", 1e-6),
+        biases=("q", "k") if biased else (),
+        rope_layout="pairs",
+        **rope({"rope_theta": config.get("rope_base")}, 50000.0),
+        noise_std=(2 / (5 * width)) ** 0.5,
+        noise_scale=width**0.5,
+        embed_scale=width**0.5,
+        after_loop="final_norm",
+        tied=get(config, "tie_embeddings", True),
+        **fields,
+    )
+
+
+def sources(cfg: LoopedConfig, shapes: Shapes) -> dict[str, Source]:
+    """Where every parameter is stored."""
+    found = raven_sources(cfg, shapes, _BLOCK)
+    for at, stack, j, _ in layers(cfg) if cfg.biases else ():
+        stored, shape = f"transformer.{_STACKS[stack]}.{j}.attn.qk_bias", (2, 1, cfg.n_heads, cfg.d_head)
+        found[f"{at}.attn.q.bias"] = Source(stored, 0, shape)
+        found[f"{at}.attn.k.bias"] = Source(stored, cfg.n_heads * cfg.d_head, shape)
+    return found
+
+
+def raven_sources(cfg: LoopedConfig, shapes: Shapes, block: Mapping[str, str]) -> dict[str, Source]:
+    """Sources of everything but biases; `block` names the norms of a block, which differ between Huginn and the retrofits."""
+    table = {"inject": "transformer.adapter", "ln_final": "transformer.ln_f"}
+    table |= readout(cfg, shapes, "transformer.wte", "lm_head")
+    found: dict[str, Source] = {}
+    for at, stack, j, _ in layers(cfg):
+        stored = f"transformer.{_STACKS[stack]}.{j}"
+        table |= {f"{at}.attn.o": f"{stored}.attn.proj", f"{at}.mlp.down": f"{stored}.mlp.proj"}
+        table |= {f"{at}.{ours}": f"{stored}.{theirs}" for ours, theirs in block.items()}
+        found |= fused(f"{stored}.attn.Wqkv", cfg.d_model, attention_rows(cfg, at, "q k v"))
+        found |= fused(f"{stored}.mlp.fc", cfg.d_model, mlp_rows(cfg, at))
+    return found | modules(cfg.replace(biases=()), table)
