@@ -134,7 +134,7 @@ class LoopedAttention(Around, AttentionBridge):
         return shared[:, :, :n_heads]
 
     def _apply_ln1_per_head(self, x: Tensor) -> Tensor:
-        return x if self._ln1_module is None else self._ln1_module.normalize(x)  # type: ignore[operator]
+        return x if self._ln1_module is None else self._ln1_module.unhooked(x)  # type: ignore[operator]
 
 
 class LoopedBlock(Around, BlockBridge):

@@ -116,7 +116,7 @@ class LoopedBridge(TransformerBridge):
         Raises:
             CheckpointError: the model is of no known looped family.
         """
-        checkpoint = loading.checkpoint_of(hf_model)
+        checkpoint = _in_memory(hf_model)
         return cls(loading.load_model(checkpoint, n_loops=n_loops, l_cycles=l_cycles), tokenizer, type(hf_model).__name__)
 
     @classmethod
@@ -168,7 +168,7 @@ class LoopedBridge(TransformerBridge):
         if strategy == "naive" and (K is not None or n_loops is None):
             raise LoopedError("strategy='naive' needs n_loops= and has no K; K belongs to strategy='anchored'.")
         steps = check_count("K", K) if K is not None else check_count("n_loops", n_loops) if n_loops is not None else 6
-        checkpoint = loading.checkpoint_of(hf_model)
+        checkpoint = _in_memory(hf_model)
         cfg = families.llama.looped_config(
             checkpoint.config,
             checkpoint.shapes,
@@ -418,6 +418,15 @@ class LoopedBridge(TransformerBridge):
 
     def _validate_attention_fork_supported(self, flag_name: str) -> None:
         """Every looped family has the forks; TransformerLens would check for its own attention classes."""
+
+
+def _in_memory(hf_model: nn.Module) -> loading.MemoryCheckpoint:
+    """The config and tensors of an instantiated model."""
+    config: Any = getattr(hf_model, "config", None)
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(getattr(config, "__dict__", {}))
+    if not values:
+        raise LoopedError(f"a {type(hf_model).__name__} without a config was given; pass a model that has one, as in transformers.")
+    return loading.MemoryCheckpoint({"_class_name": type(config).__name__, **values}, hf_model.state_dict())
 
 
 class HookDict(dict[str, HookPoint]):

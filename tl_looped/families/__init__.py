@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ..config import LoopedConfig
 from ..errors import CheckpointError
@@ -13,6 +13,7 @@ from ._common import Shapes, Source
 __all__ = ["Family", "Source", "detect"]
 
 
+@runtime_checkable
 class Family(Protocol):
     """What a family file provides.
 

@@ -7,7 +7,6 @@ to trust.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -17,8 +16,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..config import LoopedConfig
-
-Slot = Callable[[Tensor], Tensor]
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -64,16 +61,25 @@ class RMSNorm(nn.Module):
         self.hook_normalized = nn.Identity()
 
     def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
-        return self.normalize(x, self.hook_scale, self.hook_normalized)
+        wide, power = self._power(x)
+        inverse = torch.rsqrt(power)
+        if is_observed(self.hook_scale):  # as with the attention pattern, only an edit or a gradient changes the path
+            scale = self.hook_scale(power.sqrt())
+            if scale.requires_grad or not torch.equal(scale, power.sqrt()):
+                inverse = scale.reciprocal()
+        normalized = self.hook_normalized((wide * inverse).to(x.dtype))
+        return normalized if self.weight is None else self.weight * normalized
 
-    def normalize(self, x: Tensor, on_scale: Slot | None = None, on_normalized: Slot | None = None) -> Tensor:
-        """The norm itself; without slots, for uses that are not the one occurrence a hook name stands for."""
+    def unhooked(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
+        """The norm without its slots, for uses that are not the one occurrence a hook name stands for."""
+        wide, power = self._power(x)
+        normalized = (wide * torch.rsqrt(power)).to(x.dtype)
+        return normalized if self.weight is None else self.weight * normalized
+
+    def _power(self, x: Tensor) -> tuple[Tensor, Tensor]:
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        scale = (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-        normalized = (wide / (on_scale(scale) if on_scale else scale)).to(x.dtype)
-        normalized = on_normalized(normalized) if on_normalized else normalized
-        return normalized if self.weight is None else self.weight * normalized
+        return wide, wide.pow(2).mean(-1, keepdim=True) + eps
 
 
 def rotate(

@@ -270,8 +270,10 @@ class LoopedModel(nn.Module):
     def _coda(self) -> range:
         return range(self.cfg.schedule.first_coda_layer, self.cfg.schedule.n_layers)
 
-    def _loop_output(self, state: Tensor, anchor: Tensor) -> Tensor:
-        return self.cfg.beta * anchor + (1 - self.cfg.beta) * state if self.cfg.strategy == "anchored" else state
+    def _loop_output(self, state: Tensor, anchor: Tensor | None) -> Tensor:
+        if self.cfg.strategy == "naive" or anchor is None:
+            return state
+        return self.cfg.beta * anchor + (1 - self.cfg.beta) * state
 
     def _cached(self, cache: KeyValueCache, part: Part, last: Pass) -> int:
         """How many positions the cache holds, in every layer that will run."""

@@ -75,7 +75,7 @@ class PassEnds(nn.Module):
         x = state if self.inject is None else self.inject(state, self.hook_injection(injection))
         return self.hook_in(x), state
 
-    def leave(self, x: Tensor, state: Tensor | None, final_norm: RMSNorm | None) -> Tensor:
+    def leave(self, x: Tensor, state: Tensor | None, final_norm: nn.Module | None) -> Tensor:
         """The state leaving the pass. `final_norm` stands in for the pass's own norm in the last pass."""
         norm = self.norm or final_norm
         if norm is not None:
