@@ -263,6 +263,17 @@ def test_unroll_shares_every_parameter(name: str) -> None:
 
 
 @FAMILIES
+def test_changing_the_dtype_keeps_the_sharing(name: str) -> None:
+    bridge = random_bridge(name)
+    n_parameters = len(storages(bridge))
+    logits = bridge(TOKENS)
+    assert bridge.to(torch.float64) is bridge and bridge.cfg.dtype == torch.float64
+    assert len(storages(bridge)) == n_parameters
+    assert {p.dtype for p in bridge.parameters()} == {torch.float64}
+    torch.testing.assert_close(bridge(TOKENS).float(), logits, atol=1e-3, rtol=1e-3)
+
+
+@FAMILIES
 def test_start_and_stop_skip_the_work(name: str) -> None:
     bridge = random_bridge(name)
     logits, cache = bridge.run_with_cache(TOKENS)

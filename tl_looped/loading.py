@@ -232,8 +232,9 @@ def _safetensors_header(file: Path) -> dict[str, _InSafetensors]:
     try:
         header: dict[str, Any] = json.loads(raw)
         header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+        end = 8 + length + max((last for _, _, _, last in entries.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file} is truncated or not a safetensors file: its header cannot be read. Download it again."
         ) from error
@@ -242,10 +243,10 @@ def _safetensors_header(file: Path) -> dict[str, _InSafetensors]:
             f"{file} is truncated or damaged: its header describes {end} bytes, it has {size}. Download it again."
         )
     tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise CheckpointError(f"{file} stores {name} as {entry['dtype']}; readable are {', '.join(_DTYPES)}. Convert it.")
-        dtype, shape, (first, last) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    for name, (stored_as, shape, first, last) in entries.items():
+        if stored_as not in _DTYPES:
+            raise CheckpointError(f"{file} stores {name} as {stored_as}; readable are {', '.join(_DTYPES)}. Convert it.")
+        dtype = _DTYPES[stored_as]
         if last - first != math.prod(shape) * dtype.itemsize:
             raise CheckpointError(f"{file} is damaged: {name} {list(shape)} has {last - first} bytes. Download it again.")
         tensors[name] = _InSafetensors(file, dtype, shape, 8 + length + first)

@@ -280,6 +280,16 @@ class LoopedBridge(TransformerBridge):
         """Tokens of a text, as in TransformerBridge; a text longer than the context is cut only when `truncate` is asked for."""
         return super().to_tokens(input, prepend_bos, padding_side, move_to_device, truncate)
 
+    def to(self, *args: Any, print_details: bool = False, **kwargs: Any) -> LoopedBridge:
+        """Move the model or change its dtype, in time linear in its layers; other unrolls of the same parameters move with it."""
+        nn.Module.to(self, *args, **kwargs)
+        self.original_model.to(*args, **kwargs)
+        weight = self.original_model.canonical_parameters()["embed.weight"]
+        self.cfg.dtype, self.cfg.device = weight.dtype, str(weight.device)
+        if print_details:
+            print(f"Model on {self.cfg.device} in {self.cfg.dtype}")
+        return self
+
     # Hooks under both names.
 
     def expand_name(self, name: str, check: bool = True) -> list[str]:
