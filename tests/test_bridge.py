@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from transformer_lens import ActivationCache, patching
@@ -74,7 +76,7 @@ def test_an_edit_reaches_later_layers_only(name: str) -> None:
     for layer in range(bridge.cfg.n_layers):
         for hook in ("hook_resid_pre", "attn.hook_pattern", "attn.hook_z", "hook_resid_mid", "mlp.hook_post"):
             with bridge.hooks(fwd_hooks=[(bridge.schedule.name(layer, hook), edit)]):
-                logits, edited = bridge.run_with_cache(TOKENS)
+                _, edited = bridge.run_with_cache(TOKENS)
             earlier = [n for n in clean if n.startswith("blocks.") and int(n.split(".")[1]) < layer]
             assert all(torch.equal(clean[n], edited[n]) for n in earlier)
             assert not torch.equal(clean[f"blocks.{layer}.hook_resid_post"], edited[f"blocks.{layer}.hook_resid_post"])
@@ -225,6 +227,10 @@ def test_stack_loops(name: str) -> None:
     last = bridge.schedule.pass_of_loop(1).layers[-1]
     assert torch.equal(patterns, cache["pattern", last][None])
     assert torch.equal(streams[1, -1], cache["resid_post", last])
+    with pytest.raises(LoopedError, match=r"layers in stack"):
+        cache.stack_loops("pattern", layer=7, stack=stack)
+    with pytest.raises(LoopedError, match=r"loops \(0"):
+        cache.stack_loops("pattern", loops=[9], stack=stack)
 
 
 @FAMILIES
@@ -233,9 +239,9 @@ def test_readout_equals_the_shorter_model_and_skips_the_rest(name: str) -> None:
     seen = {}
     bridge(TOKENS, on_loop=lambda loop, logits: seen.update({loop: logits}))
     for loop in range(bridge.n_loops):
-        calls = []
-        hook = ("blocks.*.hook_in", lambda t, hook: calls.append(hook.name))
-        with bridge.hooks(fwd_hooks=[hook]):
+        calls: list[str] = []
+        count = lambda t, hook, calls=calls: calls.append(hook.name)  # noqa: E731
+        with bridge.hooks(fwd_hooks=[("blocks.*.hook_in", count)]):
             logits = bridge.readout(TOKENS, loop=loop)
         shorter = bridge.unroll(loop + 1)
         assert torch.equal(logits, shorter(TOKENS)) and torch.equal(logits, seen[loop])
@@ -311,7 +317,12 @@ def test_gradients_of_every_pass_agree_with_finite_differences(name: str) -> Non
     schedule = bridge.schedule
     for p in schedule.passes:
         prefix = schedule.pass_prefix(p)
-        hooks = [f"{prefix}.hook_state", f"{prefix}.hook_out", f"blocks.{p.first}.attn.hook_z", f"blocks.{p.first}.attn.hook_pattern"]
+        hooks = [
+            f"{prefix}.hook_state",
+            f"{prefix}.hook_out",
+            f"blocks.{p.first}.attn.hook_z",
+            f"blocks.{p.first}.attn.hook_pattern",
+        ]
         for hook_name in hooks + ([f"{prefix}.hook_injection"] if bridge.looped_cfg.injection != "none" else []):
             direction = torch.randn(cache[hook_name].shape, generator=generator, dtype=torch.float64)
             losses = []
@@ -375,7 +386,7 @@ def test_weights_have_virtual_layers_as_leading_axis(name: str) -> None:
     bridge = random_bridge(name)
     assert tuple(bridge.W_Q.shape) == (bridge.cfg.n_layers, 3, 24, 8)
     physical = bridge.schedule.physical
-    for i, j in ((i, j) for i in range(len(physical)) for j in range(i)):
+    for i, j in itertools.combinations(range(len(physical)), 2):
         assert torch.equal(bridge.W_Q[i], bridge.W_Q[j]) == (physical[i] == physical[j])
 
 

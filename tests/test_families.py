@@ -610,7 +610,6 @@ REFUSED = [
     ("parcae", {"rope_settings": {"rope_condense_ratio": 2}}),
     ("nanbeige", {"enable_mhc": True}),
     ("nanbeige", {"insert_ngram_layer_idx": [0]}),
-    ("nanbeige", {"enable_double_loop_split": True}),
     ("ouro", {"use_sliding_window": True}),
     ("ouro", {"hidden_act": "mish"}),
     ("ouro", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
@@ -644,6 +643,7 @@ def test_no_rope_layers_are_refused():
 
 def test_loop_counts_of_nanbeige():
     assert load_model(edited("nanbeige", loop_loss_weights=[0.5, 0.5])).cfg.n_loops == 3
+    assert load_model(edited("nanbeige", enable_double_loop_split=True)).cfg.n_loops == 1
     assert load_model(edited("nanbeige", num_loops=None)).cfg.n_loops == 1
 
 

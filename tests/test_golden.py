@@ -86,7 +86,7 @@ def test_every_reference_activation(family: str) -> None:
             name = hook_of(family, what)
             for hook in bridge.expand_name(name) if name else []:
                 value = cache[hook].unsqueeze(-1) if what.startswith("gate_logit") else cache[hook]
-                torch.testing.assert_close(value, expected, atol=ATOL, rtol=0, msg=lambda m, w=what: f"{run}/{w}: {m}")
+                torch.testing.assert_close(value, expected, atol=ATOL, rtol=0, msg=lambda m, at=f"{run}/{what}": f"{at}: {m}")
                 checked += 1
     assert checked >= 15
 

@@ -209,8 +209,13 @@ def test_loops_and_layers_out_of_range() -> None:
         ONE_STACK.loop(4)
     with pytest.raises(OutOfRangeError, match="15 virtual layers"):
         ONE_STACK.name(15, "hook_z")
-    with pytest.raises(OutOfRangeError, match="this run has 4 loops over one stack of 3 layers"):
+    with pytest.raises(OutOfRangeError, match=r"loop 4 is out of range: there are 4 loops \(0\.\.3\)"):
         ONE_STACK.virtual(Site("core", 4, 0))
+    with pytest.raises(OutOfRangeError, match=r"there are 3 layers in stack 'core' \(0\.\.2\)"):
+        ONE_STACK.virtual(Site("core", 0, 3))
+    with pytest.raises(OutOfRangeError, match="this run has 4 loops over one stack of 3 layers"):
+        ONE_STACK.virtual(Site("core", None, 0))
+    assert ONE_STACK.virtual(Site("core", -1, -1)) == 13
     assert ONE_STACK.loop(-1) == 3 and ONE_STACK.layer(-15) == 0
 
 

@@ -13,12 +13,13 @@ ZOO = {
         **SMALL, n_core=2, n_loops=3, norm="sandwich", pass_norm=True, final_norm=False, exit_gate=True, family="ouro"
     ),
     "huginn": LoopedConfig(
-        **SMALL, n_core=3, n_loops=3, n_prelude=2, n_coda=1, norm="stream", injection="concat", initial_state="noise", noise_std=0.1,
-        noise_scale=5.0, embed_scale=5.0, after_loop="final_norm", rope_layout="pairs", tied=True, biases=("q", "k"), family="huginn",
+        **SMALL, n_core=3, n_loops=3, n_prelude=2, n_coda=1, norm="stream", injection="concat", initial_state="noise",
+        noise_std=0.1, noise_scale=5.0, embed_scale=5.0, after_loop="final_norm", rope_layout="pairs", tied=True,
+        biases=("q", "k"), family="huginn",
     ),
     "retrofit_llama": LoopedConfig(
-        **SMALL, n_core=2, n_loops=3, n_prelude=1, n_coda=2, n_kv_heads=1, injection="concat", initial_state="noise", noise_std=0.1,
-        family="retrofit",
+        **SMALL, n_core=2, n_loops=3, n_prelude=1, n_coda=2, n_kv_heads=1, injection="concat", initial_state="noise",
+        noise_std=0.1, family="retrofit",
     ),
     "retrofit_olmo": LoopedConfig(
         **SMALL, n_core=2, n_loops=2, n_prelude=1, n_coda=1, norm="branch", qk_norm="flat", injection="concat",
@@ -38,7 +39,9 @@ ZOO = {
         **SMALL, n_core=2, n_loops=3, n_prelude=1, n_coda=1, n_kv_heads=1, qk_norm="head", biases=("q", "k", "v"),
         windows=(None, 3, None, 4), family="llama",
     ),
-    "anchored": LoopedConfig(**SMALL, n_core=2, n_loops=3, n_prelude=1, n_coda=1, strategy="anchored", anchor_steps=3, family="llama"),
+    "anchored": LoopedConfig(
+        **SMALL, n_core=2, n_loops=3, n_prelude=1, n_coda=1, strategy="anchored", anchor_steps=3, family="llama"
+    ),
 }  # fmt: skip
 
 

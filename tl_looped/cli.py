@@ -20,7 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tl-looped", description="Look inside looped language models.")
     commands = parser.add_subparsers(dest="command", required=True)
     lens = commands.add_parser(
-        "lens", help="what the model would answer if it stopped after each loop", description=lens_table.__doc__, epilog=LENS_EXAMPLE
+        "lens",
+        help="what the model would answer if it stopped after each loop",
+        description=lens_table.__doc__,
+        epilog=LENS_EXAMPLE,
     )
     lens.add_argument("checkpoint", help="a Hub id, or a directory with config.json and tensors")
     prompt = lens.add_mutually_exclusive_group(required=True)

@@ -165,10 +165,15 @@ class Schedule:
         return self.sites[self.layer(index)]
 
     def virtual(self, site: Site) -> int:
-        """The virtual index of a site."""
-        if site not in self._virtual:
+        """The virtual index of a site; negative indices count from the end."""
+        stack, loop, layer = site
+        n_layers = self.stacks.get(stack, 0)
+        if loop is not None and stack in self.core_stacks:
+            loop = _pick_one(loop, self.n_loops_of(stack), "loop", "loops", more_loops=stack == "core")
+        layer = _pick_one(layer, n_layers, "layer", f"layers in stack {stack!r}")
+        if (found := self._virtual.get(Site(stack, loop, layer))) is None:
             raise OutOfRangeError(f"{site} was asked, but this run has {self.describe()}.")
-        return self._virtual[site]
+        return found
 
     def pass_prefix(self, p: Pass) -> str:
         """The loop-indexed name of a pass, without a hook."""
@@ -221,9 +226,10 @@ class Schedule:
 
     def describe(self) -> str:
         """One line: what runs in this model."""
+        loops = f"{self.n_loops} loop" + "s" * (self.n_loops > 1)
         core = "one stack" if self.l_cycles is None else f"stacks L ({self.l_cycles} x per loop) and H"
         edges = f"{self.n_prelude} prelude and {self.n_coda} coda layers"
-        return f"{self.n_loops} loops over {core} of {self.n_core} layers, {edges}: {self.n_layers} virtual layers"
+        return f"{loops} over {core} of {self.n_core} layers, {edges}: {self.n_layers} virtual layers"
 
 
 def is_pattern(name: str) -> bool:
@@ -249,7 +255,8 @@ def _pick_one(index: int, n: int, asked: str, what: str, more_loops: bool = Fals
         raise LoopedError(f"{asked} {index!r} was asked, but an index is an int.")
     if not -n <= index < n:
         advice = f"; for more, load with n_loops= or use model.unroll({index + 1})" if more_loops and index >= n else ""
-        raise OutOfRangeError(f"index {index} in {asked!r} is out of range: there are {n} {what}{_span(n)}{advice}.")
+        where = f"index {index} in {asked!r}" if "." in asked else f"{asked} {index}"
+        raise OutOfRangeError(f"{where} is out of range: there are {n} {what}{_span(n)}{advice}.")
     return index % n
 
 

@@ -45,7 +45,9 @@ def paired_ratio(measured: Callable[[], object], baseline: Callable[[], object],
     [(1024, 16, 64, 15, {"forward": 1.10, "cache residuals": 1.15}), (64, 4, 16, 60, {"forward": 2.0})],
 )
 def test_overhead(d_model: int, n_heads: int, pos: int, rounds: int, limits: dict[str, float]) -> None:
-    cfg = LoopedConfig(d_model=d_model, n_heads=n_heads, d_vocab=1000, n_core=6, n_loops=4, norm="sandwich", pass_norm=True, final_norm=False)
+    cfg = LoopedConfig(
+        d_model=d_model, n_heads=n_heads, d_vocab=1000, n_core=6, n_loops=4, norm="sandwich", pass_norm=True, final_norm=False
+    )
     bridge = LoopedBridge.from_config(cfg)
     plain = plain_twin(bridge)
     tokens = torch.randint(0, cfg.d_vocab, (1, pos), generator=torch.Generator().manual_seed(0))

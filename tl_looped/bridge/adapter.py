@@ -84,7 +84,11 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
             **self._norms(hf_model, "prelude_norm"),
             "blocks": self._block(hf_model.blocks[0], looped),
             "passes": PassBridge(name="passes", submodules={"norm": LoopedNorm(name="norm", config=self.cfg, optional=True)}),
-            **({"after_loop": LoopedLinear(name="after_loop")} if looped.after_loop == "linear" else self._norms(hf_model, "after_loop")),
+            **(
+                {"after_loop": LoopedLinear(name="after_loop")}
+                if looped.after_loop == "linear"
+                else self._norms(hf_model, "after_loop")
+            ),
             "ln_final": LoopedNorm(name="ln_final", config=self.cfg),
             "unembed": UnembeddingBridge(name="unembed", config=self.cfg),
         }

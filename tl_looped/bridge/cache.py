@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
-from transformer_lens.utilities import get_act_name
+from transformer_lens.utilities.components_utils import get_act_name
 
 from ..errors import LoopedError, UnknownNameError
 from ..schedule import Site, is_pattern
@@ -26,6 +26,8 @@ class LoopedCache(ActivationCache):
         >>> tuple(cache.stack_loops("resid_post").shape)
         (3, 2, 1, 3, 8)
     """
+
+    model: Any  # a LoopedBridge; TransformerLens's own annotation knows less
 
     def __getitem__(self, key: Any) -> Tensor:
         if isinstance(key, str) and key not in self.cache_dict:
@@ -51,7 +53,7 @@ class LoopedCache(ActivationCache):
 
     def stack_loops(
         self, name: str, layer: int | None = None, loops: list[int] | range | None = None, stack: str | None = None
-    ) -> Float[Tensor, "loop *layer_and_shape"]:
+    ) -> Float[Tensor, "loop ..."]:
         """One activation of every loop, stacked.
 
         Args:
@@ -69,12 +71,12 @@ class LoopedCache(ActivationCache):
         schedule = self.model.schedule
         if stack is None and len(schedule.core_stacks) > 1:
             raise LoopedError(f"this model loops the stacks {schedule.core_stacks}; pass stack='L' or stack='H'.")
-        stack = schedule.core_stacks[0] if stack is None else stack
-        chosen = range(schedule.n_loops_of(stack)) if loops is None else loops
-        layers = range(schedule.stacks[stack]) if layer is None else [layer % schedule.stacks[stack]]
+        looped = schedule.core_stacks[0] if stack is None else stack
+        chosen = range(schedule.n_loops_of(looped)) if loops is None else loops
+        layers = range(schedule.stacks[looped]) if layer is None else [layer]
         rows = []
         for loop in chosen:
-            indices = [schedule.virtual(Site(stack, loop, j)) for j in layers]
+            indices = [schedule.virtual(Site(looped, loop, j)) for j in layers]
             cells = [self[f"blocks.{i}.{name}"] if "." in name or name.startswith("hook_") else self[name, i] for i in indices]
             rows.append(cells[0] if layer is not None else torch.stack(cells))
         return torch.stack(rows)

@@ -1,7 +1,8 @@
 """TransformerLens components around the parts of the canonical model.
 
-The canonical modules already have a slot wherever a hook belongs. A component only fires `hook_in` and `hook_out` around its module
-and puts its own hook points into the module's slots, so nothing is computed twice and an unhooked run costs what the plain model costs.
+The canonical modules already have a slot wherever a hook belongs. A component only fires `hook_in` and `hook_out` around its
+module and puts its own hook points into the module's slots, so nothing is computed twice and an unhooked run costs what the
+plain model costs.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class LoopedLinear(Around, LinearBridge):
     """A projection."""
 
 
-class LoopedNorm(Around, RMSNormalizationBridge):
+class LoopedNorm(Around, RMSNormalizationBridge):  # pyright: ignore[reportIncompatibleMethodOverride]
     """An RMS norm with `hook_scale` and `hook_normalized`."""
 
 
@@ -116,8 +117,9 @@ class LoopedAttention(Around, AttentionBridge):
     def _setup_qkv_hook_reshaping(self) -> None:
         super()._setup_qkv_hook_reshaping()
         for name in ("hook_rot_q", "hook_rot_k"):
-            if name in self._modules:
-                self._modules[name].hook_conversion = None  # these fire as [batch, pos, head, d_head] already
+            hook = self._modules.get(name)
+            if isinstance(hook, HookPoint):
+                hook.hook_conversion = None  # these fire as [batch, pos, head, d_head] already
 
     def forked_input(self, letter: str, x: Tensor) -> Tensor | None:
         """The normed input of a projection, [batch, pos, head, d_model], after its fork hook; None when no switch is on."""

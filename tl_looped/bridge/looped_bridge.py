@@ -5,15 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent, alias_generation
 from transformer_lens.model_bridge.sources._bridge_builder import configure_tokenizer
+from transformers import AutoTokenizer
 
 from .. import families, loading
 from ..config import LoopedConfig
@@ -32,9 +35,9 @@ Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
 class LoopedBridge(TransformerBridge):
     """A looped language model in TransformerLens.
 
-    `blocks[i]` is virtual layer `i` of the unrolled computation; all passes over a layer hold the same parameters. Hook names come
-    in two spellings, `blocks.{i}.{hook}` and `loops.{t}.blocks.{j}.{hook}`, and both work wherever a name is accepted. Use
-    `from_pretrained`, `from_hf`, `from_config` or `loop_layers` to make one.
+    `blocks[i]` is virtual layer `i` of the unrolled computation; all passes over a layer hold the same parameters. Hook names
+    come in two spellings, `blocks.{i}.{hook}` and `loops.{t}.blocks.{j}.{hook}`, and both work wherever a name is accepted.
+    Use `from_pretrained`, `from_hf`, `from_config` or `loop_layers` to make one.
 
     Example:
         >>> import torch
@@ -53,13 +56,17 @@ class LoopedBridge(TransformerBridge):
         adapter.prepare_model(model)
         self.__dict__["looped_cfg"] = model.cfg
         self.__dict__["_hook_dict"] = (None, {})
-        super().__init__(model, adapter, None if tokenizer is None else configure_tokenizer(tokenizer, cfg))
+        super().__init__(model, adapter, None if tokenizer is None else _configured(tokenizer, cfg))
         self.eval()
 
     @property
     def schedule(self) -> Schedule:
         """The order in which the layers run."""
         return self.looped_cfg.schedule
+
+    @property
+    def _model(self) -> LoopedModel:
+        return cast(LoopedModel, self.original_model)
 
     @property
     def n_loops(self) -> int:
@@ -83,8 +90,8 @@ class LoopedBridge(TransformerBridge):
         """Load a looped checkpoint.
 
         Args:
-            name_or_dir: a Hub id, or a directory of the same layout. Only `config.json`, tensors and tokenizer files are read; no
-                remote code is run.
+            name_or_dir: a Hub id, or a directory of the same layout. Only `config.json`, tensors and tokenizer files are read;
+                no remote code is run.
             n_loops: how often to loop (H cycles for HRM-Text); None for what the checkpoint says.
             l_cycles: L cycles per H cycle (HRM-Text).
             revision: branch, tag or commit on the Hub.
@@ -97,7 +104,7 @@ class LoopedBridge(TransformerBridge):
         """
         checkpoint = loading.open_checkpoint(name_or_dir, revision)
         model = loading.load_model(checkpoint, device=device, dtype=dtype, n_loops=n_loops, l_cycles=l_cycles)
-        if tokenizer is None:
+        if tokenizer is None and checkpoint.path is not None:
             tokenizer = loading.load_tokenizer(checkpoint.path)
         return cls(model, tokenizer, str(name_or_dir))
 
@@ -105,7 +112,7 @@ class LoopedBridge(TransformerBridge):
     def from_hf(
         cls, hf_model: nn.Module, *, tokenizer: Any = None, n_loops: int | None = None, l_cycles: int | None = None
     ) -> LoopedBridge:
-        """Make a bridge from an instantiated looped model: its config and its weights, which are shared where their layout allows.
+        """Make a bridge from an instantiated looped model: its config and its weights, whose memory is shared.
 
         Args:
             hf_model: a model of a known family with a `config`, such as transformers' `HrmTextForCausalLM`.
@@ -152,9 +159,9 @@ class LoopedBridge(TransformerBridge):
             start: first looped layer.
             stop: end of the looped layers, exclusive.
             n_loops: how often they run; 1 is the ordinary model. Default: `K` for "anchored".
-            strategy: "naive" feeds the output of the range back into it. "anchored" (arXiv 2605.23872, `block_anchored`) moves the
-                state by 1/K of the way in every pass and returns `beta * first pass + (1 - beta) * last state`. The paper loops the
-                prompt only; here every position is looped, so that a cached run equals a full one.
+            strategy: "naive" feeds the output of the range back into it. "anchored" (arXiv 2605.23872, `block_anchored`) moves
+                the state by 1/K of the way in every pass and returns `beta * first pass + (1 - beta) * last state`. The paper
+                loops the prompt only; here every position is looped, so that a cached run equals a full one.
             beta: weight of the first pass ("anchored").
             K: number of steps ("anchored"); default `n_loops`, or the paper's 6.
             tokenizer: its tokenizer.
@@ -194,9 +201,13 @@ class LoopedBridge(TransformerBridge):
             raise LoopedError("the weights of this model were processed (compatibility mode); unroll the model before that.")
         with torch.device("meta"):
             model = LoopedModel(self.looped_cfg.replace(n_loops=n_loops))
-        for name, parameter in self.original_model.canonical_parameters().items():
+        for name, parameter in self._model.canonical_parameters().items():
             model.set_parameter(name, parameter)
-        return LoopedBridge(model, self.tokenizer, self.cfg.model_name)
+        unrolled = LoopedBridge(model, None, self.cfg.model_name)
+        unrolled._tokenizer = self.tokenizer
+        for setting in ("default_prepend_bos", "tokenizer_prepends_bos", "tokenizer_appends_eos"):
+            setattr(unrolled.cfg, setting, getattr(self.cfg, setting))
+        return unrolled
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config, tensors (each once) and tokenizer; `from_pretrained` reads them back bit for bit.
@@ -209,7 +220,7 @@ class LoopedBridge(TransformerBridge):
         """
         if self._weights_processed:
             raise LoopedError("the weights of this model were processed (compatibility mode); save the model before that.")
-        loading.save_model(self.original_model, Path(directory))
+        loading.save_model(self._model, Path(directory))
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
 
@@ -227,13 +238,13 @@ class LoopedBridge(TransformerBridge):
         """Run the model; `TransformerBridge.forward` with loops.
 
         Args:
-            input: text, tokens, scaled embeddings (`hook_embed`), or with `start_at_layer` the residual stream entering that layer.
+            input: text, tokens, scaled embeddings (`hook_embed`), or with `start_at_layer` the residual stream entering it.
             return_type: "logits", "loss", "both", "logits_and_cache" or None.
             *args: as in TransformerBridge.
             start_at_layer: first virtual layer to run; the ones before are skipped. For families that inject, later passes need
                 `injection=cache["loops.{t}.hook_injection"]` of that pass, and Parcae needs `input_ids=`.
-            stop_at_layer: run up to this virtual layer, exclusive, and return the residual stream entering it, [batch, pos, d_model];
-                `n_layers` for the one leaving the last layer.
+            stop_at_layer: run up to this virtual layer, exclusive, and return the residual stream entering it,
+                [batch, pos, d_model]; `n_layers` for the one leaving the last layer.
             **kwargs: `initial_state` (tensor [batch, pos, d_model], int seed, torch.Generator or "zero"), `attention_mask`,
                 `position_ids`, `token_type_ids` (HRM-Text's prefix), `past_key_values`, and the rest of TransformerBridge's.
 
@@ -277,14 +288,20 @@ class LoopedBridge(TransformerBridge):
         move_to_device: bool = True,
         truncate: bool = False,
     ) -> Int[Tensor, "batch pos"]:
-        """Tokens of a text, as in TransformerBridge; a text longer than the context is cut only when `truncate` is asked for."""
+        """Tokens of a text, as in TransformerBridge; a text longer than the context is cut only if `truncate` is True."""
         return super().to_tokens(input, prepend_bos, padding_side, move_to_device, truncate)
 
     def to(self, *args: Any, print_details: bool = False, **kwargs: Any) -> LoopedBridge:
-        """Move the model or change its dtype, in time linear in its layers; other unrolls of the same parameters move with it."""
+        """Move the model or change its dtype; other unrolls of the same parameters move with it.
+
+        Args:
+            *args: as in `torch.nn.Module.to`.
+            print_details: say where the model is now.
+            **kwargs: as in `torch.nn.Module.to`.
+        """
         nn.Module.to(self, *args, **kwargs)
-        self.original_model.to(*args, **kwargs)
-        weight = self.original_model.canonical_parameters()["embed.weight"]
+        self._model.to(*args, **kwargs)
+        weight = self._model.embed.weight
         self.cfg.dtype, self.cfg.device = weight.dtype, str(weight.device)
         if print_details:
             print(f"Model on {self.cfg.device} in {self.cfg.dtype}")
@@ -343,7 +360,9 @@ class LoopedBridge(TransformerBridge):
         for n in self.expand_name(name) if isinstance(name, str) else [name]:
             super().add_hook(n, *args, **kwargs)
 
-    def hooks(self, fwd_hooks: Iterable[Hook] = (), bwd_hooks: Iterable[Hook] = (), **kwargs: Any) -> Any:
+    def hooks(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, fwd_hooks: Iterable[Hook] = (), bwd_hooks: Iterable[Hook] = (), **kwargs: Any
+    ) -> Any:
         """Context manager with hooks, as in TransformerBridge; names may be loop-indexed and may be patterns."""
         return super().hooks(self._expand_hooks(fwd_hooks), self._expand_hooks(bwd_hooks), **kwargs)
 
@@ -377,7 +396,8 @@ class LoopedBridge(TransformerBridge):
         if stop_at_layer is not None:  # the model stops by itself; TransformerLens would unwind with an exception
             kwargs |= {"stop": self._stop(stop_at_layer), "return_type": "logits"}
         chosen = self._expand_filter(names_filter)
-        output, cache = super().run_with_cache(input, return_cache_object, remove_batch_dim, chosen, None, *args, **kwargs)
+        run: Any = super().run_with_cache
+        output, cache = run(input, return_cache_object, remove_batch_dim, chosen, None, *args, **kwargs)
         if not return_cache_object:
             return output, cache
         return output, LoopedCache(cache.cache_dict, self, has_batch_dim=cache.has_batch_dim)
@@ -430,12 +450,24 @@ class LoopedBridge(TransformerBridge):
         """Every looped family has the forks; TransformerLens would check for its own attention classes."""
 
 
+def _configured(tokenizer: Any, cfg: TransformerBridgeConfig) -> Any:
+    """The tokenizer with TransformerLens's settings. It reloads one from where it came from, so one that has no such place, or
+    one on the Hub, gets a place."""
+    if Path(tokenizer.name_or_path or "/nowhere").is_dir():
+        return configure_tokenizer(tokenizer, cfg)
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return configure_tokenizer(AutoTokenizer.from_pretrained(folder), cfg)
+
+
 def _in_memory(hf_model: nn.Module) -> loading.MemoryCheckpoint:
     """The config and tensors of an instantiated model."""
     config: Any = getattr(hf_model, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else dict(getattr(config, "__dict__", {}))
     if not values:
-        raise LoopedError(f"a {type(hf_model).__name__} without a config was given; pass a model that has one, as in transformers.")
+        raise LoopedError(
+            f"a {type(hf_model).__name__} without a config was given; pass a model that has one, as in transformers."
+        )
     return loading.MemoryCheckpoint({"_class_name": type(config).__name__, **values}, hf_model.state_dict())
 
 

@@ -13,7 +13,7 @@ IGNORED = ("*.rotary_emb.inv_freq",)
 
 # Options of the published class that the released checkpoints leave off.
 _OFF = (
-    "enable_double_loop_split loop_middle_layers loop_share_kv enable_hyper_connection enable_mhc enable_h_res_identity "
+    "loop_middle_layers loop_share_kv enable_hyper_connection enable_mhc enable_h_res_identity "
     "enable_depth_attention qk_layernorm insert_ngram_layer_idx ngram_insert_all_layers emb_neighbor_num"
 )
 
@@ -27,11 +27,12 @@ def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
     """What the checkpoint computes."""
     only(config, **dict.fromkeys(_OFF.split(), False))
     weights = config.get("loop_loss_weights")
+    n_loops = len(weights) + 1 if weights else get(config, "num_loops", 1)
     inner_norm = not get(config, "skip_loop_final_norm", False)
     return LoopedConfig(
         family="nanbeige",
         n_core=need(config, "num_hidden_layers"),
-        n_loops=len(weights) + 1 if weights else get(config, "num_loops", 1),
+        n_loops=1 if config.get("enable_double_loop_split") else n_loops,
         pass_norm=inner_norm,
         final_norm=not inner_norm,
         **decoder_fields(config, default_theta=10000.0),

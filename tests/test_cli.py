@@ -1,0 +1,94 @@
+"""The command, run as a user runs it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from zoo import random_bridge
+
+from tl_looped import LoopedBridge
+from tl_looped.cli import main
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def cells(line: str) -> list[str]:
+    return re.split(r"  +", line.strip())
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word of "t3 t4 ... t30"."""
+    words = ["<pad>", "<s>", "</s>", *(f"t{i}" for i in range(3, 31))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.mark.parametrize("family", sorted(folder.name for folder in GOLDEN.iterdir()))
+def test_lens_shows_the_readout_of_every_loop(family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lens", str(GOLDEN / family), "--tokens", "5,17,3", "--loops", "3", "--top-k", "2"]) == 0
+    out = capsys.readouterr().out
+    header, *rows = out[out.index("loop  ") :].strip().splitlines()
+    bridge = LoopedBridge.from_pretrained(GOLDEN / family, n_loops=3)
+    tokens = torch.tensor([[5, 17, 3]])
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(tokens)
+    assert len(rows) == 3
+    assert ("exit gate" in header) == (family == "ouro")
+    for loop, row in enumerate(rows):
+        shown = cells(row)
+        assert shown.pop(0) == str(loop)
+        if family == "ouro":
+            assert float(shown.pop(0)) == pytest.approx(
+                cache[f"loops.{loop}.hook_exit_logit"][0, -1].sigmoid().item(), abs=6e-4
+            )
+        with torch.no_grad():
+            best = bridge.readout(tokens, loop=loop)[0, -1].softmax(-1).topk(2)
+        for cell, token, probability in zip(shown, best.indices, best.values, strict=True):
+            assert cell.split()[0] == str(int(token))
+            assert float(cell.split()[1]) == pytest.approx(probability.item(), abs=6e-4)
+
+
+def test_lens_takes_text_when_the_checkpoint_has_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bridge = random_bridge("huginn")
+    bridge.tokenizer = word_tokenizer()
+    bridge.save_pretrained(tmp_path)
+    assert main(["lens", str(tmp_path), "--prompt", "t5 t17 t3"]) == 0
+    out = capsys.readouterr().out
+    assert "'t17'" in out and len(out[out.index("loop  ") :].strip().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([str(GOLDEN / "ouro"), "--prompt", "hello"], "no tokenizer.*--tokens"),
+        (["no/such-model", "--tokens", "1"], "no/such-model.*not a directory"),
+        ([str(GOLDEN / "ouro"), "--tokens", "500"], "0..100"),
+        ([str(GOLDEN / "ouro"), "--tokens", "5", "--loops", "0"], "n_loops=0"),
+        ([str(GOLDEN / "ouro"), "--tokens", "5", "--top-k", "0"], "top_k=0"),
+    ],
+)
+def test_errors_are_one_line_without_a_traceback(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str], unchecked: None
+) -> None:
+    assert main(["lens", *arguments]) == 1
+    err = capsys.readouterr().err
+    assert re.search(says, err) and "Traceback" not in err
+
+
+def test_the_command_is_installed() -> None:
+    help_page = subprocess.run(
+        [Path(sys.executable).parent / "tl-looped", "lens", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "--prompt" in help_page and "--top-k" in help_page and "example" in help_page
+    bad = subprocess.run(
+        [sys.executable, "-m", "tl_looped.cli", "lens", "x", "--tokens", "5,a"], capture_output=True, text=True, check=False
+    )
+    assert bad.returncode == 2 and "5,17,3" in bad.stderr
