@@ -1,0 +1,52 @@
+"""The README's code and commands, run as they stand there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from tl_looped.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_python_blocks_run() -> None:
+    namespace: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), namespace)
+    pattern, patched = namespace["pattern"], namespace["patched"]
+    assert isinstance(pattern, torch.Tensor) and tuple(pattern.shape) == (1, 4, 3, 3)
+    assert isinstance(patched, torch.Tensor) and torch.isfinite(patched).all()
+
+
+def test_the_example_is_short() -> None:
+    assert len([line for line in blocks("python")[0].splitlines() if line.strip()]) <= 12
+
+
+def test_commands_print_what_the_readme_shows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for block in blocks("console"):
+        command, expected = block.removeprefix("$ ").split("\n", 1)
+        assert main(shlex.split(command)[1:]) == 0
+        assert capsys.readouterr().out.strip() == expected.strip()
+
+
+def test_docstring_examples_run() -> None:
+    import doctest
+    import importlib
+    import pkgutil
+
+    import tl_looped
+
+    names = [m.name for m in pkgutil.walk_packages(tl_looped.__path__, "tl_looped.")]
+    results = [doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch}) for name in names]
+    assert sum(r.attempted for r in results) >= 10 and not any(r.failed for r in results)
