@@ -10,7 +10,7 @@ DEMO = tests/golden/ouro
 test: .venv/installed
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
-	.venv/bin/pyright --pythonpath .venv/bin/python
+	.venv/bin/pyright -p pyproject.toml --pythonpath .venv/bin/python
 	$(PYTEST) -n 2
 	$(PYTEST) -m slow
 	$(PYTEST) -m real
