@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
-from transformer_lens.model_bridge.generalized_components import EmbeddingBridge, UnembeddingBridge
+from transformer_lens.model_bridge.generalized_components import UnembeddingBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from ..config import LoopedConfig
@@ -16,7 +16,6 @@ from ..model import LoopedModel
 from .components import (
     InputProjection,
     LoopedAttention,
-    LoopedBlock,
     LoopedGatedMLP,
     LoopedLinear,
     LoopedMLP,
@@ -24,6 +23,7 @@ from .components import (
     OutputProjection,
     PassBridge,
 )
+from .processing import LoopedEmbedding, StreamBlock
 
 # Not the name of a published class: TransformerLens skips external adapters under names that it has itself.
 ARCHITECTURE = "TLLoopedForCausalLM"
@@ -50,6 +50,7 @@ def bridge_config(cfg: LoopedConfig, model_name: str) -> TransformerBridgeConfig
         tie_word_embeddings=cfg.tied,
         use_qk_norm=cfg.qk_norm != "none",
         qk_norm_after_rope=cfg.qk_norm == "after_rope",
+        output_logits_soft_cap=-1.0 if cfg.logit_softcap is None else cfg.logit_softcap,
         positional_embedding_type="rotary" if cfg.rope_layout != "none" else "none",
     )
 
@@ -80,7 +81,7 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
         looped = hf_model.cfg
         self.cfg.gated_mlp = looped.mlp == "gated"
         self.component_mapping = {
-            "embed": EmbeddingBridge(name="embed"),
+            "embed": LoopedEmbedding(name="embed"),
             **self._norms(hf_model, "prelude_norm"),
             "blocks": self._block(hf_model.blocks[0], looped),
             "passes": PassBridge(name="passes", submodules={"norm": LoopedNorm(name="norm", config=self.cfg, optional=True)}),
@@ -96,7 +97,7 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
     def _norms(self, parent: nn.Module, *names: str) -> dict[str, GeneralizedComponent]:
         return {name: LoopedNorm(name=name, config=self.cfg) for name in names if getattr(parent, name) is not None}
 
-    def _block(self, block: Any, looped: LoopedConfig) -> LoopedBlock:
+    def _block(self, block: Any, looped: LoopedConfig) -> StreamBlock:
         attention: dict[str, GeneralizedComponent] = {letter: InputProjection(name=letter) for letter in "qkv"}
         attention["o"] = OutputProjection(name="o")
         if looped.attn_gate:
@@ -106,7 +107,8 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
         mlp: dict[str, GeneralizedComponent] = {"in": LoopedLinear(name="up"), "out": LoopedLinear(name="down")}
         if looped.mlp == "gated":
             mlp["gate"] = LoopedLinear(name="gate")
-        return LoopedBlock(
+        return StreamBlock(
+            looped,
             name="blocks",
             config=self.cfg,
             submodules={

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +28,7 @@ from ..model.looped_model import initialise
 from ..schedule import Schedule, check_count, is_pattern
 from .adapter import LoopedArchitectureAdapter, bridge_config
 from .cache import LoopedCache
+from .processing import check_options, check_running_sum, has_output_bias, process_weights
 
 NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
@@ -306,6 +308,113 @@ class LoopedBridge(TransformerBridge):
         if print_details:
             print(f"Model on {self.cfg.device} in {self.cfg.dtype}")
         return self
+
+    # Weights.
+
+    @property
+    def core_weights(self) -> dict[str, nn.Parameter]:
+        """Every parameter of the looped layers once, uncopied, as in "core.3.attn.q.weight" (HRM-Text: "L.3", "H.3")."""
+        stacks = tuple(f"{stack}." for stack in self.schedule.core_stacks)
+        return {name: p for name, p in self._model.canonical_parameters().items() if name.startswith(stacks)}
+
+    def enable_compatibility_mode(
+        self,
+        disable_warnings: bool = False,
+        no_processing: bool = False,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """TransformerLens's compatibility mode: legacy names, and weights processed by `process_weights`.
+
+        Args:
+            disable_warnings: as in TransformerBridge.
+            no_processing: leave the weights alone.
+            fold_ln: see `process_weights`, as for the options below.
+            center_writing_weights: as above.
+            center_unembed: as above.
+            fold_value_biases: as above.
+            refactor_factored_attn_matrices: as above.
+
+        Raises:
+            LoopedError: processing that would change what the model computes.
+        """
+        options = {"fold_value_biases": fold_value_biases, "refactor_factored_attn_matrices": refactor_factored_attn_matrices}
+        if not no_processing:  # before anything is switched on
+            check_options(self.looped_cfg, **options)
+        super().enable_compatibility_mode(
+            disable_warnings, no_processing, fold_ln, center_writing_weights, center_unembed, **options
+        )
+
+    def process_weights(
+        self,
+        verbose: bool = False,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """Process the weights, each parameter once: all passes still share them, and the log-probabilities stay.
+
+        In families whose last norm is the norm of every pass (Ouro, Nanbeige), the state leaving the last pass is then without
+        the weight of that norm, and earlier loops cannot be read out.
+
+        Args:
+            verbose: ignored.
+            fold_ln: fold the norms before attention, MLP and unembedding into what reads them. Norms on branch outputs, on the
+                stream and between passes stay.
+            center_writing_weights: nothing to do for RMS norms, as in TransformerBridge.
+            center_unembed: centre the unembedding over the vocabulary, unless it is tied or a softcap follows.
+            fold_value_biases: move the biases of v into the biases of o.
+            refactor_factored_attn_matrices: refused.
+
+        Raises:
+            LoopedError: processing that would change what the model computes.
+        """
+        if self._weights_processed:
+            logging.warning("The weights were processed already; load the model again to process them with other options.")
+            return
+        check_options(
+            self.looped_cfg,
+            fold_value_biases=fold_value_biases,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+        )
+        process_weights(
+            self._model, fold_ln=fold_ln, center_unembed=center_unembed, fold_value_biases=fold_value_biases
+        )
+        self._weights_processed = True
+
+    def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Float[Tensor, " d_model"]:
+        """Sum of the biases written to the residual stream before a virtual layer, as in TransformerBridge.
+
+        Args:
+            layer: virtual layer; `n_layers` for the end of the stream.
+            mlp_input: include the attention bias of the layer itself.
+            include_mlp_biases: include the biases of the MLPs.
+
+        Raises:
+            LoopedError: biases that the stream does not simply add up on the way to that layer.
+        """
+        layer = self._stop(layer)
+        if not has_output_bias(self._model):
+            return torch.zeros(self.cfg.d_model, device=self.cfg.device, dtype=self.cfg.dtype)
+        check_running_sum(self.looped_cfg, range(layer + mlp_input), "accumulated_bias")
+        return super().accumulated_bias(layer, mlp_input, include_mlp_biases)
+
+    def all_composition_scores(self, mode: str) -> Any:
+        """Composition scores of all pairs of heads, as in TransformerBridge; labels are virtual layers.
+
+        Args:
+            mode: "Q", "K" or "V".
+
+        Raises:
+            LoopedError: between two layers the stream is more than a running sum, so products of weights mean nothing.
+        """
+        check_running_sum(self.looped_cfg, range(self.schedule.n_layers), "all_composition_scores")
+        return super().all_composition_scores(mode)
 
     # Hooks under both names.
 

@@ -1,0 +1,506 @@
+"""Logit lens and native (coda) lens over every (loop, layer) of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..bridge.looped_bridge import LoopedBridge
+from ..errors import LoopedError, OutOfRangeError
+from ..model import LoopedModel
+from ..model.initial_state import InitialState
+from ..model.looped_model import check_tokens
+from ..model.passes import PassEnds
+from ..schedule import Pass, Schedule, Site, check_count
+
+Lens = Literal["logit", "native"]
+Target = str | int
+TargetInput = Target | Sequence[Target] | Int[Tensor, "..."] | None
+
+# Tokens per block of logits: wide enough for an efficient product, so that a larger chunk takes more rows instead.
+VOCAB_CHUNK = 2**14
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """What decoded states say about the next token.
+
+    Args:
+        log_probs: log-probability of each target, in nats.
+        ranks: 0-based rank of each target: how many tokens have a strictly larger logit.
+        entropy: entropy of the whole distribution, in nats.
+        top_tokens: the most probable tokens, best first.
+        top_log_probs: their log-probabilities, in nats.
+    """
+
+    log_probs: Float[Tensor, "*row batch pos target"]
+    ranks: Int[Tensor, "*row batch pos target"]
+    entropy: Float[Tensor, "*row batch pos"]
+    top_tokens: Int[Tensor, "*row batch pos k"]
+    top_log_probs: Float[Tensor, "*row batch pos k"]
+
+    @property
+    def probs(self) -> Float[Tensor, "*row batch pos target"]:
+        """Probability of each target."""
+        return self.log_probs.exp()
+
+    @property
+    def top_probs(self) -> Float[Tensor, "*row batch pos k"]:
+        """Probabilities of `top_tokens`."""
+        return self.top_log_probs.exp()
+
+
+@dataclass(frozen=True, eq=False)
+class LogitLensResult(Readout):
+    """A lens over the virtual layers of a run; row `r` of every tensor is the output of virtual layer `layers[r]`.
+
+    Args:
+        lens: "logit" or "native".
+        schedule: what ran.
+        layers: the decoded virtual layers.
+        positions: the decoded positions; the `pos` axis of every tensor follows them.
+        targets: the token whose probability and rank is in the same place of `log_probs` and `ranks`.
+        target_names: the targets as they were asked for, if they are the same everywhere; None if each position has its own.
+    """
+
+    lens: Lens
+    schedule: Schedule
+    layers: tuple[int, ...]
+    positions: tuple[int, ...]
+    targets: Int[Tensor, "batch pos target"]
+    target_names: tuple[Target, ...] | None
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The site of every row."""
+        return tuple(self.schedule.site(i) for i in self.layers)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The loop-indexed name of every row's layer, such as "loops.2.blocks.5"; with ".hook_resid_post" it is what was read."""
+        return tuple(self.schedule.name(i, "hook_resid_post").removesuffix(".hook_resid_post") for i in self.layers)
+
+    def rank_trajectory(self, target: Target | None = None) -> Int[Tensor, "row batch pos"]:
+        """The 0-based rank of one target at every row.
+
+        Args:
+            target: as it was asked for, or its id; None for the only one.
+
+        Raises:
+            LoopedError: the target was not decoded, or it is not clear which is meant.
+        """
+        if target is None and self.ranks.shape[-1] == 1:
+            return self.ranks[..., 0]
+        if self.target_names is None:
+            raise LoopedError(f"target {target!r} was asked, but each position has its own target; leave target out.")
+        found = list(self.target_names) if isinstance(target, str) else self.targets[0, 0].tolist()
+        if target not in found:
+            raise LoopedError(
+                f"target {target!r} was asked, but this lens decoded the targets {list(self.target_names)}; name one."
+            )
+        return self.ranks[..., found.index(target)]
+
+    def at(self, loop: int | None, layer: int, stack: str | None = None) -> Readout:
+        """The readout of one layer, without the row axis.
+
+        Args:
+            loop: which run of the stack; None in prelude and coda.
+            layer: the layer inside the stack.
+            stack: "prelude" or "coda", "L" or "H"; not needed where one stack is looped.
+
+        Raises:
+            LoopedError: the stack is not clear, or the layer exists but was not decoded.
+            OutOfRangeError: no such loop or layer.
+        """
+        stacks = self.schedule.core_stacks
+        if stack is None and (loop is None or len(stacks) > 1):
+            named = stacks if loop is not None else ("prelude", "coda")
+            raise LoopedError(f"loop={loop}, layer={layer} was asked; say in which stack: {' or '.join(map(repr, named))}.")
+        index = self.schedule.virtual(Site(stacks[0] if stack is None else stack, loop, layer))
+        if index not in self.layers:
+            raise LoopedError(
+                f"{self.schedule.site(index)} was asked, but this lens decoded {', '.join(self.labels)}; see loops=."
+            )
+        row = self.layers.index(index)
+        parts = (self.log_probs, self.ranks, self.entropy, self.top_tokens, self.top_log_probs)
+        return Readout(*(part[row] for part in parts))
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with one row for every (row, batch, position, target).
+
+        Columns: site, stack, loop, layer, batch, pos, target, prob, log_prob (nats), rank, entropy (nats), top_token, top_prob;
+        loop is missing in prelude and coda.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError:
+            raise ImportError("to_dataframe() was called, but pandas is not installed; run `pip install pandas`.") from None
+        shape = self.ranks.shape
+        row, batch, pos, _ = (i.flatten().tolist() for i in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
+
+        def column(values: Tensor) -> list[Any]:
+            return values.expand(shape).flatten().tolist()
+
+        sites, labels = self.sites, self.labels
+        columns = {
+            "site": [labels[r] for r in row],
+            "stack": [sites[r].stack for r in row],
+            "loop": pd.array([sites[r].loop for r in row], dtype="Int64"),
+            "layer": [sites[r].layer for r in row],
+            "batch": batch,
+            "pos": [self.positions[p] for p in pos],
+            "target": column(self.targets),
+            "prob": column(self.probs),
+            "log_prob": column(self.log_probs),
+            "rank": column(self.ranks),
+            "entropy": column(self.entropy[..., None]),
+            "top_token": column(self.top_tokens[..., :1]),
+            "top_prob": column(self.top_probs[..., :1]),
+        }
+        return pd.DataFrame(columns)
+
+
+@torch.no_grad()
+def logit_lens(
+    model: LoopedBridge,
+    tokens: str | list[str] | Int[Tensor, "*batch pos"],
+    targets: TargetInput = None,
+    lens: Lens = "logit",
+    *,
+    positions: int | slice | Sequence[int] | None = None,
+    loops: int | slice | Sequence[int] | None = None,
+    top_k: int = 5,
+    initial_state: InitialState = None,
+    attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
+    token_type_ids: Int[Tensor, "batch pos"] | None = None,
+    chunk_size: int = 2**22,
+) -> LogitLensResult:
+    """Decode the residual stream leaving every virtual layer (`hook_resid_post`) into predictions of the next token.
+
+    `lens="logit"` (nostalgebraist 2020, "interpreting GPT: the logit lens") applies the model's last norm and the unembedding,
+    `unembed(ln_final(h))`, with the family's softcap; in Ouro, HRM-Text and Nanbeige the last norm is the norm of every pass.
+
+    `lens="native"` (the coda lens of arXiv 2507.02199) takes the family's own way from a state to the output, as if the rest of
+    the loop were not run. Each state is taken for the output of its pass, in the middle of a pass too:
+
+    - looped layers: the pass norm (Ouro, HRM-Text, Nanbeige), the map after the loop (Huginn's norm, Parcae's `C`), the coda on
+      the whole decoded sequence, the last norm, the unembedding. In an anchored loop, the step from the state that entered
+      the pass and the mixture with the first pass, for which a state of the first pass stands in itself.
+    - HRM-Text's L stack reaches the output only through the H stack: the state is taken for the output of its L pass, and the
+      H stack runs once on it and on the H state that this L pass read.
+    - prelude layers: the state is taken for the output of a pass. That is a run of no loops where the loop starts from the
+      embedding; in families that inject it, no state of the loop ever looks like this, and the rows show how far that carries.
+    - coda layers: the coda layers after it.
+
+    At the last layer of a loop this is `model.readout(tokens, loop)`. Hooks on the model act on the run that is decoded, which
+    ends at the last layer decoded, and never on the decoding. States are decoded while the run goes on: beside the run itself,
+    `[row, batch, pos, d_model]` numbers are held for the chosen positions, and blocks of at most `chunk_size` logits.
+
+    Args:
+        model: the model; weights as loaded, not processed by compatibility mode.
+        tokens: text or tokens. Texts of different lengths are padded on the right.
+        targets: whose probabilities and ranks; None for what the model (without hooks after its last layer) predicts at each
+            position. A token id, a string that is one token, a list or a 1-D tensor of them for all positions alike, or a
+            tensor [batch, pos] with one id for every position of `tokens`.
+        lens: "logit" or "native".
+        positions: which positions to decode; None for all.
+        loops: the layers of these loops only (of both stacks in these H cycles for HRM-Text), without prelude and coda; None
+            for all layers.
+        top_k: how many of the most probable tokens to keep.
+        initial_state: as in `LoopedBridge.forward`.
+        attention_mask: 1 for real tokens.
+        token_type_ids: 1 for the tokens of a bidirectional prefix (HRM-Text).
+        chunk_size: how many logits to hold at once.
+
+    Returns:
+        Tensors [row, batch, pos, ...], one row for every decoded virtual layer.
+
+    Raises:
+        LoopedError: an unknown lens; targets outside the vocabulary or not one token; tokens that do not fit the model;
+            processed weights.
+        OutOfRangeError: loops or positions that this run does not have.
+
+    Example:
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> from tl_looped.analysis import logit_lens
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
+        >>> result = logit_lens(model, torch.tensor([[1, 2, 3]]), lens="native", loops=[0, 2], positions=-1)
+        >>> result.labels
+        ('loops.0.blocks.0', 'loops.0.blocks.1', 'loops.2.blocks.0', 'loops.2.blocks.1')
+        >>> result.rank_trajectory()[-1].tolist()
+        [[0]]
+    """
+    if lens not in ("logit", "native"):
+        raise LoopedError(f"lens={lens!r} was asked; choose 'logit' or 'native'.")
+    if model._weights_processed:
+        raise LoopedError("the weights of this model were processed (compatibility mode); decode the model before that.")
+    d_vocab = model.looped_cfg.d_vocab
+    if check_count("top_k", top_k) > d_vocab:
+        raise LoopedError(f"top_k={top_k} was asked; the vocabulary has {d_vocab} tokens.")
+    check_count("chunk_size", chunk_size)
+    ids = _token_ids(model, tokens)
+    chosen = _positions(positions, ids.shape[1])
+    rows = _rows(model.schedule, loops)
+    asked = None if targets is None else _target_ids(model, targets, ids)
+
+    inputs = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+    decoder = Decoder(model, ids, {name: value for name, value in inputs.items() if value is not None})
+    cells = [(lens, i) for i in rows]
+    if asked is None:  # the last layer, the family's own way, is the model's prediction
+        cells.append(("native", model.schedule.n_layers - 1))
+    hidden = decoder.run(cells, chosen, initial_state)  # [cell, batch, pos, d_model]
+    grid = (len(rows), len(ids), len(chosen))
+    if asked is None:
+        none = ids.new_empty((grid[1] * grid[2], 0))
+        target_ids, names = decoder.read(hidden[-1], none, 1, chunk_size).top_tokens.view(*grid[1:], 1), None
+    else:
+        target_ids, names = asked[0][:, list(chosen)], asked[1]
+    flat_targets = target_ids.expand(grid[0], *target_ids.shape).flatten(0, 2)
+    readout = decoder.read(hidden[: len(rows)], flat_targets, top_k, chunk_size)
+    return LogitLensResult(
+        *(part.unflatten(0, grid) for part in readout),
+        lens=lens,
+        schedule=model.schedule,
+        layers=rows,
+        positions=chosen,
+        targets=target_ids,
+        target_names=names,
+    )
+
+
+class FlatReadout(NamedTuple):
+    """The fields of a `Readout`, for states in one long list."""
+
+    log_probs: Float[Tensor, "state target"]
+    ranks: Int[Tensor, "state target"]
+    entropy: Float[Tensor, " state"]
+    top_tokens: Int[Tensor, "state k"]
+    top_log_probs: Float[Tensor, "state k"]
+
+
+class Decoder:
+    """The ways from a residual stream to the output, on a plain twin of the model: same parameters, one loop, no hooks.
+
+    Args:
+        model: the model whose runs are decoded.
+        tokens: [batch, pos].
+        inputs: what the run takes beside the tokens.
+    """
+
+    def __init__(self, model: LoopedBridge, tokens: Int[Tensor, "batch pos"], inputs: dict[str, Tensor]):
+        self.model, self.tokens, self.inputs = model, tokens, inputs
+        self.schedule = model.schedule
+        with torch.device("meta"):
+            self.twin = LoopedModel(model.looped_cfg.replace(n_loops=1))
+        for name, parameter in cast(LoopedModel, model.original_model).canonical_parameters().items():
+            self.twin.set_parameter(name, parameter)
+        self.entering: dict[int, Tensor] = {}  # by pass: the other stack's state, or in an anchored loop the pass's own
+        self.anchor: Tensor | None = None
+
+    def run(
+        self, cells: list[tuple[Lens, int]], positions: tuple[int, ...], initial_state: InitialState
+    ) -> Float[Tensor, "cell batch pos d_model"]:
+        """Run the model once and bring each (lens, virtual layer) to the input of the unembedding, at the chosen positions."""
+        schedule, weight = self.schedule, self.twin.unembed.weight
+        shape = (len(cells), len(self.tokens), len(positions), self.twin.cfg.d_model)
+        hidden = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        chosen = torch.tensor(positions, device=weight.device)
+
+        def decode(layer: int) -> Callable[..., None]:
+            def hook(resid: Tensor, hook: object) -> None:
+                if layer == schedule.passes[0].layers[-1]:
+                    self.anchor = resid
+                for row, (lens, i) in enumerate(cells):
+                    if i == layer:
+                        hidden[row] = (self.native(i, resid) if lens == "native" else self.twin.ln_final(resid))[:, chosen]
+
+            return hook
+
+        def keep(p: Pass) -> Callable[..., None]:
+            def hook(state: Tensor, hook: object) -> None:
+                self.entering[p.index] = state
+
+            return hook
+
+        last = max(i for _, i in cells)
+        wanted = {i for _, i in cells} | {i for i in (schedule.passes[0].layers[-1],) if i <= last}
+        hooks = [(f"blocks.{i}.hook_resid_post", decode(i)) for i in sorted(wanted)]
+        for p in schedule.passes:
+            if self.twin.cfg.strategy == "anchored":
+                hooks.append((f"{schedule.pass_prefix(p)}.hook_state", keep(p)))
+            elif p.stack == "L":
+                hooks.append((f"{schedule.pass_prefix(p)}.hook_injection", keep(p)))
+        self.model.run_with_hooks(self.tokens, hooks, stop=last + 1, initial_state=initial_state, **self.inputs)
+        return hidden
+
+    def native(self, layer: int, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """The family's own way from the output of a virtual layer to the input of the unembedding."""
+        twin, cfg, site = self.twin, self.twin.cfg, self.schedule.site(layer)
+        if site.stack == "coda":
+            x = self._layers(resid, "coda", site.layer + 1)
+        else:
+            p = self.schedule.pass_of_layer(layer)
+            state = self.entering[p.index] if p is not None and cfg.strategy == "anchored" else None
+            ends = cast(PassEnds, twin.passes[-1])
+            if p is not None and p.stack == "L":
+                z_l = cast(PassEnds, twin.passes[0]).leave(resid, None, None)
+                x, state = ends.enter(self.entering[p.index], z_l)
+                resid = self._layers(x, "H", 0)
+            x = ends.leave(resid, state, twin.ln_final if cfg.pass_norm_is_final else None)
+            anchor = resid if p is None or p.index == 0 else self.anchor
+            x = twin._loop_output(x, anchor)
+            x = x if twin.after_loop is None else twin.after_loop(x)
+            x = self._layers(x, "coda", 0)
+        return x if cfg.pass_norm_is_final else twin.ln_final(x)
+
+    def _layers(self, x: Tensor, stack: str, first: int) -> Tensor:
+        """The last layers of the twin, from layer `first` of a stack on."""
+        schedule = self.twin.cfg.schedule
+        if first == schedule.stacks[stack]:
+            return x
+        start = schedule.virtual(Site(stack, None if stack == "coda" else 0, first))
+        return self.twin(self.tokens, inputs_embeds=x, start=start, stop=schedule.n_layers, **self.inputs).logits
+
+    def read(
+        self, hidden: Float[Tensor, "... d_model"], targets: Int[Tensor, "state target"], top_k: int, chunk_size: int
+    ) -> FlatReadout:
+        """Unembed states block by block of the vocabulary and keep what was asked."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        width = min(self.twin.cfg.d_vocab, VOCAB_CHUNK, chunk_size)
+        rows = max(1, chunk_size // width)
+        parts = [self._read_rows(x, t, top_k, width) for x, t in zip(flat.split(rows), targets.split(rows), strict=True)]
+        return FlatReadout(*map(torch.cat, zip(*parts, strict=True)))
+
+    def _read_rows(self, x: Tensor, targets: Tensor, top_k: int, width: int) -> FlatReadout:
+        d_vocab = self.twin.cfg.d_vocab
+        starts = range(0, d_vocab, width)
+        # A target's logit comes from the same product as the logits it is compared with; another kernel may round differently.
+        target_logits = torch.empty(targets.shape, device=x.device)
+        for start in starts:
+            inside = (targets >= start) & (targets < start + width)
+            if inside.any():
+                block = self._logits(x, start, width)
+                picked = block.gather(1, (targets - start).clamp(0, block.shape[1] - 1))
+                target_logits = torch.where(inside, picked, target_logits)
+        ranks = torch.zeros_like(targets)
+        peak = torch.full((len(x), 1), -torch.inf, device=x.device)
+        mass = moment = torch.zeros_like(peak)  # sums of exp(logit - peak), alone and times (logit - peak)
+        top, top_ids = x.new_empty(len(x), 0), targets.new_empty(len(x), 0)
+        for start in starts:
+            block = self._logits(x, start, width)
+            for t in range(targets.shape[1]):
+                ranks[:, t] += (block > target_logits[:, t : t + 1]).sum(1)
+            best, best_ids = block.topk(min(top_k, block.shape[1]))
+            top, order = torch.cat((top, best), 1).topk(min(top_k, top.shape[1] + best.shape[1]))
+            top_ids = torch.cat((top_ids, best_ids + start), 1).gather(1, order)
+            highest = torch.maximum(peak, best[:, :1])
+            if start:  # what was summed so far, relative to the new peak
+                shift = peak - highest
+                mass, moment = shift.exp() * mass, shift.exp() * (moment + shift * mass)
+            block = block - highest
+            weights = block.exp()
+            mass, moment = mass + weights.sum(1, keepdim=True), moment + (weights * block).sum(1, keepdim=True)
+            peak = highest
+        total = peak + mass.log()
+        entropy = (mass.log() - moment / mass).squeeze(1).clamp(min=0)
+        return FlatReadout(target_logits - total, ranks, entropy, top_ids, top - total)
+
+    def _logits(self, x: Tensor, start: int, width: int) -> Tensor:
+        """The logits of one block of the vocabulary, as the model computes them, in fp32 or wider."""
+        logits = F.linear(x, self.twin.unembed.weight[start : start + width])
+        cap = self.twin.cfg.logit_softcap
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _token_ids(model: LoopedBridge, tokens: str | list[str] | Tensor) -> Int[Tensor, "batch pos"]:
+    if not isinstance(tokens, Tensor):
+        _need_tokenizer(model, tokens)
+        # In a causal model padding on the right needs no mask.
+        tokens = model.to_tokens(tokens, padding_side="right")
+    ids = (tokens[None] if tokens.ndim == 1 else tokens).to(model.cfg.device)
+    check_tokens(ids, model.looped_cfg.d_vocab)
+    return ids.long()
+
+
+def _need_tokenizer(model: LoopedBridge, text: object) -> None:
+    if model.tokenizer is None:
+        raise LoopedError(f"{text!r} was given, but this model has no tokenizer; pass token ids, or give model.tokenizer one.")
+
+
+def _target_ids(
+    model: LoopedBridge, targets: Target | Sequence[Target] | Tensor, tokens: Tensor
+) -> tuple[Int[Tensor, "batch pos target"], tuple[Target, ...] | None]:
+    """The ids of the targets at every position, and the targets as asked if they are the same everywhere."""
+    names: tuple[Target, ...] | None
+    if isinstance(targets, Tensor) and targets.ndim > 1:
+        if targets.shape != tokens.shape:
+            raise LoopedError(
+                f"targets of shape {tuple(targets.shape)} were given; pass [batch, pos] = {tuple(tokens.shape)}, one for every "
+                "position of tokens, or one dimension for all positions alike."
+            )
+        ids, names = targets.to(tokens.device)[..., None], None
+    else:
+        if isinstance(targets, Tensor):
+            targets = targets.reshape(-1).tolist()
+        names = (targets,) if isinstance(targets, (str, int)) else tuple(targets)
+        ids = torch.tensor([_target_id(model, name) for name in names], device=tokens.device).expand(*tokens.shape, -1)
+    d_vocab = model.looped_cfg.d_vocab
+    if ids.is_floating_point() or not ids.numel():
+        raise LoopedError("targets must name at least one token: an int, a string, a list of them, or an int tensor.")
+    if int(ids.min()) < 0 or int(ids.max()) >= d_vocab:
+        bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        raise LoopedError(f"target {bad} was asked, but the vocabulary of this model is 0..{d_vocab - 1}.")
+    return ids.long(), names
+
+
+def _target_id(model: LoopedBridge, target: object) -> int:
+    if isinstance(target, int) and not isinstance(target, bool):
+        return target
+    if not isinstance(target, str):
+        raise LoopedError(f"target {target!r} was asked; a target is a token id or a string that is one token.")
+    _need_tokenizer(model, target)
+    found = model.to_tokens(target, prepend_bos=False).flatten().tolist()
+    if len(found) != 1:
+        raise LoopedError(f"target {target!r} was asked, but it is {len(found)} tokens {found}; pass the id of one token.")
+    return found[0]
+
+
+def _picked(asked: object, n: int, what: str) -> list[object]:
+    """The indices that an int, a slice or a sequence stands for; their range is not checked."""
+    indices = [asked] if isinstance(asked, int) else range(n)[asked] if isinstance(asked, slice) else asked
+    if not isinstance(indices, Sequence) or isinstance(indices, str):
+        raise LoopedError(f"{what}={asked!r} was asked; pass an int, a slice or a list of ints.")
+    if not indices:
+        raise OutOfRangeError(f"{what}={asked!r} selects nothing: there are {n} {what} (0..{n - 1}).")
+    return list(indices)
+
+
+def _positions(asked: int | slice | Sequence[int] | None, n: int) -> tuple[int, ...]:
+    chosen = []
+    for position in _picked(slice(None) if asked is None else asked, n, "positions"):
+        if isinstance(position, bool) or not isinstance(position, int) or not -n <= position < n:
+            raise OutOfRangeError(f"position {position!r} was asked, but the tokens have {n} positions (0..{n - 1}).")
+        chosen.append(position % n)
+    return tuple(chosen)
+
+
+def _rows(schedule: Schedule, loops: int | slice | Sequence[int] | None) -> tuple[int, ...]:
+    """The virtual layers to decode, in the order of the run."""
+    if loops is None:
+        return tuple(range(schedule.n_layers))
+    rows: list[int] = []
+    for loop in sorted({schedule.loop(cast(int, t)) for t in _picked(loops, schedule.n_loops, "loops")}):
+        begin = 0 if loop == 0 else schedule.pass_of_loop(loop - 1).index + 1
+        for p in schedule.passes[begin : schedule.pass_of_loop(loop).index + 1]:
+            rows += p.layers
+    return tuple(rows)

@@ -1,0 +1,356 @@
+"""What every component of a looped model contributes to its residual stream, exactly.
+
+With the scale of every norm frozen at its value in a run, the way from anything that is written to the residual stream to any
+later stream is linear and acts on each position separately: additions, norms of the stream, injections, anchored mixing, the sum
+of two states. `walk` goes that way once, as `LoopedModel.forward` does, without attention and MLP. `Decomposition.carry` sends
+vectors along it, one row per component; `Decomposition.pull_back` sends one direction back, which costs no component axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..errors import LoopedError, UnknownNameError
+from ..model import LoopedModel
+from ..model.looped_model import other_stack
+
+FINAL = "ln_final.hook_in"
+REMAINDER = "remainder"
+# An edited residual stream is no sum of its components. Rounding alone stays below these, relative to the largest entry.
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.25
+
+
+class Write(NamedTuple):
+    """One write to the residual stream: its label, the hook that holds what is written, the virtual layer that writes it."""
+
+    label: str
+    hook: str
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class LogitAttribution:
+    """What every component adds to a logit, or to a difference of two.
+
+    Args:
+        values: [component, *batch, *pos]; the sum over components is the logit (before a soft cap, without a bias of the unembedding).
+        labels: the components, in the order of the run.
+        unit: what a component is: "component", "layer" or "head".
+    """
+
+    values: Float[Tensor, "component ..."]
+    labels: tuple[str, ...]
+    unit: str
+
+    def top(self, k: int = 5) -> list[tuple[str, float]]:
+        """The `k` components of the largest magnitude with their values, averaged over batch and positions."""
+        mean = self.values.flatten(1).mean(-1) if self.values.ndim > 1 else self.values
+        chosen = mean.abs().topk(min(k, len(self.labels))).indices.tolist()
+        return [(self.labels[i], mean[i].item()) for i in chosen]
+
+
+@dataclass(frozen=True)
+class Fan:
+    """Vectors that one write is the sum of (heads or neurons), as coefficients of rows of a weight.
+
+    Args:
+        coefficients: [..., k, i].
+        weight: [k, i, d_model].
+        gain: what the norm of the branch multiplies its output by, [..., d_model]; None without such a norm.
+    """
+
+    coefficients: Tensor
+    weight: Tensor
+    gain: Tensor | None
+
+    def vectors(self) -> Float[Tensor, "k ... d_model"]:
+        """The vectors as they are added to the stream."""
+        out = torch.einsum("...ki,kid->k...d", self.coefficients, self.weight)
+        return out if self.gain is None else out * self.gain
+
+    def along(self, direction: Float[Tensor, "... d_model"]) -> Float[Tensor, "k ..."]:
+        """Their products with a direction, without making the vectors."""
+        direction = direction if self.gain is None else direction * self.gain
+        return torch.einsum("...ki,...ki->k...", self.coefficients, torch.einsum("kid,...d->...ki", self.weight, direction))
+
+
+def walk(
+    model: LoopedModel,
+    scale: Callable[[str], Tensor],
+    write: Callable[[Tensor | None, Write], Tensor],
+    own_state: bool,
+    injections: bool = False,
+) -> Iterator[tuple[str, Tensor]]:
+    """Follow the residual stream of a run, and yield it wherever a component reads it.
+
+    Args:
+        model: the model; its attention and MLPs are not run.
+        scale: the frozen scale of a norm, by the name of its hook.
+        write: add what is written at one point to the stream, or begin a stream with it.
+        own_state: the first pass does not start from the embedding but from a state of its own.
+        injections: what is injected in a pass is written there, instead of following it back to where it came from.
+
+    Yields:
+        The name of the hook that holds this stream in a run, and the stream, [..., d_model].
+    """
+    cfg, schedule = model.cfg, model.cfg.schedule
+
+    def normed(x: Tensor, norm: Any, name: str) -> Tensor:
+        if norm is None:
+            return x
+        x = x / scale(f"{name}.hook_scale")
+        return x if norm.weight is None else x * norm.weight.detach().to(x.device, x.dtype)
+
+    def layers(x: Tensor, indices: range) -> Iterator[tuple[str, Tensor]]:
+        for i in indices:
+            block: Any = model.blocks[i]
+            yield f"blocks.{i}.hook_resid_pre", x
+            x = write(x, Write(schedule.name(i, "attn_out"), f"blocks.{i}.hook_attn_out", i))
+            x = normed(x, block.ln1_stream, f"blocks.{i}.ln1_stream")
+            yield f"blocks.{i}.hook_resid_mid", x
+            x = write(x, Write(schedule.name(i, "mlp_out"), f"blocks.{i}.hook_mlp_out", i))
+            x = normed(x, block.ln2_stream, f"blocks.{i}.ln2_stream")
+        return x
+
+    x = write(None, Write("embed", "hook_embed"))
+    x = yield from layers(x, range(schedule.n_prelude))
+    embed = normed(x, model.prelude_norm, "prelude_norm")
+    first = schedule.passes[0]
+    state = embed
+    if own_state:
+        state = write(None, Write("initial_state", f"{schedule.pass_prefix(first)}.hook_state"))
+    states = {first.stack: state} if cfg.l_cycles is None else {"L": state, "H": x}
+    anchor = None
+    for p in schedule.passes:
+        ends, name = model.passes[p.index], schedule.pass_prefix(p)
+        inject: Any = ends.inject
+        state = states[p.stack]
+        if inject is None:
+            x = state.clone()  # writes may be in place
+        else:
+            if injections:
+                injected = write(None, Write(f"{name}.injection", f"{name}.hook_injection"))
+            else:
+                injected = embed if cfg.l_cycles is None else states[other_stack(p.stack)]
+            x = _apply(inject, state, injected)
+        x = yield from layers(x, p.layers)
+        if cfg.strategy == "anchored":
+            anchor = x if anchor is None else anchor
+            x = state + (x - state) / cfg.anchor_steps
+        states[p.stack] = normed(x, ends.norm, f"{name}.norm")
+    if anchor is not None:
+        x = cfg.beta * anchor + (1 - cfg.beta) * x
+    else:
+        x = states[schedule.passes[-1].stack]
+    if cfg.after_loop == "linear":
+        x = _apply(model.after_loop, x)
+    else:
+        x = normed(x, model.after_loop, "after_loop")
+    x = yield from layers(x, range(schedule.first_coda_layer, schedule.n_layers))
+    yield FINAL, x
+
+
+def _apply(module: Any, *inputs: Tensor) -> Tensor:
+    """A linear module, in the dtype and on the device of its inputs, over any leading axes."""
+    plain: nn.Module = getattr(module, "_original_component", module)
+    weights = {name: p.detach().to(inputs[0].device, inputs[0].dtype) for name, p in plain.named_parameters()}
+    flat = tuple(x.reshape(1, -1, x.shape[-1]) for x in inputs)
+    return torch.func.functional_call(plain, weights, flat).reshape(inputs[0].shape)
+
+
+class Decomposition:
+    """The components of the residual stream at one point of a cached run.
+
+    Args:
+        cache: a `LoopedCache`.
+        point: the hook that holds the stream: `blocks.{i}.hook_resid_pre`, `blocks.{i}.hook_resid_mid` or `ln_final.hook_in`.
+        positions: a TransformerLens `Slice` of positions.
+        injections: take what is injected in a pass as a component of that pass, instead of following it back.
+        also: names of hooks that the caller will read beside those needed here.
+
+    Raises:
+        LoopedError: the cache lacks activations that are needed.
+    """
+
+    def __init__(
+        self,
+        cache: Any,
+        point: str,
+        positions: Any,
+        injections: bool = False,
+        also: Callable[[Write], list[str]] | None = None,
+    ):
+        self.cache, self.point, self.positions, self.injections = cache, point, positions, injections
+        self.bridge = cache.model
+        self.model: LoopedModel = self.bridge.original_model
+        if injections and self.model.cfg.injection == "none":
+            raise LoopedError("injections=True was asked, but nothing is injected in the passes of this model; leave it out.")
+        self.own_state = self._has_own_state()
+        self.writes: list[Write] = []
+        self.read: list[tuple[str, int]] = []  # every stream up to the point, and the number of writes before it
+        needed: list[str] = []
+        width = self.model.cfg.d_model
+
+        def scale(name: str) -> Tensor:
+            needed.append(name)
+            return torch.ones(1, 1, device="meta")
+
+        def write(x: Tensor | None, at: Write) -> Tensor:
+            self.writes.append(at)
+            needed.extend([at.hook, *(also(at) if also else [])])
+            return torch.zeros(1, width, device="meta") if x is None else x
+
+        for name, _ in walk(self.model, scale, write, self.own_state, injections):
+            self.read.append((name, len(self.writes)))
+            if name == point:
+                break
+        self._require(needed)
+        self.like = self.get("hook_embed")
+
+    @property
+    def labels(self) -> list[str]:
+        """The label of every component, in the order of the run."""
+        return [at.label for at in self.writes]
+
+    def get(self, name: str, dim: int = -2) -> Tensor:
+        """A cached tensor at the positions asked for, in fp32 or wider, without gradient."""
+        value = self.positions.apply(self.cache[name].detach(), dim=dim)
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+    def _require(self, names: list[str]) -> None:
+        missing = [name for name in dict.fromkeys(names) if name not in self.cache]
+        if missing:
+            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            raise UnknownNameError(
+                f"a decomposition of {self.point} was asked, but the cache lacks {shown}; cache a whole run, or name these in "
+                "names_filter. A run that began or stopped inside the model cannot be decomposed."
+            )
+
+    def _has_own_state(self) -> bool:
+        """Whether the first pass starts from a state that is not the embedding."""
+        cfg = self.model.cfg
+        if cfg.initial_state != "embedding":
+            return True
+        state = f"{cfg.schedule.pass_prefix(cfg.schedule.passes[0])}.hook_state"
+        before = "hook_embed" if not cfg.schedule.n_prelude else f"blocks.{cfg.schedule.n_prelude - 1}.hook_resid_post"
+        before = "prelude_norm.hook_out" if cfg.prelude_norm else before
+        if int(self.point.split(".")[1]) < cfg.schedule.n_prelude if self.point.startswith("blocks.") else False:
+            return False
+        self._require([state, before])
+        return not torch.equal(self.cache[state], self.cache[before])
+
+    def _check(self, total: Tensor) -> None:
+        """Compare the sum of all components with the stream of the run, where it was cached."""
+        if self.point not in self.cache:
+            return
+        stream = self.get(self.point)
+        half = self.cache[self.point].dtype in (torch.float16, torch.bfloat16)
+        error = (total - stream).abs().max() / stream.abs().max()
+        if not error < (HALF_TOLERANCE if half else TOLERANCE):
+            raise LoopedError(
+                f"the components of {self.point} do not sum to it (relative error {error:.2g}): the residual stream was edited in "
+                "this run, so that it is no sum of components. Decompose a run without such a hook; edits of attention, MLP "
+                "or the initial state are fine."
+            )
+
+    @torch.no_grad()
+    def carry(
+        self, n_rows: int, parts: Callable[[Write], list[tuple[int | slice, Tensor]]]
+    ) -> Float[Tensor, "component ... d_model"]:
+        """Carry vectors to the point.
+
+        Args:
+            n_rows: number of components.
+            parts: what is written at a point: rows, and the vector or vectors [row, ..., d_model] added to them.
+        """
+        rows = (n_rows + 1, *self.like.shape)  # the last row is everything, to be compared with the run
+
+        def write(x: Tensor | None, at: Write) -> Tensor:
+            x = torch.zeros(rows, dtype=self.like.dtype, device=self.like.device) if x is None else x
+            for row, value in parts(at):
+                x[row] += value
+            x[-1] += self.get(at.hook)
+            return x
+
+        for name, x in walk(self.model, self.get, write, self.own_state, self.injections):
+            if name == self.point:
+                self._check(x[-1])
+                return x[:-1]
+        raise AssertionError(self.point)
+
+    def pull_back(self, direction: Float[Tensor, "... d_model"]) -> dict[str, Float[Tensor, "... d_model"]]:
+        """For every component, the direction whose product with what it writes is its part of `direction . stream`."""
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves: dict[str, Tensor] = {}
+
+            def scale(name: str) -> Tensor:
+                return self.get(name).clone()  # a tensor made in inference mode could not be saved for the way back
+
+            def write(x: Tensor | None, at: Write) -> Tensor:
+                leaves[at.label] = leaf = self.get(at.hook).clone().requires_grad_()
+                return leaf if x is None else x + leaf
+
+            stream = next(x for name, x in walk(self.model, scale, write, self.own_state, self.injections) if name == self.point)
+            self._check(stream.detach())
+            aimed = direction.detach().clone().to(stream.device, stream.dtype).expand_as(stream)
+            grads = torch.autograd.grad(stream, list(leaves.values()), aimed, allow_unused=True)
+        return {
+            label: torch.zeros_like(leaf, requires_grad=False) if grad is None else grad
+            for (label, leaf), grad in zip(leaves.items(), grads, strict=True)
+        }
+
+    def components(self, chosen: list[Write]) -> Float[Tensor, "component ... d_model"]:
+        """The contributions of whole components."""
+        row = {at.label: i for i, at in enumerate(chosen)}
+        return self.carry(len(chosen), lambda at: [(row[at.label], self.get(at.hook))] if at.label in row else [])
+
+    def heads(self, layer: int) -> Fan:
+        """The heads of a layer; their sum is what the attention writes, without the bias of o."""
+        result = f"blocks.{layer}.attn.hook_result"
+        attention = self.bridge.blocks[layer].attn
+        gain = self._gain(layer, "ln1_post")
+        if result in self.cache:  # where it may have been edited
+            vectors = self.get(result, -3)
+            one = torch.eye(vectors.shape[-1], dtype=vectors.dtype, device=vectors.device)
+            return Fan(vectors, one.expand(vectors.shape[-2], -1, -1), gain)
+        z = self.get(f"blocks.{layer}.attn.hook_z", -3)
+        return Fan(z, attention.W_O.detach().to(z.device, z.dtype), gain)
+
+    def neurons(self, layer: int, chosen: Any) -> Fan:
+        """The chosen neurons of a layer (a `Slice` that keeps the axis)."""
+        post = chosen.apply(self.get(f"blocks.{layer}.mlp.hook_post"), dim=-1)
+        weight = chosen.apply(self.bridge.blocks[layer].mlp.W_out.detach(), dim=0).to(post.device, post.dtype)
+        return Fan(post.unsqueeze(-1), weight.unsqueeze(-2), self._gain(layer, "ln2_post"))
+
+    def _gain(self, layer: int, name: str) -> Tensor | None:
+        norm: Any = getattr(self.model.blocks[layer], name)
+        if norm is None:
+            return None
+        inverse = self.get(f"blocks.{layer}.{name}.hook_scale").reciprocal()
+        width = self.model.cfg.d_model
+        weight = inverse.new_ones(width) if norm.weight is None else norm.weight.detach().to(inverse.device, inverse.dtype)
+        return inverse * weight
+
+
+def branch_inputs(model: LoopedModel, cache: Any, heads: bool, neurons: bool) -> Callable[[Write], list[str]]:
+    """The hooks that are needed to split what a layer writes into heads or neurons."""
+
+    def names(at: Write) -> list[str]:
+        if at.layer is None:
+            return []
+        block: Any = model.blocks[at.layer]
+        prefix, is_attention = f"blocks.{at.layer}", at.hook.endswith("attn_out")
+        if not (heads if is_attention else neurons):
+            return []
+        result = f"{prefix}.attn.hook_result"
+        inner = f"{prefix}.mlp.hook_post" if not is_attention else result if result in cache else f"{prefix}.attn.hook_z"
+        norm = "ln1_post" if is_attention else "ln2_post"
+        return [inner] if getattr(block, norm) is None else [inner, f"{prefix}.{norm}.hook_scale"]
+
+    return names
