@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import itertools
 
 import pytest
@@ -67,6 +69,55 @@ def test_patching_a_run_with_its_own_cache_is_a_no_op(name: str) -> None:
     for hook_name in cache:
         patched = bridge.run_with_hooks(TOKENS, fwd_hooks=[(hook_name, lambda t, hook, n=hook_name: cache[n].clone())])
         assert torch.equal(patched, logits), hook_name
+
+
+def one_layer_and_all_passes(bridge: LoopedBridge, cache: LoopedCache) -> list[str]:
+    """The float hook points of one looped layer, of every pass, and of the ends of the model."""
+    inside = f"blocks.{bridge.schedule.passes[-1].first}."
+    chosen = [n for n in cache if n.startswith(inside) or not n.startswith("blocks.")]
+    return [n for n in chosen if cache[n].is_floating_point()]
+
+
+@FAMILIES
+def test_own_cache_is_a_no_op_with_gradients_too(name: str) -> None:
+    bridge = random_bridge(name)
+    with torch.enable_grad():
+        logits, cache = bridge.run_with_cache(TOKENS)
+        assert torch.equal(logits, bridge(TOKENS))
+        for hook_name in one_layer_and_all_passes(bridge, cache):
+            patched = bridge.run_with_hooks(TOKENS, fwd_hooks=[(hook_name, lambda t, hook, n=hook_name: cache[n].clone())])
+            assert torch.equal(patched, logits), hook_name
+
+
+@FAMILIES
+def test_an_edit_in_place_equals_an_edit_returned(name: str) -> None:
+    bridge = random_bridge(name)
+    _, cache = bridge.run_with_cache(TOKENS)
+    state = torch.randn(2, 7, 24)
+    for hook_name in one_layer_and_all_passes(bridge, cache):
+
+        def in_place(tensor: torch.Tensor, hook: object) -> None:
+            tensor[:, 1:] *= 1.5
+
+        def returned(tensor: torch.Tensor, hook: object) -> torch.Tensor:
+            edited = tensor.clone()
+            edited[:, 1:] *= 1.5
+            return edited
+
+        given = state.clone()
+        one, other = (bridge.run_with_hooks(TOKENS, [(hook_name, f)], initial_state=given) for f in (in_place, returned))
+        assert torch.equal(one, other), hook_name
+        assert torch.equal(given, state)
+
+
+def test_an_edit_in_place_leaves_the_cache_of_earlier_layers_alone() -> None:
+    bridge = random_bridge("huginn")
+    _, clean = bridge.run_with_cache(TOKENS)
+    for hook_name in ("blocks.4.hook_resid_pre", "loops.1.hook_state", "loops.1.hook_injection"):
+        with bridge.hooks(fwd_hooks=[(hook_name, lambda t, hook: t.mul_(2))]):
+            _, edited = bridge.run_with_cache(TOKENS)
+        for early in ("blocks.3.hook_resid_post", "loops.0.hook_out", "loops.0.hook_injection", "blocks.1.hook_resid_post"):
+            assert torch.equal(clean[early], edited[early]), (hook_name, early)
 
 
 @FAMILIES
@@ -180,6 +231,8 @@ def test_both_spellings_everywhere(name: str) -> None:
     assert torch.equal(cache[loop_name], cache[tl_name]) and torch.equal(cache[loop_name], cache["z", layer])
     assert loop_name in cache and tl_name in cache and bridge.schedule.name(layer, "attn.hook_q") not in cache
     assert bridge.hook_dict[loop_name] is bridge.hook_dict[tl_name] is bridge.get_hook_point(loop_name)
+    assert loop_name in bridge.hook_dict and bridge.hook_dict.get(loop_name) is bridge.hook_dict[tl_name]
+    assert "loops.99.hook_out" not in bridge.hook_dict and bridge.get_hook_point("loops.99.hook_out") is None
     assert isinstance(cache, LoopedCache) and isinstance(cache, ActivationCache)
     caught, fwd_hooks, _ = bridge.get_caching_hooks(loop_name)
     bridge.run_with_hooks(TOKENS, fwd_hooks=fwd_hooks)
@@ -277,6 +330,37 @@ def test_changing_the_dtype_keeps_the_sharing(name: str) -> None:
     assert len(storages(bridge)) == n_parameters
     assert {p.dtype for p in bridge.parameters()} == {torch.float64}
     torch.testing.assert_close(bridge(TOKENS).float(), logits, atol=1e-3, rtol=1e-3)
+
+
+def test_unrolls_move_together_and_keep_the_switches() -> None:
+    bridge = random_bridge("ouro")
+    bridge.set_use_attn_result(True)
+    deeper = bridge.unroll(5)
+    assert "blocks.9.attn.hook_result" in deeper.run_with_cache(TOKENS)[1]
+    bridge.double()
+    assert deeper(TOKENS).dtype == torch.float64 and deeper.cfg.dtype == bridge.cfg.dtype == torch.float64
+
+
+def test_a_deep_copy_stands_alone() -> None:
+    bridge = random_bridge("looped_qwen")
+    logits = bridge(TOKENS)
+    twin = copy.deepcopy(bridge)
+    twin.set_use_split_qkv_input(True)
+    assert "blocks.1.hook_q_input" in twin.run_with_cache(TOKENS)[1]
+    assert len(storages(twin)) == len(storages(bridge)) and not storages(twin) & storages(bridge)
+    for parameter in bridge.parameters():
+        parameter.zero_()
+    del bridge
+    gc.collect()
+    torch.testing.assert_close(twin(TOKENS), logits, atol=2e-4, rtol=1e-4)
+
+
+@FAMILIES
+def test_weights_are_read_without_complaint(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    bridge = random_bridge(name)
+    for weights in ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out", "W_E", "W_U"):
+        assert torch.isfinite(getattr(bridge, weights)).all()
+    assert not caplog.records
 
 
 @FAMILIES
@@ -447,6 +531,13 @@ def test_the_cache_says_what_is_missing() -> None:
         (lambda b: b.unroll(-2), "n_loops=-2"),
         (lambda b: b.unroll(2.5), r"n_loops=2\.5"),
         (lambda b: b(TOKENS, token_type_ids=torch.ones_like(TOKENS)), "prefix"),
+        (lambda b: b("text"), "no tokenizer"),
+        (lambda b: b(TOKENS, attention_mask=torch.zeros(2, 7)), "attention_mask has 1"),
+        (lambda b: b(TOKENS, attention_mask=torch.full((2, 7), -1e9)), "attention_mask has 1"),
+        (lambda b: b(TOKENS, position_ids=torch.arange(30, 37)[None]), r"position_ids from 30 to 36.*0\.\.31"),
+        (lambda b: b.run_with_hooks(TOKENS, [(5, edit)]), "hook name 5"),
+        (lambda b: b.run_with_cache(TOKENS, names_filter=[3]), "names_filter holds 3"),
+        (lambda b: b.run_with_cache(TOKENS, names_filter="blocks.*.attn.hook_*"), "stands for an index only"),
     ],
 )
 def test_bad_input_is_explained(call, says: str, unchecked: None) -> None:

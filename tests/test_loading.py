@@ -384,3 +384,48 @@ def test_peak_memory_of_loading_500_megabytes_is_below_1_3_times_the_model(dtype
     save_model(initialise(LoopedModel(cfg), 0).to(dtype), tmp_path)
     run = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
     assert float(run.stdout) < 1.3
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("ouro", {"rope_theta": "abc"}),
+        ("ouro", {"rope_scaling": "yarn"}),
+        ("ouro", {"rope_scaling": {"type": "yarn"}}),
+        ("ouro", {"hidden_act": 5}),
+        ("ouro", {"rms_norm_eps": -1}),
+        ("ouro", {"rms_norm_eps": "1e-6"}),
+        ("retrofit_llama", {"init_values": 3}),
+    ],
+)
+def test_values_of_the_wrong_kind_are_explained(family: str, change: dict[str, Any], tmp_path: Path, unchecked: None) -> None:
+    edit_config(copy(family, tmp_path), **change)
+    with pytest.raises(CheckpointError):
+        load_model(open_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("device", ["nope", "meta", "cuda:99"])
+def test_a_device_that_cannot_be_used(device: str) -> None:
+    with pytest.raises(LoopedError, match="device="):
+        load_model(open_checkpoint(GOLDEN / "ouro"), device=device)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("", "pass a directory or a Hub id"),
+        (None, "pass a directory or a Hub id"),
+        ("/no/such/directory", "does not exist"),
+        (str(GOLDEN / "ouro" / "config.json"), "it is a file"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(asked: Any, says: str, unchecked: None) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        open_checkpoint(asked)
+
+
+def test_a_damaged_tokenizer_does_not_hide_the_model(tmp_path: Path) -> None:
+    copy("ouro", tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.warns(UserWarning, match="cannot be loaded"):
+        assert load_tokenizer(tmp_path) is None

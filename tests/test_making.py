@@ -123,6 +123,7 @@ def test_other_decoders_can_be_looped() -> None:
 def test_an_instantiated_looped_model(h_cycles: int, l_cycles: int) -> None:
     torch.manual_seed(0)
     fields = {"hidden_size": 24, "num_attention_heads": 3, "head_dim": 8, "intermediate_size": 20, "vocab_size": 31}
+    fields["num_key_value_heads"] = l_cycles  # which transformers does not read
     config = HrmTextConfig(num_hidden_layers=2, H_cycles=h_cycles, L_cycles=l_cycles, pad_token_id=0, **fields)
     hf = HrmTextForCausalLM(config).eval()
     hf.model.z_L_init.normal_()

@@ -98,6 +98,10 @@ class LoopedConfig:
                 raise LoopedError(
                     f"{field.name}={getattr(self, field.name)!r} was asked; choose one of {', '.join(map(repr, choices))}."
                 )
+        for name in ("norm_eps", "rope_theta", "noise_std", "noise_scale", "beta", "embed_scale"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise LoopedError(f"{name}={value!r} was asked, but {name} must be a finite number >= 0.")
         _ = self.schedule  # checks its own counts
         if self.n_heads % self.n_kv_heads:
             self._refuse(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")

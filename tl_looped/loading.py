@@ -141,7 +141,14 @@ def open_checkpoint(name_or_dir: str | Path, revision: str | None = None) -> Che
     Raises:
         CheckpointError: there is no such checkpoint, or its files are incomplete or damaged.
     """
+    if not isinstance(name_or_dir, (str, Path)) or not str(name_or_dir).strip():
+        raise CheckpointError(f"{name_or_dir!r} was asked; pass a directory or a Hub id such as 'ByteDance/Ouro-1.4B'.")
     path = Path(name_or_dir).expanduser()
+    if path.is_file() or (not path.is_dir() and (path.is_absolute() or len(path.parts) > 2 or path.parts[0] in (".", ".."))):
+        kind = "a file" if path.is_file() else "not a directory: it does not exist"
+        raise CheckpointError(
+            f"{str(name_or_dir)!r} was asked; it is {kind}. Pass the directory that holds config.json and the tensors."
+        )
     if not path.is_dir():
         path = _download(str(name_or_dir), revision)
     elif revision is not None:
@@ -294,6 +301,7 @@ def load_model(
         CheckpointError: config.json, names, shapes or values that do not fit together.
         LoopedError: `n_loops`, `l_cycles` or `dtype` that this model cannot have.
     """
+    device = _usable(device)
     family = families.detect(checkpoint.config, checkpoint.shapes)
     try:
         cfg = cfg or family.looped_config(checkpoint.config, checkpoint.shapes)
@@ -301,6 +309,11 @@ def load_model(
             model = LoopedModel(cfg)
     except LoopedError as error:
         raise CheckpointError(f"{checkpoint} cannot be loaded: {error}") from error
+    except (TypeError, ValueError, KeyError, AttributeError) as error:  # values of the wrong kind
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"the config.json of {checkpoint} cannot be understood ({reason}). Restore the published one."
+        ) from error
     if n_loops is not None or l_cycles is not None:
         cfg = _with_counts(cfg, n_loops, l_cycles)
         with torch.device("meta"):
@@ -343,6 +356,20 @@ def _convert(checkpoint: Checkpoint, name: str, start: int, out: Tensor) -> Tens
         count = min(_BUFFER, out.numel() - at)
         out.view(-1)[at : at + count] = checkpoint.read(name, start + at, (count,))
     return out
+
+
+def _usable(device: torch.device | str | None) -> torch.device | None:
+    """The device to load to; CUDA where there is one is the bridge's choice, not this function's."""
+    if device is None:
+        return None
+    try:
+        asked = torch.device(device)
+        torch.empty(0, device=asked)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise LoopedError(f"device={device!r} was asked, which cannot be used here ({error}). Choose another.") from error
+    if asked.type == "meta":
+        raise LoopedError("device='meta' holds no values; choose a device to compute on.")
+    return asked
 
 
 def _with_counts(cfg: LoopedConfig, n_loops: int | None, l_cycles: int | None) -> LoopedConfig:
@@ -460,8 +487,12 @@ def load_tokenizer(path: Path) -> Any | None:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # about keys of config.json that no tokenizer reads
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # what an unknown model_type raises differs between versions of transformers
-        if not (path / "tokenizer.json").is_file():
-            raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {error}. Pass tokenizer= yourself.") from error
-        return PreTrainedTokenizerFast.from_pretrained(path)
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(path)
+        except Exception:  # damaged files raise anything
+            warnings.warn(f"the tokenizer in {path} cannot be loaded ({error}); pass tokenizer= yourself.", stacklevel=3)
+            return None

@@ -17,7 +17,7 @@ from ..model import LoopedModel
 from ..model.initial_state import InitialState
 from ..model.looped_model import check_tokens
 from ..model.passes import PassEnds
-from ..schedule import Pass, Schedule, Site, check_count
+from ..schedule import Schedule, Site, check_count
 
 Lens = Literal["logit", "native"]
 Target = str | int
@@ -83,7 +83,7 @@ class LogitLensResult(Readout):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The loop-indexed name of every row's layer, such as "loops.2.blocks.5"; with ".hook_resid_post" it is what was read."""
+        """The loop-indexed name of every row's layer, such as "loops.2.blocks.5"; its `hook_resid_post` was read."""
         return tuple(self.schedule.name(i, "hook_resid_post").removesuffix(".hook_resid_post") for i in self.layers)
 
     def rank_trajectory(self, target: Target | None = None) -> Int[Tensor, "row batch pos"]:
@@ -99,7 +99,7 @@ class LogitLensResult(Readout):
             return self.ranks[..., 0]
         if self.target_names is None:
             raise LoopedError(f"target {target!r} was asked, but each position has its own target; leave target out.")
-        found = list(self.target_names) if isinstance(target, str) else self.targets[0, 0].tolist()
+        found: list[Any] = list(self.target_names) if isinstance(target, str) else self.targets[0, 0].tolist()
         if target not in found:
             raise LoopedError(
                 f"target {target!r} was asked, but this lens decoded the targets {list(self.target_names)}; name one."
@@ -118,11 +118,11 @@ class LogitLensResult(Readout):
             LoopedError: the stack is not clear, or the layer exists but was not decoded.
             OutOfRangeError: no such loop or layer.
         """
-        stacks = self.schedule.core_stacks
-        if stack is None and (loop is None or len(stacks) > 1):
-            named = stacks if loop is not None else ("prelude", "coda")
+        looped = self.schedule.core_stacks
+        if stack is None and (loop is None or len(looped) > 1):
+            named = ("prelude", "coda") if loop is None else looped
             raise LoopedError(f"loop={loop}, layer={layer} was asked; say in which stack: {' or '.join(map(repr, named))}.")
-        index = self.schedule.virtual(Site(stacks[0] if stack is None else stack, loop, layer))
+        index = self.schedule.virtual(Site(stack or next(iter(looped)), loop, layer))
         if index not in self.layers:
             raise LoopedError(
                 f"{self.schedule.site(index)} was asked, but this lens decoded {', '.join(self.labels)}; see loops=."
@@ -254,7 +254,7 @@ def logit_lens(
 
     inputs = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
     decoder = Decoder(model, ids, {name: value for name, value in inputs.items() if value is not None})
-    cells = [(lens, i) for i in rows]
+    cells: list[tuple[Lens, int]] = [(lens, i) for i in rows]
     if asked is None:  # the last layer, the family's own way, is the model's prediction
         cells.append(("native", model.schedule.n_layers - 1))
     hidden = decoder.run(cells, chosen, initial_state)  # [cell, batch, pos, d_model]
@@ -303,11 +303,12 @@ class Decoder:
             self.twin = LoopedModel(model.looped_cfg.replace(n_loops=1))
         for name, parameter in cast(LoopedModel, model.original_model).canonical_parameters().items():
             self.twin.set_parameter(name, parameter)
-        self.entering: dict[int, Tensor] = {}  # by pass: the other stack's state, or in an anchored loop the pass's own
+        # What the current pass began with: in an anchored loop its state, in HRM-Text's L passes the state of the H stack.
+        self.entering: Tensor | None = None
         self.anchor: Tensor | None = None
 
     def run(
-        self, cells: list[tuple[Lens, int]], positions: tuple[int, ...], initial_state: InitialState
+        self, cells: Sequence[tuple[Lens, int]], positions: tuple[int, ...], initial_state: InitialState
     ) -> Float[Tensor, "cell batch pos d_model"]:
         """Run the model once and bring each (lens, virtual layer) to the input of the unembedding, at the chosen positions."""
         schedule, weight = self.schedule, self.twin.unembed.weight
@@ -325,21 +326,19 @@ class Decoder:
 
             return hook
 
-        def keep(p: Pass) -> Callable[..., None]:
-            def hook(state: Tensor, hook: object) -> None:
-                self.entering[p.index] = state
-
-            return hook
+        def keep(state: Tensor, hook: object) -> None:
+            self.entering = state
 
         last = max(i for _, i in cells)
         wanted = {i for _, i in cells} | {i for i in (schedule.passes[0].layers[-1],) if i <= last}
-        hooks = [(f"blocks.{i}.hook_resid_post", decode(i)) for i in sorted(wanted)]
+        hooks: list[tuple[str, Callable[..., None]]] = [(f"blocks.{i}.hook_resid_post", decode(i)) for i in sorted(wanted)]
         for p in schedule.passes:
             if self.twin.cfg.strategy == "anchored":
-                hooks.append((f"{schedule.pass_prefix(p)}.hook_state", keep(p)))
+                hooks.append((f"{schedule.pass_prefix(p)}.hook_state", keep))
             elif p.stack == "L":
-                hooks.append((f"{schedule.pass_prefix(p)}.hook_injection", keep(p)))
-        self.model.run_with_hooks(self.tokens, hooks, stop=last + 1, initial_state=initial_state, **self.inputs)
+                hooks.append((f"{schedule.pass_prefix(p)}.hook_injection", keep))
+        run: Any = self.model.run_with_hooks
+        run(self.tokens, hooks, stop=last + 1, initial_state=initial_state, **self.inputs)
         return hidden
 
     def native(self, layer: int, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
@@ -349,11 +348,11 @@ class Decoder:
             x = self._layers(resid, "coda", site.layer + 1)
         else:
             p = self.schedule.pass_of_layer(layer)
-            state = self.entering[p.index] if p is not None and cfg.strategy == "anchored" else None
+            state = self.entering if p is not None and cfg.strategy == "anchored" else None
             ends = cast(PassEnds, twin.passes[-1])
             if p is not None and p.stack == "L":
                 z_l = cast(PassEnds, twin.passes[0]).leave(resid, None, None)
-                x, state = ends.enter(self.entering[p.index], z_l)
+                x, state = ends.enter(cast(Tensor, self.entering), z_l)
                 resid = self._layers(x, "H", 0)
             x = ends.leave(resid, state, twin.ln_final if cfg.pass_norm_is_final else None)
             anchor = resid if p is None or p.index == 0 else self.anchor
@@ -381,10 +380,10 @@ class Decoder:
         return FlatReadout(*map(torch.cat, zip(*parts, strict=True)))
 
     def _read_rows(self, x: Tensor, targets: Tensor, top_k: int, width: int) -> FlatReadout:
-        d_vocab = self.twin.cfg.d_vocab
+        d_vocab, wide = self.twin.cfg.d_vocab, torch.promote_types(x.dtype, torch.float32)
         starts = range(0, d_vocab, width)
         # A target's logit comes from the same product as the logits it is compared with; another kernel may round differently.
-        target_logits = torch.empty(targets.shape, device=x.device)
+        target_logits = torch.empty(targets.shape, dtype=wide, device=x.device)
         for start in starts:
             inside = (targets >= start) & (targets < start + width)
             if inside.any():
@@ -392,9 +391,9 @@ class Decoder:
                 picked = block.gather(1, (targets - start).clamp(0, block.shape[1] - 1))
                 target_logits = torch.where(inside, picked, target_logits)
         ranks = torch.zeros_like(targets)
-        peak = torch.full((len(x), 1), -torch.inf, device=x.device)
+        peak = torch.full((len(x), 1), -torch.inf, dtype=wide, device=x.device)
         mass = moment = torch.zeros_like(peak)  # sums of exp(logit - peak), alone and times (logit - peak)
-        top, top_ids = x.new_empty(len(x), 0), targets.new_empty(len(x), 0)
+        top, top_ids = peak[:, :0], targets.new_empty(len(x), 0)
         for start in starts:
             block = self._logits(x, start, width)
             for t in range(targets.shape[1]):
@@ -419,7 +418,7 @@ class Decoder:
         logits = F.linear(x, self.twin.unembed.weight[start : start + width])
         cap = self.twin.cfg.logit_softcap
         logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _token_ids(model: LoopedBridge, tokens: str | list[str] | Tensor) -> Int[Tensor, "batch pos"]:

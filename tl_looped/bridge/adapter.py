@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
-from transformer_lens.model_bridge.generalized_components import UnembeddingBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from ..config import LoopedConfig
@@ -20,6 +19,7 @@ from .components import (
     LoopedLinear,
     LoopedMLP,
     LoopedNorm,
+    LoopedUnembedding,
     OutputProjection,
     PassBridge,
 )
@@ -91,7 +91,7 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
                 else self._norms(hf_model, "after_loop")
             ),
             "ln_final": LoopedNorm(name="ln_final", config=self.cfg),
-            "unembed": UnembeddingBridge(name="unembed", config=self.cfg),
+            "unembed": LoopedUnembedding(name="unembed", config=self.cfg),
         }
 
     def _norms(self, parent: nn.Module, *names: str) -> dict[str, GeneralizedComponent]:

@@ -7,7 +7,6 @@ plain model costs.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -20,10 +19,11 @@ from transformer_lens.model_bridge.generalized_components import (
     LinearBridge,
     MLPBridge,
     RMSNormalizationBridge,
+    UnembeddingBridge,
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from ..model.layers import Inputs
+from ..model.layers import Inputs, observe
 
 
 class Around(GeneralizedComponent):
@@ -40,11 +40,19 @@ class Around(GeneralizedComponent):
 
     def forward(self, x: Tensor, *args: Any) -> Any:
         modules = self._modules
-        return modules["hook_out"](modules["_original_component"](modules["hook_in"](x), *args))  # type: ignore[misc]
+        hook_in, module, hook_out = modules["hook_in"], modules["_original_component"], modules["hook_out"]
+        return hook_out(module(observe(hook_in, x), *args))  # type: ignore[misc,arg-type]
 
 
 class LoopedLinear(Around, LinearBridge):
     """A projection."""
+
+
+class LoopedUnembedding(Around, UnembeddingBridge):
+    """The unembedding. Without the zero bias that TransformerLens would add: it would not move with the shared parameters."""
+
+    def set_original_component(self, original_component: nn.Module) -> None:
+        GeneralizedComponent.set_original_component(self, original_component)
 
 
 class LoopedNorm(Around, RMSNormalizationBridge):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -69,7 +77,7 @@ class InputProjection(LoopedLinear):
     """q, k or v: reads its own copy of the residual stream per head when `use_split_qkv_input` or `use_attn_in` is on."""
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
-        forked = self._attention().forked_input(self.__dict__["_letter"], x)
+        forked = self.__dict__["_owner"].forked_input(self.__dict__["_letter"], x)
         if forked is None:
             return super().forward(x)
         forked = self.hook_in(forked)
@@ -78,15 +86,12 @@ class InputProjection(LoopedLinear):
         out = torch.einsum("bphm,hdm->bphd", forked, weight).flatten(-2)
         return self.hook_out(out if linear.bias is None else out + linear.bias)
 
-    def _attention(self) -> LoopedAttention:
-        return self.__dict__["_owner"]()
-
 
 class OutputProjection(LoopedLinear):
     """o: sums `hook_result` over heads when `use_attn_result` is on."""
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
-        attention: LoopedAttention = self.__dict__["_owner"]()
+        attention: LoopedAttention = self.__dict__["_owner"]
         if not attention.config.use_attn_result:
             return super().forward(x)
         z = self.hook_in(x).unflatten(-1, (attention.config.n_heads, -1))
@@ -111,7 +116,7 @@ class LoopedAttention(Around, AttentionBridge):
         super().set_original_component(original_component)
         for letter in "qkvo":
             projection = self.submodules[letter]
-            object.__setattr__(projection, "_owner", weakref.ref(self))
+            object.__setattr__(projection, "_owner", self)  # not a child module: attention owns its projections
             object.__setattr__(projection, "_letter", letter)
 
     def _setup_qkv_hook_reshaping(self) -> None:

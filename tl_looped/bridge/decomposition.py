@@ -1,9 +1,9 @@
 """What every component of a looped model contributes to its residual stream, exactly.
 
 With the scale of every norm frozen at its value in a run, the way from anything that is written to the residual stream to any
-later stream is linear and acts on each position separately: additions, norms of the stream, injections, anchored mixing, the sum
-of two states. `walk` goes that way once, as `LoopedModel.forward` does, without attention and MLP. `Decomposition.carry` sends
-vectors along it, one row per component; `Decomposition.pull_back` sends one direction back, which costs no component axis.
+later stream is linear and acts on each position separately: additions, norms of the stream, injections, anchored mixing, the
+sum of two states. `walk` goes that way once, as `LoopedModel.forward` does, without attention and MLP. `Decomposition.carry`
+sends vectors along it, one row per component; `Decomposition.pull_back` sends one direction back, without a component axis.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class LogitAttribution:
     """What every component adds to a logit, or to a difference of two.
 
     Args:
-        values: [component, *batch, *pos]; the sum over components is the logit (before a soft cap, without a bias of the unembedding).
+        values: [component, *batch, *pos]; sums to the logit before a soft cap, without a bias of the unembedding.
         labels: the components, in the order of the run.
         unit: what a component is: "component", "layer" or "head".
     """
@@ -164,7 +164,53 @@ def _apply(module: Any, *inputs: Tensor) -> Tensor:
     return torch.func.functional_call(plain, weights, flat).reshape(inputs[0].shape)
 
 
-class Decomposition:
+class Reader:
+    """Reads what one cached run wrote, at chosen positions.
+
+    Args:
+        cache: a `LoopedCache`.
+        positions: a TransformerLens `Slice` of positions.
+    """
+
+    def __init__(self, cache: Any, positions: Any):
+        self.cache, self.positions = cache, positions
+        self.bridge = cache.model
+        self.model: LoopedModel = self.bridge.original_model
+
+    def get(self, name: str, dim: int = -2) -> Tensor:
+        """A cached tensor at the positions asked for, in fp32 or wider, without gradient."""
+        value = self.positions.apply(self.cache[name].detach(), dim=dim)
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+    def heads(self, layer: int) -> Fan:
+        """The heads of a layer; their sum is what the attention writes, without the bias of o."""
+        result = f"blocks.{layer}.attn.hook_result"
+        attention = self.bridge.blocks[layer].attn
+        gain = self._gain(layer, "ln1_post")
+        if result in self.cache:  # where it may have been edited
+            vectors = self.get(result, -3)
+            one = torch.eye(vectors.shape[-1], dtype=vectors.dtype, device=vectors.device)
+            return Fan(vectors, one.expand(vectors.shape[-2], -1, -1), gain)
+        z = self.get(f"blocks.{layer}.attn.hook_z", -3)
+        return Fan(z, attention.W_O.detach().to(z.device, z.dtype), gain)
+
+    def neurons(self, layer: int, chosen: Any) -> Fan:
+        """The chosen neurons of a layer (a `Slice` that keeps the axis)."""
+        post = chosen.apply(self.get(f"blocks.{layer}.mlp.hook_post"), dim=-1)
+        weight = chosen.apply(self.bridge.blocks[layer].mlp.W_out.detach(), dim=0).to(post.device, post.dtype)
+        return Fan(post.unsqueeze(-1), weight.unsqueeze(-2), self._gain(layer, "ln2_post"))
+
+    def _gain(self, layer: int, name: str) -> Tensor | None:
+        norm: Any = getattr(self.model.blocks[layer], name)
+        if norm is None:
+            return None
+        inverse = self.get(f"blocks.{layer}.{name}.hook_scale").reciprocal()
+        width = self.model.cfg.d_model
+        weight = inverse.new_ones(width) if norm.weight is None else norm.weight.detach().to(inverse.device, inverse.dtype)
+        return inverse * weight
+
+
+class Decomposition(Reader):
     """The components of the residual stream at one point of a cached run.
 
     Args:
@@ -186,9 +232,8 @@ class Decomposition:
         injections: bool = False,
         also: Callable[[Write], list[str]] | None = None,
     ):
-        self.cache, self.point, self.positions, self.injections = cache, point, positions, injections
-        self.bridge = cache.model
-        self.model: LoopedModel = self.bridge.original_model
+        super().__init__(cache, positions)
+        self.point, self.injections = point, injections
         if injections and self.model.cfg.injection == "none":
             raise LoopedError("injections=True was asked, but nothing is injected in the passes of this model; leave it out.")
         self.own_state = self._has_own_state()
@@ -218,11 +263,6 @@ class Decomposition:
         """The label of every component, in the order of the run."""
         return [at.label for at in self.writes]
 
-    def get(self, name: str, dim: int = -2) -> Tensor:
-        """A cached tensor at the positions asked for, in fp32 or wider, without gradient."""
-        value = self.positions.apply(self.cache[name].detach(), dim=dim)
-        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-
     def _require(self, names: list[str]) -> None:
         missing = [name for name in dict.fromkeys(names) if name not in self.cache]
         if missing:
@@ -234,14 +274,14 @@ class Decomposition:
 
     def _has_own_state(self) -> bool:
         """Whether the first pass starts from a state that is not the embedding."""
-        cfg = self.model.cfg
+        cfg, n_prelude = self.model.cfg, self.model.cfg.n_prelude
         if cfg.initial_state != "embedding":
             return True
+        if self.point.startswith("blocks.") and int(self.point.split(".")[1]) < n_prelude:
+            return False  # the point lies before the first pass
         state = f"{cfg.schedule.pass_prefix(cfg.schedule.passes[0])}.hook_state"
-        before = "hook_embed" if not cfg.schedule.n_prelude else f"blocks.{cfg.schedule.n_prelude - 1}.hook_resid_post"
+        before = f"blocks.{n_prelude - 1}.hook_resid_post" if n_prelude else "hook_embed"
         before = "prelude_norm.hook_out" if cfg.prelude_norm else before
-        if int(self.point.split(".")[1]) < cfg.schedule.n_prelude if self.point.startswith("blocks.") else False:
-            return False
         self._require([state, before])
         return not torch.equal(self.cache[state], self.cache[before])
 
@@ -251,12 +291,12 @@ class Decomposition:
             return
         stream = self.get(self.point)
         half = self.cache[self.point].dtype in (torch.float16, torch.bfloat16)
-        error = (total - stream).abs().max() / stream.abs().max()
+        error = (total - stream).abs().max() / stream.abs().max().clamp(min=1e-30)
         if not error < (HALF_TOLERANCE if half else TOLERANCE):
             raise LoopedError(
-                f"the components of {self.point} do not sum to it (relative error {error:.2g}): the residual stream was edited in "
-                "this run, so that it is no sum of components. Decompose a run without such a hook; edits of attention, MLP "
-                "or the initial state are fine."
+                f"the components of {self.point} do not sum to it (relative error {error:.2g}): the residual stream was edited "
+                "in this run, so that it is no sum of components. Decompose a run without such a hook; edits of attention and "
+                "MLP outputs and of the initial state are fine."
             )
 
     @torch.no_grad()
@@ -296,7 +336,9 @@ class Decomposition:
                 leaves[at.label] = leaf = self.get(at.hook).clone().requires_grad_()
                 return leaf if x is None else x + leaf
 
-            stream = next(x for name, x in walk(self.model, scale, write, self.own_state, self.injections) if name == self.point)
+            stream = next(
+                x for name, x in walk(self.model, scale, write, self.own_state, self.injections) if name == self.point
+            )
             self._check(stream.detach())
             aimed = direction.detach().clone().to(stream.device, stream.dtype).expand_as(stream)
             grads = torch.autograd.grad(stream, list(leaves.values()), aimed, allow_unused=True)
@@ -309,33 +351,6 @@ class Decomposition:
         """The contributions of whole components."""
         row = {at.label: i for i, at in enumerate(chosen)}
         return self.carry(len(chosen), lambda at: [(row[at.label], self.get(at.hook))] if at.label in row else [])
-
-    def heads(self, layer: int) -> Fan:
-        """The heads of a layer; their sum is what the attention writes, without the bias of o."""
-        result = f"blocks.{layer}.attn.hook_result"
-        attention = self.bridge.blocks[layer].attn
-        gain = self._gain(layer, "ln1_post")
-        if result in self.cache:  # where it may have been edited
-            vectors = self.get(result, -3)
-            one = torch.eye(vectors.shape[-1], dtype=vectors.dtype, device=vectors.device)
-            return Fan(vectors, one.expand(vectors.shape[-2], -1, -1), gain)
-        z = self.get(f"blocks.{layer}.attn.hook_z", -3)
-        return Fan(z, attention.W_O.detach().to(z.device, z.dtype), gain)
-
-    def neurons(self, layer: int, chosen: Any) -> Fan:
-        """The chosen neurons of a layer (a `Slice` that keeps the axis)."""
-        post = chosen.apply(self.get(f"blocks.{layer}.mlp.hook_post"), dim=-1)
-        weight = chosen.apply(self.bridge.blocks[layer].mlp.W_out.detach(), dim=0).to(post.device, post.dtype)
-        return Fan(post.unsqueeze(-1), weight.unsqueeze(-2), self._gain(layer, "ln2_post"))
-
-    def _gain(self, layer: int, name: str) -> Tensor | None:
-        norm: Any = getattr(self.model.blocks[layer], name)
-        if norm is None:
-            return None
-        inverse = self.get(f"blocks.{layer}.{name}.hook_scale").reciprocal()
-        width = self.model.cfg.d_model
-        weight = inverse.new_ones(width) if norm.weight is None else norm.weight.detach().to(inverse.device, inverse.dtype)
-        return inverse * weight
 
 
 def branch_inputs(model: LoopedModel, cache: Any, heads: bool, neurons: bool) -> Callable[[Write], list[str]]:

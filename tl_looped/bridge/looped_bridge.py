@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -28,7 +28,7 @@ from ..model.looped_model import initialise
 from ..schedule import Schedule, check_count, is_pattern
 from .adapter import LoopedArchitectureAdapter, bridge_config
 from .cache import LoopedCache
-from .processing import check_options, check_running_sum, has_output_bias, process_weights
+from .processing import check_options, check_running_sum, check_shared, has_output_bias, process_weights
 
 NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
@@ -105,6 +105,7 @@ class LoopedBridge(TransformerBridge):
             CheckpointError: not found, not a looped checkpoint, or tensors and config that do not fit.
         """
         checkpoint = loading.open_checkpoint(name_or_dir, revision)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = loading.load_model(checkpoint, device=device, dtype=dtype, n_loops=n_loops, l_cycles=l_cycles)
         if tokenizer is None and checkpoint.path is not None:
             tokenizer = loading.load_tokenizer(checkpoint.path)
@@ -209,6 +210,9 @@ class LoopedBridge(TransformerBridge):
         unrolled._tokenizer = self.tokenizer
         for setting in ("default_prepend_bos", "tokenizer_prepends_bos", "tokenizer_appends_eos"):
             setattr(unrolled.cfg, setting, getattr(self.cfg, setting))
+        for switch in ("attn_result", "split_qkv_input", "attn_in", "hook_mlp_in"):
+            if getattr(self.cfg, f"use_{switch}"):
+                getattr(unrolled, f"set_use_{switch}")(True)
         return unrolled
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -253,6 +257,7 @@ class LoopedBridge(TransformerBridge):
         Raises:
             LoopedError: inputs that do not fit the model; layers out of range.
         """
+        self._refresh_cfg()
         if start_at_layer is not None:
             kwargs["start"] = self.schedule.layer(start_at_layer)
             if not isinstance(input, Tensor) or not input.is_floating_point():
@@ -291,7 +296,22 @@ class LoopedBridge(TransformerBridge):
         truncate: bool = False,
     ) -> Int[Tensor, "batch pos"]:
         """Tokens of a text, as in TransformerBridge; a text longer than the context is cut only if `truncate` is True."""
+        if self.tokenizer is None:
+            raise LoopedError("text was given, but this model has no tokenizer; pass tokens, or load it with tokenizer=.")
+        self._refresh_cfg()
         return super().to_tokens(input, prepend_bos, padding_side, move_to_device, truncate)
+
+    def _refresh_cfg(self) -> None:
+        """Say in `cfg` where the parameters are; another unroll of them may have been moved."""
+        weight = self._model.embed.weight
+        if self.cfg.dtype != weight.dtype or self.cfg.device != str(weight.device):
+            self.cfg.dtype, self.cfg.device = weight.dtype, str(weight.device)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LoopedBridge:
+        super()._apply(fn, recurse)
+        self._model._apply(fn, recurse)
+        self._refresh_cfg()
+        return self
 
     def to(self, *args: Any, print_details: bool = False, **kwargs: Any) -> LoopedBridge:
         """Move the model or change its dtype; other unrolls of the same parameters move with it.
@@ -302,9 +322,6 @@ class LoopedBridge(TransformerBridge):
             **kwargs: as in `torch.nn.Module.to`.
         """
         nn.Module.to(self, *args, **kwargs)
-        self._model.to(*args, **kwargs)
-        weight = self._model.embed.weight
-        self.cfg.dtype, self.cfg.device = weight.dtype, str(weight.device)
         if print_details:
             print(f"Model on {self.cfg.device} in {self.cfg.dtype}")
         return self
@@ -382,12 +399,29 @@ class LoopedBridge(TransformerBridge):
             fold_value_biases=fold_value_biases,
             refactor_factored_attn_matrices=refactor_factored_attn_matrices,
         )
-        process_weights(
-            self._model, fold_ln=fold_ln, center_unembed=center_unembed, fold_value_biases=fold_value_biases
-        )
+        process_weights(self._model, fold_ln=fold_ln, center_unembed=center_unembed, fold_value_biases=fold_value_biases)
         self._weights_processed = True
 
-    def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Float[Tensor, " d_model"]:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` returned, as in TransformerBridge.
+
+        Args:
+            state_dict: tensors under TransformerLens's names; those of one layer repeat in every pass.
+            strict: raise if names are missing or unknown.
+            assign: as in `torch.nn.Module.load_state_dict`.
+
+        Raises:
+            LoopedError: the tensors differ where this model has one parameter.
+        """
+        check_shared(self._model, self._tl_key_to_actual_keys(), state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _is_valid_bridge_path(self, hf_path: str) -> bool:
+        return True  # TransformerLens would leave out what it has no component for: injections, exit gates, value gates
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
         """Sum of the biases written to the residual stream before a virtual layer, as in TransformerBridge.
 
         Args:
@@ -434,7 +468,8 @@ class LoopedBridge(TransformerBridge):
             last = f"{self.schedule.pass_prefix(self.schedule.passes[-1])}.norm."
             names = [f"ln_final.{n.removeprefix(last)}" if n.startswith(last) else n for n in names]
         if check:
-            names = [n for n in names if n in self.hook_dict]
+            known = self.hook_dict.keys()
+            names = [n for n in names if n in known]
             if not names:
                 raise self._unknown(name)
         return names
@@ -445,23 +480,29 @@ class LoopedBridge(TransformerBridge):
             stem = name.rsplit(".", 1)[0]
             near = [n for n in self._all_spellings if n.startswith(f"{stem}.")][:4]
         hint = f" Nearest: {', '.join(near)}." if near else ""
+        if "*" in name.rsplit(".", 1)[-1]:
+            hint = " A * stands for an index only; name the hook, or pass a function of names." + hint
         return UnknownNameError(f"hook {name!r} was asked, but this model has no such hook point.{hint} All: model.hook_dict.")
 
     @property
     def _all_spellings(self) -> list[str]:
         names = list(self.hook_dict)
-        return names + [n for n in map(self.schedule.loop_name, names) if n not in self.hook_dict]
+        return names + [n for n in map(self.schedule.loop_name, names) if n not in self.hook_dict.keys()]
 
     def _expand_hooks(self, hooks: Iterable[Hook]) -> list[Hook]:
         expanded: list[Hook] = []
         for name, function in hooks:
+            if not isinstance(name, str) and not callable(name):
+                raise LoopedError(f"hook name {name!r} was given; pass a name, a pattern or a function of names.")
             expanded += [(n, function) for n in self.expand_name(name)] if isinstance(name, str) else [(name, function)]
         return expanded
 
     def _expand_filter(self, names_filter: NamesFilter) -> list[str] | Callable[[str], bool] | None:
         if names_filter is None or callable(names_filter):
             return names_filter
-        names = [names_filter] if isinstance(names_filter, str) else names_filter
+        names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise LoopedError(f"names_filter holds {wrong[0]!r}; pass a name, names or patterns, or one function of names.")
         return list(dict.fromkeys(n for name in names for n in self.expand_name(name)))
 
     def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
@@ -517,7 +558,10 @@ class LoopedBridge(TransformerBridge):
 
     def get_hook_point(self, hook_name: str) -> HookPoint | None:
         """The hook point of a name in either spelling, or None."""
-        names = self.expand_name(hook_name, check=False) if not is_pattern(hook_name) else [hook_name]
+        try:
+            names = self.expand_name(hook_name, check=False) if not is_pattern(hook_name) else [hook_name]
+        except LoopedError:
+            return None
         return super().get_hook_point(names[0])
 
     @property
@@ -555,6 +599,10 @@ class LoopedBridge(TransformerBridge):
                     child_path = self.schedule.pass_prefix(self.schedule.passes[int(name)])
                 yield from self._components(child, child_path)
 
+    def _enumerate_blocks(self) -> list[tuple[int, Any]]:
+        """The virtual layers; TransformerLens would count the ends of passes as layers without attention."""
+        return list(enumerate(self.blocks))
+
     def _validate_attention_fork_supported(self, flag_name: str) -> None:
         """Every looped family has the forks; TransformerLens would check for its own attention classes."""
 
@@ -584,6 +632,17 @@ class HookDict(dict[str, HookPoint]):
     """TransformerLens's hook dictionary; `[name]` also takes loop-indexed names."""
 
     expand_name: Callable[[str], list[str]]
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and self.get(name) is not None)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        if super().__contains__(name):
+            return super().__getitem__(name)
+        try:
+            return self[name]
+        except LoopedError:
+            return default
 
     def __missing__(self, name: str) -> HookPoint:
         names = self.expand_name(name)

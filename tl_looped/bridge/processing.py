@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ def check_options(cfg: LoopedConfig, *, fold_value_biases: bool, refactor_factor
     """Raise a `LoopedError` for processing that would change what the model computes."""
     if refactor_factored_attn_matrices:
         raise LoopedError(
-            "refactor_factored_attn_matrices=True was asked, but it rotates queries and keys within a head, and what is done to "
-            "them afterwards (rotary positions, their norms, grouped keys) does not commute with that; leave it False."
+            "refactor_factored_attn_matrices=True was asked, but it rotates queries and keys within a head, and what "
+            "is done to them afterwards (rotary positions, their norms, grouped keys) does not commute with that; leave it False."
         )
     if fold_value_biases and cfg.attn_gate and "v" in cfg.biases:
         raise LoopedError(
@@ -142,7 +143,7 @@ def _fold_final_norm(model: LoopedModel) -> None:
                 del slots["exit_gate.weight"]
 
 
-def _unfold(embed: nn.Module, args: Any, out: Tensor) -> Tensor:
+def _unfold(embed: Any, args: Any, out: Tensor) -> Tensor:
     return out * embed.unfold
 
 
@@ -202,10 +203,24 @@ def check_running_sum(cfg: LoopedConfig, layers: range, asked: str) -> None:
     for layer in layers:
         if (why := stream_break(cfg, layer)) is not None:
             raise LoopedError(
-                f"{asked} was asked, which takes the residual stream for one running sum, but not so in this {cfg.family} model: "
+                f"{asked} was asked, which takes the residual stream for one running sum; in this {cfg.family} model, "
                 f"from layer {layer} ({cfg.schedule.name(layer, '')[:-1]}) on, {why}. Patch activations instead, or decompose "
                 "a cache, which follows the stream through the loops."
             )
+
+
+def check_shared(model: LoopedModel, keys: Mapping[str, list[str]], values: Mapping[str, Tensor]) -> None:
+    """Raise a `LoopedError` if values that go to one parameter differ, as they do after weight processing."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    seen: dict[int, str] = {}
+    for key in [key for key in keys if key in values]:
+        for target in [parameters[actual] for actual in keys[key] if actual in parameters]:
+            first = seen.setdefault(id(target), key)
+            if not torch.equal(values[first], values[key]):
+                raise LoopedError(
+                    f"{first!r} and {key!r} differ, but they are one parameter of this model; were the weights processed, "
+                    "or are they those of a model that does not loop?"
+                )
 
 
 def has_output_bias(model: LoopedModel) -> bool:
@@ -243,7 +258,7 @@ class StreamBlock(LoopedBlock):
             cfg.strategy == "anchored" or cfg.after_loop != "none" or (cfg.pass_norm and not cfg.pass_norm_is_final)
         ):
             raise LoopedError(
-                f"a readout of the residual stream was asked, but between the last layer of this {cfg.family} model and its last "
-                'norm the state goes through another map; use tl_looped.analysis.logit_lens(..., lens="native").'
+                f"a readout of the residual stream was asked, but between the last layer of this {cfg.family} model and its "
+                'last norm the state goes through another map; use tl_looped.analysis.logit_lens(..., lens="native").'
             )
         return True

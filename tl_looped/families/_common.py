@@ -104,7 +104,7 @@ def rope(config: Mapping[str, Any], default_theta: float | None) -> dict[str, An
         )
     theta = get(scaling, "rope_theta", get(config, "rope_theta", default_theta))
     only(config, partial_rotary_factor=1.0)
-    only(scaling, partial_rotary_factor=1.0)
+    only({**config, **scaling}, partial_rotary_factor=1.0)
     scaling = {key: value for key, value in scaling.items() if key not in ("rope_theta", "partial_rotary_factor")}
     default = (scaling.get("rope_type") or scaling.get("type") or "default") == "default"
     return {

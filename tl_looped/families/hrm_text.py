@@ -36,6 +36,7 @@ def matches(config: Mapping[str, Any], shapes: Shapes) -> bool:
 def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
     """What the checkpoint computes. `num_hidden_layers` counts layers only where `num_layers_per_stack` is missing."""
     fields = decoder_fields(config, default_theta=10000.0)
+    fields["n_kv_heads"] = 0  # transformers' HRM-Text has as many key heads as query heads, whatever num_key_value_heads says
     if "o" in fields["biases"]:
         fields["biases"] += ("attn_gate",)
     return LoopedConfig(

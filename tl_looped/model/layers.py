@@ -8,7 +8,7 @@ to trust.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,38 @@ def is_observed(slot: nn.Module) -> bool:
     return bool(slot._forward_hooks or slot._forward_pre_hooks or slot._backward_hooks or slot._backward_pre_hooks)
 
 
+def observe(slot: nn.Module, x: Tensor) -> Tensor:
+    """Pass `x` through a slot. A hook gets a tensor of its own: edited in place, it must not change what others read."""
+    return slot(x.clone() if is_observed(slot) else x)
+
+
+class _ValueWithGradientOf(torch.autograd.Function):
+    """The bits of `value`, with the gradient of `graph`, which is the same number computed in another order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, graph: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, grads[0]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[1]
+
+
+def same_bits(value: Tensor, graph: Tensor) -> Tensor:
+    """`value`, through which gradients reach what hooks saw on the way to `graph`."""
+    return cast(Tensor, _ValueWithGradientOf.apply(value.detach(), graph)) if graph.requires_grad else value
+
+
 class RMSNorm(nn.Module):
     """`x / rms(x)` in fp32, cast back, times a weight if there is one. `eps=None` is the resolution of the dtype."""
 
@@ -63,10 +95,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
         wide, power = self._power(x)
         inverse = torch.rsqrt(power)
-        if is_observed(self.hook_scale):  # as with the attention pattern, only an edit or a gradient changes the path
+        if is_observed(self.hook_scale):  # as with the attention pattern, only an edit changes the bits
             scale = self.hook_scale(power.sqrt())
-            if scale.requires_grad or not torch.equal(scale, power.sqrt()):
-                inverse = scale.reciprocal()
+            unedited = torch.equal(scale, power.sqrt())
+            inverse = same_bits(inverse, scale.reciprocal()) if unedited else scale.reciprocal()
         normalized = self.hook_normalized((wide * inverse).to(x.dtype))
         return normalized if self.weight is None else self.weight * normalized
 
@@ -156,23 +188,28 @@ class Attention(nn.Module):
         v: Float[Tensor, "batch kv_head key d_head"],
         mask: Bool[Tensor, "#batch 1 query key"] | None,
     ) -> Float[Tensor, "batch head query d_head"]:
-        """Attention-weighted values. Looking at scores or pattern never changes the result: only an edit, or a gradient that
-        must flow through them, takes the explicit path instead of the fused kernel."""
-        if is_observed(self.hook_attn_scores) or is_observed(self.hook_pattern):
-            groups = q.shape[1] // k.shape[1]
-            keys, values = (t.repeat_interleave(groups, dim=1) if self.grouped else t for t in (k, v))
-            scores = q @ keys.transpose(-2, -1) * self.scale
-            scores = scores.masked_fill(~(causal(q, k) if mask is None else mask), float("-inf"))
-            pattern = torch.softmax(scores, dim=-1, dtype=torch.float32 if scores.dtype != torch.float64 else None)
-            expected = pattern.to(q.dtype)
-            scores = self.hook_attn_scores(scores.clone())
-            pattern = torch.softmax(scores, dim=-1, dtype=torch.float32 if scores.dtype != torch.float64 else None)
-            pattern = self.hook_pattern(pattern.to(q.dtype))
-            if pattern.requires_grad or not torch.equal(pattern, expected):
-                return pattern @ values
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[-2] > 1, scale=self.scale, enable_gqa=self.grouped
+        """Attention-weighted values. Looking at scores or pattern never changes the bits of the result, with or without
+        gradients; only an edit does."""
+        causal_only = mask is None and q.shape[-2] > 1
+        z = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal_only, scale=self.scale, enable_gqa=self.grouped
         )
+        if not (is_observed(self.hook_attn_scores) or is_observed(self.hook_pattern)):
+            return z
+        groups = q.shape[1] // k.shape[1]
+        keys, values = (t.repeat_interleave(groups, dim=1) if self.grouped else t for t in (k, v))
+        scores = q @ keys.transpose(-2, -1) * self.scale
+        scores = scores.masked_fill(~(causal(q, k) if mask is None else mask), float("-inf"))
+        expected = _softmax(scores.detach())
+        pattern = self.hook_pattern(_softmax(self.hook_attn_scores(scores)))
+        mixed = pattern @ values
+        return same_bits(z, mixed) if torch.equal(pattern, expected) else mixed
+
+
+def _softmax(scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
+    """Softmax over keys, in fp32 for narrower dtypes."""
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return torch.softmax(scores, dim=-1, dtype=wide).to(scores.dtype)
 
 
 def causal(q: Tensor, k: Tensor) -> Bool[Tensor, "query key"]:

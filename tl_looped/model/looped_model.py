@@ -341,6 +341,12 @@ class LoopedModel(nn.Module):
                 f"attention_mask of shape {tuple(attention_mask.shape)} was given; this run needs [batch, pos] = "
                 f"{(batch, past + n_new)}" + (f" ({past} cached positions included)." if past else ".")
             )
+        if attention_mask is not None:
+            ones = attention_mask == 1
+            if not bool((ones | (attention_mask == 0)).all()) or not bool(ones.any(-1).all()):
+                raise LoopedError(
+                    "attention_mask has 1 for real tokens and 0 for padding, and at least one real token in a row."
+                )
         if position_ids is not None:
             if position_ids.shape not in ((batch, n_new), (1, n_new)):
                 raise LoopedError(
@@ -352,9 +358,15 @@ class LoopedModel(nn.Module):
             positions = ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         else:
             positions = torch.arange(past, past + n_new, device=x.device).expand(batch, n_new)
-        if past + n_new > self.cfg.n_ctx and int(positions.max()) >= self.cfg.n_ctx:
+        n_ctx = self.cfg.n_ctx
+        if past + n_new > n_ctx and int(positions.max()) >= n_ctx:
             raise LoopedError(
-                f"the prompt has {past + n_new} positions, but the context of this model is n_ctx={self.cfg.n_ctx}; shorten it."
+                f"the prompt has {past + n_new} positions, but the context of this model is n_ctx={n_ctx}; shorten it."
+            )
+        if position_ids is not None and not 0 <= int(positions.min()) <= int(positions.max()) < n_ctx:
+            raise LoopedError(
+                f"position_ids from {int(positions.min())} to {int(positions.max())} were given; "
+                f"the positions of this model are 0..{n_ctx - 1}."
             )
         return positions
 

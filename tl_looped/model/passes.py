@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..config import LoopedConfig
-from .layers import RMSNorm
+from .layers import RMSNorm, observe
 
 
 class ConcatInjection(nn.Module):
@@ -71,9 +71,10 @@ class PassEnds(nn.Module):
 
     def enter(self, state: Tensor, injection: Tensor | None) -> tuple[Tensor, Tensor]:
         """The input of the first layer, and the state after its hooks."""
-        state = self.hook_state(state)
-        x = state if self.inject is None else self.inject(state, self.hook_injection(injection))
-        return self.hook_in(x), state
+        state = observe(self.hook_state, state)
+        if self.inject is None:
+            return observe(self.hook_in, state), state
+        return self.hook_in(self.inject(state, observe(self.hook_injection, injection))), state
 
     def leave(self, x: Tensor, state: Tensor | None, final_norm: nn.Module | None) -> Tensor:
         """The state leaving the pass. `final_norm` stands in for the pass's own norm in the last pass."""
@@ -82,7 +83,7 @@ class PassEnds(nn.Module):
             x = norm(x)
         if self.step is not None and state is not None:
             x = state + (x - state) * self.step
-        x = self.hook_out(x)
+        x = observe(self.hook_out, x)
         if self.exit_gate is not None:
             self.hook_exit_logit(self.exit_gate(x).squeeze(-1))
         return x

@@ -1,0 +1,141 @@
+"""Reading a cache: by loop and layer, sliced, moved, and what TransformerLens's own methods make of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from zoo import ZOO, random_bridge, random_tokens
+
+from tl_looped import LoopedCache, LoopedError
+from tl_looped.errors import OutOfRangeError
+
+TOKENS = random_tokens(pos=4)
+FAMILIES = pytest.mark.parametrize("name", ZOO)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def run(name: str, tokens: torch.Tensor = TOKENS, **kwargs: object) -> LoopedCache:
+    _, cache = random_bridge(name).run_with_cache(tokens, **kwargs)
+    assert isinstance(cache, LoopedCache)
+    return cache
+
+
+@FAMILIES
+def test_a_view_of_every_layer(name: str) -> None:
+    cache = run(name)
+    for index, (stack, loop, layer) in enumerate(cache.model.schedule.sites):
+        view = cache.at(loop, layer, stack)
+        for short in ("resid_pre", "resid_mid", "resid_post", "pattern", "z", "post", "attn_out"):
+            assert view[short] is cache[short, index]
+        assert view["attn.hook_pattern"] is cache[f"blocks.{index}.attn.hook_pattern"]
+        assert set(view) == {n.removeprefix(f"blocks.{index}.") for n in cache if n.startswith(f"blocks.{index}.")}
+        assert len(view) == len(list(view)) > 20 and "hook_resid_post" in view and "hook_nothing" not in view
+        assert cache.model.schedule.name(index, "") == repr(view).split("'")[1] + "."
+
+
+@FAMILIES
+def test_a_view_of_every_pass(name: str) -> None:
+    cache = run(name)
+    schedule = cache.model.schedule
+    for p in schedule.passes:
+        view, prefix = cache.at(loop=p.loop, stack=p.stack), schedule.pass_prefix(p)
+        assert {"hook_state", "hook_in", "hook_out"} <= set(view) and not any(n.startswith("blocks") for n in view)
+        assert all(view[n] is cache[f"{prefix}.{n}"] for n in view)
+        assert view["out"] is cache[f"{prefix}.hook_out"]
+    assert cache.at(loop=-1, stack=schedule.passes[-1].stack)["hook_out"] is view["hook_out"]
+
+
+def test_the_norm_of_the_last_pass() -> None:
+    cache = run("ouro")
+    assert cache.at(loop=-1)["norm.hook_scale"] is cache["ln_final.hook_scale"]
+
+
+def test_views_that_do_not_exist() -> None:
+    huginn, hrm = run("huginn"), run("hrm_text")
+    cases = [
+        (huginn, {"loop": 3, "layer": 0}, "loop 3 is out of range: there are 3 loops"),
+        (huginn, {"loop": 0, "layer": 3}, "layer 3 is out of range"),
+        (huginn, {"layer": 0}, "pass loop="),
+        (huginn, {"layer": 0, "loop": 0, "stack": "coda"}, "runs once"),
+        (huginn, {"stack": "prelude"}, "pass layer="),
+        (huginn, {"layer": 2, "stack": "prelude"}, "layer 2 is out of range"),
+        (huginn, {"layer": 0, "loop": 0, "stack": "H"}, "loops 'core'"),
+        (hrm, {"layer": 0, "loop": 0}, "pass stack='L' or stack='H'"),
+        (hrm, {"layer": 0, "loop": 0, "stack": "core"}, "loops 'L' and 'H'"),
+    ]
+    for cache, where, message in cases:
+        with pytest.raises(LoopedError, match=message):
+            cache.at(**where)
+    with pytest.raises(KeyError, match="is no hook of this model"):
+        huginn.at(0, 0)["hook_nothing"]
+
+
+@FAMILIES
+def test_selecting_loops(name: str) -> None:
+    cache = run(name)
+    schedule = cache.model.schedule
+    last = cache.select_loops([-1])
+    assert isinstance(last, LoopedCache) and last.has_batch_dim
+    assert all(last[n] is cache[n] for n in last)
+    kept = [p for p in schedule.passes if p.index >= len(schedule.passes) - len(schedule.passes) // schedule.n_loops]
+    edges = [i for i, site in enumerate(schedule.sites) if site.loop is None]
+    layers = {int(n.split(".")[1]) for n in last if n.startswith("blocks.")}
+    assert layers == {*edges, *(i for p in kept for i in p.layers)}
+    prefixes = {schedule.pass_prefix(p) for p in kept}
+    assert {n.rsplit(".hook_state")[0] for n in last if n.endswith("hook_state")} == prefixes
+    assert "hook_embed" in last and "ln_final.hook_scale" in last
+    assert set(cache.select_loops(range(schedule.n_loops))) == set(cache)
+    with pytest.raises(OutOfRangeError, match="out of range"):
+        cache.select_loops([schedule.n_loops])
+
+
+@FAMILIES
+def test_batch_axis_device_and_order_keep_the_type(name: str) -> None:
+    cache = run(name)
+    keys = list(cache)
+    assert keys == list(cache.keys()) == [n for n, _ in cache.items()] and len(cache) == len(keys) == len(cache.values())
+    row = cache.apply_slice_to_batch_dim(1)
+    assert isinstance(row, LoopedCache) and not row.has_batch_dim and list(row) == keys
+    rows = cache.apply_slice_to_batch_dim((0, 1))
+    assert isinstance(rows, LoopedCache) and rows.has_batch_dim
+    bare = rows.remove_batch_dim()
+    assert isinstance(bare, LoopedCache) and not bare.has_batch_dim
+    for hook in ("resid_post", "pattern", "z"):
+        assert torch.equal(row[hook, 1], cache[hook, 1][1]) and torch.equal(bare[hook, 1], cache[hook, 1][0])
+    torch.testing.assert_close(row.decompose_resid(), cache.decompose_resid()[:, 1], atol=1e-5, rtol=1e-5)
+    moved = cache.to("cpu")
+    assert isinstance(moved, LoopedCache) and torch.equal(moved["z", 0][0], bare["z", 0])
+
+
+@FAMILIES
+def test_stacks_of_activations_read_virtual_layers(name: str) -> None:
+    cache = run(name)
+    n_layers = cache.model.cfg.n_layers
+    stacked = cache.stack_activation("z")
+    assert len(stacked) == n_layers and torch.equal(stacked, torch.stack([cache["z", i] for i in range(n_layers)]))
+
+
+@FAMILIES
+def test_computed_head_results_are_what_the_hook_would_hold(name: str) -> None:
+    bridge = random_bridge(name)
+    _, cache = bridge.run_with_cache(TOKENS)
+    bridge.set_use_attn_result(True)
+    _, with_results = bridge.run_with_cache(TOKENS)
+    before = cache.stack_head_results()
+    cache.compute_head_results()
+    for i in range(bridge.cfg.n_layers):
+        torch.testing.assert_close(cache["result", i], with_results["result", i], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cache.stack_head_results(), before, atol=1e-5, rtol=1e-5)
+
+
+def test_state_space_methods_are_refused() -> None:
+    cache = run("ouro")
+    assert cache.ssm_layers() == []
+    for method in (cache.compute_ssm_state, cache.compute_ssm_effective_attention):
+        with pytest.raises(RuntimeError, match="No SSM mixer layers"):
+            method()

@@ -1,0 +1,475 @@
+"""The lenses against full logits computed by hand, the readouts of the model, and TransformerLens's own lens."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cli import word_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformer_lens.tools.analysis import logit_lens as transformer_lens_lens
+from zoo import SMALL, ZOO, random_bridge, random_tokens
+
+from tl_looped import LoopedBridge, LoopedConfig, LoopedError
+from tl_looped.analysis import LogitLensResult, logit_lens
+from tl_looped.errors import OutOfRangeError
+from tl_looped.schedule import Site
+
+GOLDEN = Path(__file__).parent / "golden"
+TOKENS = random_tokens()
+LAST = 30  # the last token of the zoo's vocabulary
+FAMILIES = pytest.mark.parametrize("name", ZOO)
+LENSES = pytest.mark.parametrize("lens", ["logit", "native"])
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def bridge_with_tokenizer() -> LoopedBridge:
+    bridge = random_bridge("huginn")
+    bridge.tokenizer = word_tokenizer()
+    bridge.cfg.tokenizer_prepends_bos = False
+    return bridge
+
+
+def capped(bridge: LoopedBridge, logits: torch.Tensor) -> torch.Tensor:
+    cap = bridge.looped_cfg.logit_softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def logits_by_hand(bridge: LoopedBridge, tokens: torch.Tensor, layer: int, lens: str, cache: Any) -> torch.Tensor:
+    """The full logits of one virtual layer, through the bridge's own components."""
+    cfg, schedule = bridge.looped_cfg, bridge.schedule
+    x, site = cache["resid_post", layer], schedule.site(layer)
+    if lens == "logit":
+        return capped(bridge, bridge.unembed(bridge.ln_final(x)))
+    p = schedule.pass_of_layer(layer)
+    first = schedule.first_coda_layer
+    if site.stack == "coda":
+        first = layer + 1
+    elif site.stack == "L":
+        assert p is not None
+        h_pass = next(q for q in schedule.passes[p.index :] if q.stack == "H")
+        z_h = cache[f"{schedule.pass_prefix(h_pass)}.hook_state"]
+        once = bridge.unroll(1)  # where the H pass is the last one, and can be run alone
+        return once(bridge.ln_final(x) + z_h, start_at_layer=once.schedule.passes[-1].first, input_ids=tokens)
+    elif cfg.strategy == "anchored" and p is not None:
+        state = cache[f"loops.{p.loop}.hook_state"]
+        moved = state + (x - state) / cfg.anchor_steps
+        anchor = x if p.loop == 0 else cache["resid_post", schedule.passes[0].layers[-1]]
+        x = cfg.beta * anchor + (1 - cfg.beta) * moved
+    elif cfg.pass_norm:
+        x = bridge.ln_final(x)
+    if site.stack != "coda" and bridge.original_model.after_loop is not None:
+        x = bridge.after_loop(x)
+    for i in range(first, schedule.n_layers):
+        x = block(bridge, x, i, tokens)
+    return capped(bridge, bridge.unembed(x if cfg.pass_norm_is_final else bridge.ln_final(x)))
+
+
+def block(bridge: LoopedBridge, x: torch.Tensor, i: int, tokens: torch.Tensor) -> torch.Tensor:
+    """The output of one virtual layer."""
+    caught: list[torch.Tensor] = []
+    hooks = [(f"blocks.{i}.hook_resid_post", lambda t, hook: caught.append(t))]
+    bridge.run_with_hooks(x, hooks, start_at_layer=i, stop=i + 1, input_ids=tokens)
+    return caught[0]
+
+
+def check_against_full_logits(result: LogitLensResult, row: int, logits: torch.Tensor, top_k: int) -> None:
+    """Everything a row says, from logits [batch, pos, d_vocab] in fp64 by definition."""
+    logits = logits[:, list(result.positions)]
+    log_probs = logits.double().log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    close = {"atol": 1e-4, "rtol": 0.0}  # fp32 logits of order 1 to 10 through products of other shapes
+    torch.testing.assert_close(result.log_probs[row].double(), log_probs.gather(-1, result.targets), **close)
+    torch.testing.assert_close(result.probs[row].double(), log_probs.gather(-1, result.targets).exp(), **close)
+    torch.testing.assert_close(result.entropy[row].double(), entropy, **close)
+    best = log_probs.sort(-1, descending=True)
+    torch.testing.assert_close(result.top_log_probs[row].double(), best.values[..., :top_k], **close)
+    assert torch.equal(result.top_tokens[row], best.indices[..., :top_k])
+    places = best.indices.argsort(-1)  # place of every token in the sorted vocabulary
+    assert torch.equal(result.ranks[row], places.gather(-1, result.targets))
+
+
+@FAMILIES
+@LENSES
+def test_every_row_equals_full_logits_by_hand(name: str, lens: Any) -> None:
+    bridge = random_bridge(name)
+    _, cache = bridge.run_with_cache(TOKENS)
+    result = logit_lens(bridge, TOKENS, [0, 7, LAST], lens, top_k=4)
+    assert result.sites == bridge.schedule.sites and result.ranks.shape == (bridge.cfg.n_layers, 2, 7, 3)
+    for layer in range(bridge.cfg.n_layers):
+        check_against_full_logits(result, layer, logits_by_hand(bridge, TOKENS, layer, lens, cache), top_k=4)
+
+
+@FAMILIES
+def test_native_rows_at_the_ends_of_loops_are_the_readouts(name: str) -> None:
+    bridge = random_bridge(name)
+    result = logit_lens(bridge, TOKENS, [3, 11], "native", top_k=SMALL["d_vocab"])
+    readouts = [bridge.readout(TOKENS, loop=t) for t in range(bridge.n_loops)]
+    assert (readouts[0] - readouts[1]).abs().max() > 0.1
+    for loop, logits in enumerate(readouts):
+        end = bridge.schedule.pass_of_loop(loop)
+        check_against_full_logits(result, end.layers[-1], logits, SMALL["d_vocab"])
+        if end.stack == "H":  # the last L pass of a cycle is all that the H stack still waits for
+            check_against_full_logits(result, end.first - 1, logits, SMALL["d_vocab"])
+    check_against_full_logits(result, bridge.cfg.n_layers - 1, bridge(TOKENS), SMALL["d_vocab"])
+
+
+@pytest.mark.parametrize("family", ["huginn", "hrm_text"])
+@LENSES
+def test_golden_checkpoints(family: str, lens: Any) -> None:
+    bridge = LoopedBridge.from_pretrained(GOLDEN / family, n_loops=2)
+    tokens = torch.randint(0, 101, (2, 6), generator=torch.Generator().manual_seed(2))
+    _, cache = bridge.run_with_cache(tokens)
+    result = logit_lens(bridge, tokens, [0, 100], lens)
+    for layer in range(bridge.cfg.n_layers):
+        check_against_full_logits(result, layer, logits_by_hand(bridge, tokens, layer, lens, cache), top_k=5)
+    if lens == "native":
+        end = bridge.schedule.pass_of_loop(0).layers[-1]
+        check_against_full_logits(result, end, bridge.readout(tokens, loop=0), top_k=5)
+
+
+def test_a_prelude_state_of_a_loop_without_injection_is_a_run_of_no_loops() -> None:
+    bridge = random_bridge("looped_qwen")
+    result = logit_lens(bridge, TOKENS, 5, "native", top_k=3)
+    coda = bridge.schedule.first_coda_layer
+    _, cache = bridge.run_with_cache(TOKENS)
+    logits = bridge(cache["resid_post", 0], start_at_layer=coda)
+    check_against_full_logits(result, 0, logits, top_k=3)
+    assert (logits - bridge(TOKENS)).abs().max() > 0.1
+
+
+def test_pass_norm_before_a_coda() -> None:
+    bridge = random_bridge("ouro", n_prelude=1, n_coda=1, final_norm=True)
+    result = logit_lens(bridge, TOKENS, 5, "native", top_k=3)
+    for loop in range(3):
+        check_against_full_logits(
+            result, bridge.schedule.pass_of_loop(loop).layers[-1], bridge.readout(TOKENS, loop=loop), top_k=3
+        )
+    # In the middle of a pass: a stop there, patched into the end of the last pass.
+    _, cache = bridge.run_with_cache(TOKENS)
+    end = bridge.schedule.pass_of_loop(-1).layers[-1]
+    for layer in (0, 1, 3):
+        patch = [(f"blocks.{end}.hook_resid_post", lambda t, hook, i=layer: cache["resid_post", i])]
+        check_against_full_logits(result, layer, bridge.run_with_hooks(TOKENS, patch), top_k=3)
+
+
+@FAMILIES
+def test_transformer_lens_agrees_where_it_reads_the_same_stream(name: str) -> None:
+    # The cap is left out: whether TransformerLens knows it is not what this test is about.
+    bridge = random_bridge(name, logit_softcap=None)
+    theirs = transformer_lens_lens(bridge, TOKENS, positions=None, targets=[4, 9], return_type="log_probs")
+    ours = logit_lens(bridge, TOKENS, [4, 9])
+    schedule, compared = bridge.schedule, 0
+    for layer in range(schedule.n_layers):
+        following = layer + 1
+        if following < schedule.n_layers and schedule.pass_of_layer(layer) != schedule.pass_of_layer(following):
+            continue  # its entries are the inputs of layers: between passes something lies in between
+        torch.testing.assert_close(ours.log_probs[layer], theirs.values[following], atol=1e-4, rtol=0)
+        assert torch.equal(ours.ranks[layer], theirs.readout.target_ranks[following])
+        torch.testing.assert_close(ours.entropy[layer], theirs.readout.entropy[following], atol=1e-4, rtol=0)
+        compared += 1
+    assert compared > schedule.n_loops
+
+
+@LENSES
+@pytest.mark.parametrize("chunk_size", [1, 5, 30, 31, 32, 100, 10_000])
+def test_the_chunk_size_changes_nothing(lens: Any, chunk_size: int) -> None:
+    bridge = random_bridge("parcae", torch.float64)
+    whole, chunked = (logit_lens(bridge, TOKENS, [0, 16, LAST], lens, top_k=9, chunk_size=c) for c in (2**22, chunk_size))
+    assert whole.log_probs.dtype == torch.float64
+    for field in ("log_probs", "entropy", "top_log_probs"):
+        torch.testing.assert_close(getattr(chunked, field), getattr(whole, field), atol=1e-12, rtol=0)
+    assert torch.equal(chunked.ranks, whole.ranks) and torch.equal(chunked.top_tokens, whole.top_tokens)
+
+
+def test_equal_logits_share_a_rank_in_any_chunk() -> None:
+    bridge = random_bridge("ouro")
+    weight = bridge.original_model.canonical_parameters()["unembed.weight"]
+    weight.data[[3, 20]] = 0  # a logit of exactly 0 by any kernel
+    for chunk_size in (7, 2**22):
+        result = logit_lens(bridge, TOKENS, [3, 20], chunk_size=chunk_size)
+        assert torch.equal(result.ranks[..., 0], result.ranks[..., 1])
+        best = logit_lens(bridge, TOKENS, top_k=1, chunk_size=chunk_size)
+        assert not best.ranks[-1].any()
+
+
+def test_half_precision_keeps_the_models_logits_and_sums_in_single() -> None:
+    bridge = random_bridge("ouro", torch.bfloat16)
+    result = logit_lens(bridge, TOKENS, [3, 8], "native", top_k=1, chunk_size=50)
+    logits = bridge(TOKENS)
+    assert logits.dtype == torch.bfloat16 and result.log_probs.dtype == torch.float32
+    expected = logits.double().log_softmax(-1)
+    spacing = float(logits.abs().max()) * 2**-8  # a product of another shape may round a logit to its neighbour
+    torch.testing.assert_close(result.log_probs[-1].double(), expected[..., [3, 8]], atol=2 * spacing, rtol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest storage that an operation returns, parameters left out."""
+
+    def __init__(self, model: LoopedBridge):
+        super().__init__()
+        self.known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.known:
+                    self.nbytes = max(self.nbytes, storage.nbytes())
+        return out
+
+
+@LENSES
+@pytest.mark.parametrize("targets", [None, [1, 2999]])
+def test_no_tensor_holds_more_logits_than_the_chunk(lens: Any, targets: Any) -> None:
+    d_vocab, chunk_size = 3000, 5000
+    bridge = random_bridge("huginn", d_vocab=d_vocab)
+    with LargestTensor(bridge) as seen:
+        result = logit_lens(bridge, TOKENS, targets, lens, chunk_size=chunk_size)
+    assert result.entropy.numel() * SMALL["d_model"] < chunk_size < TOKENS.numel() * d_vocab / 8
+    assert seen.nbytes <= 4 * chunk_size
+    with LargestTensor(bridge) as seen:
+        bridge(TOKENS)
+    assert seen.nbytes >= 4 * TOKENS.numel() * d_vocab  # the measure sees logits where they are made
+
+
+@FAMILIES
+@LENSES
+def test_default_targets_are_the_models_predictions(name: str, lens: Any) -> None:
+    bridge = random_bridge(name)
+    predicted = bridge(TOKENS).argmax(-1)
+    result = logit_lens(bridge, TOKENS, lens=lens)
+    assert torch.equal(result.targets[..., 0], predicted)
+    if lens == "native":
+        assert not result.rank_trajectory()[-1].any() and torch.equal(result.top_tokens[-1, ..., 0], predicted)
+    early = logit_lens(bridge, TOKENS, lens=lens, loops=0, positions=[-1, 2])
+    assert torch.equal(early.targets[..., 0], predicted[:, [-1, 2]])
+
+
+def test_positions_and_loops_are_slices_of_the_whole() -> None:
+    bridge = random_bridge("parcae")
+    whole = logit_lens(bridge, TOKENS, [4], "native")
+    part = logit_lens(bridge, TOKENS, [4], "native", positions=slice(-2, None), loops=[2, 0])
+    rows = [i for i, site in enumerate(whole.sites) if site.loop in (0, 2)]
+    assert part.positions == (5, 6) and part.layers == tuple(rows)
+    torch.testing.assert_close(part.log_probs, whole.log_probs[rows][:, :, 5:], atol=1e-4, rtol=0)
+    assert logit_lens(bridge, TOKENS, 4, loops=-1).labels == ("loops.2.blocks.0", "loops.2.blocks.1")
+    assert logit_lens(bridge, TOKENS, 4, loops=slice(1, None)).layers == (4, 5, 6, 7)
+    hrm = logit_lens(random_bridge("hrm_text"), TOKENS, 4, loops=1)
+    assert [(s.stack, s.loop) for s in hrm.sites[::2]] == [("L", 2), ("L", 3), ("H", 1)]
+
+
+def test_labels_name_the_hooks_that_were_read() -> None:
+    bridge = random_bridge("parcae")
+    result = logit_lens(bridge, TOKENS, 4)
+    assert result.labels[:3] == ("prelude.blocks.0", "prelude.blocks.1", "loops.0.blocks.0")
+    names = [bridge.expand_name(f"{label}.hook_resid_post") for label in result.labels]
+    assert names == [[f"blocks.{i}.hook_resid_post"] for i in range(bridge.cfg.n_layers)]
+
+
+def test_each_position_may_have_its_own_target() -> None:
+    bridge = random_bridge("ouro")
+    result = logit_lens(bridge, TOKENS[:, :-1], TOKENS[:, 1:], positions=[1, 4])
+    everything = logit_lens(bridge, TOKENS[:, :-1], list(range(31)), positions=[1, 4])
+    following = TOKENS[:, 1:][:, [1, 4], None]
+    assert torch.equal(result.targets, following)
+    assert torch.equal(result.ranks, everything.ranks.gather(-1, following.expand(len(result.layers), -1, -1, -1)))
+    assert torch.equal(everything.ranks.sort(-1).values[0, 0, 0], torch.arange(31))
+    with pytest.raises(LoopedError, match="own target"):
+        result.rank_trajectory(3)
+
+
+def test_shared_targets_in_every_spelling() -> None:
+    bridge = bridge_with_tokenizer()
+    whole = logit_lens(bridge, TOKENS, [5, 9])
+    for targets in (["t5", 9], torch.tensor([5, 9]), ["t5", "t9"]):
+        assert torch.equal(logit_lens(bridge, TOKENS, targets).ranks, whole.ranks)
+    for target in (9, "t9", torch.tensor(9)):
+        result = logit_lens(bridge, TOKENS, target)
+        assert torch.equal(result.rank_trajectory(), whole.rank_trajectory(9))
+    named = logit_lens(bridge, TOKENS, ["t5", "t9"])
+    assert torch.equal(named.rank_trajectory("t9"), whole.ranks[..., 1])
+    assert torch.equal(named.rank_trajectory(5), whole.ranks[..., 0])
+    for unclear in (None, "t7", 7):
+        with pytest.raises(LoopedError, match="'t5', 't9'"):
+            named.rank_trajectory(unclear)
+
+
+def test_at_finds_the_row_of_a_site() -> None:
+    result = logit_lens(random_bridge("huginn"), TOKENS, [1, 2], loops=[1, 2])
+    for site, row in zip(result.sites, range(len(result.sites)), strict=True):
+        cell = result.at(site.loop, site.layer)
+        assert torch.equal(cell.ranks, result.ranks[row]) and torch.equal(cell.top_probs, result.top_probs[row])
+    assert torch.equal(result.at(-1, -1).entropy, result.entropy[-1])
+    with pytest.raises(LoopedError, match=r"loop=0, layer=2.*decoded loops\.1\.blocks\.0"):
+        result.at(0, 2)
+    with pytest.raises(OutOfRangeError, match="loop 7"):
+        result.at(7, 0)
+    with pytest.raises(LoopedError, match="'prelude' or 'coda'"):
+        result.at(None, 0)
+    hrm = logit_lens(random_bridge("hrm_text"), TOKENS, 1)
+    assert torch.equal(hrm.at(3, 1, "L").ranks, hrm.ranks[hrm.sites.index(Site("L", 3, 1))])
+    with pytest.raises(LoopedError, match="'L' or 'H'"):
+        hrm.at(1, 1)
+    coda = logit_lens(random_bridge("huginn"), TOKENS, 1)
+    assert torch.equal(coda.at(None, 0, "coda").ranks, coda.ranks[-1])
+
+
+def test_dataframe_has_one_row_per_site_batch_position_and_target() -> None:
+    result = logit_lens(random_bridge("huginn"), TOKENS, [1, 2], positions=[2, -1])
+    frame = result.to_dataframe()
+    assert len(frame) == result.ranks.numel() == len(frame[["site", "batch", "pos", "target"]].drop_duplicates())
+    for row, site in enumerate(result.sites):
+        mine = frame[frame.site == result.labels[row]]
+        assert set(mine["stack"]) == {site.stack} and set(mine.layer) == {site.layer}
+        assert mine.loop.isna().all() if site.loop is None else set(mine.loop) == {site.loop}
+        for batch, pos, target in ((0, 0, 1), (1, 1, 0)):
+            cell = mine[(mine.batch == batch) & (mine.pos == (2, 6)[pos]) & (mine.target == (1, 2)[target])].iloc[0]
+            place = (row, batch, pos)
+            assert cell["rank"] == result.ranks[(*place, target)] and cell.top_token == result.top_tokens[(*place, 0)]
+            assert math.isclose(cell.prob, result.probs[(*place, target)], rel_tol=1e-6)
+            assert math.isclose(cell.log_prob, result.log_probs[(*place, target)], rel_tol=1e-6)
+            assert math.isclose(cell.entropy, result.entropy[place], rel_tol=1e-6)
+            assert math.isclose(cell.top_prob, result.top_probs[(*place, 0)], rel_tol=1e-6)
+
+
+def test_dataframe_without_pandas_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = logit_lens(random_bridge("ouro"), TOKENS, 1)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        result.to_dataframe()
+
+
+def test_text() -> None:
+    bridge = bridge_with_tokenizer()
+    tokens = bridge.to_tokens("t5 t17 t3")
+    text = logit_lens(bridge, "t5 t17 t3", "t9")
+    assert torch.equal(text.log_probs, logit_lens(bridge, tokens, 9).log_probs)
+    assert torch.equal(text.log_probs, logit_lens(bridge, tokens[0], 9).log_probs)
+    bridge.tokenizer.padding_side = "left"
+    both = logit_lens(bridge, ["t5", "t5 t17 t3"], "t9", "native")
+    alone = logit_lens(bridge, "t5", "t9", "native")
+    torch.testing.assert_close(both.log_probs[:, :1, : alone.log_probs.shape[2]], alone.log_probs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["ouro", "hrm_text", "huginn"])
+def test_padding_and_prefix_reach_the_run_and_the_coda(name: str) -> None:
+    bridge = random_bridge(name)
+    mask = torch.ones_like(TOKENS)
+    mask[0, :3] = 0
+    padded = logit_lens(bridge, TOKENS, 9, "native", attention_mask=mask)
+    alone = logit_lens(bridge, TOKENS[:1, 3:], 9, "native")
+    torch.testing.assert_close(padded.log_probs[:, :1, 3:], alone.log_probs, atol=1e-4, rtol=0)
+    if name == "hrm_text":
+        prefix = (torch.arange(7) < 4).long().expand(2, 7)
+        result = logit_lens(bridge, TOKENS, 9, "native", token_type_ids=prefix, top_k=3)
+        logits = bridge(TOKENS, token_type_ids=prefix)
+        assert (logits - bridge(TOKENS)).abs().max() > 0.1
+        for layer in (bridge.cfg.n_layers - 1, bridge.schedule.passes[-1].first - 1):
+            check_against_full_logits(result, layer, logits, top_k=3)
+
+
+def test_initial_state_is_the_runs() -> None:
+    bridge = random_bridge("huginn")
+    result = logit_lens(bridge, TOKENS, 9, "native", initial_state=5, top_k=3)
+    check_against_full_logits(result, -1, bridge(TOKENS, initial_state=5), top_k=3)
+    assert not torch.equal(result.ranks, logit_lens(bridge, TOKENS, 9, "native").ranks)
+
+
+@FAMILIES
+@LENSES
+def test_hooks_act_on_the_run_and_never_on_the_decoding(name: str, lens: Any) -> None:
+    bridge = random_bridge(name)
+    bias = torch.randn(24, generator=torch.Generator().manual_seed(4))
+    first = bridge.schedule.passes[0].first
+    fired: list[str] = []
+
+    def edit(t: torch.Tensor, hook: Any) -> torch.Tensor:
+        return t + bias
+
+    with bridge.hooks(fwd_hooks=[(f"blocks.{first}.hook_resid_post", edit)]):
+        with bridge.hooks(fwd_hooks=[(lambda n: n.endswith(("hook_out", "hook_z")), lambda t, hook: fired.append(hook.name))]):
+            result = logit_lens(bridge, TOKENS, [1, 2], lens, top_k=3)
+            assert not [n for n in fired if n.startswith(("unembed", "ln_final"))]
+            assert len(fired) == len(set(fired)) and "blocks.0.hook_out" in fired
+            fired.clear()
+            edited_logits, cache = bridge.run_with_cache(TOKENS)
+            assert "unembed.hook_out" in fired
+    clean = logit_lens(bridge, TOKENS, [1, 2], lens, top_k=3)
+    assert torch.equal(result.ranks[:first], clean.ranks[:first])
+    assert not torch.equal(result.log_probs[first], clean.log_probs[first])
+    for layer in range(first, bridge.cfg.n_layers):
+        check_against_full_logits(result, layer, logits_by_hand(bridge, TOKENS, layer, lens, cache), top_k=3)
+    if lens == "native":
+        check_against_full_logits(result, -1, edited_logits, top_k=3)
+    assert not any(point.fwd_hooks for point in bridge.hook_dict.values())
+
+
+def test_gradients_and_parameters_are_left_alone() -> None:
+    bridge = random_bridge("huginn")
+    before = {n: id(p) for n, p in bridge.named_parameters()}
+    with torch.enable_grad():
+        assert not logit_lens(bridge, TOKENS, [1], "native").log_probs.requires_grad
+    assert {n: id(p) for n, p in bridge.named_parameters()} == before
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda b: logit_lens(b, TOKENS, 1, "coda"), "lens='coda'.*'logit' or 'native'"),
+        (lambda b: logit_lens(b, TOKENS, [1, 31]), r"target 31 .*0\.\.30"),
+        (lambda b: logit_lens(b, TOKENS, torch.tensor([-1])), r"target -1 .*0\.\.30"),
+        (lambda b: logit_lens(b, TOKENS, []), "at least one token"),
+        (lambda b: logit_lens(b, TOKENS, torch.tensor([0.5])), "token id"),
+        (lambda b: logit_lens(b, TOKENS, TOKENS.float()), "int tensor"),
+        (lambda b: logit_lens(b, TOKENS, [True]), "target True"),
+        (lambda b: logit_lens(b, TOKENS, TOKENS[:, 1:]), r"\(2, 6\).*\(2, 7\)"),
+        (lambda b: logit_lens(b, TOKENS, "t5 t6"), r"'t5 t6'.*2 tokens \[5, 6\]"),
+        (lambda b: logit_lens(b, TOKENS[:, :0], 1), "non-empty"),
+        (lambda b: logit_lens(b, TOKENS + 30, 1), r"0\.\.30"),
+        (lambda b: logit_lens(b, TOKENS, 1, top_k=0), "top_k=0"),
+        (lambda b: logit_lens(b, TOKENS, 1, top_k=32), "top_k=32.*31 tokens"),
+        (lambda b: logit_lens(b, TOKENS, 1, chunk_size=0), "chunk_size=0"),
+        (lambda b: logit_lens(b, TOKENS, 1, loops=[]), "selects nothing"),
+        (lambda b: logit_lens(b, TOKENS, 1, loops="all"), "loops='all'.*a list of ints"),
+        (lambda b: logit_lens(b, TOKENS, 1, positions=slice(7, None)), "selects nothing"),
+    ],
+)
+def test_errors_say_what_was_asked_and_what_exists(call: Callable[[Any], Any], says: str, unchecked: None) -> None:
+    bridge = bridge_with_tokenizer()
+    with pytest.raises(LoopedError, match=says):
+        call(bridge)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [({"loops": 3}, r"loop 3 .*3 loops \(0\.\.2\).*n_loops"), ({"positions": [0, 7]}, r"position 7 .*7 positions \(0\.\.6\)")],
+)
+def test_indices_outside_the_run(asked: dict[str, Any], says: str) -> None:
+    with pytest.raises(OutOfRangeError, match=says):
+        logit_lens(random_bridge("huginn"), TOKENS, 1, **asked)
+
+
+def test_text_needs_a_tokenizer() -> None:
+    for arguments in (("t5",), (TOKENS, "t5")):
+        with pytest.raises(LoopedError, match=r"'t5'.*no tokenizer"):
+            logit_lens(random_bridge("huginn"), *arguments)
+
+
+def test_processed_weights_are_refused() -> None:
+    bridge = LoopedBridge.from_config(LoopedConfig(**SMALL, n_core=1, n_loops=2))
+    bridge.process_weights()
+    with pytest.raises(LoopedError, match="compatibility mode"):
+        logit_lens(bridge, TOKENS, 1)

@@ -1,0 +1,518 @@
+"""TransformerLens's own tools on looped models: each equals a direct computation, or refuses."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache as once
+
+import pytest
+import torch
+from test_cli import word_tokenizer
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformer_lens import SVDInterpreter, evals, patching
+from transformer_lens.head_detector import detect_head
+from transformer_lens.tools.analysis import (
+    EdgeAttributionConfig,
+    JacobianLens,
+    SubspaceInterchange,
+    attention_head_subspace_affinity,
+    attribution_patch,
+    collect_activations,
+    faithfulness,
+    fit_sparse_probe,
+    logit_lens,
+    run_with_intervention,
+)
+from transformer_lens.tools.analysis.logit_lens import logit_readout
+from zoo import ZOO, random_bridge, random_tokens
+
+from tl_looped import LoopedBridge, LoopedConfig, LoopedError
+from tl_looped.bridge.processing import stream_break
+from tl_looped.model import LoopedModel
+
+SHORT = {
+    "ouro": {"n_loops": 2},
+    "huginn": {"n_core": 1, "n_loops": 2, "n_prelude": 1},
+    "hrm_text": {"n_core": 1, "l_cycles": 1},
+    "looped_qwen": {"n_core": 1, "n_loops": 2, "windows": (None, 2, None)},
+    "parcae": {"n_core": 1, "n_loops": 2, "n_prelude": 1, "n_coda": 1, "value_embed_layers": (0, 1)},
+}
+CLEAN, CORRUPTED = random_tokens(1, 3, seed=1), random_tokens(1, 3)
+BROKEN = [name for name in ZOO if name != "looped_qwen"]
+
+
+def short(name: str, dtype: torch.dtype = torch.float32, **changes: object) -> LoopedBridge:
+    return random_bridge(name, dtype, **{**SHORT[name], **changes})
+
+
+def plain_model(bridge: LoopedBridge) -> LoopedModel:
+    plain = LoopedModel(bridge.looped_cfg).to(bridge.cfg.dtype)
+    for key, parameter in bridge.original_model.canonical_parameters().items():
+        plain.set_parameter(key, parameter)
+    return plain
+
+
+def metric(logits: torch.Tensor) -> torch.Tensor:
+    return logits[0, -1, :5].sum() - logits[0, -2, 5:9].sum()
+
+
+# transformer_lens.patching
+
+VECTORS = {"out": "attn.hook_z", "q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v"}
+STREAMS = {"resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out"}
+
+
+def sweeps() -> dict[str, tuple[str, str]]:
+    """For every `get_act_patch_*`: the hook it patches and its axes: batch, what the indices pick, ":" for all positions."""
+    found = {f"get_act_patch_{name}": (hook, "b p") for name, hook in STREAMS.items()}
+    for name, hook in VECTORS.items():
+        found[f"get_act_patch_attn_head_{name}_by_pos"] = (hook, "b p h")
+        found[f"get_act_patch_attn_head_{name}_all_pos"] = (hook, "b : h")
+    pattern = "attn.hook_pattern"
+    found["get_act_patch_attn_head_pattern_all_pos"] = (pattern, "b h")
+    found["get_act_patch_attn_head_pattern_by_pos"] = (pattern, "b h p")
+    found["get_act_patch_attn_head_pattern_dest_src_pos"] = (pattern, "b h p p")
+    return found
+
+
+@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("sweep", sweeps())
+def test_patching_equals_a_patch_by_hand(name: str, sweep: str) -> None:
+    bridge = short(name)
+    hook, axes = sweeps()[sweep]
+    with torch.no_grad():
+        _, clean = bridge.run_with_cache(CLEAN)
+        scores = getattr(patching, sweep)(bridge, CORRUPTED, clean, metric)
+        assert scores.shape[0] == bridge.cfg.n_layers
+        for layer, site in enumerate(bridge.schedule.sites):
+            loop = "" if site.loop is None else f"loops.{site.loop}."
+            stack = "" if site.stack == "core" else f"{site.stack}."
+            name_of_layer = f"{stack}{loop}blocks.{site.layer}.{hook}"
+            for index in {(0,) * (scores.ndim - 1), tuple(n - 1 for n in scores.shape[1:])}:
+                where = (slice(None), *([slice(None)] * (":" in axes)), *index)
+
+                def patch(tensor: torch.Tensor, hook: object, where: tuple = where, n: str = name_of_layer) -> torch.Tensor:
+                    new = tensor.clone()
+                    new[where] = clean[n][where]
+                    return new
+
+                by_hand = metric(bridge.run_with_hooks(CORRUPTED, fwd_hooks=[(name_of_layer, patch)]))
+                torch.testing.assert_close(scores[(layer, *index)], by_hand)
+
+
+@pytest.mark.parametrize("name", ["hrm_text", "looped_qwen"])
+def test_combined_sweeps_are_the_single_ones(name: str) -> None:
+    bridge = short(name)
+    with torch.no_grad():
+        _, clean = bridge.run_with_cache(CLEAN)
+        every = {
+            "get_act_patch_block_every": [f"get_act_patch_{n}" for n in ("resid_pre", "attn_out", "mlp_out")],
+            "get_act_patch_attn_head_all_pos_every": [
+                f"get_act_patch_attn_head_{n}_all_pos" for n in ("out", "q", "k", "v", "pattern")
+            ],
+            "get_act_patch_attn_head_by_pos_every": [f"get_act_patch_attn_head_{n}_by_pos" for n in ("out", "q", "k", "v")],
+        }
+        for combined, singles in every.items():
+            scores = getattr(patching, combined)(bridge, CORRUPTED, clean, metric)
+            for row, single in zip(scores, singles, strict=False):
+                expected = getattr(patching, single)(bridge, CORRUPTED, clean, metric)
+                torch.testing.assert_close(row[..., : expected.shape[-1]], expected)  # grouped heads are padded
+
+
+def test_no_sweep_is_forgotten() -> None:
+    known = {*sweeps(), "get_act_patch_block_every", "get_act_patch_direct_path", "get_act_patch_direct_path_all_sources"}
+    known |= {"get_act_patch_attn_head_all_pos_every", "get_act_patch_attn_head_by_pos_every"}
+    assert {name for name, _ in inspect.getmembers(patching, callable) if name.startswith("get_act_patch")} == known
+
+
+def direct_path_by_hand(bridge: LoopedBridge, clean, corrupted, source: tuple[int, int], target: tuple[int, int]) -> float:
+    """Recompute one head's query from the stream to which the source head's change was added."""
+    (layer, head), (to_layer, to_head) = source, target
+    d_head = bridge.cfg.d_head
+    change = clean["z", layer][:, :, head] - corrupted["z", layer][:, :, head]
+    rows = slice(head * d_head, (head + 1) * d_head)
+    stream = corrupted["resid_pre", to_layer] + change @ bridge.blocks[layer].attn.o.weight[:, rows].T
+    block = bridge.blocks[to_layer].original_component
+    normed = stream * (stream.pow(2).mean(-1, keepdim=True) + bridge.looped_cfg.norm_eps).rsqrt()
+    normed = normed if bridge.blocks[to_layer].ln1.weight is None else normed * bridge.blocks[to_layer].ln1.weight
+    query = block.attn.q.original_component(normed).unflatten(-1, (-1, d_head))[:, :, to_head]
+
+    def patch(tensor: torch.Tensor, hook: object) -> torch.Tensor:
+        new = tensor.clone()
+        new[:, :, to_head] = query
+        return new
+
+    return float(metric(bridge.run_with_hooks(CORRUPTED, fwd_hooks=[(f"blocks.{to_layer}.attn.hook_q", patch)])))
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "to_layer"),
+    [("looped_qwen", 0, 2), ("looped_qwen", 1, 5), ("nanbeige", 4, 5), ("retrofit_llama", 6, 8), ("hrm_text", 10, 11)],
+)
+def test_direct_path_patching_where_the_stream_is_a_running_sum(name: str, layer: int, to_layer: int) -> None:
+    bridge = random_bridge(name, torch.float64)
+    with torch.no_grad():
+        _, clean = bridge.run_with_cache(CLEAN)
+        _, corrupted = bridge.run_with_cache(CORRUPTED)
+        scores = patching.get_act_patch_direct_path(bridge, CORRUPTED, clean, corrupted, metric, layer, 1, verbose=False)
+        by_hand = direct_path_by_hand(bridge, clean, corrupted, (layer, 1), (to_layer, 2))
+    assert float(scores[to_layer, 2]) == pytest.approx(by_hand, rel=1e-5)  # TransformerLens stores scores in fp32
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_tools_over_paths_are_refused_where_it_is_not(name: str) -> None:
+    bridge = random_bridge(name)
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(CORRUPTED)
+    first = next(i for i in range(bridge.cfg.n_layers) if stream_break(bridge.looped_cfg, i))
+    calls = [
+        lambda: patching.get_act_patch_direct_path(bridge, CORRUPTED, cache, cache, metric, first, 0, verbose=False),
+        lambda: patching.get_act_patch_direct_path_all_sources(bridge, CORRUPTED, cache, cache, metric, verbose=False),
+        lambda: attribution_patch(bridge, CLEAN, CORRUPTED, metric, EdgeAttributionConfig(granularity="edge")),
+        lambda: faithfulness(bridge, CLEAN, CORRUPTED, metric, []),
+        lambda: bridge.all_composition_scores("Q"),
+    ]
+    for call in calls:
+        with pytest.raises(LoopedError, match="running sum"):
+            call()
+    assert not bridge.cfg.use_split_qkv_input and not any(h.has_hooks() for h in bridge.hook_points())
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_stream_breaks_are_where_an_added_vector_does_not_stay(name: str) -> None:
+    """What is added to a layer's output reaches the stream of every later layer unchanged, or that layer is named a break."""
+    bridge = random_bridge(name, torch.float64)
+    shift = torch.randn(24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    last = bridge.cfg.n_layers - 1
+    with torch.no_grad():
+        _, clean = bridge.run_with_cache(CORRUPTED)
+        for layer in range(last):
+            # Branches of later layers react to the shift; without them the stream carries it, or something else happens to it.
+            later = range(layer + 1, last + 1)
+            freeze = [
+                (f"blocks.{i}.{hook}", lambda t, hook, n=f"blocks.{i}.{hook}": clean[n].clone())
+                for i in later
+                for hook in ("hook_attn_out", "hook_mlp_out")
+            ]
+            output = f"blocks.{layer}.hook_mlp_out"
+            output = output.replace("hook_mlp_out", "mlp.hook_out")  # before a norm on the branch
+            with bridge.hooks(fwd_hooks=[*freeze, (output, lambda t, hook: t + shift)]):
+                _, moved = bridge.run_with_cache(CORRUPTED)
+            stays = all(
+                torch.allclose(moved["resid_post", i] - clean["resid_post", i], shift.expand(1, 3, 24), atol=1e-9)
+                for i in (layer, *later)
+            )
+            assert stays == (stream_break(bridge.looped_cfg, layer) is None), (layer, stream_break(bridge.looped_cfg, layer))
+
+
+# attribution
+
+
+def plain_nodes(plain: LoopedModel, tokens: torch.Tensor, with_gradient: bool) -> dict[str, torch.Tensor]:
+    """Embedding, z and MLP output of every virtual layer of the plain model, or the metric's gradient with respect to them."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, tensor: torch.Tensor) -> None:
+        seen[name] = tensor
+
+    handles = [plain.embed.register_forward_hook(lambda m, i, out: keep("embed", out))]
+    for layer, block in enumerate(plain.blocks):
+        written: nn.Module = block.mlp if block.ln2_post is None else block.ln2_post
+        handles += [
+            block.attn.o.register_forward_pre_hook(lambda m, i, n=layer: keep(f"z{n}", i[0])),
+            written.register_forward_hook(lambda m, i, out, n=layer: keep(f"mlp{n}", out)),
+        ]
+    value = metric(plain(tokens).logits)
+    for handle in handles:
+        handle.remove()
+    if not with_gradient:
+        return {name: tensor.detach() for name, tensor in seen.items()}
+    return dict(zip(seen, torch.autograd.grad(value, list(seen.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("compatible", [False, True])
+def test_attribution_patching_is_the_first_order_term_of_the_plain_model(name: str, compatible: bool) -> None:
+    bridge = random_bridge(name, torch.float64)
+    plain = plain_model(bridge)
+    if compatible:
+        bridge.enable_compatibility_mode(center_unembed=False, fold_value_biases=False)
+    scores = attribution_patch(bridge, CLEAN, CORRUPTED, metric).node_scores
+    clean, corrupted = (plain_nodes(plain, tokens, False) for tokens in (CLEAN, CORRUPTED))
+    gradient = plain_nodes(plain, CORRUPTED, True)
+    effect = {key: (clean[key] - corrupted[key]) * gradient[key] for key in gradient}
+    assert len(scores) == 3 * (1 + bridge.cfg.n_layers * 4)
+    for node, score in scores.items():
+        if node.kind == "embed":
+            expected = effect["embed"][0, node.position].sum()
+        elif node.kind == "mlp_out":
+            expected = effect[f"mlp{node.layer}"][0, node.position].sum()
+        else:
+            expected = effect[f"z{node.layer}"][0, node.position].view(3, 8)[node.head].sum()
+        assert score == pytest.approx(float(expected), rel=1e-7, abs=1e-10), node
+
+
+def test_edge_attribution_and_faithfulness_where_the_stream_is_a_running_sum() -> None:
+    bridge = short("looped_qwen", torch.float64, n_kv_heads=3)
+    edges = attribution_patch(bridge, CLEAN, CORRUPTED, metric, EdgeAttributionConfig(granularity="edge"))
+    nodes = attribution_patch(bridge, CLEAN, CORRUPTED, metric).node_scores
+    for node, score in nodes.items():  # what a node does is the sum of what it does along its edges
+        assert edges.node_scores[node] == pytest.approx(score, rel=1e-7, abs=1e-10), node
+    everything = faithfulness(bridge, CLEAN, CORRUPTED, metric, list(edges.edge_scores))
+    nothing = faithfulness(bridge, CLEAN, CORRUPTED, metric, [])
+    assert everything.recovered == pytest.approx(1) and nothing.recovered == pytest.approx(0, abs=1e-9)
+
+
+# Lenses
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("compatible", [False, True])
+def test_logit_lens_is_the_last_norm_and_the_unembedding(name: str, compatible: bool) -> None:
+    bridge = random_bridge(name)
+    plain = plain_model(bridge)
+    if compatible:
+        bridge.enable_compatibility_mode()
+    with torch.no_grad():
+        logits, cache = bridge.run_with_cache(CORRUPTED)
+        result = logit_lens(bridge, CORRUPTED, positions=None, return_type="log_probs")
+        from_cache = logit_lens(cache, positions=None, return_type="log_probs")
+        assert len(result.labels) == len(result.values) == bridge.cfg.n_layers + 1
+        for entry, values in enumerate(result.values):
+            is_last = entry == bridge.cfg.n_layers
+            stream = cache["resid_post", -1] if is_last else cache["resid_pre", entry]
+            normed = plain.ln_final.unhooked(stream)
+            by_hand = normed @ (plain.unembed.weight.T)
+            if (cap := bridge.looped_cfg.logit_softcap) is not None:
+                by_hand = cap * torch.tanh(by_hand / cap)
+            torch.testing.assert_close(values, by_hand.log_softmax(-1), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(result.values[-1], logits.log_softmax(-1), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(from_cache.values, result.values)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("anchored", {"n_coda": 0}), ("huginn", {"n_coda": 0}), ("nanbeige", {"final_norm": True})],
+)
+def test_readouts_of_the_stream_are_refused_where_the_model_does_not_read_it(name: str, changes: dict[str, object]) -> None:
+    bridge = random_bridge(name, **changes)
+    bridge.tokenizer = word_tokenizer()
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(CORRUPTED)
+    calls = [
+        lambda: logit_lens(bridge, CORRUPTED),
+        lambda: logit_lens(cache),
+        lambda: logit_readout(bridge, cache["resid_post", 0]),
+        lambda: JacobianLens.fit(bridge, ["t3 t4 t5 t6"], corpus="toy", skip_first_positions=0, show_progress=False),
+    ]
+    for call in calls:
+        with pytest.raises(LoopedError, match="native"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["ouro", "huginn", "hrm_text", "parcae", "looped_qwen"])
+def test_jacobian_lens_is_the_jacobian_of_the_plain_model(name: str) -> None:
+    bridge = short(name)
+    bridge.tokenizer = word_tokenizer()
+    prompts = ["t3 t9 t4 t30", "t8 t7 t7"]
+    lens = JacobianLens.fit(bridge, prompts, corpus="toy", skip_first_positions=0, show_progress=False, dim_batch=24)
+    plain = plain_model(bridge)
+    last = bridge.cfg.n_layers - 1
+    assert lens.source_layers == list(range(last))
+    expected = dict.fromkeys(range(last), torch.zeros(24, 24))
+    for prompt in prompts:
+        outs: list[torch.Tensor] = []
+        handles = [block.register_forward_hook(lambda m, i, out, to=outs: to.append(out)) for block in plain.blocks]
+        plain(bridge.to_tokens(prompt))
+        for handle in handles:
+            handle.remove()
+        n = outs[0].shape[1] - 1  # the last position is neither source nor target
+        for row in range(24):
+            gradients = torch.autograd.grad(outs[last][0, :n, row].sum(), outs[:last], retain_graph=True)
+            for layer, gradient in enumerate(gradients):
+                expected[layer] = expected[layer].clone()
+                expected[layer][row] += gradient[0, :n].mean(0) / len(prompts)
+    for layer in range(last):
+        scale = float(expected[layer].abs().max())
+        torch.testing.assert_close(lens.jacobians[layer], expected[layer], atol=1e-4 * scale, rtol=1e-4)
+        state = torch.randn(3, 24)
+        torch.testing.assert_close(lens.transport(state, layer), state @ lens.jacobians[layer].T)
+    readout = lens.readout(bridge, "t3 t9 t4", return_full_logits=True)
+    with torch.no_grad():
+        logits, cache = bridge.run_with_cache(bridge.to_tokens("t3 t9 t4"))
+        decoded = bridge.unembed(bridge.ln_final(lens.transport(cache["resid_post", 0], 0)))
+    if (cap := bridge.looped_cfg.logit_softcap) is not None:
+        decoded = cap * torch.tanh(decoded / cap)
+    torch.testing.assert_close(readout.lens_logits[0], decoded[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(readout.lens_logits[last], logits[0])
+
+
+# Weights
+
+
+def test_composition_scores_where_the_stream_is_a_running_sum() -> None:
+    bridge = random_bridge("looped_qwen")
+    with torch.no_grad():
+        result = bridge.all_composition_scores("K")
+        weights = bridge.original_model.canonical_parameters()
+    assert result.layer_indices == list(range(8))
+
+    def of(site: str, letter: str, head: int) -> torch.Tensor:
+        rows = weights[f"{site}.attn.{letter}.weight"]
+        return rows[:, 8 * head : 8 * head + 8] if letter == "o" else rows[8 * head : 8 * head + 8]
+
+    written = of("core.1", "v", 0).T @ of("core.1", "o", 2).T  # layer 2: loop 0; one key-value head serves all
+    read = of("core.0", "k", 0).T @ of("core.0", "q", 1)  # layer 5: loop 2
+    expected = (written @ read).norm() / written.norm() / read.norm()
+    torch.testing.assert_close(result.scores[2, 2, 5, 1], expected)
+    assert not result.scores[5, :, 2].any()
+
+
+@pytest.mark.parametrize("name", ["ouro", "huginn", "looped_qwen", "hrm_text"])
+@pytest.mark.parametrize("role", ["Q", "V"])
+def test_projection_kernel_of_virtual_layers(name: str, role: str) -> None:
+    bridge = short(name)
+    with torch.no_grad():
+        result = attention_head_subspace_affinity(bridge, target_role=role)
+        last = bridge.cfg.n_layers - 1
+        written, _ = torch.linalg.qr(bridge.blocks[0].attn.o.weight[:, 8:16])
+        read, _ = torch.linalg.qr(getattr(bridge.blocks[last].attn, role.lower()).weight[:8].T)
+    assert result.scores.shape[:3:2] == (last + 1, last + 1)
+    torch.testing.assert_close(result.scores[0, 1, last, 0], (written.T @ read).square().sum(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_singular_vectors_of_virtual_layers(name: str) -> None:
+    bridge = random_bridge(name)
+    interpreter = SVDInterpreter(bridge)
+    layer = bridge.cfg.n_layers - 1
+    with torch.no_grad():
+        block, group = bridge.blocks[layer], 3 // bridge.looped_cfg.n_kv_heads
+        kv = 2 // group
+        ov = block.attn.v.weight[8 * kv : 8 * kv + 8].T @ block.attn.o.weight[:, 16:24].T
+        w_in = getattr(block.mlp, "in").weight
+        if "ln2" in block._modules and block.ln2.weight is not None:
+            w_in = w_in * block.ln2.weight
+        matrices = {"OV": ov, "w_in": w_in, "w_out": block.mlp.out.weight.T}
+        for kind, matrix in matrices.items():
+            vectors = interpreter.get_singular_vectors(kind, layer, num_vectors=3, head_index=2 if kind == "OV" else None)
+            expected = bridge.W_U.T @ torch.linalg.svd(matrix).Vh[:3].T
+            torch.testing.assert_close(vectors[:, 0].abs(), expected.abs(), atol=1e-3, rtol=1e-3)  # the sign is arbitrary
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_accumulated_bias_is_the_sum_or_refused(name: str) -> None:
+    assert not random_bridge(name).accumulated_bias(2).any()  # no biases, nothing to add up
+    biased = random_bridge(name, biases=("o", "out"))
+    if name != "looped_qwen":
+        with pytest.raises(LoopedError, match=r"accumulated_bias.*running sum"):
+            biased.accumulated_bias(biased.cfg.n_layers)
+        return
+    weights = biased.original_model.canonical_parameters()
+    expected = sum(
+        weights[f"{layer}.attn.o.bias"] + weights[f"{layer}.mlp.down.bias"]
+        for layer in ("prelude.0", "core.0", "core.1", "core.0")
+    )
+    torch.testing.assert_close(biased.accumulated_bias(4), expected)
+    torch.testing.assert_close(biased.accumulated_bias(4, mlp_input=True), expected + weights["core.1.attn.o.bias"])
+
+
+# Patterns, interventions, probes, evaluations
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_head_detector_scores_every_loop(name: str) -> None:
+    bridge = short(name)
+    bridge.tokenizer = word_tokenizer()
+    prompt = "t3 t4 t3 t4"
+    with torch.no_grad():
+        scores = detect_head(bridge, prompt, "previous_token_head")
+        _, cache = bridge.run_with_cache(bridge.to_tokens(prompt))
+    assert tuple(scores.shape) == (bridge.cfg.n_layers, 3)
+    for layer in range(bridge.cfg.n_layers):
+        pattern = cache[bridge.schedule.name(layer, "attn.hook_pattern")][0]
+        expected = pattern.diagonal(-1, dim1=-2, dim2=-1).sum(-1) / pattern.sum((-2, -1))
+        torch.testing.assert_close(scores[layer], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ouro", "huginn", "hrm_text"])
+def test_interchange_interventions_at_one_loop(name: str) -> None:
+    bridge = short(name)
+    stack = bridge.schedule.core_stacks[-1]
+    hook_name = ("" if stack == "core" else f"{stack}.") + "loops.1.hook_state"
+    basis, _ = torch.linalg.qr(torch.randn(24, 4))
+    positions = torch.tensor([1])
+    task = lambda tokens: bridge(tokens)[:, -1]  # noqa: E731
+    with torch.no_grad():
+        source = collect_activations(bridge, hook_name, CLEAN, task, positions=positions)
+        logits = run_with_intervention(
+            bridge, hook_name, SubspaceInterchange(basis), CORRUPTED, source, task, positions=positions
+        )
+        _, clean = bridge.run_with_cache(CLEAN)
+
+        def patch(tensor: torch.Tensor, hook: object) -> torch.Tensor:
+            new = tensor.clone()
+            new[:, 1] += (clean[hook_name][:, 1] - tensor[:, 1]) @ basis @ basis.T
+            return new
+
+        by_hand = bridge.run_with_hooks(CORRUPTED, fwd_hooks=[(hook_name, patch)])[:, -1]
+    torch.testing.assert_close(source, clean[hook_name][:, 1])
+    torch.testing.assert_close(logits, by_hand)
+    assert not torch.equal(logits, task(CORRUPTED))
+
+
+def test_sparse_probes_read_the_state_of_a_loop() -> None:
+    bridge = short("ouro")
+    tokens = random_tokens(40, 4)
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(tokens, names_filter="loops.0.hook_out")
+        states: list[torch.Tensor] = []
+        plain = plain_model(bridge)
+        plain.passes[0].norm.register_forward_hook(lambda m, i, out: states.append(out))
+        plain(tokens)
+    labels = states[0][:, -1, 7] > states[0][:, -1, 7].median()
+    result = fit_sparse_probe(cache["loops.0.hook_out"][:, -1], labels, k=1)
+    assert result.selected_features.tolist() == [7] and result.metrics.roc_auc == 1.0
+    expected = fit_sparse_probe(states[0][:, -1], labels, k=1)
+    assert torch.equal(result.coefficients, expected.coefficients)
+
+
+@once
+def long_vocabulary() -> LoopedBridge:
+    cfg = LoopedConfig(d_model=8, n_heads=2, d_vocab=20_000, n_core=1, n_loops=2, injection="concat", initial_state="noise")
+    return LoopedBridge.from_config(cfg)
+
+
+def test_evaluations_equal_the_loss_of_the_plain_model() -> None:
+    bridge = long_vocabulary()
+    plain = plain_model(bridge)
+    batches = [{"tokens": random_tokens(2, 7, seed)} for seed in (0, 1)]
+
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(plain(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+    with torch.no_grad():
+        expected = sum(float(loss(batch["tokens"])) for batch in batches) / 2
+        assert evals.evaluate_on_dataset(bridge, batches, device="cpu") == pytest.approx(expected, rel=1e-5)
+        torch.manual_seed(4)
+        induction = evals.induction_loss(bridge, batch_size=2, subseq_len=6, prepend_bos=False, device="cpu")
+        torch.manual_seed(4)
+        tokens = torch.randint(100, 20000, (2, 6)).repeat(1, 2)
+        log_probs = plain(tokens).logits.log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    torch.testing.assert_close(abs(float(induction)), abs(float(log_probs[:, 7:].mean())), rtol=1e-5, atol=0)
+
+
+def test_indirect_objects() -> None:
+    bridge = short("ouro")
+    prompts = torch.tensor([[3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]])
+    samples = [
+        {"prompt": prompt, "IO": prompt[-1:], "S": wrong}
+        for prompt, wrong in zip(prompts, (torch.tensor([20]), torch.tensor([21])), strict=True)
+    ]
+    with torch.no_grad():
+        result = evals.ioi_eval(bridge, dataset=samples, batch_size=1, tokenizer=word_tokenizer())
+        logits = plain_model(bridge)(prompts).logits[:, -2]
+    differences = [float(logits[0, 8] - logits[0, 20]), float(logits[1, 14] - logits[1, 21])]
+    assert float(result["Logit Difference"]) == pytest.approx(sum(differences) / 2, rel=1e-4)
+    assert result["Accuracy"] == sum(d > 0 for d in differences) / 2
