@@ -113,10 +113,10 @@ def test_an_edit_in_place_equals_an_edit_returned(name: str) -> None:
 def test_an_edit_in_place_leaves_the_cache_of_earlier_layers_alone() -> None:
     bridge = random_bridge("huginn")
     _, clean = bridge.run_with_cache(TOKENS)
-    for hook_name in ("blocks.4.hook_resid_pre", "loops.1.hook_state", "loops.1.hook_injection"):
+    for hook_name in ("blocks.5.hook_resid_pre", "loops.1.hook_state", "loops.1.hook_injection"):
         with bridge.hooks(fwd_hooks=[(hook_name, lambda t, hook: t.mul_(2))]):
             _, edited = bridge.run_with_cache(TOKENS)
-        for early in ("blocks.3.hook_resid_post", "loops.0.hook_out", "loops.0.hook_injection", "blocks.1.hook_resid_post"):
+        for early in ("blocks.4.hook_resid_post", "loops.0.hook_out", "loops.0.hook_injection", "blocks.1.hook_resid_post"):
             assert torch.equal(clean[early], edited[early]), (hook_name, early)
 
 

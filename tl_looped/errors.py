@@ -17,5 +17,9 @@ class OutOfRangeError(LoopedError, IndexError):
     """A loop or layer that this run does not have."""
 
 
+class RunningSumError(LoopedError, RuntimeError):
+    """A tool takes the residual stream for one running sum where it is not one."""
+
+
 class CheckpointError(LoopedError):
     """A checkpoint that cannot be read, or that contradicts itself."""

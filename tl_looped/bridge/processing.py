@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components import EmbeddingBridge
 
 from ..config import LoopedConfig
-from ..errors import LoopedError
+from ..errors import LoopedError, RunningSumError
 from ..model import LoopedModel
 from .components import LoopedBlock
 
@@ -24,7 +24,7 @@ def check_options(cfg: LoopedConfig, *, fold_value_biases: bool, refactor_factor
     if refactor_factored_attn_matrices:
         raise LoopedError(
             "refactor_factored_attn_matrices=True was asked, but it rotates queries and keys within a head, and what "
-            "is done to them afterwards (rotary positions, their norms, grouped keys) does not commute with that; leave it False."
+            "is done to them afterwards (rotary positions, norms, grouped keys) does not commute with that; leave it False."
         )
     if fold_value_biases and cfg.attn_gate and "v" in cfg.biases:
         raise LoopedError(
@@ -199,10 +199,10 @@ def stream_break(cfg: LoopedConfig, layer: int) -> str | None:
 
 
 def check_running_sum(cfg: LoopedConfig, layers: range, asked: str) -> None:
-    """Raise a `LoopedError` unless what all these layers write is simply added to the stream."""
+    """Raise a `RunningSumError` unless what all these layers write is simply added to the stream."""
     for layer in layers:
         if (why := stream_break(cfg, layer)) is not None:
-            raise LoopedError(
+            raise RunningSumError(
                 f"{asked} was asked, which takes the residual stream for one running sum; in this {cfg.family} model, "
                 f"from layer {layer} ({cfg.schedule.name(layer, '')[:-1]}) on, {why}. Patch activations instead, or decompose "
                 "a cache, which follows the stream through the loops."
@@ -257,7 +257,7 @@ class StreamBlock(LoopedBlock):
         if not cfg.n_coda and (
             cfg.strategy == "anchored" or cfg.after_loop != "none" or (cfg.pass_norm and not cfg.pass_norm_is_final)
         ):
-            raise LoopedError(
+            raise RunningSumError(
                 f"a readout of the residual stream was asked, but between the last layer of this {cfg.family} model and its "
                 'last norm the state goes through another map; use tl_looped.analysis.logit_lens(..., lens="native").'
             )
