@@ -284,6 +284,10 @@ def test_stack_loops(name: str) -> None:
         cache.stack_loops("pattern", layer=7, stack=stack)
     with pytest.raises(LoopedError, match=r"loops \(0"):
         cache.stack_loops("pattern", loops=[9], stack=stack)
+    with pytest.raises(LoopedError, match="at least one loop"):
+        cache.stack_loops("pattern", loops=[], stack=stack)
+    states = cache.stack_loops("hook_state", stack=stack)
+    assert torch.equal(states[1], cache[f"{bridge.schedule.pass_prefix(bridge.schedule.pass_of_loop(1))}.hook_state"])
 
 
 @FAMILIES
@@ -507,8 +511,9 @@ def test_the_cache_says_what_is_missing() -> None:
     _, cache = bridge.run_with_cache(TOKENS, names_filter="loops.0.hook_out")
     with pytest.raises(KeyError, match="exists, but was not cached"):
         cache["loops.1.hook_out"]
-    with pytest.raises(KeyError, match="no hook of this model"):
+    with pytest.raises(KeyError, match=r"no such hook point.*loops\.1\.hook_out"):
         cache["loops.1.hook_outt"]
+    assert "loops.9.hook_out" not in cache and "loops.*.hook_out" not in cache and "loops.0.hook_out" in cache
     with pytest.raises(IndexError, match="3 loops"):
         cache["loops.3.hook_out"]
     with pytest.raises(LoopedError, match="stack_loops"):

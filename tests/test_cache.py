@@ -71,7 +71,7 @@ def test_views_that_do_not_exist() -> None:
     for cache, where, message in cases:
         with pytest.raises(LoopedError, match=message):
             cache.at(**where)
-    with pytest.raises(KeyError, match="is no hook of this model"):
+    with pytest.raises(KeyError, match="no such hook point"):
         huginn.at(0, 0)["hook_nothing"]
 
 

@@ -59,12 +59,18 @@ class LoopedCache(ActivationCache):
             return super().__getitem__(key)
         except KeyError:
             name = key if isinstance(key, str) else get_act_name(*key)
-            known = name.removesuffix("_grad") in self.model.hook_dict
-            why = "exists, but was not cached in this run; name it in names_filter" if known else "is no hook of this model"
-            raise UnknownNameError(f"{name!r} {why}. The cache holds {len(self.cache_dict)} entries.") from None
+            if name.removesuffix("_grad") not in self.model.hook_dict:
+                raise self.model.unknown_name(name) from None
+            raise UnknownNameError(
+                f"{name!r} exists, but was not cached in this run; name it in names_filter. "
+                f"The cache holds {len(self.cache_dict)} entries."
+            ) from None
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and (key in self.cache_dict or self._one_name(key) in self.cache_dict)
+        try:
+            return isinstance(key, str) and (key in self.cache_dict or self._one_name(key) in self.cache_dict)
+        except LoopedError:
+            return False
 
     def _one_name(self, key: str) -> str:
         if is_pattern(key):
@@ -121,9 +127,10 @@ class LoopedCache(ActivationCache):
         """One activation of every loop, stacked.
 
         Args:
-            name: TransformerLens's short name ("pattern", "resid_post", "z", ...) or the hook of a layer ("attn.hook_z").
+            name: TransformerLens's short name ("pattern", "resid_post", "z", ...) or the hook of a layer ("attn.hook_z"); or a
+                hook that only passes have ("hook_state", "hook_injection", "hook_exit_logit"), without layer.
             layer: one layer inside the loop; None for all, with a layer axis after the loop axis.
-            loops: which loops; None for all.
+            loops: which loops, at least one; None for all.
             stack: "L" or "H" for HRM-Text; not needed elsewhere.
 
         Returns:
@@ -135,6 +142,10 @@ class LoopedCache(ActivationCache):
         schedule, looped = self.model.schedule, self._looped_stack(stack)
         chosen = range(schedule.n_loops_of(looped)) if loops is None else loops
         layers = range(schedule.stacks[looped]) if layer is None else [layer]
+        if not len(chosen):
+            raise LoopedError("loops=[] was asked; name at least one loop, or None for all.")
+        if layer is None and name in ("hook_state", "hook_injection", "hook_exit_logit"):
+            return torch.stack([self.at(loop=loop, stack=looped)[name] for loop in chosen])
         rows = []
         for loop in chosen:
             cells = [self.at(loop, j, looped)[name] for j in layers]

@@ -471,10 +471,11 @@ class LoopedBridge(TransformerBridge):
             known = self.hook_dict.keys()
             names = [n for n in names if n in known]
             if not names:
-                raise self._unknown(name)
+                raise self.unknown_name(name)
         return names
 
-    def _unknown(self, name: str) -> UnknownNameError:
+    def unknown_name(self, name: str) -> UnknownNameError:
+        """The error for a hook name that this model does not have, with the nearest names that it has."""
         near = difflib.get_close_matches(name, self._all_spellings, n=4, cutoff=0.5)
         if not near:  # the right layer, but a hook that is nothing like the one asked for
             stem = name.rsplit(".", 1)[0]
