@@ -144,7 +144,8 @@ def open_checkpoint(name_or_dir: str | Path, revision: str | None = None) -> Che
     if not isinstance(name_or_dir, (str, Path)) or not str(name_or_dir).strip():
         raise CheckpointError(f"{name_or_dir!r} was asked; pass a directory or a Hub id such as 'ByteDance/Ouro-1.4B'.")
     path = Path(name_or_dir).expanduser()
-    if path.is_file() or (not path.is_dir() and (path.is_absolute() or len(path.parts) > 2 or path.parts[0] in (".", ".."))):
+    looks_like_a_path = path.is_absolute() or len(path.parts) > 2 or str(name_or_dir).startswith(".")
+    if path.is_file() or (looks_like_a_path and not path.is_dir()):
         kind = "a file" if path.is_file() else "not a directory: it does not exist"
         raise CheckpointError(
             f"{str(name_or_dir)!r} was asked; it is {kind}. Pass the directory that holds config.json and the tensors."

@@ -48,7 +48,7 @@ class LoopedLinear(Around, LinearBridge):
     """A projection."""
 
 
-class LoopedUnembedding(Around, UnembeddingBridge):
+class LoopedUnembedding(Around, UnembeddingBridge):  # pyright: ignore[reportIncompatibleMethodOverride]
     """The unembedding. Without the zero bias that TransformerLens would add: it would not move with the shared parameters."""
 
     def set_original_component(self, original_component: nn.Module) -> None:

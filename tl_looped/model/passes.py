@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -74,7 +76,7 @@ class PassEnds(nn.Module):
         state = observe(self.hook_state, state)
         if self.inject is None:
             return observe(self.hook_in, state), state
-        return self.hook_in(self.inject(state, observe(self.hook_injection, injection))), state
+        return self.hook_in(self.inject(state, observe(self.hook_injection, cast(Tensor, injection)))), state
 
     def leave(self, x: Tensor, state: Tensor | None, final_norm: nn.Module | None) -> Tensor:
         """The state leaving the pass. `final_norm` stands in for the pass's own norm in the last pass."""
