@@ -36,7 +36,6 @@ def _no_grad() -> Iterator[None]:
 def bridge_with_tokenizer() -> LoopedBridge:
     bridge = random_bridge("huginn")
     bridge.tokenizer = word_tokenizer()
-    bridge.cfg.tokenizer_prepends_bos = False
     return bridge
 
 

@@ -63,6 +63,7 @@ def test_the_tokenizer_travels_with_the_model(tmp_path: Path) -> None:
     tokens = again.to_tokens("t5 t17 t3", prepend_bos=False)
     assert tokens.tolist() == [[5, 17, 3]] and again.to_str_tokens("t5 t17", prepend_bos=False) == ["t5", "t17"]
     assert torch.equal(again("t5 t17 t3", prepend_bos=False), again(tokens))
+    assert torch.equal(bridge.to_tokens("t5 t17", prepend_bos=False), torch.tensor([[5, 17]]))  # set after loading
     for other in (LoopedBridge.from_pretrained(tmp_path, tokenizer=word_tokenizer()), again.unroll(2)):
         assert torch.equal(other.to_tokens("t5 t17"), again.to_tokens("t5 t17"))
     with pytest.raises(LoopedError, match="n_ctx=32"):

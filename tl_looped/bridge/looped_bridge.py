@@ -58,13 +58,22 @@ class LoopedBridge(TransformerBridge):
         adapter.prepare_model(model)
         self.__dict__["looped_cfg"] = model.cfg
         self.__dict__["_hook_dict"] = (None, {})
-        super().__init__(model, adapter, None if tokenizer is None else _configured(tokenizer, cfg))
+        super().__init__(model, adapter, tokenizer)
         self.eval()
 
     @property
     def schedule(self) -> Schedule:
         """The order in which the layers run."""
         return self.looped_cfg.schedule
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, with TransformerLens's settings whenever it is set; None if there is none."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, value: Any) -> None:
+        self._tokenizer = None if value is None else _configured(value, self.cfg)
 
     @property
     def _model(self) -> LoopedModel:
