@@ -232,6 +232,12 @@ class Schedule:
         return f"{loops} over {core} of {self.n_core} layers, {edges}: {self.n_layers} virtual layers"
 
 
+def virtual_layer(name: str) -> int | None:
+    """The virtual index in a TransformerLens name, `blocks.{i}` or `blocks.{i}.{hook}`; None for names outside the layers."""
+    match = re.match(r"blocks\.(\d+)(?:\.|$)", name)
+    return int(match[1]) if match else None
+
+
 def is_pattern(name: str) -> bool:
     """Whether a name may stand for several hook points."""
     return "*" in name or ":" in name

@@ -14,7 +14,7 @@ from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
 
 from ..errors import LoopedError, UnknownNameError
-from ..schedule import Site, is_pattern
+from ..schedule import Site, is_pattern, virtual_layer
 from .decomposition import FINAL, REMAINDER, Decomposition, LogitAttribution, Reader, Write, branch_inputs
 
 Tokens = str | int | Int[Tensor, ""] | Int[Tensor, "batch"] | Int[Tensor, "batch pos"]
@@ -691,9 +691,8 @@ class CacheView(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if "." in name or name.startswith("hook_"):
             return self.cache[f"{self.prefix}.{name}"]
-        if not self.prefix.startswith("blocks."):
-            return self.cache[f"{self.prefix}.hook_{name}"]
-        return self.cache[name, int(self.prefix.rsplit(".", 1)[1])]
+        layer = virtual_layer(self.prefix)
+        return self.cache[f"{self.prefix}.hook_{name}"] if layer is None else self.cache[name, layer]
 
     def __iter__(self) -> Iterator[str]:
         start = f"{self.prefix}."

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import LoopedError, UnknownNameError
 from ..model import LoopedModel
 from ..model.looped_model import other_stack
+from ..schedule import virtual_layer
 
 FINAL = "ln_final.hook_in"
 REMAINDER = "remainder"
@@ -277,7 +278,8 @@ class Decomposition(Reader):
         cfg, n_prelude = self.model.cfg, self.model.cfg.n_prelude
         if cfg.initial_state != "embedding":
             return True
-        if self.point.startswith("blocks.") and int(self.point.split(".")[1]) < n_prelude:
+        layer = virtual_layer(self.point)
+        if layer is not None and layer < n_prelude:
             return False  # the point lies before the first pass
         state = f"{cfg.schedule.pass_prefix(cfg.schedule.passes[0])}.hook_state"
         before = f"blocks.{n_prelude - 1}.hook_resid_post" if n_prelude else "hook_embed"

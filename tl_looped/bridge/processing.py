@@ -13,6 +13,7 @@ from transformer_lens.model_bridge.generalized_components import EmbeddingBridge
 from ..config import LoopedConfig
 from ..errors import LoopedError, RunningSumError
 from ..model import LoopedModel
+from ..schedule import virtual_layer
 from .components import LoopedBlock
 
 READS_LN1 = ("attn.q", "attn.k", "attn.v", "attn.gate", "attn.value_gate")
@@ -242,7 +243,8 @@ class StreamBlock(LoopedBlock):
         Raises:
             LoopedError: something else happens to it on the way.
         """
-        layer = int(str(self.name).rpartition(".")[2])
+        layer = virtual_layer(str(self.name))
+        assert layer is not None
         check_running_sum(self.looped, range(layer, layer + 1), "a tool over paths between components")
         return 1.0
 
