@@ -351,10 +351,10 @@ class Decoder:
             state = self.entering if p is not None and cfg.strategy == "anchored" else None
             ends = cast(PassEnds, twin.passes[-1])
             if p is not None and p.stack == "L":
-                z_l = cast(PassEnds, twin.passes[0]).leave(resid, None, None)
+                z_l = cast(PassEnds, twin.passes[0]).leave(resid, None, None)[0]
                 x, state = ends.enter(cast(Tensor, self.entering), z_l)
                 resid = self._layers(x, "H", 0)
-            x = ends.leave(resid, state, twin.ln_final if cfg.pass_norm_is_final else None)
+            x, _ = ends.leave(resid, state, twin.ln_final if cfg.pass_norm_is_final else None)
             anchor = resid if p is None or p.index == 0 else self.anchor
             x = twin._loop_output(x, anchor)
             x = x if twin.after_loop is None else twin.after_loop(x)

@@ -14,7 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent, alias_generation
 from transformer_lens.model_bridge.sources._bridge_builder import configure_tokenizer
 from transformers import AutoTokenizer
@@ -28,13 +27,14 @@ from ..model.looped_model import initialise
 from ..schedule import Schedule, check_count, is_pattern
 from .adapter import LoopedArchitectureAdapter, bridge_config
 from .cache import LoopedCache
+from .generation import GeneratingBridge
 from .processing import check_options, check_running_sum, check_shared, has_output_bias, process_weights
 
 NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
 
 
-class LoopedBridge(TransformerBridge):
+class LoopedBridge(GeneratingBridge):
     """A looped language model in TransformerLens.
 
     `blocks[i]` is virtual layer `i` of the unrolled computation; all passes over a layer hold the same parameters. Hook names
@@ -217,6 +217,7 @@ class LoopedBridge(TransformerBridge):
             model.set_parameter(name, parameter)
         unrolled = LoopedBridge(model, None, self.cfg.model_name)
         unrolled._tokenizer = self.tokenizer
+        unrolled.exit_policy = self.exit_policy
         for setting in ("default_prepend_bos", "tokenizer_prepends_bos", "tokenizer_appends_eos"):
             setattr(unrolled.cfg, setting, getattr(self.cfg, setting))
         for switch in ("attn_result", "split_qkv_input", "attn_in", "hook_mlp_in"):
@@ -267,6 +268,7 @@ class LoopedBridge(TransformerBridge):
             LoopedError: inputs that do not fit the model; layers out of range.
         """
         self._refresh_cfg()
+        kwargs |= self._generation_arguments(input, kwargs)
         if start_at_layer is not None:
             kwargs["start"] = self.schedule.layer(start_at_layer)
             if not isinstance(input, Tensor) or not input.is_floating_point():

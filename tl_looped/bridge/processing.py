@@ -151,9 +151,11 @@ def _unfold(embed: Any, args: Any, out: Tensor) -> Tensor:
 def _refuse_early_readout(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     assert isinstance(model, LoopedModel)
     loop, schedule = kwargs.get("loop"), model.cfg.schedule
-    if kwargs.get("on_loop") is not None or (loop is not None and schedule.loop(loop) != schedule.n_loops - 1):
+    early = kwargs.get("on_loop") is not None or kwargs.get("early_exit") is not None
+    if early or (loop is not None and schedule.loop(loop) != schedule.n_loops - 1):
         raise LoopedError(
-            "a readout after an earlier loop was asked, but the weights were processed (compatibility mode): the unembedding "
+            "a readout after an earlier loop (loop=, a lens, an exit policy) was asked, but the weights were processed "
+            "(compatibility mode): the unembedding "
             "has absorbed the weight of the last norm, which the norms of the earlier passes still have; "
             "use a model without weight processing, or fold_ln=False."
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..config import LoopedConfig
 from ..errors import LoopedError
 from ..schedule import Pass, Schedule, check_count
+from .early_exit import EarlyExit
 from .initial_state import InitialState, NoiseTable, initial_state
 from .layers import Block, Inputs, KeyValueCache, RMSNorm
 from .passes import PassEnds
@@ -91,6 +92,10 @@ class LoopedModel(nn.Module):
         for name, parameter in [(n, getattr(*holders[0])) for n, holders in self.parameter_slots.items()]:
             self.set_parameter(name, parameter)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The scaled token embedding, under the name that TransformerLens asks for when it generates from embeddings."""
+        return self.embed
+
     def _find_parameter_slots(self) -> dict[str, list[tuple[nn.Module, str]]]:
         """For every distinct parameter, its canonical name and all (module, attribute) pairs that hold it."""
         schedule = self.cfg.schedule
@@ -148,6 +153,7 @@ class LoopedModel(nn.Module):
         stop: int | None = None,
         injection: Float[Tensor, "batch pos d_model"] | None = None,
         on_loop: OnLoop | None = None,
+        early_exit: EarlyExit | None = None,
     ) -> LoopedOutput:
         """Run the model, or a part of it.
 
@@ -166,11 +172,20 @@ class LoopedModel(nn.Module):
             stop: run up to this virtual layer, exclusive, and return its input.
             injection: with `start`, what is injected in the pass of that layer, for families that inject.
             on_loop: called with (loop, logits) after every loop, with what the model would answer if it stopped there.
+            early_exit: a generation under an exit policy, which keeps its own cache; the logits are those of the last position.
 
         Raises:
             LoopedError: inputs that do not fit the model.
         """
         schedule = self.cfg.schedule
+        if early_exit is not None:
+            if not (loop is start is stop is injection is on_loop is None):
+                raise LoopedError(
+                    "an exit policy decides which loop is read; loop=, start=, stop=, on_loop= do not go with it."
+                )
+            x = self._embed(input_ids, inputs_embeds, start)
+            x = early_exit.step(self, x, input_ids, attention_mask, position_ids, token_type_ids, initial_state)
+            return LoopedOutput(x, early_exit.key_values)
         if (loop is not None or on_loop is not None) and (start is not None or stop is not None):
             raise LoopedError("loop= and on_loop= read out whole runs; they cannot be combined with start= or stop=.")
         if on_loop is not None and self.cfg.n_coda and (use_cache or past_key_values is not None):
@@ -238,12 +253,7 @@ class LoopedModel(nn.Module):
         states: dict[str, Tensor] = {}
         embed = anchor = None
         if entry is None:
-            embed = x if self.prelude_norm is None else self.prelude_norm(x)
-            if self.learned_state is not None:
-                states = {"L": self._initial_state(initial, self.learned_state.expand_as(x), x), "H": x}
-            else:
-                default = embed if cfg.initial_state == "embedding" else None
-                states = {"core": self._initial_state(initial, default, x)}
+            embed, states = self._begin(x, initial.asked, initial.positions)
         else:
             self._check_restart(entry, last, injection)
             if injection is not None and cfg.l_cycles is None:
@@ -259,12 +269,20 @@ class LoopedModel(nn.Module):
                 return x, True
             anchor = x if anchor is None else anchor
             is_final = cfg.pass_norm_is_final and p is passes[-1]
-            states[p.stack] = ends.leave(x, state, self.ln_final if is_final else None)
+            states[p.stack], _ = ends.leave(x, state, self.ln_final if is_final else None)
             if on_loop is not None and p is not last and p.stack == last.stack:
                 x = self._loop_output(states[p.stack], anchor)
                 x = x if self.after_loop is None else self.after_loop(x)
                 on_loop(p.loop, self._logits(self._layers(x, self._coda, part, inputs)[0]))
         return self._loop_output(states[last.stack], anchor), False
+
+    def _begin(self, x: Tensor, asked: InitialState, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """From the prelude's output: the embedding to inject, and the state of every stack before its first pass."""
+        embed = x if self.prelude_norm is None else self.prelude_norm(x)
+        if self.learned_state is not None:
+            return embed, {"L": self._initial_state(asked, self.learned_state.expand_as(x), x, positions), "H": x}
+        default = embed if self.cfg.initial_state == "embedding" else None
+        return embed, {"core": self._initial_state(asked, default, x, positions)}
 
     @property
     def _coda(self) -> range:
@@ -288,8 +306,8 @@ class LoopedModel(nn.Module):
             )
         return lengths.pop()
 
-    def _initial_state(self, initial: _InitialState, default: Tensor | None, like: Tensor) -> Tensor:
-        state = initial_state(initial.asked, default, like, initial.positions, self.noise)
+    def _initial_state(self, asked: InitialState, default: Tensor | None, like: Tensor, positions: Tensor) -> Tensor:
+        state = initial_state(asked, default, like, positions, self.noise)
         if torch.is_grad_enabled() and not state.requires_grad:
             return state.detach().requires_grad_()  # backward hooks on the first pass's state need a gradient to see
         return state
@@ -373,7 +391,7 @@ class LoopedModel(nn.Module):
     def _masks(
         self, x: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None, past: int
     ) -> dict[int | None, Tensor | None]:
-        """The attention mask of every window size that some layer has."""
+        """The attention mask of every window size that some layer has, for queries at the positions of x [batch, pos, ...]."""
         n_new = x.shape[1]
         prefix = None
         if token_type_ids is not None:

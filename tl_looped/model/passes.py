@@ -78,14 +78,12 @@ class PassEnds(nn.Module):
             return observe(self.hook_in, state), state
         return self.hook_in(self.inject(state, observe(self.hook_injection, cast(Tensor, injection)))), state
 
-    def leave(self, x: Tensor, state: Tensor | None, final_norm: nn.Module | None) -> Tensor:
-        """The state leaving the pass. `final_norm` stands in for the pass's own norm in the last pass."""
+    def leave(self, x: Tensor, state: Tensor | None, final_norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+        """The state leaving the pass, and its exit logit. `final_norm` stands in for the pass's own norm in the last pass."""
         norm = self.norm or final_norm
         if norm is not None:
             x = norm(x)
         if self.step is not None and state is not None:
             x = state + (x - state) * self.step
         x = observe(self.hook_out, x)
-        if self.exit_gate is not None:
-            self.hook_exit_logit(self.exit_gate(x).squeeze(-1))
-        return x
+        return x, None if self.exit_gate is None else self.hook_exit_logit(self.exit_gate(x).squeeze(-1))

@@ -1,0 +1,187 @@
+"""Exit policies: after how many loops a token is read out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .errors import LoopedError
+
+
+@dataclass
+class LoopHistory:
+    """What a policy may look at after a loop, for rows of tokens that are decided independently.
+
+    Args:
+        states: the state before the first loop, then the one leaving every loop so far.
+        exit_logits: of every loop so far, in models with an exit gate.
+        readout: loop -> what the model would answer if it stopped there.
+    """
+
+    states: list[Float[Tensor, "*rows d_model"]]
+    exit_logits: list[Float[Tensor, "*rows"]]
+    readout: Callable[[int], Float[Tensor, "*rows d_vocab"]]
+    _log_probs: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def loop(self) -> int:
+        """The loop that has just run."""
+        return len(self.states) - 2
+
+    def log_probs(self, loop: int) -> Float[Tensor, "*rows d_vocab"]:
+        """Log-probabilities of the readout after a loop, in fp32 or wider."""
+        if loop not in self._log_probs:
+            logits = self.readout(loop)
+            self._log_probs[loop] = torch.log_softmax(logits, -1, torch.promote_types(logits.dtype, torch.float32))
+        return self._log_probs[loop]
+
+
+@runtime_checkable
+class ExitPolicy(Protocol):
+    """Says after every loop which rows need no further one; after the last loop it is not asked."""
+
+    def __call__(self, history: LoopHistory) -> Bool[Tensor, "*rows"]: ...
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Exit as soon as the exit gate's cumulative probability reaches a threshold (Ouro, arXiv 2510.25741).
+
+    `lambda_t = sigmoid(exit logit)`, `p_t = lambda_t * prod_{s<t} (1 - lambda_s)`, exit at the first `t` with
+    `p_0 + ... + p_t >= threshold`. The sum is taken in the model's dtype, as the published code does. A threshold of 1.0
+    therefore does not mean "never": the sum may round to 1.0 before the last loop, the earlier the narrower the dtype. For
+    every loop, set `exit_policy = None`.
+
+    Args:
+        threshold: cumulative exit probability, from 0 to 1.
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        _check("threshold", self.threshold, high=1.0)
+
+    def __call__(self, history: LoopHistory) -> Bool[Tensor, "*rows"]:
+        if not history.exit_logits:
+            raise LoopedError("the exit policy Gate reads exit gates, which this model does not have; use another policy.")
+        survival, pdf = torch.ones_like(history.exit_logits[0]), []
+        for logit in history.exit_logits:
+            leave = torch.sigmoid(logit)
+            pdf.append(leave * survival)
+            survival = survival * (1 - leave)
+        return torch.stack(pdf, -1).cumsum(-1)[..., -1] >= self.threshold
+
+
+@dataclass(frozen=True)
+class KL:
+    """Exit when `KL(p_t || p_{t-1})` of two successive readouts is below a threshold (Huginn, arXiv 2502.05171).
+
+    Args:
+        threshold: in nats; the default is the paper's.
+    """
+
+    threshold: float = 5e-4
+
+    def __post_init__(self) -> None:
+        _check("threshold", self.threshold)
+
+    def __call__(self, history: LoopHistory) -> Bool[Tensor, "*rows"]:
+        if history.loop < 1:
+            return _nobody(history)
+        now, before = history.log_probs(history.loop), history.log_probs(history.loop - 1)
+        # A token that neither readout can say has log-probability -inf in both, and adds nothing.
+        return torch.where(now.exp() > 0, now.exp() * (now - before), 0.0).sum(-1) < self.threshold
+
+
+@dataclass(frozen=True)
+class StateChange:
+    """Exit when the last loop changed the state little, `|s_t - s_{t-1}| / |s_t| < threshold` (Huginn's latent-diff).
+
+    `s_t` is `loops.{t}.hook_out`; before the first loop it is the state that enters it.
+
+    Args:
+        threshold: relative L2 distance; the default is that of the published code.
+    """
+
+    threshold: float = 0.03
+
+    def __post_init__(self) -> None:
+        _check("threshold", self.threshold)
+
+    def __call__(self, history: LoopHistory) -> Bool[Tensor, "*rows"]:
+        before, now = history.states[-2:]
+        return (now - before).norm(dim=-1) < self.threshold * now.norm(dim=-1)
+
+
+@dataclass(frozen=True)
+class TwoHitAcceleration:
+    """Exit when the steps of the state have changed little two times in a row (arXiv 2509.23314).
+
+    `a_t = |D_t - D_{t-1}|` with `D_t = s_t - s_{t-1}`, states as in `StateChange`; exit when `a_{t-1}` and `a_t` are both
+    below the threshold. That takes three steps, so the earliest exit is after the third loop.
+
+    Args:
+        threshold: L2 distance in the units of the state; the paper gives none.
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        _check("threshold", self.threshold)
+
+    def __call__(self, history: LoopHistory) -> Bool[Tensor, "*rows"]:
+        if len(history.states) < 4:
+            return _nobody(history)
+        s = history.states[-4:]
+        steps = [after - before for before, after in pairwise(s)]
+        first, second = ((b - a).norm(dim=-1) < self.threshold for a, b in pairwise(steps))
+        return first & second
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """How many loops a generation spent.
+
+    Args:
+        passes_per_token: loops after which every new token was read, 1 to `n_loops`; 0 where a row had already ended.
+        n_loops: loops of the model.
+        computed_fraction: share of the layer passes that were executed, of those that the same call without a policy executes.
+            More than `1 - saved_fraction` when a token that loops longer has to catch up the positions before it, when rows
+            wait for others, and because of the prompt; codas and readouts are not counted.
+    """
+
+    passes_per_token: Int[Tensor, "batch new_pos"]
+    n_loops: int
+    computed_fraction: float
+
+    @property
+    def mean_passes(self) -> float:
+        """Loops per new token."""
+        return float(self.passes_per_token[self.passes_per_token > 0].double().mean())
+
+    @property
+    def saved_fraction(self) -> float:
+        """Share of the loops of the new tokens that were not needed to read them, from 0 to 1."""
+        return 1 - self.mean_passes / self.n_loops
+
+    def __str__(self) -> str:
+        tokens = int((self.passes_per_token > 0).sum())
+        return (
+            f"{tokens} tokens read after {self.mean_passes:.2f} of {self.n_loops} loops on average "
+            f"({self.saved_fraction:.0%} saved); {self.computed_fraction:.0%} of the layer passes were computed"
+        )
+
+
+def _nobody(history: LoopHistory) -> Bool[Tensor, "*rows"]:
+    return torch.zeros(history.states[-1].shape[:-1], dtype=torch.bool, device=history.states[-1].device)
+
+
+def _check(name: str, value: object, high: float = float("inf")) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high:
+        raise LoopedError(f"{name}={value!r} was asked, but {name} must be a number from 0 to {high:g}.")

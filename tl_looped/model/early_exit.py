@@ -1,0 +1,161 @@
+"""Generating under an exit policy: every token is read after as few loops as the policy wants.
+
+Exact, with and without keeping what was computed: a token read after loop `t` gets the logits that the whole text has when all
+of it is run for `t + 1` loops and read out. A position that left early lacks the later passes. When a later token loops
+further, the positions that lack a pass are always the last ones, and they are caught up together, as in a prefill.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from ..exits import ExitPolicy, LoopHistory
+from ..schedule import Pass
+from .initial_state import InitialState
+from .layers import Inputs
+from .passes import PassEnds
+
+
+class EarlyExit:
+    """One generation: the policy, what has been computed of every position, and after how many loops tokens were read.
+
+    Args:
+        policy: when to stop looping.
+        keep: keep what was computed for the next step, which is then given new tokens only.
+    """
+
+    def __init__(self, policy: ExitPolicy, keep: bool):
+        self.policy = policy
+        self.keep = keep
+        self.alive: Bool[Tensor, " batch"] | None = None  # rows that still write; the others decide nothing
+        # After how many loops every row was read, one entry per step; 0 for rows that had ended.
+        self.passes: list[Int[Tensor, " batch"]] = []
+        self.n_computed = self.n_full = (
+            0  # executed (row, position, pass) triples, and those of the same steps without a policy
+        )
+        self._forget()
+
+    def _forget(self) -> None:
+        self._kept: dict[Any, Tensor] = {}  # by what it is (an index for the state leaving a pass), [batch, pos, ...]
+        self._n_read: dict[int, int] = {}  # for every loop, how many positions went through the coda after it
+        self.key_values = DynamicCache() if self.keep else None
+
+    def step(
+        self,
+        model: Any,  # a LoopedModel, whose file imports this one
+        x: Float[Tensor, "batch new_pos d_model"],
+        input_ids: Int[Tensor, "batch new_pos"] | None,
+        attention_mask: Tensor | None,
+        position_ids: Int[Tensor, "#batch new_pos"] | None,
+        token_type_ids: Int[Tensor, "batch new_pos"] | None,
+        initial_state: InitialState,
+    ) -> Float[Tensor, "batch 1 d_vocab"]:
+        """Run new positions, and what earlier ones lack, until the policy lets every row go; logits of the last position."""
+        if not self.keep:
+            self._forget()
+        self._model, self._attention_mask, self._inputs = model, attention_mask, cast(dict[int, Inputs], {})
+        schedule, last_stack = model.cfg.schedule, model.cfg.schedule.core_stacks[-1]
+        past = self._length("positions")
+        self._grow("positions", model._positions(x, position_ids, attention_mask, past))
+        for key, value in (("input_ids", input_ids), ("token_type_ids", token_type_ids)):
+            if value is not None:
+                self._grow(key, value)
+        for i in range(schedule.n_prelude):
+            x = model.blocks[i](x, self._inputs_from(past))
+        embed, states = model._begin(x, initial_state, self._kept["positions"][:, past:])
+        for key, value in (("embed", embed), *states.items()):
+            self._grow(key, value)
+        self.n_full += x.shape[0] * x.shape[1] * len(schedule.passes)
+
+        history = LoopHistory([self._kept[last_stack][:, -1]], [], cache(self._readout))
+        waiting = torch.ones(len(x), dtype=torch.bool, device=x.device) if self.alive is None else self.alive.clone()
+        passes = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        logits = x.new_zeros(len(x), model.cfg.d_vocab)
+        latest: dict[str, Any] = {stack: stack for stack in states}  # the key of every stack's current state
+        for p in schedule.passes:
+            exit_logit = self._run_pass(p, latest)
+            if p.stack != last_stack:
+                continue
+            history.states.append(self._kept[p.index][:, -1])
+            if exit_logit is not None:
+                history.exit_logits.append(exit_logit[:, -1])
+            leaving = waiting if p is schedule.passes[-1] else waiting & self.policy(history)
+            if bool(leaving.any()):
+                logits = torch.where(leaving[:, None], history.readout(p.loop), logits)
+                passes = passes.masked_fill(leaving, p.loop + 1)
+                waiting = waiting & ~leaving
+            if not bool(waiting.any()):
+                break
+        self.passes.append(passes)
+        return logits[:, None]
+
+    def _run_pass(self, p: Pass, latest: dict[str, Any]) -> Tensor | None:
+        """Run a pass on the positions that lack it; the exit logits of those, if there is a gate."""
+        model, start = self._model, self._length(p.index)
+        ends = cast(PassEnds, model.passes[p.index])
+        other = "embed" if model.cfg.l_cycles is None else latest["H" if p.stack == "L" else "L"]
+        x, state = ends.enter(self._kept[latest[p.stack]][:, start:], self._kept[other][:, start:])
+        for i in p.layers:
+            x = model.blocks[i](x, self._inputs_from(start))
+        if p.index == 0 and model.cfg.strategy == "anchored":
+            self._grow("anchor", x)
+        is_final = model.cfg.pass_norm_is_final and p is model.cfg.schedule.passes[-1]
+        x, exit_logit = ends.leave(x, state, model.ln_final if is_final else None)
+        self._grow(p.index, x)
+        self.n_computed += x.shape[0] * x.shape[1]
+        latest[p.stack] = p.index
+        return exit_logit
+
+    def _readout(self, loop: int) -> Float[Tensor, "batch d_vocab"]:
+        """What the model answers at the last position if it stops after a loop."""
+        model, coda = self._model, self._model._coda
+        start = self._n_read.get(loop, 0) if coda else self._length("positions") - 1
+        anchor = self._kept["anchor"][:, start:] if "anchor" in self._kept else None
+        x = model._loop_output(self._kept[model.cfg.schedule.pass_of_loop(loop).index][:, start:], anchor)
+        x = x if model.after_loop is None else model.after_loop(x)
+        if coda:
+            inputs = self._inputs_from(start)
+            if self.key_values is not None:  # every readout has keys and values of its own
+                self._n_read[loop] = self._length("positions")
+                inputs = Inputs(inputs.rope, inputs.masks, _Shifted(self.key_values, loop * len(coda)), inputs.value_embeds)
+            for i in coda:
+                x = model.blocks[i](x, inputs)
+        return model._logits(x[:, -1:])[:, 0]
+
+    def _inputs_from(self, start: int) -> Inputs:
+        """What the layers read beside the stream, for the positions from `start` on."""
+        if start not in self._inputs:
+            model, positions = self._model, self._kept["positions"][:, start:]
+            input_ids, types = self._kept.get("input_ids"), self._kept.get("token_type_ids")
+            self._inputs[start] = Inputs(
+                rope=model.rotary(positions) if model.rotary else None,
+                masks=model._masks(positions, self._attention_mask, types if start == 0 else None, start),
+                cache=self.key_values,
+                value_embeds=model._value_embeds(None if input_ids is None else input_ids[:, start:]),
+            )
+        return self._inputs[start]
+
+    def _length(self, key: Any) -> int:
+        return self._kept[key].shape[1] if key in self._kept else 0
+
+    def _grow(self, key: Any, new: Tensor) -> None:
+        self._kept[key] = torch.cat((self._kept[key], new), dim=1) if key in self._kept else new
+
+
+class _Shifted:
+    """A key-value cache whose layers are those of another, some slots further on."""
+
+    def __init__(self, cache: DynamicCache, shift: int):
+        self.cache, self.shift = cache, shift
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        return self.cache.update(key_states, value_states, layer_idx + self.shift)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.cache.get_seq_length(layer_idx + self.shift)
