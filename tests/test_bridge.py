@@ -284,7 +284,7 @@ def test_stack_loops(name: str) -> None:
         cache.stack_loops("pattern", layer=7, stack=stack)
     with pytest.raises(LoopedError, match=r"loops \(0"):
         cache.stack_loops("pattern", loops=[9], stack=stack)
-    with pytest.raises(LoopedError, match="at least one loop"):
+    with pytest.raises(LoopedError, match="selects nothing"):
         cache.stack_loops("pattern", loops=[], stack=stack)
     states = cache.stack_loops("hook_state", stack=stack)
     assert torch.equal(states[1], cache[f"{bridge.schedule.pass_prefix(bridge.schedule.pass_of_loop(1))}.hook_state"])

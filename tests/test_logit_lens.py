@@ -442,7 +442,7 @@ def test_gradients_and_parameters_are_left_alone() -> None:
         (lambda b: logit_lens(b, TOKENS, 1, top_k=32), "top_k=32.*31 tokens"),
         (lambda b: logit_lens(b, TOKENS, 1, chunk_size=0), "chunk_size=0"),
         (lambda b: logit_lens(b, TOKENS, 1, loops=[]), "selects nothing"),
-        (lambda b: logit_lens(b, TOKENS, 1, loops="all"), "loops='all'.*a list of ints"),
+        (lambda b: logit_lens(b, TOKENS, 1, loops="first"), "loops='first'.*a list of ints"),
         (lambda b: logit_lens(b, TOKENS, 1, positions=slice(7, None)), "selects nothing"),
     ],
 )

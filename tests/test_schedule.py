@@ -228,3 +228,24 @@ def test_description_counts_everything() -> None:
 def test_examples_in_the_module_run() -> None:
     results = doctest.testmod(schedule_module)
     assert results.attempted and not results.failed
+
+
+def test_loop_selectors() -> None:
+    schedule = Schedule(n_core=2, n_loops=3, l_cycles=2)
+    assert schedule.select_loops("all", "L") == [0, 1, 2, 3, 4, 5] and schedule.select_loops("last", "L") == [5]
+    assert schedule.select_loops(-2, "H") == [1] and schedule.select_loops((2, 0), "H") == [2, 0]
+    assert [p.index for p in schedule.passes_of(slice(1, 4), "L")] == [1, 3, 4]
+    with pytest.raises(LoopedError, match="pass stack='L' or stack='H'"):
+        schedule.select_loops("all")
+    for wrong in ([], slice(3, None)):
+        with pytest.raises(OutOfRangeError, match="selects nothing"):
+            schedule.select_loops(wrong, "H")
+    with pytest.raises(OutOfRangeError, match="loop 3 is out of range"):
+        schedule.select_loops([0, 3], "H")
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("wrong", ["first", 1.5, [True], ["a"], None])
+def test_what_is_no_loop_selector_is_refused(wrong: object) -> None:
+    with pytest.raises(LoopedError, match="was asked"):
+        Schedule(n_core=2, n_loops=3).select_loops(wrong)

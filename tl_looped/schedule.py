@@ -8,9 +8,10 @@ layer) and the names.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from .errors import LoopedError, OutOfRangeError, UnknownNameError
 
@@ -18,6 +19,9 @@ _INDEX = r"(\*|-?\d+|(?:-?\d+)?:(?:-?\d+)?)"
 _BLOCK = re.compile(rf"blocks\.{_INDEX}\.(.+)")
 _EDGE = re.compile(rf"(prelude|coda)\.blocks\.{_INDEX}\.(.+)")
 _LOOP = re.compile(rf"(?:(\w+)\.)?loops\.{_INDEX}(?:\.blocks\.{_INDEX})?\.(.+)")
+
+# Which loops: one, a slice, several, every one, the last one. Everywhere the same; negative indices count from the end.
+LoopSelector = int | slice | Sequence[int] | Literal["all", "last"]
 
 
 class Site(NamedTuple):
@@ -142,6 +146,49 @@ class Schedule:
     def n_loops_of(self, stack: str) -> int:
         """How often a looped stack runs."""
         return sum(p.stack == stack for p in self.passes)
+
+    def looped_stack(self, stack: str | None = None) -> str:
+        """Check the name of a looped stack; None for the only one."""
+        stacks = self.core_stacks
+        if stack is None and len(stacks) > 1:
+            raise LoopedError(f"this model loops the stacks {stacks}; pass stack='L' or stack='H'.")
+        if stack is not None and stack not in stacks:
+            raise LoopedError(f"stack={stack!r} was asked, but this model loops {' and '.join(map(repr, stacks))}.")
+        return stacks[0] if stack is None else stack
+
+    def select_loops(self, loops: LoopSelector = "all", stack: str | None = None) -> list[int]:
+        """The loops of a stack that a selector names, in the order asked.
+
+        Raises:
+            OutOfRangeError: a loop that this run does not have, or no loop at all.
+
+        Example:
+            >>> schedule = Schedule(n_core=3, n_loops=4)
+            >>> schedule.select_loops(slice(2, None)), schedule.select_loops([0, -1]), schedule.select_loops("last")
+            ([2, 3], [0, 3], [3])
+        """
+        stack = self.looped_stack(stack)
+        n = self.n_loops_of(stack)
+        if isinstance(loops, str):
+            if loops not in ("all", "last"):
+                raise LoopedError(f'loops={loops!r} was asked; pass an int, a slice, a list of ints, "all" or "last".')
+            return list(range(n)) if loops == "all" else [n - 1]
+        if isinstance(loops, slice):
+            chosen = list(range(n))[loops]
+        else:
+            asked = [loops] if isinstance(loops, int) else loops
+            if not isinstance(asked, Sequence):
+                raise LoopedError(f'loops={loops!r} was asked; pass an int, a slice, a list of ints, "all" or "last".')
+            chosen = [_pick_one(t, n, "loop", "loops", more_loops=stack == "core") for t in asked]
+        if not chosen:
+            raise OutOfRangeError(f"loops={loops!r} selects nothing: there are {n} loops{_span(n)}.")
+        return chosen
+
+    def passes_of(self, loops: LoopSelector = "all", stack: str | None = None) -> list[Pass]:
+        """The passes of a looped stack that a loop selector names, in the order asked."""
+        stack = self.looped_stack(stack)
+        by_loop = {p.loop: p for p in self.passes if p.stack == stack}
+        return [by_loop[t] for t in self.select_loops(loops, stack)]
 
     def layer(self, index: int) -> int:
         """Check a virtual index and make it non-negative."""

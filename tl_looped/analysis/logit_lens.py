@@ -17,7 +17,7 @@ from ..model import LoopedModel
 from ..model.initial_state import InitialState
 from ..model.looped_model import check_tokens
 from ..model.passes import PassEnds
-from ..schedule import Schedule, Site, check_count
+from ..schedule import LoopSelector, Schedule, Site, check_count
 
 Lens = Literal["logit", "native"]
 Target = str | int
@@ -177,7 +177,7 @@ def logit_lens(
     lens: Lens = "logit",
     *,
     positions: int | slice | Sequence[int] | None = None,
-    loops: int | slice | Sequence[int] | None = None,
+    loops: LoopSelector | None = None,
     top_k: int = 5,
     initial_state: InitialState = None,
     attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
@@ -213,8 +213,8 @@ def logit_lens(
             tensor [batch, pos] with one id for every position of `tokens`.
         lens: "logit" or "native".
         positions: which positions to decode; None for all.
-        loops: the layers of these loops only (of both stacks in these H cycles for HRM-Text), without prelude and coda; None
-            for all layers.
+        loops: the layers of these loops only (of both stacks in these H cycles for HRM-Text), without prelude and coda: an int,
+            a slice, several ints, "all" or "last"; None for all layers, prelude and coda included.
         top_k: how many of the most probable tokens to keep.
         initial_state: as in `LoopedBridge.forward`.
         attention_mask: 1 for real tokens.
@@ -474,31 +474,27 @@ def _target_id(model: LoopedBridge, target: object) -> int:
     return found[0]
 
 
-def _picked(asked: object, n: int, what: str) -> list[object]:
-    """The indices that an int, a slice or a sequence stands for; their range is not checked."""
+def _positions(asked: int | slice | Sequence[int] | None, n: int) -> tuple[int, ...]:
+    asked = slice(None) if asked is None else asked
     indices = [asked] if isinstance(asked, int) else range(n)[asked] if isinstance(asked, slice) else asked
     if not isinstance(indices, Sequence) or isinstance(indices, str):
-        raise LoopedError(f"{what}={asked!r} was asked; pass an int, a slice or a list of ints.")
+        raise LoopedError(f"positions={asked!r} was asked; pass an int, a slice or a list of ints.")
     if not indices:
-        raise OutOfRangeError(f"{what}={asked!r} selects nothing: there are {n} {what} (0..{n - 1}).")
-    return list(indices)
-
-
-def _positions(asked: int | slice | Sequence[int] | None, n: int) -> tuple[int, ...]:
+        raise OutOfRangeError(f"positions={asked!r} selects nothing: there are {n} positions (0..{n - 1}).")
     chosen = []
-    for position in _picked(slice(None) if asked is None else asked, n, "positions"):
+    for position in indices:
         if isinstance(position, bool) or not isinstance(position, int) or not -n <= position < n:
             raise OutOfRangeError(f"position {position!r} was asked, but the tokens have {n} positions (0..{n - 1}).")
         chosen.append(position % n)
     return tuple(chosen)
 
 
-def _rows(schedule: Schedule, loops: int | slice | Sequence[int] | None) -> tuple[int, ...]:
+def _rows(schedule: Schedule, loops: LoopSelector | None) -> tuple[int, ...]:
     """The virtual layers to decode, in the order of the run."""
     if loops is None:
         return tuple(range(schedule.n_layers))
     rows: list[int] = []
-    for loop in sorted({schedule.loop(cast(int, t)) for t in _picked(loops, schedule.n_loops, "loops")}):
+    for loop in sorted(set(schedule.select_loops(loops, schedule.core_stacks[-1]))):
         begin = 0 if loop == 0 else schedule.pass_of_loop(loop - 1).index + 1
         for p in schedule.passes[begin : schedule.pass_of_loop(loop).index + 1]:
             rows += p.layers

@@ -14,7 +14,7 @@ from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
 
 from ..errors import LoopedError, UnknownNameError
-from ..schedule import Site, is_pattern, virtual_layer
+from ..schedule import LoopSelector, Site, is_pattern, virtual_layer
 from .decomposition import FINAL, REMAINDER, Decomposition, LogitAttribution, Reader, Write, branch_inputs
 
 Tokens = str | int | Int[Tensor, ""] | Int[Tensor, "batch"] | Int[Tensor, "batch pos"]
@@ -105,7 +105,7 @@ class LoopedCache(ActivationCache):
             if loop is not None or layer is None:
                 raise LoopedError(f"stack={stack!r} runs once: pass layer= and no loop=.")
             return CacheView(self, f"blocks.{schedule.virtual(Site(stack, None, layer))}")
-        looped = self._looped_stack(stack)
+        looped = schedule.looped_stack(stack)
         if loop is None:
             raise LoopedError(f"the stack {looped!r} runs {schedule.n_loops_of(looped)} times: pass loop=, or stack='prelude'.")
         index = schedule.virtual(Site(looped, loop, 0 if layer is None else layer))
@@ -113,16 +113,8 @@ class LoopedCache(ActivationCache):
             return CacheView(self, f"blocks.{index}")
         return CacheView(self, next(schedule.pass_prefix(p) for p in schedule.passes if index in p.layers))
 
-    def _looped_stack(self, stack: str | None) -> str:
-        stacks = self.model.schedule.core_stacks
-        if stack is None and len(stacks) > 1:
-            raise LoopedError(f"this model loops the stacks {stacks}; pass stack='L' or stack='H'.")
-        if stack is not None and stack not in stacks:
-            raise LoopedError(f"stack={stack!r} was asked, but this model loops {' and '.join(map(repr, stacks))}.")
-        return stacks[0] if stack is None else stack
-
     def stack_loops(
-        self, name: str, layer: int | None = None, loops: list[int] | range | None = None, stack: str | None = None
+        self, name: str, layer: int | None = None, loops: LoopSelector = "all", stack: str | None = None
     ) -> Float[Tensor, "loop ..."]:
         """One activation of every loop, stacked.
 
@@ -130,7 +122,7 @@ class LoopedCache(ActivationCache):
             name: TransformerLens's short name ("pattern", "resid_post", "z", ...) or the hook of a layer ("attn.hook_z"); or a
                 hook that only passes have ("hook_state", "hook_injection", "hook_exit_logit"), without layer.
             layer: one layer inside the loop; None for all, with a layer axis after the loop axis.
-            loops: which loops, at least one; None for all.
+            loops: which loops: an int, a slice, several ints, "all" or "last".
             stack: "L" or "H" for HRM-Text; not needed elsewhere.
 
         Returns:
@@ -139,11 +131,9 @@ class LoopedCache(ActivationCache):
         Raises:
             LoopedError: the stack is ambiguous; a loop or layer is out of range; the activation was not cached.
         """
-        schedule, looped = self.model.schedule, self._looped_stack(stack)
-        chosen = range(schedule.n_loops_of(looped)) if loops is None else loops
+        schedule, looped = self.model.schedule, self.model.schedule.looped_stack(stack)
+        chosen = schedule.select_loops(loops, looped)
         layers = range(schedule.stacks[looped]) if layer is None else [layer]
-        if not len(chosen):
-            raise LoopedError("loops=[] was asked; name at least one loop, or None for all.")
         if layer is None and name in ("hook_state", "hook_injection", "hook_exit_logit"):
             return torch.stack([self.at(loop=loop, stack=looped)[name] for loop in chosen])
         rows = []
@@ -152,17 +142,18 @@ class LoopedCache(ActivationCache):
             rows.append(cells[0] if layer is not None else torch.stack(cells))
         return torch.stack(rows)
 
-    def select_loops(self, loops: list[int] | range) -> LoopedCache:
+    def select_loops(self, loops: LoopSelector) -> LoopedCache:
         """A cache without the activations of other loops; the tensors are shared, not copied.
 
         Args:
-            loops: the loops to keep; for HRM-Text H cycles, each with its L passes. Prelude, coda and the rest are kept too.
+            loops: the loops to keep, as in `stack_loops`; for HRM-Text H cycles, each with its L passes. Prelude,
+                coda and the rest are kept too.
 
         Raises:
             OutOfRangeError: a loop that this run does not have.
         """
         schedule = self.model.schedule
-        kept = {schedule.loop(t) for t in loops}
+        kept = set(schedule.select_loops(loops, schedule.core_stacks[-1]))
         per_loop = len(schedule.passes) // schedule.n_loops
         others = [p for p in schedule.passes if p.index // per_loop not in kept]
         dropped = tuple(f"blocks.{i}." for p in others for i in p.layers) + tuple(f"{schedule.pass_prefix(p)}." for p in others)
