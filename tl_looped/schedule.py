@@ -149,9 +149,9 @@ class Schedule:
 
     def looped_stack(self, stack: str | None = None) -> str:
         """Check the name of a looped stack; None for the only one."""
-        stacks = self.core_stacks
+        stacks = list(self.core_stacks)
         if stack is None and len(stacks) > 1:
-            raise LoopedError(f"this model loops the stacks {stacks}; pass stack='L' or stack='H'.")
+            raise LoopedError("this model loops the stacks L and H; pass stack='L' or stack='H'.")
         if stack is not None and stack not in stacks:
             raise LoopedError(f"stack={stack!r} was asked, but this model loops {' and '.join(map(repr, stacks))}.")
         return stacks[0] if stack is None else stack
