@@ -1,11 +1,12 @@
-"""`Grid`: numbers over named axes such as (loop, layer, pos), as analyses and sweeps return them."""
+"""Numbers over named axes such as (loop, layer, pos), as analyses and sweeps return them: `Grid`, and `Estimate` of a mean."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from .errors import LoopedError
@@ -59,3 +60,68 @@ class Grid:
         from .plots import heat_map
 
         return heat_map(self, title)
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate(Grid):
+    """A mean over examples, with what is needed to merge it with the mean over others.
+
+    Args:
+        values: the mean, one dimension per axis; in fp64.
+        count: how many examples.
+        m2: sum over the examples of the squared distance to the mean.
+
+    Example:
+        >>> axes, labels = ("loop",), {"loop": ["0", "1"]}
+        >>> a = Estimate.of(torch.tensor([[1.0, 2.0], [3.0, 2.0]]), axes, labels, "norm")
+        >>> b = Estimate.of(torch.tensor([[5.0, 2.0]]), axes, labels, "norm")
+        >>> (a + b).values.tolist(), (a + b).count
+        ([3.0, 2.0], 3)
+    """
+
+    count: int = 0
+    m2: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    @classmethod
+    def of(
+        cls, examples: Float[Tensor, "example ..."], axes: tuple[str, ...], labels: dict[str, list[str]], name: str = "value"
+    ) -> Estimate:
+        """The estimate from one number per example and entry.
+
+        Args:
+            examples: the examples lead.
+            axes: the names of the other axes.
+            labels: what the entries of every axis are called.
+            name: what the numbers are, with their unit if they have one.
+        """
+        if not len(examples):
+            raise LoopedError("an estimate over no examples was asked; pass at least one.")
+        wide = examples.detach().double()
+        mean = wide.mean(0)
+        return cls(mean, axes, labels, name, len(examples), (wide - mean).square().sum(0))
+
+    def __add__(self, other: Estimate) -> Estimate:
+        """The estimate over the examples of both (Chan et al. 1979), the same whichever way they were split."""
+        if (self.axes, self.labels, self.name) != (other.axes, other.labels, other.name):
+            raise LoopedError(
+                f"{other.name} over {other.axes} cannot be added to {self.name} over {self.axes}: the axes, their labels and "
+                "the quantity must be the same."
+            )
+        count = self.count + other.count
+        shift = other.values - self.values
+        mean = self.values + shift * (other.count / count)
+        m2 = self.m2 + other.m2 + shift.square() * (self.count * other.count / count)
+        return type(self)(mean, self.axes, self.labels, self.name, count, m2)
+
+    @property
+    def stderr(self) -> Float[Tensor, ...]:
+        """Standard error of the mean, from the sample variance; NaN for a single example."""
+        spread = self.m2 / (self.count - 1) if self.count > 1 else torch.full_like(self.values, torch.nan)
+        return (spread / self.count).sqrt()
+
+    def to_dataframe(self) -> Any:
+        """As for a `Grid`, with the columns `{name}_stderr` and `count` beside the mean."""
+        frame = super().to_dataframe()
+        frame[f"{self.name}_stderr"] = self.stderr.cpu().flatten().tolist()
+        frame["count"] = self.count
+        return frame

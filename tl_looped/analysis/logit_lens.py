@@ -356,9 +356,7 @@ class Decoder:
                 resid = self._layers(x, "H", 0)
             x, _ = ends.leave(resid, state, twin.ln_final if cfg.pass_norm_is_final else None)
             anchor = resid if p is None or p.index == 0 else self.anchor
-            x = twin._loop_output(x, anchor)
-            x = x if twin.after_loop is None else twin.after_loop(x)
-            x = self._layers(x, "coda", 0)
+            x = self._layers(twin.loop_output(x, anchor), "coda", 0)
         return x if cfg.pass_norm_is_final else twin.ln_final(x)
 
     def _layers(self, x: Tensor, stack: str, first: int) -> Tensor:

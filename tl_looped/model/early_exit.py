@@ -117,8 +117,8 @@ class EarlyExit:
         model, coda = self._model, self._model._coda
         start = self._n_read.get(loop, 0) if coda else self._length("positions") - 1
         anchor = self._kept["anchor"][:, start:] if "anchor" in self._kept else None
-        x = model._loop_output(self._kept[model.cfg.schedule.pass_of_loop(loop).index][:, start:], anchor)
-        x = x if model.after_loop is None else model.after_loop(x)
+        state = self._kept[model.cfg.schedule.pass_of_loop(loop).index][:, start:]
+        x = model.loop_output(state, anchor)
         if coda:
             inputs = self._inputs_from(start)
             if self.key_values is not None:  # every readout has keys and values of its own

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -23,6 +23,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 OnLoop = Callable[[int, Tensor], None]
+Begun = tuple[Tensor, dict[str, Tensor]]  # the injected embedding, and the state of every stack before its first pass
 
 
 class LoopedOutput(NamedTuple):
@@ -36,6 +37,25 @@ class LoopedOutput(NamedTuple):
 
     logits: Tensor
     past_key_values: KeyValueCache | None = None
+
+
+@dataclass
+class Stream:
+    """What a run carries from layer to layer; with `Inputs`, all that later layers depend on.
+
+    Args:
+        x: the residual stream entering the next layer.
+        embed: what the passes of a one-stack model are injected.
+        states: the state of every looped stack, as its latest pass left it.
+        entered: the state that entered the current pass.
+        anchor: what the layers of the first pass wrote (anchored loops).
+    """
+
+    x: Tensor
+    embed: Tensor | None = None
+    states: dict[str, Tensor] = field(default_factory=dict)
+    entered: Tensor | None = None
+    anchor: Tensor | None = None
 
 
 class Embedding(nn.Embedding):
@@ -88,6 +108,8 @@ class LoopedModel(nn.Module):
         self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
         self.rotary = Rotary(cfg) if cfg.rope_layout != "none" else None
         self.noise = NoiseTable(cfg)
+        self._pass_starting = {p.first: p for p in schedule.passes}
+        self._pass_ending = {p.layers.stop - 1: p for p in schedule.passes}
         self.parameter_slots = self._find_parameter_slots()
         for name, parameter in [(n, getattr(*holders[0])) for n, holders in self.parameter_slots.items()]:
             self.set_parameter(name, parameter)
@@ -211,72 +233,82 @@ class LoopedModel(nn.Module):
             value_embeds=self._value_embeds(input_ids),
         )
 
-        x, stopped = self._layers(x, range(schedule.n_prelude), part, inputs)
-        if not stopped and part.first < schedule.first_coda_layer:
-            state = _InitialState(initial_state, positions)
-            x, stopped = self._loops(x, last, part, inputs, state, injection, on_loop)
-            if not stopped and self.after_loop is not None:
-                x = self.after_loop(x)
-        if not stopped:
-            x, stopped = self._layers(x, self._coda, part, inputs)
-        if not stopped:
-            x = self._logits(x)
-            if on_loop is not None:
-                on_loop(last.loop, x)
+        stream = Stream(x)
+        if entry is not None:
+            self._check_restart(entry, last, injection)
+            if injection is not None and self.cfg.l_cycles is None:
+                stream.embed = injection
+            elif injection is not None:
+                stream.states[other_stack(entry.stack)] = injection
+        layers = [i for i in (*range(last.layers.stop), *self._coda) if i >= part.first]
+        for i in self.steps(stream, layers, inputs, part.is_restart, lambda x: self._begin(x, initial_state, positions)):
+            if i == part.stop:
+                return LoopedOutput(stream.x, past_key_values)
+            if on_loop is not None and (p := self._pass_ending.get(i - 1)) and p is not last and p.stack == last.stack:
+                x = self.loop_output(stream.states[p.stack], stream.anchor)
+                for j in self._coda:
+                    x = self.blocks[j](x, inputs)
+                on_loop(p.loop, self._logits(x))
+        x = self._logits(stream.x)
+        if on_loop is not None:
+            on_loop(last.loop, x)
         return LoopedOutput(x, past_key_values)
 
-    def _layers(self, x: Tensor, layers: range, part: Part, inputs: Inputs) -> tuple[Tensor, bool]:
-        """Run those of `layers` that belong to the part asked for; the flag says that the part ends here."""
-        for i in layers:
-            if i == part.stop:
-                return x, True
-            if i >= part.first:
-                x = self.blocks[i](x, inputs)
-        return x, part.stop == layers.stop == part.n_layers
+    def steps(
+        self, stream: Stream, layers: Sequence[int], inputs: Inputs, is_restart: bool, begin: Callable[[Tensor], Begun]
+    ) -> Iterator[int]:
+        """Run virtual layers, and what lies between them, on a stream.
 
-    def _loops(
-        self,
-        x: Tensor,
-        last: Pass,
-        part: Part,
-        inputs: Inputs,
-        initial: _InitialState,
-        injection: Tensor | None,
-        on_loop: OnLoop | None,
-    ) -> tuple[Tensor, bool]:
-        """Run the passes up to `last`.
+        Before a layer runs, its index is yielded and `stream.x` is its input; whoever iterates may read the stream, or change
+        it and the inputs. Then `n_layers` is yielded, with the output of the last layer, and in the end `stream.x` is what the
+        last norm reads.
 
-        Each stack has a state; what a pass injects is the prelude's output or, with two stacks, the other's state.
+        Args:
+            stream: what the first of the layers reads; changed in place.
+            layers: which ones, in the order of the run.
+            inputs: what they read beside the stream.
+            is_restart: whether `stream.x` is the input of the first layer already.
+            begin: from the prelude's output to the injected embedding and the states before the first pass.
         """
-        cfg, passes = self.cfg, self.cfg.schedule.passes
-        entry = cfg.schedule.pass_of_layer(part.first) if part.is_restart else None
-        states: dict[str, Tensor] = {}
-        embed = anchor = None
-        if entry is None:
-            embed, states = self._begin(x, initial.asked, initial.positions)
-        else:
-            self._check_restart(entry, last, injection)
-            if injection is not None and cfg.l_cycles is None:
-                embed = injection
-            elif injection is not None:
-                states[other_stack(entry.stack)] = injection
-        for p in passes[0 if entry is None else entry.index : last.index + 1]:
-            ends, state = cast(PassEnds, self.passes[p.index]), None
-            if p is not entry:
-                x, state = ends.enter(states[p.stack], embed if cfg.l_cycles is None else states[other_stack(p.stack)])
-            x, stopped = self._layers(x, p.layers, part, inputs)
-            if stopped:
-                return x, True
-            anchor = x if anchor is None else anchor
-            is_final = cfg.pass_norm_is_final and p is passes[-1]
-            states[p.stack], _ = ends.leave(x, state, self.ln_final if is_final else None)
-            if on_loop is not None and p is not last and p.stack == last.stack:
-                x = self._loop_output(states[p.stack], anchor)
-                x = x if self.after_loop is None else self.after_loop(x)
-                on_loop(p.loop, self._logits(self._layers(x, self._coda, part, inputs)[0]))
-        return self._loop_output(states[last.stack], anchor), False
+        before = None
+        for i in layers:
+            if not (is_restart and before is None):
+                self._cross(before, i, stream, begin)
+            yield i
+            stream.x = self.blocks[i](stream.x, inputs)
+            before = i
+        yield self.cfg.schedule.n_layers
+        self._cross(before, None, stream, begin)
 
-    def _begin(self, x: Tensor, asked: InitialState, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _cross(self, before: int | None, after: int | None, stream: Stream, begin: Callable[[Tensor], Begun]) -> None:
+        """What lies between two layers: the end of a pass, the beginning of one, the end of the loop."""
+        cfg = self.cfg
+        ended = None if before is None else self._pass_ending.get(before)
+        started = None if after is None else self._pass_starting.get(after)
+        if ended is not None:
+            if ended.index == 0:
+                stream.anchor = stream.x
+            is_final = cfg.pass_norm_is_final and ended is cfg.schedule.passes[-1]
+            ends = cast(PassEnds, self.passes[ended.index])
+            stream.states[ended.stack], _ = ends.leave(stream.x, stream.entered, self.ln_final if is_final else None)
+        if started is not None:
+            if started.index == 0:
+                stream.embed, stream.states = begin(stream.x)
+            injected = stream.embed if cfg.l_cycles is None else stream.states[other_stack(started.stack)]
+            ends = cast(PassEnds, self.passes[started.index])
+            stream.x, stream.entered = ends.enter(stream.states[started.stack], injected)
+        elif ended is not None:
+            stream.x = self.loop_output(stream.states[ended.stack], stream.anchor)
+
+    def loop_output(
+        self, state: Float[Tensor, "batch pos d_model"], anchor: Float[Tensor, "batch pos d_model"] | None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What the coda reads if the loop ends with this state; `anchor` is what the layers of the first pass wrote."""
+        if self.cfg.strategy == "anchored" and anchor is not None:
+            state = self.cfg.beta * anchor + (1 - self.cfg.beta) * state
+        return state if self.after_loop is None else self.after_loop(state)
+
+    def _begin(self, x: Tensor, asked: InitialState, positions: Tensor) -> Begun:
         """From the prelude's output: the embedding to inject, and the state of every stack before its first pass."""
         embed = x if self.prelude_norm is None else self.prelude_norm(x)
         if self.learned_state is not None:
@@ -287,11 +319,6 @@ class LoopedModel(nn.Module):
     @property
     def _coda(self) -> range:
         return range(self.cfg.schedule.first_coda_layer, self.cfg.schedule.n_layers)
-
-    def _loop_output(self, state: Tensor, anchor: Tensor | None) -> Tensor:
-        if self.cfg.strategy == "naive" or anchor is None:
-            return state
-        return self.cfg.beta * anchor + (1 - self.cfg.beta) * state
 
     def _cached(self, cache: KeyValueCache, part: Part, last: Pass) -> int:
         """How many positions the cache holds, in every layer that will run."""
@@ -449,11 +476,6 @@ class Part:
     @property
     def is_restart(self) -> bool:
         return self.start is not None
-
-
-class _InitialState(NamedTuple):
-    asked: InitialState
-    positions: Tensor
 
 
 def other_stack(stack: str) -> str:

@@ -1,0 +1,60 @@
+"""What analyses over many prompts share: reading prompts one batch at a time, and the model at another depth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..bridge.looped_bridge import LoopedBridge
+from ..errors import LoopedError
+from ..model.looped_model import check_tokens
+
+Prompt = str | Int[Tensor, "*batch pos"]
+Prompts = Prompt | Iterable[Prompt]
+
+
+def token_batches(model: LoopedBridge, prompts: Prompts, *, verbose: bool, what: str) -> Iterator[Int[Tensor, "batch pos"]]:
+    """The prompts as token batches, one after the other; nothing of a batch is kept.
+
+    Args:
+        model: whose tokenizer, vocabulary and device count.
+        prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; rows of a batch are examples of their own.
+            Texts are not padded: each is a batch of one.
+        verbose: show a progress bar.
+        what: the name of the analysis, for the progress bar and errors.
+
+    Raises:
+        LoopedError: no prompts; an empty prompt; text without a tokenizer; tokens outside the vocabulary.
+    """
+    one = isinstance(prompts, (str, Tensor))
+    n_prompts = -1
+    for n_prompts, prompt in enumerate(tqdm([prompts] if one else prompts, desc=what, disable=not verbose)):
+        if isinstance(prompt, str):
+            tokens = model.to_tokens(prompt) if prompt else torch.empty(1, 0, dtype=torch.long)
+        elif isinstance(prompt, Tensor):
+            tokens = prompt[None] if prompt.ndim == 1 else prompt
+        else:
+            raise LoopedError(f"prompt {n_prompts} of {what} is a {type(prompt).__name__}; pass texts or tensors of token ids.")
+        if not tokens.numel():
+            raise LoopedError(f"prompt {n_prompts} of {what} is empty; leave it out.")
+        check_tokens(tokens, model.looped_cfg.d_vocab)
+        yield tokens.to(model.cfg.device)
+    if n_prompts < 0:
+        raise LoopedError(f"{what} was asked of no prompts; pass at least one.")
+
+
+def at_depth(model: LoopedBridge, n_loops: int | None) -> LoopedBridge:
+    """The model with `n_loops` loops: itself where that is its own number or None, else an unroll without its hooks."""
+    return model if n_loops in (None, model.n_loops) else model.unroll(n_loops)
+
+
+def check_finite(values: Float[Tensor, ...], name: str) -> None:
+    """Raise a `LoopedError` that names the hook if an activation is not finite. Called in the order of the run, so that the
+    name is the first place where numbers went wrong."""
+    if not bool(torch.isfinite(values).all()):
+        bad = "NaN" if bool(torch.isnan(values).any()) else "an infinite value"
+        raise LoopedError(f"{name} holds {bad}, the first activation looked at that does; see it with run_with_cache.")
