@@ -1,15 +1,18 @@
-"""Numbers over named axes such as (loop, layer, pos), as analyses and sweeps return them: `Grid`, and `Estimate` of a mean."""
+"""Numbers over named axes such as (loop, layer, pos), as analyses and sweeps return them: `Grid`, and `Estimate` of a mean;
+and `Result`, what holds several of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .errors import LoopedError
+
+AnyResult = TypeVar("AnyResult", bound="Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,3 +128,35 @@ class Estimate(Grid):
         frame[f"{self.name}_stderr"] = self.stderr.cpu().flatten().tolist()
         frame["count"] = self.count
         return frame
+
+
+class Result:
+    """Base of the frozen dataclasses that analyses return: estimates, examples in tuples, and settings.
+
+    `a + b` is the result over the prompts of both: estimates merge, examples follow each other, settings must be the same.
+    """
+
+    def __add__(self: AnyResult, other: AnyResult) -> AnyResult:
+        if type(self) is not type(other):
+            return NotImplemented
+        parts: Any = self
+        merged = {f.name: _merge(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(parts)}
+        return replace(parts, **merged)
+
+
+def _merge(name: str, a: Any, b: Any) -> Any:
+    if isinstance(a, (Estimate, tuple)) and type(a) is type(b):
+        return a + b
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return {key: _merge(name, a[key], b[key]) for key in a}
+    if a != b:
+        raise LoopedError(f"results with {name}={a!r} and {name}={b!r} were added; they answer different questions.")
+    return a
+
+
+def table(first: Grid, *others: Grid) -> Any:
+    """One pandas DataFrame for several grids: a row per entry of the first, a column for each; missing entries are NaN."""
+    frame = first.to_dataframe()
+    for grid in others:
+        frame = frame.merge(grid.to_dataframe().drop(columns="count", errors="ignore"), how="left", on=list(grid.axes))
+    return frame

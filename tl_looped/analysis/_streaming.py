@@ -1,0 +1,80 @@
+"""Reading a run while it goes on: every activation is handed to a function and dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..bridge.looped_bridge import LoopedBridge
+from ..errors import LoopedError
+from ..model.initial_state import InitialState
+from ..schedule import Pass, Schedule
+from ._prompts import check_finite
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def layer_hooks(schedule: Schedule, passes: Sequence[Pass], hook: str) -> dict[str, tuple[int, int]]:
+    """The name of one hook of every layer of some passes, and its (loop, layer)."""
+    return {schedule.name(i, hook): (p.loop, j) for p in passes for j, i in enumerate(p.layers)}
+
+
+@torch.no_grad()
+def visit(
+    model: LoopedBridge,
+    tokens: Int[Tensor, "batch pos"],
+    hooks: Mapping[str, Key],
+    function: Callable[[Key, Tensor], None],
+    *,
+    stop: int | None = None,
+    initial_state: InitialState = None,
+) -> None:
+    """Run the model and call `function(key, activation)` at every named hook, in the order of the run.
+
+    Args:
+        model: its own hooks act on the run too, before these.
+        tokens: what it runs on.
+        hooks: loop-indexed names, and the key that `function` gets for each.
+        function: what is done with an activation; whatever it does not keep is freed.
+        stop: first virtual layer that is not run; None to run to the end.
+        initial_state: as in `LoopedBridge.forward`.
+
+    Raises:
+        LoopedError: an activation that is not finite, named.
+    """
+
+    def reader(name: str, key: Key) -> Callable[..., None]:
+        def read(value: Tensor, hook: object) -> None:
+            check_finite(value, name)
+            function(key, value)
+
+        return read
+
+    run: Any = model.run_with_hooks
+    run(tokens, [(name, reader(name, key)) for name, key in hooks.items()], stop=stop, initial_state=initial_state)
+
+
+def rehearsal(initial_state: InitialState) -> InitialState:
+    """The same initial state for a run that comes before the real one: a generator is not advanced."""
+    return initial_state.clone_state() if isinstance(initial_state, torch.Generator) else initial_state
+
+
+def wide(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """In fp32 or wider: differences of bf16 states round away."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def last_norm(model: LoopedBridge, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+    """The model's last norm (in Ouro, HRM-Text and Nanbeige the norm of every pass), without firing its hooks."""
+    norm: Any = model.ln_final.original_component
+    return norm.unhooked(x)
+
+
+def need_loops(n: int, minimum: int, what: str, why: str) -> None:
+    """Refuse a run with too few loops for a question."""
+    if n < minimum:
+        raise LoopedError(f"{what} was asked of {n} loops, but {why} needs at least {minimum}; pass n_loops=.")
