@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
 
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
@@ -17,7 +18,9 @@ Prompt = str | Int[Tensor, "*batch pos"]
 Prompts = Prompt | Iterable[Prompt]
 
 
-def token_batches(model: LoopedBridge, prompts: Prompts, *, verbose: bool, what: str) -> Iterator[Int[Tensor, "batch pos"]]:
+def token_batches(
+    model: TransformerBridge, prompts: Prompts, *, verbose: bool, what: str
+) -> Iterator[Int[Tensor, "batch pos"]]:
     """The prompts as token batches, one after the other; nothing of a batch is kept.
 
     Args:
@@ -41,15 +44,26 @@ def token_batches(model: LoopedBridge, prompts: Prompts, *, verbose: bool, what:
             raise LoopedError(f"prompt {n_prompts} of {what} is a {type(prompt).__name__}; pass texts or tensors of token ids.")
         if not tokens.numel():
             raise LoopedError(f"prompt {n_prompts} of {what} is empty; leave it out.")
-        check_tokens(tokens, model.looped_cfg.d_vocab)
+        check_tokens(tokens, model.cfg.d_vocab)
         yield tokens.to(model.cfg.device)
     if n_prompts < 0:
         raise LoopedError(f"{what} was asked of no prompts; pass at least one.")
 
 
 def at_depth(model: LoopedBridge, n_loops: int | None) -> LoopedBridge:
-    """The model with `n_loops` loops: itself where that is its own number or None, else an unroll without its hooks."""
-    return model if n_loops in (None, model.n_loops) else model.unroll(n_loops)
+    """The model with `n_loops` loops: itself where that is its own number or None, else an unroll without its hooks.
+
+    Raises:
+        LoopedError: the model has hooks, which would silently not act on the unroll.
+    """
+    if n_loops in (None, model.n_loops):
+        return model
+    if hooked := [name for name, point in model.hook_dict.items() if point.has_hooks(including_permanent=True)]:
+        raise LoopedError(
+            f"{n_loops} loops were asked of a model of {model.n_loops} that has hooks, such as at {hooked[0]}; they would not "
+            f"act on the longer run. Hook deeper = model.unroll({n_loops}) and ask that."
+        )
+    return model.unroll(n_loops)
 
 
 def check_finite(values: Float[Tensor, ...], name: str) -> None:

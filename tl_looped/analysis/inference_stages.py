@@ -1,0 +1,342 @@
+"""Stages of inference: attention and residual metrics over the depth of a run, by pass, and against a feed-forward model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from ..bridge.looped_bridge import LoopedBridge
+from ..errors import LoopedError
+from ..model.initial_state import InitialState
+from ..plots import GroupBy, grouped
+from ..results import Estimate, Grid, Result, table
+from ..schedule import Schedule
+from ._prompts import Prompts, at_depth, check_finite, token_batches
+from ._streaming import need_loops, wide
+
+METRICS = ("colsum", "sink_rate", "mixing", "entropy", "norm")
+
+
+def colsum_concentration(pattern: Float[Tensor, "*rows query key"]) -> Float[Tensor, "*rows"]:
+    """How much of the attention goes to few keys, 0 (all alike) to 1 (one key): `1 + sum_j c_j log c_j / log T`.
+
+    `c_j` is the share of key `j` in all attention paid; arXiv 2604.11791 prints the sums unscaled, which would leave [0, 1].
+    """
+    shares = pattern.double().sum(-2) / pattern.shape[-2]
+    return 1 + torch.xlogy(shares, shares).sum(-1) / torch.tensor(pattern.shape[-1], dtype=torch.float64).log()
+
+
+def sink_score(pattern: Float[Tensor, "*rows query key"]) -> Float[Tensor, "*rows"]:
+    """The mean attention paid to the first token."""
+    return pattern[..., 0].double().mean(-1)
+
+
+def mixing_score(pattern: Float[Tensor, "*rows query key"]) -> Float[Tensor, "*rows"]:
+    """Mean entropy of the rows of an attention pattern, in nats."""
+    return -torch.xlogy(pattern, pattern).sum(-1).double().mean(-1)
+
+
+def matrix_entropy(
+    resid: Float[Tensor, "*rows pos d_model"], centred: bool = False, unit: Literal["nats", "bits"] = "nats"
+) -> Float[Tensor, "*rows"]:
+    """Entropy of the squared singular values of a matrix as shares of their sum; 0 for a matrix of rank one (or of zeros).
+
+    Args:
+        resid: the states of all positions.
+        centred: subtract the mean over positions first.
+        unit: of the entropy.
+    """
+    x = resid.double()
+    x = x - x.mean(-2, keepdim=True) if centred else x
+    x = x / x.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
+    gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x  # its eigenvalues are the squared singular values
+    shares = torch.linalg.eigvalsh(gram).clamp(min=0)
+    entropy = -torch.xlogy(shares, shares).sum(-1)
+    return (entropy / torch.tensor(2.0).log() if unit == "bits" else entropy).clamp(min=0)
+
+
+@dataclass(frozen=True, eq=False)
+class InferenceStages(Result):
+    """Metrics over the depth of a run; made by `inference_stages`.
+
+    Every metric is an `Estimate` with one entry per executed layer, in the order of the run: a mean over examples with its
+    standard error. `a + b` is the result over the prompts of both.
+
+    Args:
+        colsum: ColSum concentration, 0 to 1, mean over heads.
+        sink_rate: share of the heads whose mean attention to the first token is at least `tau`.
+        mixing: mixing score in nats, mean over heads.
+        entropy: entropy of the residual matrix leaving the layer, in the unit asked for.
+        norm: L2 norm of the residual stream leaving the layer, mean over positions.
+        schedule: which layer ran when; a feed-forward model is one loop over all of its layers.
+    """
+
+    colsum: Estimate
+    sink_rate: Estimate
+    mixing: Estimate
+    entropy: Estimate
+    norm: Estimate
+    schedule: Schedule
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with one row per executed layer; for every metric its mean and standard error."""
+        return table(*(getattr(self, m) for m in METRICS))
+
+    def plot(self, metric: str = "colsum", group_by: GroupBy = "depth") -> Any:
+        """A plotly figure of one metric, in one of the paper's three groupings.
+
+        Args:
+            metric: "colsum", "sink_rate", "mixing", "entropy" or "norm".
+            group_by: one line over all layers ("depth"), one per pass ("recurrence") or one per layer ("layer").
+
+        Raises:
+            LoopedError: plotly is not installed; an unknown metric or grouping.
+        """
+        grid = self._metric(metric)
+        return grouped(grid.values.tolist(), self.schedule.sites, group_by, grid.name)
+
+    def _metric(self, metric: str) -> Estimate:
+        if metric not in METRICS:
+            raise LoopedError(f"metric={metric!r} was asked; there are {', '.join(METRICS)}.")
+        return getattr(self, metric)
+
+    def curves(self, metric: str, stack: str | None = None, edges: bool = False) -> Float[Tensor, "loop layer"]:
+        """The means of one metric, one row per pass of a looped stack.
+
+        Args:
+            metric: "colsum", "sink_rate", "mixing", "entropy" or "norm".
+            stack: "L" or "H" for HRM-Text; not needed elsewhere.
+            edges: put the layers of prelude and coda around those of every pass, as the paper's plots by recurrence do.
+        """
+        values, schedule = self._metric(metric).values, self.schedule
+        before, after = values[: schedule.n_prelude], values[schedule.first_coda_layer :]
+        passes = [values[p.first : p.layers.stop] for p in schedule.passes_of("all", stack)]
+        return torch.stack([torch.cat((before, one, after)) if edges else one for one in passes])
+
+    def compare(self, feed_forward: InferenceStages, stack: str | None = None) -> Grid:
+        """How much the curve of every pass, prelude and coda included, resembles a feed-forward model's on relative depth.
+
+        The first layer is at depth 0 and the last at 1; both curves are interpolated linearly to 101 depths (our choice, as are
+        the scores): "correlation" is Pearson's, which ignores level and scale, "concordance" is Lin's (1989), which is 1 only
+        for the same curve. A correlation with a constant curve is NaN.
+
+        Args:
+            feed_forward: the stages of another model, such as the one that this model was made from.
+            stack: "L" or "H" for HRM-Text; not needed elsewhere.
+
+        Returns:
+            Axes (loop, metric, score).
+        """
+
+        def pair(metric: str) -> tuple[Tensor, Tensor]:
+            reference = getattr(feed_forward, metric).values[None]
+            ours = self.curves(metric, stack, edges=True)
+            return _resample(ours), _resample(reference).expand(len(ours), -1)
+
+        return self._scores(pair, 0, "similarity", stack)
+
+    def repetition(self, stack: str | None = None) -> Grid:
+        """How much every pass but the first repeats the curve of the pass before it, over the layers of the loop alone.
+
+        Scores as in `compare`: stages that repeat in every loop have a concordance near 1; passes that do something new, one
+        near 0 or below. The paper shows the curves; the score is our choice.
+
+        Args:
+            stack: "L" or "H" for HRM-Text; not needed elsewhere.
+
+        Returns:
+            Axes (loop, metric, score); loops from 1 on.
+
+        Raises:
+            LoopedError: one loop only, or a loop of one layer.
+        """
+        need_loops(
+            self.schedule.n_loops_of(self.schedule.looped_stack(stack)), 2, "repetition", "a comparison of successive loops"
+        )
+        return self._scores(lambda metric: ((c := self.curves(metric, stack))[1:], c[:-1]), 1, "repetition", stack)
+
+    def _scores(self, pair: Callable[[str], tuple[Tensor, Tensor]], first: int, name: str, stack: str | None) -> Grid:
+        rows = []
+        for metric in METRICS:
+            a, b = pair(metric)
+            if a.shape[-1] < 2:
+                raise LoopedError(f"{name} compares curves over layers, but this loop has one layer; there is no curve.")
+            rows.append(torch.stack([_correlation(a, b), _concordance(a, b)], -1))
+        n_loops = self.schedule.n_loops_of(self.schedule.looped_stack(stack))
+        labels = {
+            "loop": [str(t) for t in range(first, n_loops)],
+            "metric": [*METRICS],
+            "score": ["correlation", "concordance"],
+        }
+        return Grid(torch.stack(rows, 1), ("loop", "metric", "score"), labels, name)
+
+
+def inference_stages(
+    model: TransformerBridge,
+    prompts: Prompts,
+    *,
+    n_loops: int | None = None,
+    tau: float = 0.3,
+    centred: bool = False,
+    unit: Literal["nats", "bits"] = "nats",
+    initial_state: InitialState = None,
+    verbose: bool = True,
+) -> InferenceStages:
+    """The stages-of-inference metrics of every executed layer (arXiv 2604.11791, section 5 and appendix E).
+
+    Attention metrics are means over heads, then over examples. One pattern and one residual stream are held at a time.
+
+    Args:
+        model: a looped model, or any TransformerBridge to compare it with.
+        prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; at least two tokens each.
+        n_loops: loops to run, beyond the trained number too; None for the model's own.
+        tau: a head counts as a sink when it pays the first token at least this much on average (the paper's 0.3).
+        centred: subtract the mean over positions before the residual matrix entropy; the paper does not say, False is our
+            choice.
+        unit: of the residual matrix entropy; nats is our choice. The mixing score is in nats, as natural logarithms are usual.
+        initial_state: as in `LoopedBridge.forward`.
+        verbose: show a progress bar.
+
+    Raises:
+        LoopedError: no prompts, a prompt of one token, an activation that is not finite, `n_loops` for a feed-forward model.
+
+    Example:
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
+        >>> stages = inference_stages(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), n_loops=4, verbose=False)
+        >>> stages.colsum.labels["depth"][-1], stages.curves("entropy").shape, stages.colsum.count
+        ('loops.3.blocks.1', torch.Size([4, 2]), 2)
+        >>> stages.repetition().axes
+        ('loop', 'metric', 'score')
+    """
+    if unit not in ("nats", "bits"):
+        raise LoopedError(f'unit={unit!r} was asked; choose "nats" or "bits".')
+    if isinstance(tau, bool) or not 0 <= tau <= 1:
+        raise LoopedError(f"tau={tau!r} was asked; it is a share of attention, from 0 to 1.")
+    options: dict[str, Any] = {}
+    if isinstance(model, LoopedBridge):
+        model = at_depth(model, n_loops)
+        schedule, options = model.schedule, {"stop": model.schedule.n_layers, "initial_state": initial_state}
+        names = [schedule.name(i, "hook").removesuffix(".hook") for i in range(schedule.n_layers)]
+    elif n_loops is not None:
+        raise LoopedError(f"n_loops={n_loops} was asked of a {type(model).__name__}, which does not loop; leave it out.")
+    else:
+        schedule = Schedule(model.cfg.n_layers, 1)
+        names = [f"blocks.{i}" for i in range(schedule.n_layers)]
+
+    def examples(tokens: Int[Tensor, "batch pos"]) -> InferenceStages:
+        if tokens.shape[1] < 2:
+            raise LoopedError("a prompt of one token was given; attention and matrix entropy need at least two.")
+        values = {m: torch.full((len(tokens), schedule.n_layers), torch.nan, dtype=torch.float64) for m in METRICS}
+
+        def read_pattern(i: int) -> Callable[..., None]:
+            def hook(pattern: Tensor, hook: object) -> None:
+                check_finite(pattern, f"{names[i]}.attn.hook_pattern")
+                pattern = wide(pattern)
+                values["colsum"][:, i] = colsum_concentration(pattern).mean(1)
+                values["sink_rate"][:, i] = (sink_score(pattern) >= tau).double().mean(1)
+                values["mixing"][:, i] = mixing_score(pattern).mean(1)
+
+            return hook
+
+        def read_resid(i: int) -> Callable[..., None]:
+            def hook(resid: Tensor, hook: object) -> None:
+                check_finite(resid, f"{names[i]}.hook_resid_post")
+                values["entropy"][:, i] = matrix_entropy(resid, centred, unit)
+                values["norm"][:, i] = resid.double().norm(dim=-1).mean(-1)
+
+            return hook
+
+        hooks: list[tuple[str, Callable[..., None]]] = []
+        for i in range(schedule.n_layers):
+            hooks += [(f"blocks.{i}.attn.hook_pattern", read_pattern(i)), (f"blocks.{i}.hook_resid_post", read_resid(i))]
+        run: Any = model.run_with_hooks
+        with torch.no_grad():
+            run(tokens, fwd_hooks=hooks, **options)
+        if values["colsum"].isnan().any():
+            raise LoopedError(
+                "some layers showed no attention pattern; inference_stages needs attention that has one in every layer, "
+                'such as attn_implementation="eager".'
+            )
+        titles = {"entropy": f"{'centred ' * centred}matrix entropy ({unit})", "mixing": "mixing (nats)"}
+        estimates = [Estimate.of(values[m], ("depth",), {"depth": names}, titles.get(m, m)) for m in METRICS]
+        return InferenceStages(*estimates, schedule=schedule)
+
+    return reduce(add, map(examples, token_batches(model, prompts, verbose=verbose, what="inference_stages")))
+
+
+def output_neurons(model: TransformerBridge, *, kurtosis: float = 10.0) -> Grid:
+    """The share of prediction and of suppression neurons in every layer, from the weights alone (arXiv 2401.12181, 2406.19384).
+
+    A neuron writes `W_U w_out` to the logits, with the weights of the last norm and of the norm on the MLP's output applied. It
+    raises few tokens (prediction) if this has a high excess kurtosis over the vocabulary and a positive skew, and lowers few
+    (suppression) if the skew is negative. Weights know no loops: there is one value per layer, whatever the number of passes.
+
+    Args:
+        model: a looped model, or any TransformerBridge to compare it with.
+        kurtosis: the least excess kurtosis (0 for a normal distribution); the paper gives none, 10 is our choice.
+
+    Returns:
+        Axes (kind, layer).
+
+    Raises:
+        LoopedError: the unembedding was processed.
+    """
+    if isinstance(model, LoopedBridge):
+        schedule = model.schedule
+        firsts = {site._replace(loop=None if site.loop is None else 0) for site in schedule.sites}
+        layers = {f"{site.stack}.{site.layer}": schedule.virtual(site) for site in schedule.sites if site in firsts}
+    else:
+        layers = {f"blocks.{i}": i for i in range(model.cfg.n_layers)}
+    if getattr(model, "_weights_processed", False):
+        raise LoopedError("the weights of this model were processed, so its norms hold other weights; use it before that.")
+    unembed = model.W_U.detach().float() * _weight(model, "ln_final")[:, None]
+    shares = []
+    for i in layers.values():
+        block: Any = model.blocks[i]
+        writes = block.mlp.W_out.detach().float() * _weight(block, "ln2_post")
+        prediction = suppression = 0
+        for some in writes.split(256):  # [neuron, d_model]; a block of neurons at a time has all the vocabulary
+            x = some @ unembed
+            x = x - x.mean(-1, keepdim=True)
+            std = x.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
+            x = x / std
+            sharp, skew = x.pow(4).mean(-1) - 3 >= kurtosis, x.pow(3).mean(-1)
+            prediction += int((sharp & (skew > 0)).sum())
+            suppression += int((sharp & (skew < 0)).sum())
+        shares.append([prediction / len(writes), suppression / len(writes)])
+    labels = {"kind": ["prediction", "suppression"], "layer": list(layers)}
+    return Grid(torch.tensor(shares, dtype=torch.float64).T, ("kind", "layer"), labels, "share of neurons")
+
+
+def _weight(owner: Any, norm: str) -> Tensor:
+    """The weight of a norm, or 1 for every direction."""
+    weight = getattr(getattr(owner, norm, None), "weight", None)
+    return torch.ones(1) if not isinstance(weight, Tensor) else weight.detach().float()
+
+
+def _resample(curves: Float[Tensor, "loop layer"], n: int = 101) -> Float[Tensor, "loop depth"]:
+    if curves.shape[-1] < 2:
+        return curves
+    return torch.nn.functional.interpolate(curves[:, None], n, mode="linear", align_corners=True)[:, 0]
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
+    return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
+
+
+def _concordance(a: Tensor, b: Tensor) -> Tensor:
+    """Lin's coefficient; 1 for equal curves, constant ones included."""
+    shift = (a.mean(-1) - b.mean(-1)).square()
+    covariance = ((a - a.mean(-1, keepdim=True)) * (b - b.mean(-1, keepdim=True))).mean(-1)
+    spread = a.var(-1, correction=0) + b.var(-1, correction=0) + shift
+    return torch.where(spread > 0, 2 * covariance / spread, torch.ones_like(spread))
