@@ -1,0 +1,147 @@
+"""Attribution patching over (loop, layer, ...): a first-order estimate of every patch from one forward and one backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens.utilities.components_utils import get_act_name
+
+from .bridge.cache import LoopedCache
+from .bridge.looped_bridge import LoopedBridge
+from .comparison import Comparison, Metric, wide
+from .errors import LoopedError
+from .results import Grid
+from .schedule import LoopSelector, Schedule, Site, check_count
+
+# The axes of an activation after its batch axis; one without an axis of its own in the result is summed over.
+LAYER_SITES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"), ("pos", "d_model")),
+    **dict.fromkeys(("q", "k", "v", "z"), ("pos", "head", "d_head")),
+    "pattern": ("head", "pos", "src_pos"),
+}
+PASS_SITES: dict[str, tuple[str, ...]] = dict.fromkeys(("state", "injection", "out"), ("pos", "d_model"))
+NO_AXES = ("d_model", "d_head")
+
+
+def attribution_sweep(
+    model: LoopedBridge,
+    corrupted_tokens: str | Int[Tensor, "*batch pos"],
+    clean_cache: LoopedCache,
+    metric: Metric,
+    site: str = "z",
+    axes: Sequence[str] = ("loop", "layer", "head"),
+    *,
+    loops: LoopSelector = "all",
+    stack: str | None = None,
+    steps: int | None = None,
+    **run: Any,
+) -> Grid:
+    """Estimate, for every cell of a grid at once, what patching it from the corrupted run towards the clean one would do.
+
+    The estimate is `(clean - corrupted) . d metric / d activation` with the gradient of the corrupted run: the first-order term
+    of activation patching ("attribution patching", Nanda 2023; Syed et al., arXiv 2310.10348), exact for small differences. A
+    cell is one execution of a layer, so every pass has a score of its own; scores of several cells add up to the estimate of
+    patching them together.
+
+    Args:
+        model: the model.
+        corrupted_tokens: the prompt to patch, as long as the clean one.
+        clean_cache: from `run_with_cache` of the clean prompt, holding the activations of the site; with a random initial
+            state `loops.0.hook_state` too, to see that both runs start from the same one.
+        metric: from logits [batch, pos, d_vocab] to a number, or to one per row of the batch, [batch].
+        site: "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z" or "pattern"; or, of a pass,
+            "state", "injection" or "out".
+        axes: of the result, in this order: "loop", "layer" (not for sites of a pass), "pos", "head" (key-value heads for "k"
+            and "v") and "src_pos" (the keys of a pattern, whose "pos" are the queries). Axes not named are summed over.
+        loops: which loops.
+        stack: "L" or "H" for HRM-Text; "prelude" or "coda" for the layers that run once, whose one loop is called so.
+        steps: None for the gradient at the corrupted run. `m` averages the gradients of `m` runs on the straight path from the
+            corrupted input embedding to the clean one, at the fractions `1/m, ..., m/m` (EAP-IG, arXiv 2403.17806, eq. 3; 5
+            is usual). Less wrong where the metric saturates; the differences stay those of the two runs.
+        **run: what `model.forward` takes for the corrupted run, such as `initial_state` or `attention_mask`.
+
+    Returns:
+        A `Grid` in the unit of the metric; an axis "example" leads if the metric has one number per row.
+
+    Raises:
+        LoopedError: the site lacks an axis; the prompts differ in shape; the runs differ in their initial state; the metric has
+            the wrong shape or no gradient; a loop outside the run.
+        UnknownNameError: the cache lacks activations; the message says which.
+
+    Example:
+        >>> from tl_looped import LoopedConfig
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
+        >>> clean, corrupted = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]])
+        >>> _, cache = model.run_with_cache(clean, names_filter="blocks.*.attn.hook_z")
+        >>> scores = attribution_sweep(model, corrupted, cache, lambda logits: logits[0, -1, 5] - logits[0, -1, 6])
+        >>> scores.axes, tuple(scores.values.shape)
+        (('loop', 'layer', 'head'), (3, 2, 2))
+    """
+    names, labels = _cells(model.schedule, site, loops, stack)
+    dims = ("example", *(LAYER_SITES | PASS_SITES)[site])
+    _check_axes(site, axes, [*labels, *(axis for axis in dims[1:] if axis not in NO_AXES)])
+    pair = Comparison(model, corrupted_tokens, clean_cache, metric, run)
+    pair.require([*names, *(["hook_embed"] if steps is not None else [])])
+    if steps is None:
+        corrupted, gradients = pair.gradients(names)
+    else:
+        corrupted, gradients = _integrated(pair, names, check_count("steps", steps))
+    kept = tuple(axis for axis in dims if axis in axes or (axis == "example" and pair.per_example))
+    cells = [_summed((pair.clean(n, corrupted[n]) - wide(corrupted[n])) * gradients[n], dims, kept) for n in names]
+    values = torch.stack(cells).unflatten(0, tuple(len(labels[axis]) for axis in ("loop", "layer") if axis in labels))
+    order = (*(axis for axis in ("loop", "layer") if axis in labels), *kept)
+    wanted = (("example",) if pair.per_example else ()) + tuple(axes)
+    values = _summed(values, order, tuple(axis for axis in order if axis in wanted))
+    left = [axis for axis in order if axis in wanted]
+    values = values.permute([left.index(axis) for axis in wanted])
+    sizes = dict(zip(wanted, values.shape, strict=True))
+    return Grid(values, wanted, {a: labels.get(a) or [str(i) for i in range(n)] for a, n in sizes.items()}, "attribution")
+
+
+def _cells(schedule: Schedule, site: str, loops: LoopSelector, stack: str | None) -> tuple[list[str], dict[str, list[str]]]:
+    """The hook of every cell, loop by loop, and the labels of the axes that cells have."""
+    if site not in LAYER_SITES | PASS_SITES:
+        raise LoopedError(f"site={site!r} was asked; choose one of {', '.join(map(repr, LAYER_SITES | PASS_SITES))}.")
+    if stack in ("prelude", "coda"):
+        n = schedule.stacks[stack]
+        if site in PASS_SITES or loops != "all" or not n:
+            raise LoopedError(f"stack={stack!r} has {n} layers, which run once: it goes with sites of layers, and no loops=.")
+        layers = [schedule.virtual(Site(stack, None, j)) for j in range(n)]
+        return [get_act_name(site, i) for i in layers], {"loop": [stack], "layer": [str(j) for j in range(n)]}
+    passes = schedule.passes_of(loops, stack)
+    labels = {"loop": [str(p.loop) for p in passes]}
+    if site in PASS_SITES:
+        return [f"{schedule.pass_prefix(p)}.hook_{site}" for p in passes], labels
+    labels["layer"] = [str(j) for j in range(passes[0].n_layers)]
+    return [get_act_name(site, i) for p in passes for i in p.layers], labels
+
+
+def _check_axes(site: str, axes: Sequence[str], known: list[str]) -> None:
+    if isinstance(axes, str) or not axes or len(set(axes)) < len(axes) or not set(axes) <= set(known):
+        raise LoopedError(f"axes={axes!r} were asked; {site!r} has {', '.join(map(repr, known))}: name some, each once.")
+
+
+def _summed(values: Tensor, dims: Sequence[str], kept: Sequence[str]) -> Tensor:
+    gone = [i for i, axis in enumerate(dims) if axis not in kept]
+    return values.sum(gone) if gone else values
+
+
+def _integrated(pair: Comparison, names: list[str], steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The corrupted activations, and the gradients averaged on the way of the input embedding to the clean one."""
+    if pair.model.looped_cfg.value_embed_layers:
+        raise LoopedError(
+            f"steps={steps} was asked, but the layers of this {pair.model.looped_cfg.family} model also read the token ids "
+            "(value embeddings), between which there is no path; leave steps out."
+        )
+    corrupted = pair.activations([*names, "hook_embed"])
+    step = pair.clean("hook_embed", corrupted["hook_embed"]) - wide(corrupted["hook_embed"])
+    total: dict[str, Tensor] = {}
+    for k in range(1, steps + 1):
+        moved = (wide(corrupted["hook_embed"]) + step * (k / steps)).to(corrupted["hook_embed"].dtype)
+        _, gradients = pair.gradients(names, [("hook_embed", lambda embed, hook, moved=moved: moved.clone())])
+        total = {name: gradient / steps + total.get(name, 0) for name, gradient in gradients.items()}
+    return corrupted, total

@@ -1,0 +1,158 @@
+"""Gradients of shared weights, split by the pass they come from, and what training examples owe to each loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .bridge.looped_bridge import LoopedBridge
+from .comparison import Metric
+from .errors import LoopedError
+from .model import LoopedModel
+from .results import Grid
+from .schedule import LoopSelector
+
+PASS_PARAMETERS = ("inject.", "pass_norm.", "exit_gate.")
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def weight_gradients_by_pass(
+    model: LoopedBridge, tokens: Int[Tensor, "*batch pos"], metric: Metric | None = None, **run: Any
+) -> dict[str, Float[Tensor, "loop ..."]]:
+    """The gradient of every looped parameter, split by the pass that used it; the sum over passes is autograd's gradient.
+
+    This is the decomposition of arXiv 2602.10097 (Proposition 1): the derivative for the weights of pass `t` alone, as if each
+    pass had weights of its own that happen to be equal. No weight is copied: for the run, every pass holds its own views.
+
+    Args:
+        model: the model; its hooks act as in any run.
+        tokens: the prompts.
+        metric: from logits [batch, pos, d_vocab] to a number, such as a loss; None for the mean next-token cross-entropy.
+        **run: what `model.forward` takes, such as `initial_state` or `attention_mask`.
+
+    Returns:
+        By canonical name ("core.0.attn.q.weight", HRM-Text "L.0..." and "H.0..."; "inject.weight", "pass_norm.weight",
+        "exit_gate.weight"), a tensor [loop, *shape of the parameter]. What every pass has (the last three) has one entry per
+        pass in the order of the run; a pass norm that is also the model's last norm counts there for the last pass.
+
+    Raises:
+        LoopedError: the metric is no scalar, or has no gradient.
+
+    Example:
+        >>> from tl_looped import LoopedConfig
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
+        >>> gradients = weight_gradients_by_pass(model, torch.tensor([[1, 2, 3]]))
+        >>> tuple(gradients["core.1.attn.q.weight"].shape)
+        (3, 8, 8)
+    """
+    with torch.inference_mode(False), torch.enable_grad(), _weights_of_their_own(model) as views:
+        run = {name: x.clone() if isinstance(x, Tensor) else x for name, x in run.items()}
+        asked = {"return_type": "loss" if metric is None else "logits", **run}
+        output = model(tokens.clone(), **asked)
+        value = output if metric is None else metric(output)
+        if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
+            found = f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise LoopedError(
+                f"the metric returned {found}; it must return a scalar tensor that is computed from the logits it is given."
+            )
+        flat = [view for uses in views.values() for view in uses]
+        found = iter(torch.autograd.grad(value, flat, allow_unused=True))
+    gradients = {name: [(view, next(found)) for view in uses] for name, uses in views.items()}
+    return {
+        name: torch.stack([torch.zeros_like(view, requires_grad=False) if g is None else g for view, g in uses])
+        for name, uses in gradients.items()
+    }
+
+
+def influence(
+    model: LoopedBridge,
+    train_tokens: Int[Tensor, "train pos"],
+    query_tokens: Int[Tensor, "query query_pos"],
+    loss_fn: Loss | None = None,
+    *,
+    loops: LoopSelector = "all",
+    stack: str | None = None,
+    by_train_loop: bool = False,
+    verbose: bool = False,
+) -> Grid:
+    """How much a gradient step on a training example lowers the loss of a query, split by the loop of the query's run.
+
+    Step-Decomposed Influence (arXiv 2602.10097): the inner product of the training example's gradient of the looped weights
+    with the query's gradient in one loop. The sum over loops is TracIn's (arXiv 2002.08484) at this checkpoint, for a learning
+    rate of 1; positive numbers mean that the step helps. Gradients are exact; those of all queries, loop by loop, are held at
+    once (the paper's sketches are for more than that).
+
+    Args:
+        model: the model.
+        train_tokens: one example per row.
+        query_tokens: one query per row.
+        loss_fn: from logits [1, pos, d_vocab] and tokens [1, pos] to the loss of that example, a number; None for the mean
+            next-token cross-entropy.
+        loops: which loops.
+        stack: "L" or "H" for HRM-Text, whose weights are then meant; elsewhere the weights are those of the looped layers, the
+            injection, the pass norm and the exit gate.
+        by_train_loop: split by the loop of the training example's run too.
+        verbose: show a progress bar.
+
+    Returns:
+        A `Grid` [train, query, loop], or [train, query, train_loop, loop].
+
+    Raises:
+        LoopedError: the loss is no scalar, or a loop is outside the run.
+
+    Example:
+        >>> from tl_looped import LoopedConfig
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
+        >>> found = influence(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[1, 2, 3, 4]]))
+        >>> found.axes, tuple(found.values.shape)
+        (('train', 'query', 'loop'), (2, 1, 3))
+    """
+    chosen = model.schedule.select_loops(loops, stack)
+    kept = (f"{model.schedule.looped_stack(stack)}.", *(PASS_PARAMETERS if len(model.schedule.core_stacks) == 1 else ()))
+
+    def by_loop(tokens: Tensor) -> Float[Tensor, "loop weight"]:
+        metric = None if loss_fn is None else partial(_loss_of, loss_fn, tokens)
+        gradients = weight_gradients_by_pass(model, tokens, metric)
+        return torch.cat([g.flatten(1) for name, g in gradients.items() if name.startswith(kept)], dim=1)
+
+    queries = [by_loop(row[None])[chosen] for row in query_tokens]
+    rows = []
+    for row in tqdm(train_tokens, desc="influence", disable=not verbose):
+        trained = by_loop(row[None])
+        trained = trained[chosen] if by_train_loop else trained.sum(0, keepdim=True)
+        rows.append(torch.stack([trained @ query.T for query in queries]))
+    labels = {"train": [str(i) for i in range(len(train_tokens))], "query": [str(i) for i in range(len(query_tokens))]}
+    labels |= {axis: [str(t) for t in chosen] for axis in ("train_loop", "loop")}
+    if by_train_loop:
+        return Grid(torch.stack(rows), ("train", "query", "train_loop", "loop"), labels, "influence")
+    return Grid(torch.stack(rows).squeeze(2), ("train", "query", "loop"), labels, "influence")
+
+
+def _loss_of(loss_fn: Loss, tokens: Tensor, logits: Tensor) -> Tensor:
+    return loss_fn(logits, tokens)
+
+
+@contextmanager
+def _weights_of_their_own(model: LoopedBridge) -> Iterator[dict[str, list[nn.Parameter]]]:
+    """While it lasts, every use of a looped parameter holds a view of its own; they come by canonical name, in run order."""
+    looped: Any = model.original_model
+    assert isinstance(looped, LoopedModel)
+    prefixes = (*(f"{stack}." for stack in model.schedule.core_stacks), *PASS_PARAMETERS)
+    slots = {name: holders for name, holders in looped.parameter_slots.items() if name.startswith(prefixes)}
+    shared = {name: getattr(*holders[0]) for name, holders in slots.items()}
+    views = {name: [nn.Parameter(shared[name].detach()) for _ in holders] for name, holders in slots.items()}
+    try:
+        for name, holders in slots.items():
+            for (owner, attribute), view in zip(holders, views[name], strict=True):
+                setattr(owner, attribute, view)
+        yield views
+    finally:
+        for name, parameter in shared.items():
+            looped.set_parameter(name, parameter)
