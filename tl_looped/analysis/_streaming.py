@@ -63,7 +63,7 @@ def rehearsal(initial_state: InitialState) -> InitialState:
     return initial_state.clone_state() if isinstance(initial_state, torch.Generator) else initial_state
 
 
-def wide(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def wide(x: Float[Tensor, ...]) -> Float[Tensor, ...]:
     """In fp32 or wider: differences of bf16 states round away."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -1,0 +1,244 @@
+"""Cyclic fixed points: whether every layer of a loop settles, where, and whether the layers settle in different places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from ..bridge.looped_bridge import LoopedBridge
+from ..errors import LoopedError
+from ..model.initial_state import InitialState
+from ..plots import GroupBy, grouped
+from ..results import Estimate, Result, table
+from ..schedule import Pass, Site, check_count
+from ._prompts import Prompts, at_depth, token_batches
+from ._streaming import layer_hooks, need_loops, rehearsal, visit, wide
+
+Metric = Literal["l2", "relative", "cosine"]
+Reduction = Literal["token", "matrix"]
+Quantity = Literal["successive", "distance", "norm"]
+Cells = dict[tuple[int, int], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class FixedPoints(Result):
+    """What `fixed_points` found: estimates over the examples, axes (loop, layer) if nothing else is said. `a + b` merges.
+
+    Args:
+        norm: norm of the residual stream. An RMS norm before the readout hides growth, so look at it beside every distance.
+        successive: from each loop but the first to the loop before, under "l2", "relative" (l2 over the norm of the later
+            state) and "cosine" (the similarity, 1 for no change of direction).
+        distance: from each loop to the reference X*, under the same names; "relative" is over the norm of X*. If the reference
+            is the last loop, the last entry is 0 (cosine 1) by construction and says nothing.
+        layer_cosine: cosine between the references of two layers, axes (layer, other).
+        degeneracy: lowest cosine between the references of two layers of an example, axis (pairs): "with layer 0" is the
+            paper's, "all" is over all pairs. Near 1 the layers share one fixed point. NaN in a loop of one layer.
+        pattern_successive: from each loop but the first to the loop before, of the attention pattern; None if not asked for.
+        pattern_distance: from each loop to the reference, of the attention pattern.
+        reduction: "token" or "matrix".
+        stack: the looped stack.
+        reference: the loop that X* was taken from.
+    """
+
+    norm: Estimate
+    successive: dict[Metric, Estimate]
+    distance: dict[Metric, Estimate]
+    layer_cosine: Estimate
+    degeneracy: Estimate
+    pattern_successive: Estimate | None
+    pattern_distance: Estimate | None
+    reduction: Reduction
+    stack: str
+    reference: int
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with a row per (loop, layer): the norm and every distance, with standard errors and the count."""
+        patterns = [e for e in (self.pattern_successive, self.pattern_distance) if e is not None]
+        return table(self.norm, *self.successive.values(), *self.distance.values(), *patterns)
+
+    def plot(self, quantity: Quantity = "distance", metric: Metric = "relative", group_by: GroupBy = "layer") -> Any:
+        """A plotly figure of one quantity, as in figures 3 and 4 of arXiv 2604.11791; `.plot()` of a field is its heat map.
+
+        Args:
+            quantity: "distance", "successive" or "norm".
+            metric: "l2", "relative" or "cosine"; without meaning for the norm.
+            group_by: one line per layer ("layer"), per loop ("recurrence"), or one over all layers in their order ("depth").
+
+        Raises:
+            LoopedError: plotly is not installed; an unknown quantity, metric or grouping.
+        """
+        if quantity not in get_args(Quantity) or metric not in get_args(Metric):
+            known = f"{', '.join(get_args(Quantity))} in {', '.join(get_args(Metric))}"
+            raise LoopedError(f"{quantity!r} in {metric!r} was asked; there are {known}.")
+        grid = self.norm if quantity == "norm" else getattr(self, quantity)[metric]
+        sites = [Site(self.stack, int(t), int(j)) for t in grid.labels["loop"] for j in grid.labels["layer"]]
+        log_y = quantity != "norm" and metric != "cosine"
+        values = grid.values.clone()
+        if quantity == "distance" and grid.labels["loop"][-1] == str(self.reference):
+            values[-1] = torch.nan  # by construction
+        return grouped(values.flatten().tolist(), sites, group_by, grid.name, log_y=log_y)
+
+
+def fixed_points(
+    model: LoopedBridge,
+    prompts: Prompts,
+    *,
+    n_loops: int | None = 128,
+    n_reference: int | None = None,
+    reduction: Reduction = "token",
+    patterns: bool = False,
+    stack: str | None = None,
+    initial_state: InitialState = None,
+    verbose: bool = True,
+) -> FixedPoints:
+    """How far every layer of every loop is from the loop before and from an approximate fixed point X* (arXiv 2604.11791).
+
+    `X[t, l]` is the residual stream leaving layer `l` in loop `t` (`hook_resid_post`, before any norm between passes), X* that
+    of the last loop. The paper's figure 3 is `|X[t, l] - X[t-1, l]|`, figure 4 `|X[t, l] - X*[l]|`. It does not say how the
+    norm of a [pos, d_model] matrix is taken: "token", our choice, is the mean over tokens of the L2 norm, of the relative
+    distance and of the cosine of each token; "matrix" takes the norm and the cosine of the whole matrix. Then follows the mean
+    over examples. Distances of attention patterns are Frobenius norms over all heads, divided by `sqrt(head * query)`, so
+    that they do not grow with either (our choice).
+
+    Each batch is run twice, first for X*: never more than two loops of the streams (and patterns) are held.
+
+    Args:
+        model: the model. Hooks on it act on the runs, if it has `n_loops` loops itself.
+        prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; every row is an example.
+        n_loops: how many loops to look at (H cycles for HRM-Text); the paper's 128 unless told, None for the model's own.
+        n_reference: take X* from the last of so many loops instead, at least `n_loops`.
+        reduction: "token" or "matrix".
+        patterns: look at attention patterns too.
+        stack: "L" or "H" for HRM-Text; not needed elsewhere.
+        initial_state: as in `LoopedBridge.forward`.
+        verbose: show a progress bar.
+
+    Raises:
+        LoopedError: no prompts; fewer than two loops; an activation that is not finite (the first one is named).
+
+    Example:
+        >>> import torch
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> from tl_looped.analysis import fixed_points
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
+        >>> found = fixed_points(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), n_loops=8, verbose=False)
+        >>> found.distance["l2"].values.shape, found.distance["l2"].count
+        (torch.Size([8, 2]), 2)
+        >>> bool(found.successive["relative"].values[-1].max() < found.successive["relative"].values[0].min())
+        True
+    """
+    if reduction not in get_args(Reduction):
+        raise LoopedError(f'reduction={reduction!r} was asked; choose "token" or "matrix".')
+    n_loops = model.n_loops if n_loops is None else check_count("n_loops", n_loops)
+    if n_reference is not None and check_count("n_reference", n_reference) < n_loops:
+        raise LoopedError(f"n_reference={n_reference} was asked, but X* comes from no earlier loop than n_loops={n_loops}.")
+    deep = at_depth(model, n_reference or n_loops)
+    passes = deep.schedule.passes_of("all", stack)
+    # The first loops of a longer run are those of a shorter one.
+    shown = passes[: len(model.looped_cfg.replace(n_loops=n_loops).schedule.passes_of("all", stack))]
+    need_loops(len(shown), 2, "fixed_points", "a successive difference")
+
+    def examples(tokens: Int[Tensor, "batch pos"]) -> FixedPoints:
+        resid = _compare_loops(deep, tokens, "hook_resid_post", passes[-1], shown, initial_state, _metrics(reduction))
+        pattern = None
+        if patterns:
+            pattern = _compare_loops(deep, tokens, "attn.hook_pattern", passes[-1], shown, initial_state, _frobenius)
+        loops, layers = [str(p.loop) for p in shown], [str(j) for j in range(shown[0].n_layers)]
+
+        def estimate(cells: Cells, name: str) -> Estimate:
+            first = len(loops) - len(cells) // len(layers)  # successive differences begin with the second loop
+            values = torch.stack([cells[p.loop, j] for p in shown[first:] for j in range(p.n_layers)], 1)
+            labels = {"loop": loops[first:], "layer": layers}
+            return Estimate.of(values.unflatten(1, (-1, len(layers))).cpu(), ("loop", "layer"), labels, name)
+
+        names: tuple[Metric, ...] = get_args(Metric)
+        norm = estimate({at: found["norm"] for at, found in resid.distance.items()}, "norm")
+        cosine = torch.stack([_metrics(reduction)(a, b)["cosine"] for a in resid.reference for b in resid.reference], 1)
+        cosine = cosine.unflatten(1, (len(layers), len(layers))).cpu()
+        others = cosine.masked_fill(torch.eye(len(layers), dtype=torch.bool), torch.inf)
+        lowest = torch.stack([others[:, 0].amin(-1), others.amin((-2, -1))], 1)
+        lowest = lowest.masked_fill(lowest.isinf(), torch.nan)
+        return FixedPoints(
+            norm=norm,
+            successive={m: estimate({at: f[m] for at, f in resid.successive.items()}, f"successive_{m}") for m in names},
+            distance={m: estimate({at: f[m] for at, f in resid.distance.items()}, f"distance_{m}") for m in names},
+            layer_cosine=Estimate.of(cosine, ("layer", "other"), {"layer": layers, "other": layers}, "cosine"),
+            degeneracy=Estimate.of(lowest, ("pairs",), {"pairs": ["with layer 0", "all"]}, "lowest_cosine"),
+            pattern_successive=pattern and estimate(_only(pattern.successive), "pattern_successive"),
+            pattern_distance=pattern and estimate(_only(pattern.distance), "pattern_distance"),
+            reduction=reduction,
+            stack=deep.schedule.looped_stack(stack),
+            reference=passes[-1].loop,
+        )
+
+    return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="fixed_points")))
+
+
+@dataclass
+class _Compared:
+    """What `_compare_loops` measured, [batch] by name for every (loop, layer), and the reference of every layer."""
+
+    successive: dict[tuple[int, int], dict[str, Tensor]]
+    distance: dict[tuple[int, int], dict[str, Tensor]]
+    reference: list[Tensor]
+
+
+def _compare_loops(
+    model: LoopedBridge,
+    tokens: Int[Tensor, "batch pos"],
+    hook: str,
+    last: Pass,
+    shown: list[Pass],
+    initial_state: InitialState,
+    compare: Callable[[Tensor, Tensor], dict[str, Tensor]],
+) -> _Compared:
+    """Compare one activation of every layer in every loop with that of the loop before and with that of the last."""
+    found = _Compared({}, {}, [])
+    before: dict[int, Tensor] = {}
+
+    def keep(at: tuple[int, int], value: Tensor) -> None:
+        found.reference.append(value)
+
+    def measure(at: tuple[int, int], value: Tensor) -> None:
+        layer = at[1]
+        if layer in before:
+            found.successive[at] = compare(before[layer], value)
+        found.distance[at] = compare(value, found.reference[layer])
+        before[layer] = value
+
+    hooks = layer_hooks(model.schedule, [last], hook)
+    visit(model, tokens, hooks, keep, stop=last.layers.stop, initial_state=rehearsal(initial_state))
+    hooks = layer_hooks(model.schedule, shown, hook)
+    visit(model, tokens, hooks, measure, stop=shown[-1].layers.stop, initial_state=initial_state)
+    return found
+
+
+def _metrics(reduction: Reduction) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    """The distances of a [batch, pos, d_model] from another, relative to the other, and its own norm; [batch]."""
+
+    def compare(x: Float[Tensor, "batch pos d_model"], base: Float[Tensor, "batch pos d_model"]) -> dict[str, Tensor]:
+        if reduction == "matrix":
+            x, base = x.flatten(1)[:, None], base.flatten(1)[:, None]
+        x, base = wide(x), wide(base)
+        l2 = (x - base).norm(dim=-1)
+        relative = l2 / base.norm(dim=-1).clamp_min(torch.finfo(l2.dtype).tiny)
+        parts = {"l2": l2, "relative": relative, "cosine": cosine_similarity(x, base, dim=-1), "norm": x.norm(dim=-1)}
+        return {name: part.mean(1) for name, part in parts.items()}
+
+    return compare
+
+
+def _frobenius(x: Float[Tensor, "batch head query key"], base: Float[Tensor, "batch head query key"]) -> dict[str, Tensor]:
+    return {"frobenius": (wide(x) - wide(base)).flatten(1).norm(dim=1) / (x.shape[1] * x.shape[2]) ** 0.5}
+
+
+def _only(cells: dict[tuple[int, int], dict[str, Tensor]]) -> Cells:
+    return {at: found["frobenius"] for at, found in cells.items()}
