@@ -1,0 +1,219 @@
+"""The geometry of the steps from loop to loop, and of the tokens within a loop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from ..bridge.looped_bridge import LoopedBridge
+from ..errors import LoopedError
+from ..model.initial_state import InitialState
+from ..plots import panels
+from ..results import Estimate, Result, table
+from ..schedule import LoopSelector, Site
+from ._prompts import Prompts, at_depth, token_batches
+from ._streaming import last_norm, layer_hooks, need_loops, visit, wide
+
+PER_LOOP = (
+    "norm",
+    "step_norm",
+    "step_cosine",
+    "turning_angle",
+    "acceleration",
+    "normalised_acceleration",
+    "curvature",
+    "anisotropy",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class StepGeometry(Result):
+    """What `step_geometry` found: estimates over the examples, axis (loop) if nothing else is said. `a + b` merges.
+
+    With the state `x[t]` and the step `D[t] = x[t] - x[t-1]` of every token, each a mean over tokens:
+
+    Args:
+        norm: `|x[t]|`.
+        step_norm: `|D[t]|`, from the second loop on.
+        step_cosine: `cos(D[t], D[t-1])`, from the third loop on.
+        turning_angle: the angle between `D[t]` and `D[t-1]`, in radians.
+        acceleration: `|D[t] - D[t-1]|`.
+        normalised_acceleration: `|D[t] - D[t-1]| / |D[t]|`; a step shorter than the resolution of the dtype counts as that.
+        curvature: the mean angle, in radians, between the steps from one token to the next (arXiv 2602.11451).
+        anisotropy: the mean cosine between the states of two tokens.
+        cka: linear CKA between the states of two loops, tokens as samples, axes (loop, other). With fewer tokens than about
+            d_model it is high whatever the states are: compare it only between runs of equal length.
+        hook: which state it is.
+        after_norm: whether the model's last norm was applied to it.
+    """
+
+    norm: Estimate
+    step_norm: Estimate
+    step_cosine: Estimate
+    turning_angle: Estimate
+    acceleration: Estimate
+    normalised_acceleration: Estimate
+    curvature: Estimate
+    anisotropy: Estimate
+    cka: Estimate
+    hook: str
+    after_norm: bool
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with a row per loop and a column, with its standard error, per quantity; for CKA see `cka`."""
+        return table(*(getattr(self, name) for name in PER_LOOP))
+
+    def plot(self) -> Any:
+        """A plotly figure, one panel per quantity over the loops; `cka.plot()` is the heat map of loops against loops."""
+        where = f"{self.hook}{', after the last norm' if self.after_norm else ''}"
+        return panels([getattr(self, name) for name in PER_LOOP], where)
+
+
+def step_geometry(
+    model: LoopedBridge,
+    prompts: Prompts,
+    *,
+    n_loops: int | None = None,
+    layer: int | None = None,
+    after_norm: bool = False,
+    cka_loops: LoopSelector = "all",
+    stack: str | None = None,
+    initial_state: InitialState = None,
+    verbose: bool = True,
+) -> StepGeometry:
+    """Step norms, angles and accelerations from loop to loop, and how alike the tokens and the loops are.
+
+    Steps and accelerations are those of arXiv 2509.23314; curvature, anisotropy and CKA those of arXiv 2602.11451. Published
+    cosines of one model disagree, as some are of normed states and some are not: all quantities are returned together, and with
+    them the hook point and whether a norm was applied.
+
+    The run is read once and holds three states, and for CKA `pos * (pos + 1) / 2` numbers per example and loop.
+
+    Args:
+        model: the model. Hooks on it act on the run, if it has `n_loops` loops itself.
+        prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; every row is an example of at least 3 tokens.
+        n_loops: how many loops to run (H cycles for HRM-Text); None for the model's own.
+        layer: read the residual stream leaving this layer of every loop (`hook_resid_post`); None for the state leaving the
+            loop (`hook_out`, after its norm where a loop ends with one: Ouro, HRM-Text, Nanbeige).
+        after_norm: apply the model's last norm to every state first. Our choice is not to: norms hide growth.
+        cka_loops: the loops compared by CKA: an int, a slice, several ints, "all" or "last"; fewer take less memory.
+        stack: "L" or "H" for HRM-Text; not needed elsewhere.
+        initial_state: as in `LoopedBridge.forward`.
+        verbose: show a progress bar.
+
+    Raises:
+        LoopedError: no prompts; fewer than three loops; a prompt of fewer than three tokens; an activation that is not finite.
+        OutOfRangeError: no such layer or loops.
+
+    Example:
+        >>> import torch
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> from tl_looped.analysis import step_geometry
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=4), seed=0)
+        >>> found = step_geometry(model, torch.tensor([[1, 2, 3, 4]]), verbose=False)
+        >>> found.step_cosine.labels["loop"], found.hook
+        (['2', '3'], 'loops.*.hook_out')
+        >>> bool((found.cka.values.diagonal() - 1).abs().max() < 1e-5)
+        True
+    """
+    deep = at_depth(model, n_loops)
+    schedule, looped = deep.schedule, deep.schedule.looped_stack(stack)
+    passes = schedule.passes_of("all", stack)
+    need_loops(len(passes), 3, "step_geometry", "an acceleration")
+    if layer is None:
+        hooks, stop, hook = {f"{schedule.pass_prefix(p)}.hook_out": p.loop for p in passes}, None, "hook_out"
+    else:
+        index = schedule.site(schedule.virtual(Site(looped, 0, layer))).layer
+        hooks = {name: at[0] for name, at in layer_hooks(schedule, passes, "hook_resid_post").items() if at[1] == index}
+        stop, hook = passes[-1].layers.stop, f"blocks.{index}.hook_resid_post"
+    compared = schedule.select_loops(cka_loops, stack)
+    where = f"{'' if looped == 'core' else looped + '.'}loops.*.{hook}"
+
+    def examples(tokens: Int[Tensor, "batch pos"]) -> StepGeometry:
+        if tokens.shape[1] < 3:
+            raise LoopedError(f"step_geometry was asked of {tokens.shape[1]} tokens, but the curvature needs at least 3.")
+        found: dict[str, list[Tensor]] = {name: [] for name in PER_LOOP}
+        grams: dict[int, Tensor] = {}
+        earlier: list[Tensor] = []  # the state before, and the step that led to it
+
+        def measure(loop: int, state: Tensor) -> None:
+            x = wide(last_norm(deep, state) if after_norm else state)
+            parts = {"norm": x.norm(dim=-1), "curvature": _curvature(x), "anisotropy": _anisotropy(x)}
+            step = x - earlier[0] if earlier else None
+            if step is not None:
+                parts["step_norm"] = step.norm(dim=-1)
+            if step is not None and len(earlier) > 1:
+                parts |= _turn(step, earlier[1], torch.finfo(state.dtype).eps * parts["norm"])
+            for name, part in parts.items():
+                found[name].append(part.mean(1))
+            if loop in compared:
+                grams[loop] = _gram(x)
+            earlier[:] = [x] if step is None else [x, step]
+
+        visit(deep, tokens, hooks, measure, stop=stop, initial_state=initial_state)
+
+        def estimate(name: str) -> Estimate:
+            values = torch.stack(found[name], 1).cpu()
+            loops = [str(p.loop) for p in passes[-values.shape[1] :]]
+            return Estimate.of(values, ("loop",), {"loop": loops}, name)
+
+        features = torch.stack([grams[loop] for loop in compared], 1)
+        cka = (features @ features.mT).clamp(max=1).cpu()
+        labels = [str(loop) for loop in compared]
+        return StepGeometry(
+            **{name: estimate(name) for name in PER_LOOP},
+            cka=Estimate.of(cka, ("loop", "other"), {"loop": labels, "other": labels}, "cka"),
+            hook=where,
+            after_norm=after_norm,
+        )
+
+    return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="step_geometry")))
+
+
+def _turn(
+    step: Float[Tensor, "batch pos d_model"], before: Float[Tensor, "batch pos d_model"], resolution: Float[Tensor, "batch pos"]
+) -> dict[str, Float[Tensor, "batch pos"]]:
+    """How a step differs from the one before it."""
+    cosine = cosine_similarity(step, before, dim=-1).clamp(-1, 1)
+    change = (step - before).norm(dim=-1)
+    shortest = resolution.clamp_min(torch.finfo(step.dtype).tiny)
+    return {
+        "step_cosine": cosine,
+        "turning_angle": cosine.arccos(),
+        "acceleration": change,
+        "normalised_acceleration": change / step.norm(dim=-1).maximum(shortest),
+    }
+
+
+def _curvature(x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch turn"]:
+    """The angles between successive steps from token to token."""
+    steps = x.diff(dim=1)
+    return cosine_similarity(steps[:, 1:], steps[:, :-1], dim=-1).clamp(-1, 1).arccos()
+
+
+def _anisotropy(x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch 1"]:
+    """The mean cosine over all pairs of different tokens: the squared norm of the sum of all directions, without the n
+    cosines of a token with itself."""
+    n = x.shape[1]
+    directions = torch.nn.functional.normalize(x, dim=-1)
+    own = directions.square().sum((1, 2))
+    return ((directions.sum(1).square().sum(-1) - own) / (n * (n - 1)))[:, None]
+
+
+def _gram(x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pair"]:
+    """Inner products of all pairs of tokens, of length 1 as a vector, for centred features: their inner products are CKA.
+
+    A Gram matrix is symmetric, so one half is kept, with the weight of both.
+    """
+    centred = x - x.mean(1, keepdim=True)
+    rows, columns = torch.triu_indices(x.shape[1], x.shape[1], device=x.device)
+    weight = torch.where(rows == columns, 1.0, math.sqrt(2)).to(x.dtype)
+    return torch.nn.functional.normalize((centred @ centred.mT)[:, rows, columns] * weight, dim=-1)

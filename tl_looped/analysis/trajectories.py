@@ -1,0 +1,249 @@
+"""Latent trajectories: the principal components of the states that a run passes through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..bridge.looped_bridge import LoopedBridge
+from ..errors import LoopedError
+from ..model.initial_state import InitialState
+from ..plots import paths
+from ..results import Estimate, Grid, Result
+from ..schedule import check_count
+from ._prompts import Prompts, at_depth, token_batches
+from ._streaming import last_norm, rehearsal, visit
+
+Over = Literal["layers", "loop_ends"]
+Reader = Callable[[slice, Float[Tensor, "batch state d_model"]], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """The states of one example in the basis of their own principal components.
+
+    Args:
+        coordinates: axes (layer, component), or (loop, pos, component); the mean state is at the origin.
+        explained: share of the variance along every component.
+        mean: the mean state.
+        directions: unit vectors; the entry of each that is largest in size is positive.
+    """
+
+    coordinates: Grid
+    explained: Float[Tensor, " component"]
+    mean: Float[Tensor, " d_model"]
+    directions: Float[Tensor, "component d_model"]
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectories(Result):
+    """What `trajectories` found; `a + b` has the examples of both.
+
+    Args:
+        paths: one per example, in the order of the prompts.
+        over: "layers" or "loop_ends".
+        after_norm: whether the model's last norm was applied to the states.
+    """
+
+    paths: tuple[Path, ...]
+    over: Over
+    after_norm: bool
+
+    @property
+    def explained(self) -> Estimate:
+        """Share of the variance along each component of an example's own basis, mean over examples, axis (component)."""
+        values = torch.stack([path.explained for path in self.paths])
+        return Estimate.of(values, ("component",), {"component": self.paths[0].coordinates.labels["component"]}, "explained")
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with a row per state: the example, where the state was, and a column per component."""
+        import pandas as pd
+
+        frames = []
+        for example, path in enumerate(self.paths):
+            grid = path.coordinates
+            (*axes, _), names = grid.axes, grid.labels["component"]
+            first = Grid(grid.values[..., 0], tuple(axes), {a: grid.labels[a] for a in axes}, names[0]).to_dataframe()
+            rest = {name: grid.values[..., k].flatten().tolist() for k, name in enumerate(names) if k}
+            frames.append(first.assign(**rest, example=example))
+        return pd.concat(frames, ignore_index=True)
+
+    def plot(self, example: int = 0, components: tuple[int, int] = (0, 1)) -> Any:
+        """A plotly figure of one example's path in a plane (figures 5 and 26 to 28 of arXiv 2604.11791; 12 of 2502.05171).
+
+        Args:
+            example: which one.
+            components: the components across and upwards, 0-based.
+        """
+        path = self.paths[example]
+        grid, share = path.coordinates, path.explained.tolist()
+        values = grid.values[..., list(components)].tolist()
+        across, upwards = (f"{grid.labels['component'][c]} ({share[c]:.0%})" for c in components)
+        if self.over == "layers":
+            where = grid.labels["layer"]
+            return paths({"": values}, range(len(where)), where, (across, upwards), colour_name="virtual layer")
+        loops = grid.labels["loop"]
+        lines = {f"position {pos}": [row[k] for row in values] for k, pos in enumerate(grid.labels["pos"])}
+        return paths(lines, [int(t) for t in loops], [f"loop {t}" for t in loops], (across, upwards))
+
+
+def trajectories(
+    model: LoopedBridge,
+    prompts: Prompts,
+    *,
+    over: Over = "layers",
+    pos: int = -1,
+    n_components: int = 3,
+    after_norm: bool = False,
+    n_loops: int | None = None,
+    stack: str | None = None,
+    initial_state: InitialState = None,
+    verbose: bool = True,
+) -> Trajectories:
+    """Principal components of the states of a run, fitted for every example on exactly those states.
+
+    `over="layers"` (figure 5 of arXiv 2604.11791) takes the residual stream of one token leaving every virtual layer
+    (`hook_resid_post`), prelude and coda included. `over="loop_ends"` (figure 12 of arXiv 2502.05171, there after the last
+    norm) takes the state of every token leaving every loop (`hook_out`, after its norm where a loop ends with one).
+
+    Never more than d_model states of an example are held; if there are more, their covariance is summed in one run and they
+    are projected in a second.
+
+    Args:
+        model: the model. Hooks on it act on the runs, if it has `n_loops` loops itself.
+        prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; every row is an example.
+        over: "layers" or "loop_ends".
+        pos: which token, for "layers"; the last unless told.
+        n_components: how many components to keep.
+        after_norm: apply the model's last norm to every state first; not to, as in arXiv 2604.11791, is the default.
+        n_loops: how many loops to run (H cycles for HRM-Text); None for the model's own.
+        stack: for "layers" the layers of this looped stack only, None for all virtual layers; for "loop_ends" "L" or "H" for
+            HRM-Text, not needed elsewhere.
+        initial_state: as in `LoopedBridge.forward`.
+        verbose: show a progress bar.
+
+    Raises:
+        LoopedError: no prompts; too few states for the components; states that are all the same; a prompt without that
+            position; an activation that is not finite.
+
+    Example:
+        >>> import torch
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> from tl_looped.analysis import trajectories
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
+        >>> found = trajectories(model, torch.tensor([[1, 2, 3]]), verbose=False)
+        >>> found.paths[0].coordinates.values.shape, found.paths[0].coordinates.labels["layer"][-1]
+        (torch.Size([6, 3]), 'loops.2.blocks.1')
+        >>> trajectories(model, torch.tensor([[1, 2, 3]]), over="loop_ends", verbose=False).paths[0].coordinates.axes
+        ('loop', 'pos', 'component')
+    """
+    if over not in get_args(Over):
+        raise LoopedError(f'over={over!r} was asked; choose "layers" or "loop_ends".')
+    check_count("n_components", n_components)
+    deep = at_depth(model, n_loops)
+    schedule = deep.schedule
+    if over == "layers":
+        chosen = range(schedule.n_layers)
+        if stack is not None:
+            chosen = [i for p in schedule.passes_of("all", stack) for i in p.layers]
+        hooks = {schedule.name(i, "hook_resid_post"): k for k, i in enumerate(chosen)}
+        stop, rows = chosen[-1] + 1, [name.removesuffix(".hook_resid_post") for name in hooks]
+    else:
+        passes = schedule.passes_of("all", stack)
+        hooks = {f"{schedule.pass_prefix(p)}.hook_out": p.loop for p in passes}
+        stop, rows = None, [str(p.loop) for p in passes]
+    components = [f"PC{k + 1}" for k in range(n_components)]
+
+    def examples(tokens: Int[Tensor, "batch pos"]) -> Trajectories:
+        n_pos = tokens.shape[1]
+        if over == "layers" and not -n_pos <= pos < n_pos:
+            raise LoopedError(f"pos={pos} was asked, but a prompt has {n_pos} tokens (0..{n_pos - 1}).")
+        width = 1 if over == "layers" else n_pos
+        if len(rows) * width <= n_components:
+            raise LoopedError(
+                f"n_components={n_components} was asked of {len(rows) * width} states, which span {len(rows) * width - 1} "
+                "directions around their mean; ask for fewer, or for more loops with n_loops=."
+            )
+
+        def states(read: Reader, state: InitialState) -> None:
+            def take(row: int, value: Tensor) -> None:
+                x = value[:, [pos]] if over == "layers" else value
+                read(slice(row * width, (row + 1) * width), (last_norm(deep, x) if after_norm else x).double())
+
+            visit(deep, tokens, hooks, take, stop=stop, initial_state=state)
+
+        shape = (len(tokens), len(rows) * width, deep.cfg.d_model)
+        mean, directions, explained, coordinates = (
+            part.cpu() for part in _principal_components(states, shape, n_components, initial_state, tokens.device)
+        )
+        axes, labels = ("layer", "component"), {"layer": rows, "component": components}
+        if over == "loop_ends":
+            axes = ("loop", "pos", "component")
+            labels = {"loop": rows, "pos": [str(p) for p in range(n_pos)], "component": components}
+            coordinates = coordinates.unflatten(1, (len(rows), n_pos))
+        found = zip(coordinates, explained, mean, directions, strict=True)
+        return Trajectories(tuple(Path(Grid(c, axes, labels, "coordinate"), e, m, d) for c, e, m, d in found), over, after_norm)
+
+    return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="trajectories")))
+
+
+def _principal_components(
+    states: Callable[[Reader, InitialState], None],
+    shape: tuple[int, int, int],
+    k: int,
+    initial_state: InitialState,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, `k` directions, their shares of the variance, and coordinates of what `states` reads, [batch, state, d_model]."""
+    batch, n, d_model = shape
+    if k > d_model:
+        raise LoopedError(f"n_components={k} was asked of states of {d_model} dimensions.")
+    coordinates = torch.empty(batch, n, k, dtype=torch.float64, device=device)
+    if n <= d_model:
+        x = torch.empty(batch, n, d_model, dtype=torch.float64, device=device)
+
+        def keep(rows: slice, value: Tensor) -> None:
+            x[:, rows] = value
+
+        states(keep, initial_state)
+        mean = x.mean(1)
+        x -= mean[:, None]
+        variance, vectors = torch.linalg.eigh(x @ x.mT)  # as many as states, fewer than dimensions
+        directions = vectors[..., -k:].flip(-1).mT @ x
+        directions = torch.nn.functional.normalize(directions, dim=-1)
+    else:
+        total = torch.zeros(batch, d_model, dtype=torch.float64, device=device)
+        moment = torch.zeros(batch, d_model, d_model, dtype=torch.float64, device=device)
+        origin: list[Tensor] = []  # near the states, so that little is lost when the mean is taken off afterwards
+
+        def add_up(rows: slice, value: Tensor) -> None:
+            origin[:] = origin or [value[:, :1]]
+            shifted = value - origin[0]
+            total.add_(shifted.sum(1))
+            moment.add_(shifted.mT @ shifted)
+
+        def project(rows: slice, value: Tensor) -> None:
+            coordinates[:, rows] = (value - mean[:, None]) @ directions.mT
+
+        states(add_up, rehearsal(initial_state))
+        mean = total / n
+        variance, vectors = torch.linalg.eigh(moment - n * mean[:, :, None] * mean[:, None])
+        mean = mean + origin[0][:, 0]
+        directions = vectors[..., -k:].flip(-1).mT
+    largest = directions.gather(-1, directions.abs().argmax(-1, keepdim=True))
+    directions = directions * torch.where(largest < 0, -1.0, 1.0)
+    if n <= d_model:
+        coordinates = x @ directions.mT
+    else:
+        states(project, initial_state)
+    whole = variance.sum(-1, keepdim=True)
+    if bool((whole <= 0).any()):
+        raise LoopedError("the states of a prompt are all the same, so they have no principal components.")
+    return mean, directions, variance[..., -k:].flip(-1).clamp(min=0) / whole, coordinates
