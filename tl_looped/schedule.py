@@ -22,6 +22,8 @@ _LOOP = re.compile(rf"(?:(\w+)\.)?loops\.{_INDEX}(?:\.blocks\.{_INDEX})?\.(.+)")
 
 # Which loops: one, a slice, several, every one, the last one. Everywhere the same; negative indices count from the end.
 LoopSelector = int | slice | Sequence[int] | Literal["all", "last"]
+# Which layers, positions or heads; None for all.
+Indices = int | slice | Sequence[int] | None
 
 
 class Site(NamedTuple):
@@ -283,6 +285,24 @@ def virtual_layer(name: str) -> int | None:
     """The virtual index in a TransformerLens name, `blocks.{i}` or `blocks.{i}.{hook}`; None for names outside the layers."""
     match = re.match(r"blocks\.(\d+)(?:\.|$)", name)
     return int(match[1]) if match else None
+
+
+def select_indices(asked: Indices, n: int, what: str) -> list[int]:
+    """The indices below `n` that were asked for, without repeats, in ascending order; negative ones count from the end.
+
+    Raises:
+        OutOfRangeError: an index that does not exist, or none at all.
+    """
+    if asked is None or isinstance(asked, slice):
+        chosen = list(range(n))[asked if isinstance(asked, slice) else slice(None)]
+    elif isinstance(asked, int) or (isinstance(asked, Sequence) and not isinstance(asked, str)):
+        indices = [asked] if isinstance(asked, int) else asked
+        chosen = sorted({_pick_one(i, n, what, what) for i in indices})
+    else:
+        raise LoopedError(f"{what}={asked!r} was asked; pass an int, a slice, a list of ints, or None for all.")
+    if not chosen:
+        raise OutOfRangeError(f"{asked!r} selects nothing: there are {n} {what}{_span(n)}.")
+    return chosen
 
 
 def is_pattern(name: str) -> bool:

@@ -16,6 +16,7 @@ from transformer_lens.utilities.slice import Slice
 from ..errors import LoopedError, UnknownNameError
 from ..schedule import LoopSelector, Site, is_pattern, virtual_layer
 from .decomposition import FINAL, REMAINDER, Decomposition, LogitAttribution, Reader, Write, branch_inputs
+from .run import Run
 
 Tokens = str | int | Int[Tensor, ""] | Int[Tensor, "batch"] | Int[Tensor, "batch pos"]
 Unit = Literal["component", "layer", "head"]
@@ -48,23 +49,26 @@ class LoopedCache(ActivationCache):
     """
 
     model: Any  # a LoopedBridge; TransformerLens's own annotation knows less
+    run: Run | None = None  # what made these activations, where a whole run did
     _streams: Callable[[], Tensor | None] = staticmethod(lambda: None)
 
     def __getitem__(self, key: Any) -> Tensor:
-        if isinstance(key, str) and key not in self.cache_dict:
-            key = self._one_name(key)
-        elif isinstance(key, tuple) and len(key) > 1 and key[1] is not None:
-            key = (key[0], self.model.schedule.layer(key[1]), *key[2:])
-        try:
-            return super().__getitem__(key)
-        except KeyError:
-            name = key if isinstance(key, str) else get_act_name(*key)
-            if name.removesuffix("_grad") not in self.model.hook_dict:
-                raise self.model.unknown_name(name) from None
-            raise UnknownNameError(
-                f"{name!r} exists, but was not cached in this run; name it in names_filter. "
-                f"The cache holds {len(self.cache_dict)} entries."
-            ) from None
+        if not isinstance(key, (str, tuple)) or not key:
+            raise LoopedError(
+                f'cache[{key!r}] was asked; pass a name, or a short name and a virtual layer: cache["pattern", 3].'
+            )
+        if isinstance(key, tuple):
+            layer = key[1] if len(key) > 1 else None
+            key = get_act_name(key[0], None if layer is None else self.model.schedule.layer(layer), *key[2:])
+        name = key if key in self.cache_dict else self._one_name(key)
+        if name in self.cache_dict:
+            return self.cache_dict[name]
+        if name.removesuffix("_grad") not in self.model.hook_dict:
+            raise self.model.unknown_name(name)
+        raise UnknownNameError(
+            f"{name!r} exists, but was not cached in this run; name it in names_filter, and run that far. "
+            f"The cache holds {len(self.cache_dict)} entries."
+        )
 
     def __contains__(self, key: object) -> bool:
         try:
@@ -75,8 +79,11 @@ class LoopedCache(ActivationCache):
     def _one_name(self, key: str) -> str:
         if is_pattern(key):
             raise LoopedError(f"{key!r} may stand for several activations; use cache.stack_loops(name, layer, loops).")
-        names = self.model.expand_name(key, check=False)
-        return names[0] if names[0] in self.cache_dict else get_act_name(names[0])
+        name = self.model.expand_name(key, check=False)[0]
+        name = name if name in self.cache_dict else get_act_name(name)
+        point = self.model.hook_dict.get(name.removesuffix("_grad"))  # which may be cached under its other name only
+        other = name if point is None else f"{point.name}{'_grad' * name.endswith('_grad')}"
+        return other if other in self.cache_dict else name
 
     # Reading by loop.
 
@@ -119,9 +126,10 @@ class LoopedCache(ActivationCache):
         """One activation of every loop, stacked.
 
         Args:
-            name: TransformerLens's short name ("pattern", "resid_post", "z", ...) or the hook of a layer ("attn.hook_z"); or a
-                hook that only passes have ("hook_state", "hook_injection", "hook_exit_logit"), without layer.
-            layer: one layer inside the loop; None for all, with a layer axis after the loop axis.
+            name: as in `at`: TransformerLens's short name ("pattern", "resid_post", ...) or a hook ("attn.hook_z"). Without
+                `layer`, a name that passes have is the pass's: "hook_state", "hook_injection", "hook_in", "hook_out",
+                "hook_exit_logit", "norm.hook_scale".
+            layer: one layer inside the loop; None for all, with a layer axis after the loop axis, or for the pass itself.
             loops: which loops: an int, a slice, several ints, "all" or "last".
             stack: "L" or "H" for HRM-Text; not needed elsewhere.
 
@@ -133,9 +141,10 @@ class LoopedCache(ActivationCache):
         """
         schedule, looped = self.model.schedule, self.model.schedule.looped_stack(stack)
         chosen = schedule.select_loops(loops, looped)
-        layers = range(schedule.stacks[looped]) if layer is None else [layer]
-        if layer is None and name in ("hook_state", "hook_injection", "hook_exit_logit"):
+        a_pass = schedule.pass_prefix(schedule.passes_of(0, looped)[0])
+        if layer is None and f"{a_pass}.{_hook(name)}" in self.model.hook_dict:
             return torch.stack([self.at(loop=loop, stack=looped)[name] for loop in chosen])
+        layers = range(schedule.stacks[looped]) if layer is None else [layer]
         rows = []
         for loop in chosen:
             cells = [self.at(loop, j, looped)[name] for j in layers]
@@ -158,16 +167,9 @@ class LoopedCache(ActivationCache):
         others = [p for p in schedule.passes if p.index // per_loop not in kept]
         dropped = tuple(f"blocks.{i}." for p in others for i in p.layers) + tuple(f"{schedule.pass_prefix(p)}." for p in others)
         entries = {name: value for name, value in self.cache_dict.items() if not name.startswith(dropped)}
-        return LoopedCache(entries, self.model, self.has_batch_dim)
-
-    def apply_slice_to_batch_dim(self, batch_slice: Any) -> LoopedCache:
-        """The cache of some rows of the batch, as in TransformerLens.
-
-        Args:
-            batch_slice: a TransformerLens `Slice`, or what one is made of.
-        """
-        sliced = super().apply_slice_to_batch_dim(batch_slice)
-        return LoopedCache(sliced.cache_dict, self.model, sliced.has_batch_dim)
+        selected = LoopedCache(entries, self.model, self.has_batch_dim)
+        selected.run = self.run
+        return selected
 
     # Decomposing the residual stream.
 
@@ -670,6 +672,16 @@ class LoopedCache(ActivationCache):
         return (stacked.squeeze(-1) if project.ndim == 1 else stacked), labels
 
 
+def _new_cache(cls: type, cache_dict: Any = None, model: Any = None, *args: Any, **kwargs: Any) -> ActivationCache:
+    """`ActivationCache(activations, model)` is a `LoopedCache` if the model loops."""
+    looped = cls is ActivationCache and hasattr(model, "looped_cfg")
+    return object.__new__(LoopedCache if looped else cls)
+
+
+# Caches made from caching hooks go through TransformerLens's constructor; its methods would add up what is no running sum.
+ActivationCache.__new__ = _new_cache  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class CacheView(Mapping[str, Tensor]):
     """The activations of one layer or pass of a `LoopedCache`; made by `LoopedCache.at`.
 
@@ -680,10 +692,9 @@ class CacheView(Mapping[str, Tensor]):
         self.cache, self.prefix = cache, prefix
 
     def __getitem__(self, name: str) -> Tensor:
-        if "." in name or name.startswith("hook_"):
-            return self.cache[f"{self.prefix}.{name}"]
         layer = virtual_layer(self.prefix)
-        return self.cache[f"{self.prefix}.hook_{name}"] if layer is None else self.cache[name, layer]
+        short = _hook(name) != name
+        return self.cache[name, layer] if short and layer is not None else self.cache[f"{self.prefix}.{_hook(name)}"]
 
     def __iter__(self) -> Iterator[str]:
         start = f"{self.prefix}."
@@ -695,6 +706,11 @@ class CacheView(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"CacheView({self.cache.model.schedule.loop_name(f'{self.prefix}.hook')[:-5]!r}, {list(self)})"
+
+
+def _hook(name: str) -> str:
+    """A hook's name; "out" is short for "hook_out"."""
+    return name if "." in name or name.startswith("hook_") else f"hook_{name}"
 
 
 def _slice(positions: Any) -> Slice:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +29,7 @@ from .adapter import LoopedArchitectureAdapter, bridge_config
 from .cache import LoopedCache
 from .generation import GeneratingBridge
 from .processing import check_options, check_running_sum, check_shared, has_output_bias, process_weights
+from .run import Run
 
 NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
@@ -101,8 +102,8 @@ class LoopedBridge(GeneratingBridge):
         """Load a looped checkpoint.
 
         Args:
-            name_or_dir: a Hub id, or a directory of the same layout. Only `config.json`, tensors and tokenizer files are read;
-                no remote code is run.
+            name_or_dir: a Hub id, a directory of the same layout, or a bundled toy such as "toy:hop". Only `config.json`,
+                tensors and tokenizer files are read; no remote code is run.
             n_loops: how often to loop (H cycles for HRM-Text); None for what the checkpoint says.
             l_cycles: L cycles per H cycle (HRM-Text).
             revision: branch, tag or commit on the Hub.
@@ -199,6 +200,20 @@ class LoopedBridge(GeneratingBridge):
             anchor_steps=steps if strategy == "anchored" else 1,
         )
         return cls(loading.load_model(checkpoint, cfg=cfg), tokenizer, f"looped {type(hf_model).__name__}")
+
+    @staticmethod
+    def boot_transformers(*args: Any, **kwargs: Any) -> NoReturn:
+        """Refused, as TransformerLens's other ways to make a bridge: what it loads has one name for all passes of a layer.
+
+        Raises:
+            LoopedError: always.
+        """
+        raise LoopedError(
+            "a bridge of TransformerLens's own was asked, in which all passes of a layer have one name; use "
+            "LoopedBridge.from_pretrained, from_hf, from_config or loop_layers."
+        )
+
+    boot_native = boot_tl_legacy = boot_transformers
 
     def unroll(self, n_loops: int) -> LoopedBridge:
         """The same model with another number of loops: the same parameters, no copy, its own hooks.
@@ -306,11 +321,22 @@ class LoopedBridge(GeneratingBridge):
         move_to_device: bool = True,
         truncate: bool = False,
     ) -> Int[Tensor, "batch pos"]:
-        """Tokens of a text, as in TransformerBridge; a text longer than the context is cut only if `truncate` is True."""
+        """Tokens of a text, as in TransformerBridge; a text longer than the context is cut only if `truncate` is True.
+
+        Raises:
+            LoopedError: there is no tokenizer, or it has no token for a part of the text.
+        """
         if self.tokenizer is None:
             raise LoopedError("text was given, but this model has no tokenizer; pass tokens, or load it with tokenizer=.")
         self._refresh_cfg()
-        return super().to_tokens(input, prepend_bos, padding_side, move_to_device, truncate)
+        try:
+            return super().to_tokens(input, prepend_bos, padding_side, move_to_device, truncate)
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            raise LoopedError(  # what a tokenizer without an unknown token raises has no class of its own
+                f"the tokenizer has no token for a part of {input!r} ({error}); see model.tokenizer.get_vocab()."
+            ) from error
 
     def _refresh_cfg(self) -> None:
         """Say in `cfg` where the parameters are; another unroll of them may have been moved."""
@@ -512,7 +538,9 @@ class LoopedBridge(GeneratingBridge):
     def _expand_filter(self, names_filter: NamesFilter) -> list[str] | Callable[[str], bool] | None:
         if names_filter is None or callable(names_filter):
             return names_filter
-        names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+        names = (
+            list(names_filter) if isinstance(names_filter, Iterable) and not isinstance(names_filter, str) else [names_filter]
+        )
         if wrong := [name for name in names if not isinstance(name, str)]:
             raise LoopedError(f"names_filter holds {wrong[0]!r}; pass a name, names or patterns, or one function of names.")
         return list(dict.fromkeys(n for name in names for n in self.expand_name(name)))
@@ -558,15 +586,22 @@ class LoopedBridge(GeneratingBridge):
         if stop_at_layer is not None:  # the model stops by itself; TransformerLens would unwind with an exception
             kwargs |= {"stop": self._stop(stop_at_layer), "return_type": "logits"}
         chosen = self._expand_filter(names_filter)
+        record = Run.of(self, input, kwargs)
         run: Any = super().run_with_cache
         output, cache = run(input, return_cache_object, remove_batch_dim, chosen, None, *args, **kwargs)
         if not return_cache_object:
             return output, cache
-        return output, LoopedCache(cache.cache_dict, self, has_batch_dim=cache.has_batch_dim)
+        looped = LoopedCache(cache.cache_dict, self, has_batch_dim=cache.has_batch_dim)
+        looped.run = record
+        return output, looped
 
     def get_caching_hooks(self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> Any:
         """Caching hooks as in TransformerBridge; names may be loop-indexed and may be patterns."""
         return super().get_caching_hooks(self._expand_filter(names_filter), *args, **kwargs)
+
+    def block_hooks(self, layer_idx: int) -> list[str]:
+        """The hook names of a virtual layer, relative to it; negative indices count from the end."""
+        return super().block_hooks(self.schedule.layer(layer_idx))
 
     def get_hook_point(self, hook_name: str) -> HookPoint | None:
         """The hook point of a name in either spelling, or None."""

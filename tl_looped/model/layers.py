@@ -7,6 +7,8 @@ to trust.
 
 from __future__ import annotations
 
+import weakref
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -34,15 +36,29 @@ class KeyValueCache(Protocol):
     def get_seq_length(self, layer_idx: int = 0) -> int: ...
 
 
-@dataclass
+@dataclass(eq=False)
 class Inputs:
-    """What every layer of a run reads beside the residual stream."""
+    """What every layer of a run reads beside the residual stream; hooks ask `running()` for it."""
 
     rope: tuple[Tensor, Tensor] | None
     # Attention masks by window (None: no window), True where a query may look; None means plain causal.
     masks: dict[int | None, Bool[Tensor, "#batch 1 query key"] | None]
     cache: KeyValueCache | None = None
     value_embeds: dict[int, Float[Tensor, "batch pos kv_width"]] = field(default_factory=dict)
+    past: int = 0  # positions of the text before the first one that is run
+
+    def enter(self) -> None:
+        """What runs from now on reads these inputs."""
+        _running.set(weakref.ref(self))
+
+
+_running: ContextVar[weakref.ref[Inputs] | None] = ContextVar("running", default=None)
+
+
+def running() -> Inputs | None:
+    """The inputs of the layers that are being run; an object of its own in every run, and in every step of a generation."""
+    reference = _running.get()
+    return None if reference is None else reference()
 
 
 def is_observed(slot: nn.Module) -> bool:

@@ -23,6 +23,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 OnLoop = Callable[[int, Tensor], None]
+OnLayer = Callable[[int, "Stream", Inputs], None]
 Begun = tuple[Tensor, dict[str, Tensor]]  # the injected embedding, and the state of every stack before its first pass
 
 
@@ -175,6 +176,7 @@ class LoopedModel(nn.Module):
         stop: int | None = None,
         injection: Float[Tensor, "batch pos d_model"] | None = None,
         on_loop: OnLoop | None = None,
+        on_layer: OnLayer | None = None,
         early_exit: EarlyExit | None = None,
     ) -> LoopedOutput:
         """Run the model, or a part of it.
@@ -194,6 +196,8 @@ class LoopedModel(nn.Module):
             stop: run up to this virtual layer, exclusive, and return its input.
             injection: with `start`, what is injected in the pass of that layer, for families that inject.
             on_loop: called with (loop, logits) after every loop, with what the model would answer if it stopped there.
+            on_layer: called with (layer, stream, inputs) before a virtual layer runs, and with `n_layers` after the last one;
+                first with -1, when the stream is the embedding. It may read them, or change them.
             early_exit: a generation under an exit policy, which keeps its own cache; the logits are those of the last position.
 
         Raises:
@@ -201,9 +205,9 @@ class LoopedModel(nn.Module):
         """
         schedule = self.cfg.schedule
         if early_exit is not None:
-            if not (loop is start is stop is injection is on_loop is None):
+            if not (loop is start is stop is injection is on_loop is on_layer is None):
                 raise LoopedError(
-                    "an exit policy decides which loop is read; loop=, start=, stop=, on_loop= do not go with it."
+                    "an exit policy decides which loop is read; loop=, start=, stop=, on_loop=, on_layer= do not go with it."
                 )
             x = self._embed(input_ids, inputs_embeds, start)
             x = early_exit.step(self, x, input_ids, attention_mask, position_ids, token_type_ids, initial_state)
@@ -231,6 +235,7 @@ class LoopedModel(nn.Module):
             masks=self._masks(x, attention_mask, token_type_ids, past),
             cache=past_key_values,
             value_embeds=self._value_embeds(input_ids),
+            past=past,
         )
 
         stream = Stream(x)
@@ -241,10 +246,14 @@ class LoopedModel(nn.Module):
             elif injection is not None:
                 stream.states[other_stack(entry.stack)] = injection
         layers = [i for i in (*range(last.layers.stop), *self._coda) if i >= part.first]
+        if on_layer is not None:
+            on_layer(-1, stream, inputs)
         for i in self.steps(stream, layers, inputs, part.is_restart, lambda x: self._begin(x, initial_state, positions)):
+            if on_layer is not None:
+                on_layer(i, stream, inputs)
             if i == part.stop:
-                return LoopedOutput(stream.x, past_key_values)
-            if on_loop is not None and (p := self._pass_ending.get(i - 1)) and p is not last and p.stack == last.stack:
+                return LoopedOutput(stream.x, inputs.cache)
+            if on_loop is not None and (p := self._pass_before(i)) is not None and p.stack == last.stack:
                 x = self.loop_output(stream.states[p.stack], stream.anchor)
                 for j in self._coda:
                     x = self.blocks[j](x, inputs)
@@ -252,7 +261,7 @@ class LoopedModel(nn.Module):
         x = self._logits(stream.x)
         if on_loop is not None:
             on_loop(last.loop, x)
-        return LoopedOutput(x, past_key_values)
+        return LoopedOutput(x, inputs.cache)
 
     def steps(
         self, stream: Stream, layers: Sequence[int], inputs: Inputs, is_restart: bool, begin: Callable[[Tensor], Begun]
@@ -272,6 +281,7 @@ class LoopedModel(nn.Module):
         """
         before = None
         for i in layers:
+            inputs.enter()
             if not (is_restart and before is None):
                 self._cross(before, i, stream, begin)
             yield i
@@ -279,6 +289,11 @@ class LoopedModel(nn.Module):
             before = i
         yield self.cfg.schedule.n_layers
         self._cross(before, None, stream, begin)
+
+    def _pass_before(self, layer: int) -> Pass | None:
+        """The pass that ends where another begins with this layer."""
+        started = self._pass_starting.get(layer)
+        return self.cfg.schedule.passes[started.index - 1] if started and started.index else None
 
     def _cross(self, before: int | None, after: int | None, stream: Stream, begin: Callable[[Tensor], Begun]) -> None:
         """What lies between two layers: the end of a pass, the beginning of one, the end of the loop."""

@@ -1,0 +1,219 @@
+"""One run, made once, and patches of it, many in one batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .bridge.cache import LoopedCache
+from .bridge.looped_bridge import LoopedBridge
+from .errors import LoopedError
+from .model import LoopedModel
+from .model.initial_state import InitialState
+from .model.layers import is_observed
+from .model.rerun import Recording, rerun
+from .schedule import check_count
+
+Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Any]
+
+MEMORY_SHARE = 0.25  # of the free memory, for a batch of patches
+CPU_TOKENS = 2048  # rows x positions: on a CPU, matrix products gain nothing from more
+LOGITS_AT_ONCE = 2**24
+
+
+class Edit(NamedTuple):
+    """A patch of one activation: its hook, what replaces it, and where (a mask of the axes after the batch)."""
+
+    hook: str
+    value: Float[Tensor, "batch ..."]
+    where: Bool[Tensor, ...]
+
+
+class Cell(NamedTuple):
+    """Patches that are made together.
+
+    Args:
+        edits: the patches.
+        entry: the last layer whose input they do not touch; -1 for none.
+        start: the first position that they touch.
+    """
+
+    edits: list[Edit]
+    entry: int
+    start: int
+
+
+def position_axis(hook: str) -> int:
+    """The axis of an activation, counted after the batch, that runs over the positions that are computed."""
+    return 1 if hook.endswith("hook_pattern") else 0
+
+
+class Patcher:
+    """A run to patch.
+
+    Args:
+        model: the model. Hooks that are attached act in every run; patches are then made one by one, at all positions.
+        tokens: text or tokens.
+        metric: logits -> a scalar, or one number per row of the batch.
+        hooks: the activations that will be patched.
+        initial_state: of the run.
+        inputs: what else the run takes.
+        max_batch: how many rows (patches x batch) to run at once; None for what memory allows and the CPU gains from.
+
+    Raises:
+        LoopedError: the metric returns neither a scalar nor [batch].
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: LoopedBridge,
+        tokens: Any,
+        metric: Metric,
+        hooks: Sequence[str],
+        initial_state: InitialState,
+        inputs: dict[str, Any],
+        max_batch: int | None,
+    ):
+        self.model, self.metric = model, metric
+        self.max_batch = max_batch if max_batch is None else check_count("max_batch", max_batch)
+        self.one_by_one = any(is_observed(hook) for hook in model.hook_dict.values())
+        # A bidirectional prefix lets early positions see late ones.
+        self.is_causal = inputs.get("token_type_ids") is None and not self.one_by_one
+        self.recording = Recording(initial_state, keys=self.is_causal)
+        self.logits, found = model.run_with_cache(
+            tokens, names_filter=list(hooks), on_layer=self.recording, initial_state=initial_state, **inputs
+        )
+        self.base = cast(LoopedCache, found)
+        self.n_rows, self.n_pos = self.logits.shape[:2]
+        self.baseline = self.score(self.logits)
+        self._different: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def score(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "*example"]:
+        """The metric, checked."""
+        value = torch.as_tensor(self.metric(logits)).detach()
+        if value.shape not in ((), (len(logits),)):
+            raise LoopedError(
+                f"metric returned shape {tuple(value.shape)} for logits {tuple(logits.shape)}; it must return a scalar, or one "
+                f"number for each of the {len(logits)} rows of the batch."
+            )
+        return value
+
+    def is_idle(self, cell: Cell) -> bool:
+        """Whether the patches change nothing; what they would measure is the run itself."""
+        return not any(bool((self._differs(edit) & edit.where).any()) for edit in cell.edits)
+
+    def _differs(self, edit: Edit) -> Bool[Tensor, ...]:
+        """Where the value of an edit differs from the run, in some row."""
+        known = self._different.get(edit.hook)
+        if known is None or known[0] is not edit.value:
+            differs = (edit.value != self.base[edit.hook]).any(0)
+            known = (edit.value, differs.any(-1, keepdim=True) if edit.where.shape[-1] == 1 else differs)
+            self._different[edit.hook] = known
+        return known[1]
+
+    @torch.no_grad()
+    def run(self, cells: Sequence[Cell], verbose: bool, what: str) -> Float[Tensor, cell * example]:
+        """The metric after each cell."""
+        values: list[Tensor] = [self.baseline] * len(cells)
+        with tqdm(total=len(cells), desc=what, disable=not verbose) as bar:
+            changing = [c for c, cell in enumerate(cells) if not self.is_idle(cell)]
+            bar.update(len(cells) - len(changing))
+            for chunk in self._chunks(cells, changing):
+                for c, value in zip(chunk, self._run([cells[c] for c in chunk]), strict=True):
+                    values[c] = value
+                bar.update(len(chunk))
+        return torch.stack(values)
+
+    def _chunks(self, cells: Sequence[Cell], changing: list[int]) -> Iterator[list[int]]:
+        """Batches of cells that share first positions, each in the order of their entries."""
+        if self.is_causal:
+            changing = sorted(changing, key=lambda c: (cells[c].start, cells[c].entry))
+        else:
+            changing = sorted(changing, key=lambda c: cells[c].entry)
+        while changing:
+            size = self._size(cells[changing[0]])
+            yield sorted(changing[:size], key=lambda c: cells[c].entry)
+            changing = changing[size:]
+
+    def _size(self, first: Cell) -> int:
+        if self.one_by_one:
+            return 1
+        if self.max_batch is not None:
+            return max(1, self.max_batch // self.n_rows)
+        n_pos = self.n_pos - (first.start if self.is_causal else 0)
+        size = int(MEMORY_SHARE * free_memory(self.logits.device)) // (self.n_rows * self._row_bytes(n_pos))
+        if self.logits.device.type == "cpu":
+            size = min(size, CPU_TOKENS // (self.n_rows * n_pos))
+        return max(1, size)
+
+    def _row_bytes(self, n_pos: int) -> int:
+        """Upper estimate of the memory that a row needs while it runs through a layer."""
+        cfg = self.model.looped_cfg
+        widths = 8 * cfg.d_model + 3 * cfg.d_mlp + 4 * cfg.n_heads * cfg.d_head + 4 * cfg.n_heads * self.n_pos
+        return self.logits.element_size() * (n_pos * widths + 4 * self.n_pos * cfg.n_kv_heads * cfg.d_head)
+
+    def _run(self, cells: list[Cell]) -> Iterator[Tensor]:
+        """The metric after each of the cells, which are in the order of their entries, from one batch."""
+        start = min(cell.start for cell in cells) if self.is_causal else 0
+        plain = cast(LoopedModel, self.model.original_model)
+        by_hook: dict[str, list[tuple[int, Edit]]] = {}
+        for c, cell in enumerate(cells):
+            for edit in cell.edits:
+                by_hook.setdefault(edit.hook, []).append((c, edit))
+        with self.model.hooks(fwd_hooks=[(name, self._patch(edits, start)) for name, edits in by_hook.items()]):
+            x = rerun(plain, self.recording, [cell.entry for cell in cells], start)
+        per_cell = x.unflatten(0, (len(cells), self.n_rows))
+        at_once = max(1, LOGITS_AT_ONCE // (self.n_rows * x.shape[1] * self.model.looped_cfg.d_vocab))
+        for group in per_cell.split(at_once):
+            logits = plain._logits(group.flatten(0, 1)).unflatten(0, (-1, self.n_rows))
+            for part in logits:
+                yield self.score(torch.cat((self.logits[:, :start], part), dim=1) if start else part)
+
+    def _patch(self, edits: list[tuple[int, Edit]], start: int) -> Callable[..., Tensor]:
+        def patch(activation: Tensor, hook: object) -> Tensor:
+            patched = activation.clone()
+            for c, edit in edits:
+                axis = position_axis(edit.hook)
+                value, where = edit.value, edit.where
+                if start:
+                    value = value.narrow(axis + 1, start, value.shape[axis + 1] - start)
+                    where = where.narrow(axis, start, where.shape[axis] - start)
+                rows = slice(c * self.n_rows, (c + 1) * self.n_rows)
+                patched[rows] = torch.where(where, value, activation[rows])
+            return patched
+
+        return patch
+
+    def fitting(self, values: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Activations of another run that can be patched into this one.
+
+        Raises:
+            LoopedError: they have other shapes.
+        """
+        found = {}
+        for hook, value in values:
+            base = self.base[hook]
+            if value.shape != base.shape:
+                raise LoopedError(
+                    f"{hook} has shape {tuple(value.shape)} in the run that patches come from, but {tuple(base.shape)} in the "
+                    "one that is patched; both prompts must have the same number of rows and positions."
+                )
+            found[hook] = value.detach().to(base.device, base.dtype)
+        return found
+
+
+def free_memory(device: torch.device) -> int:
+    """Free memory of a device, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # systems that do not say
+        return 2**31

@@ -1,0 +1,68 @@
+"""`Run`: which run a cache came from, so that it can be run again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.layers import is_observed
+
+# Runs with these are no whole runs; what they computed cannot be had again from the record.
+PARTIAL = ("start_at_layer", "stop_at_layer", "start", "stop", "injection", "past_key_values", "use_cache", "loop")
+INPUTS = ("attention_mask", "position_ids", "token_type_ids", "prepend_bos", "padding_side")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The arguments of one whole run of a model.
+
+    Args:
+        input: text, texts or tokens.
+        initial_state: as in `LoopedBridge.forward`; a generator is kept as a copy in the state that it was given in.
+        inputs: what else the run was given, such as `attention_mask`.
+        hooked: whether hooks were attached that may have changed what the run computed.
+    """
+
+    input: Any
+    initial_state: Any
+    inputs: dict[str, Any]
+    hooked: bool
+
+    @classmethod
+    def of(cls, model: Any, input: Any, kwargs: dict[str, Any]) -> Run | None:
+        """The record of a run that is about to begin; None if it is only a part of one."""
+        if any(kwargs.get(name) is not None for name in PARTIAL):
+            return None
+        state = kwargs.get("initial_state")
+        if isinstance(state, torch.Generator):
+            state = copied_generator(state)
+        return cls(
+            input,
+            state,
+            {name: kwargs[name] for name in INPUTS if kwargs.get(name) is not None},
+            any(is_observed(hook) for hook in model.hook_dict.values()),
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments that repeat the run."""
+        state = self.initial_state
+        return {**self.inputs, "initial_state": copied_generator(state) if isinstance(state, torch.Generator) else state}
+
+    def starts_like(self, other: Any) -> bool:
+        """Whether another `initial_state` argument means the same state."""
+        mine = self.initial_state
+        if isinstance(mine, torch.Generator) and isinstance(other, torch.Generator):
+            return torch.equal(mine.get_state(), other.get_state())
+        if isinstance(mine, Tensor) and isinstance(other, Tensor):
+            return mine.shape == other.shape and torch.equal(mine.to(other.device, other.dtype), other)
+        return type(mine) is type(other) and mine == other
+
+
+def copied_generator(generator: torch.Generator) -> torch.Generator:
+    """A generator that will draw what this one would."""
+    twin = torch.Generator(generator.device)
+    twin.set_state(generator.get_state())
+    return twin
