@@ -1,0 +1,346 @@
+"""Where tokens end: at a fixed point, on an orbit, or still sliding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from ..bridge.looped_bridge import LoopedBridge
+from ..errors import LoopedError
+from ..model.initial_state import InitialState
+from ..results import Estimate, Grid, Result
+from ..schedule import check_count
+from ._prompts import Prompts, at_depth, token_batches
+from ._streaming import layer_hooks, need_loops, rehearsal, visit, wide
+
+LABELS = ("fixed", "orbit", "slider", "unknown")
+FIXED, ORBIT, SLIDER, UNKNOWN = range(4)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a token counts as fixed, orbit, slider or unknown, by `c[t] = cos(x[t], x[last])` (arXiv 2604.11791, appendix C).
+
+    The body of the paper's Algorithm 1 is not public; only `tau` and `rho` are. This is a reconstruction, and absolute numbers
+    move with its parameters. After `warm_up` loops a token is, whichever holds first,
+
+    - fixed, if `1 - c[t] < tau` in at least a share `rho` of the loops;
+    - slider, if `c` rises steadily to the end: its net rise is at least `rho` times the sum of all its changes;
+    - orbit, if it comes back to where it ends: at least `returns` times `1 - c` grows beyond `2 tau` after it was below `tau`
+      (the end is such a place, so every departure has its return);
+    - unknown otherwise.
+
+    Args:
+        tau: how near counts as there; the paper's 0.05.
+        rho: the paper's 0.9.
+        warm_up: loops left out at the beginning; None for a quarter of them (our choice).
+        returns: least number of returns of an orbit (our choice).
+
+    Example:
+        >>> import torch
+        >>> t = torch.arange(128) * 1.0
+        >>> signals = torch.stack([1 - 0.5**t, (0.7 * (t - 127)).cos(), (0.01 * (t - 127)).cos()], 1)
+        >>> [LABELS[i] for i in Rule().classify(signals).tolist()]
+        ['fixed', 'orbit', 'slider']
+    """
+
+    tau: float = 0.05
+    rho: float = 0.9
+    warm_up: int | None = None
+    returns: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("tau", "rho"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not 0 < value <= 1:
+                raise LoopedError(f"{name}={value!r} was asked, but {name} lies between 0 and 1.")
+        check_count("warm_up", 0 if self.warm_up is None else self.warm_up, 0)
+        check_count("returns", self.returns)
+
+    def classify(self, signal: Float[Tensor, loop * token]) -> Int[Tensor, "*token"]:
+        """The place in `LABELS` of every token.
+
+        Args:
+            signal: cosine to the last loop's state, which the last entry belongs to.
+
+        Raises:
+            LoopedError: fewer than four loops after the warm-up.
+        """
+        warm_up = len(signal) // 4 if self.warm_up is None else self.warm_up
+        if len(signal) - warm_up < 4:
+            raise LoopedError(
+                f"{len(signal)} loops with warm_up={warm_up} leave fewer than 4 to judge by; pass a larger n_loops= or a "
+                "shorter warm-up."
+            )
+        c = signal[warm_up:]
+        near = 1 - c < self.tau
+        fixed = near.double().mean(0) >= self.rho
+        slider = c[-1] - c[0] >= self.rho * c.diff(dim=0).abs().sum(0)
+        inside = torch.zeros_like(near[0])
+        departures = torch.zeros_like(inside, dtype=torch.long)
+        for close, far in zip(near, 1 - c > 2 * self.tau, strict=True):
+            departures += inside & far
+            inside = (inside & ~far) | close
+        label = torch.where(departures >= self.returns, ORBIT, UNKNOWN)
+        return torch.where(fixed, FIXED, torch.where(slider, SLIDER, label))
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBehaviour:
+    """How the tokens of one example end.
+
+    Args:
+        labels: the place in `LABELS`.
+        rotation_power: share of the power of the state around its mean that is in the period asked for.
+        steps_to_settle: the first loop that moved the state by less than `settle`; NaN if none did.
+        signal: cosine to the last loop's state; None unless kept.
+    """
+
+    labels: Int[Tensor, "layer pos"]
+    rotation_power: Float[Tensor, "layer pos"]
+    steps_to_settle: Float[Tensor, "layer pos"]
+    signal: Float[Tensor, "loop layer pos"] | None
+
+
+@dataclass(frozen=True, eq=False)
+class LimitingBehaviour(Result):
+    """What `limiting_behaviour` found; `a + b` has the examples of both.
+
+    Args:
+        examples: the tokens of every example, in the order of the prompts.
+        rule: what the labels mean.
+        period: of `rotation_power`, in loops.
+        window: how many of the last loops it was taken over.
+        settle: the step length of `steps_to_settle`.
+        stack: the looped stack.
+        n_loops: how many loops it ran.
+    """
+
+    examples: tuple[TokenBehaviour, ...]
+    rule: Rule
+    period: int
+    window: int
+    settle: float
+    stack: str
+    n_loops: int
+
+    @property
+    def _layers(self) -> list[str]:
+        return [str(j) for j in range(len(self.examples[0].labels))]
+
+    @property
+    def counts(self) -> Grid:
+        """How many tokens of all examples have each label, axes (layer, label)."""
+        labels = torch.cat([example.labels for example in self.examples], 1)
+        values = torch.stack([(labels == k).sum(1) for k in range(len(LABELS))], 1)
+        return Grid(values, ("layer", "label"), {"layer": self._layers, "label": [*LABELS]}, "tokens")
+
+    @property
+    def fractions(self) -> Estimate:
+        """The share of the tokens of an example with each label, mean over examples, axes (layer, label).
+
+        The share of all tokens, in which longer examples count more, is `counts` over its sum.
+        """
+        rows = [torch.stack([(e.labels == k).double().mean(1) for k in range(len(LABELS))], 1) for e in self.examples]
+        labels = {"layer": self._layers, "label": [*LABELS]}
+        return Estimate.of(torch.stack(rows), ("layer", "label"), labels, "fraction")
+
+    @property
+    def rotation_power(self) -> Estimate:
+        """The rotation power, mean over the tokens of an example, then over examples, axis (layer)."""
+        rows = torch.stack([example.rotation_power.double().mean(1) for example in self.examples])
+        return Estimate.of(rows, ("layer",), {"layer": self._layers}, "rotation_power")
+
+    @property
+    def co_occurrence(self) -> Grid:
+        """P(a token has a label in any layer | it has `given` in any layer), axes (given, label); NaN where no token has it."""
+        labels = torch.cat([example.labels for example in self.examples], 1)
+        has = torch.stack([(labels == k).any(0) for k in range(len(LABELS))]).double()
+        both = has @ has.T
+        values = both / both.diagonal()[:, None]
+        return Grid(values, ("given", "label"), {"given": [*LABELS], "label": [*LABELS]}, "probability")
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with a row per (example, layer, pos): label, rotation power and steps to settle."""
+        import pandas as pd
+
+        frames = []
+        for n, e in enumerate(self.examples):
+            layer, pos = (i.flatten().tolist() for i in torch.meshgrid(*map(torch.arange, e.labels.shape), indexing="ij"))
+            columns = {"layer": layer, "pos": pos, "label": [LABELS[k] for k in e.labels.flatten().tolist()]}
+            numbers = {name: getattr(e, name).flatten().tolist() for name in ("rotation_power", "steps_to_settle")}
+            frames.append(pd.DataFrame({"example": n, **columns, **numbers}))
+        return pd.concat(frames, ignore_index=True)
+
+    def plot(self) -> Any:
+        """A plotly heat map of the share of tokens with each label in every layer."""
+        return self.fractions.plot(f"after {self.n_loops} loops")
+
+
+def limiting_behaviour(
+    model: LoopedBridge,
+    prompts: Prompts,
+    *,
+    n_loops: int | None = 128,
+    rule: Rule | None = None,
+    period: int = 6,
+    window: int = 24,
+    settle: float = 0.1,
+    keep_signal: bool = False,
+    stack: str | None = None,
+    initial_state: InitialState = None,
+    verbose: bool = True,
+) -> LimitingBehaviour:
+    """How every token ends in every layer: at a fixed point, on an orbit, sliding, or none of these (arXiv 2604.11791, app. C).
+
+    States are residual streams leaving the layers (`hook_resid_post`). The label follows from the cosine to the last loop's
+    state; see `Rule`, which is a reconstruction. The rotation power is the share of the power of the discrete Fourier transform
+    over the last `window` loops, without the constant, at `period` loops, over all of d_model: 1 for a rotation of that period;
+    0 where the state moves by less than the resolution of the dtype. (Varaksin et al. 2026 use period 6, window 24 and call
+    more than 0.6677 a rotation.) Steps to settle count to the first loop whose step is shorter than `settle` in the units of
+    the stream, their 0.1 for Huginn; choose it anew for a model of another scale.
+
+    Each batch is run twice, first for the last loop's states. Beside the run, five loops of residual streams are held (two of
+    them and three sums for the transform), and one cosine per token, layer and loop.
+
+    Args:
+        model: the model. Hooks on it act on the runs, if it has `n_loops` loops itself.
+        prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; every row is an example.
+        n_loops: how many loops to run (H cycles for HRM-Text); the paper's 128 unless told, None for the model's own.
+        rule: when a token counts as what; `Rule()` if None.
+        period: loops per turn of the rotation looked for; divides `window`.
+        window: how many of the last loops to look for it in.
+        settle: length of a step below which a token has settled.
+        keep_signal: keep the cosines of every token.
+        stack: "L" or "H" for HRM-Text; not needed elsewhere.
+        initial_state: as in `LoopedBridge.forward`.
+        verbose: show a progress bar.
+
+    Raises:
+        LoopedError: no prompts; fewer loops than `window`, or too few after the warm-up; an activation that is not finite.
+
+    Example:
+        >>> import torch
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> from tl_looped.analysis import limiting_behaviour
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=1, n_loops=3), seed=0)
+        >>> found = limiting_behaviour(model, torch.tensor([[1, 2, 3]]), n_loops=24, verbose=False)
+        >>> found.counts.values.tolist(), found.counts.labels["label"]
+        ([[3, 0, 0, 0]], ['fixed', 'orbit', 'slider', 'unknown'])
+    """
+    rule, deep = checked(model, n_loops, rule, period, window, stack)
+    looped = deep.schedule.looped_stack(stack)
+
+    def examples(tokens: Int[Tensor, "batch pos"]) -> LimitingBehaviour:
+        found = behaviour(deep, tokens, rule, period, window, settle, keep_signal, looped, initial_state)
+        return LimitingBehaviour(tuple(found), rule, period, window, settle, looped, deep.schedule.n_loops_of(looped))
+
+    return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="limiting_behaviour")))
+
+
+def checked(
+    model: LoopedBridge, n_loops: int | None, rule: Rule | None, period: int, window: int, stack: str | None
+) -> tuple[Rule, LoopedBridge]:
+    """The rule, and the model at its depth if that many loops can answer the question."""
+    if check_count("window", window, 2) % check_count("period", period, 2):
+        raise LoopedError(f"period={period} does not divide window={window}, so no frequency of the transform stands for it.")
+    rule, looped = rule or Rule(), model.schedule.looped_stack(stack)
+    schedule = model.schedule if n_loops is None else model.looped_cfg.replace(n_loops=n_loops).schedule
+    n = schedule.n_loops_of(looped)
+    need_loops(n, window, "the limiting behaviour", f"window={window}")
+    rule.classify(torch.ones(n))
+    return rule, at_depth(model, n_loops)
+
+
+def behaviour(
+    model: LoopedBridge,
+    tokens: Int[Tensor, "batch pos"],
+    rule: Rule,
+    period: int,
+    window: int,
+    settle: float,
+    keep_signal: bool,
+    stack: str,
+    initial_state: InitialState,
+    also: Callable[[tuple[int, int], Tensor], None] = lambda at, value: None,
+) -> list[TokenBehaviour]:
+    """The behaviour of every row of a batch; `also` is called with every (loop, layer) and its residual stream."""
+    passes = model.schedule.passes_of("all", stack)
+    n, stop = len(passes), passes[-1].layers.stop
+    limit: dict[int, Tensor] = {}
+    before: dict[int, Tensor] = {}
+    waves: dict[int, _Wave] = {}
+    signal: dict[tuple[int, int], Tensor] = {}
+    settled = torch.full((passes[0].n_layers, *tokens.shape), torch.nan, device=tokens.device)
+
+    def keep(at: tuple[int, int], value: Tensor) -> None:
+        limit[at[1]] = value
+
+    def measure(at: tuple[int, int], value: Tensor) -> None:
+        also(at, value)
+        loop, layer = at
+        x, end = wide(value), wide(limit[layer])
+        signal[at] = cosine_similarity(x, end, dim=-1)
+        if layer in before:
+            short = (x - wide(before[layer])).norm(dim=-1) < settle
+            settled[layer] = settled[layer].where(settled[layer].isfinite() | ~short, float(loop))
+        before[layer] = value
+        if loop >= n - window:
+            waves.setdefault(layer, _Wave(period, torch.finfo(value.dtype).eps * end.norm(dim=-1))).add(x - end)
+
+    first, hooks = (layer_hooks(model.schedule, some, "hook_resid_post") for some in (passes[-1:], passes))
+    visit(model, tokens, first, keep, stop=stop, initial_state=rehearsal(initial_state))
+    visit(model, tokens, hooks, measure, stop=stop, initial_state=initial_state)
+    n_layers = passes[0].n_layers
+    cosines = torch.stack([signal[p.loop, j] for p in passes for j in range(n_layers)]).unflatten(0, (n, n_layers)).cpu()
+    labels, settled = rule.classify(cosines), settled.cpu()
+    power = torch.stack([waves[j].share() for j in range(n_layers)]).cpu()
+    kept = cosines if keep_signal else None
+    return [
+        TokenBehaviour(labels[:, b], power[:, b], settled[:, b], None if kept is None else kept[:, :, b])
+        for b in range(len(tokens))
+    ]
+
+
+class _Wave:
+    """The discrete Fourier transform of states that come one by one, at one period and at zero frequency, and their power.
+
+    Args:
+        period: in states.
+        resolution: deviations from the mean below this count as none.
+    """
+
+    def __init__(self, period: int, resolution: Float[Tensor, "batch pos"]):
+        self.period, self.resolution = period, resolution
+        self.n = 0
+        self.sums: list[Tensor] = []
+        self.power = torch.zeros_like(resolution)
+
+    def add(self, x: Float[Tensor, "batch pos d_model"]) -> None:
+        """Add the next state; one that is small where the states hardly move, so that their mean does not hide it."""
+        angle = 2 * math.pi * self.n / self.period
+        parts = (x, x * math.cos(angle), x * math.sin(angle))
+        if self.sums:
+            for total, part in zip(self.sums, parts, strict=True):
+                total += part
+        else:
+            self.sums = [part.clone() for part in parts]
+        self.power += x.square().sum(-1)
+        self.n += 1
+
+    def share(self) -> Float[Tensor, "batch pos"]:
+        """The power at the period over all power but that at zero frequency (Parseval); 0 where the states do not move."""
+        constant, cosine, sine = (total.square().sum(-1) for total in self.sums)
+        moving = self.n * self.power - constant  # n^2 times the mean square distance to the mean
+        at_period = (cosine + sine) * (1 if self.period == 2 else 2)  # each frequency but the highest also as its negative
+        is_moving = moving > (self.n * self.resolution).square()
+        return torch.where(is_moving, at_period / moving.where(is_moving, 1.0), 0.0).clamp(0, 1)

@@ -1,0 +1,147 @@
+"""Path independence: whether where a token ends depends on the initial state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..bridge.looped_bridge import LoopedBridge
+from ..errors import LoopedError
+from ..model.initial_state import InitialState
+from ..results import Estimate, Result
+from ._prompts import Prompts, token_batches
+from ._streaming import visit, wide
+from .limiting_behaviour import Rule, behaviour, checked
+
+
+@dataclass(frozen=True, eq=False)
+class PathIndependence(Result):
+    """What `path_independence` found: estimates over the examples. `a + b` merges.
+
+    The spread of a token's states over the initial states is their root mean square distance over sqrt(2) times their root mean
+    square norm: 0 if they are the same, 1 if they are unrelated.
+
+    Args:
+        initial_spread: of the states entering the first loop, axis (state).
+        spread: of the states leaving every layer in every loop, mean over tokens, axes (loop, layer).
+        agreement: share of the tokens that have the same label from every initial state, axis (layer).
+        n_states: how many initial states.
+        rule: what the labels mean.
+        stack: the looped stack.
+    """
+
+    initial_spread: Estimate
+    spread: Estimate
+    agreement: Estimate
+    n_states: int
+    rule: Rule
+    stack: str
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame of the spread with a row per (loop, layer)."""
+        return self.spread.to_dataframe()
+
+    def plot(self) -> Any:
+        """A plotly heat map of the spread, loops by layers."""
+        return self.spread.plot(f"spread over {self.n_states} initial states")
+
+
+def path_independence(
+    model: LoopedBridge,
+    prompts: Prompts,
+    *,
+    initial_states: Sequence[InitialState] = (0, 1, 2, 3),
+    n_loops: int | None = 128,
+    rule: Rule | None = None,
+    stack: str | None = None,
+    verbose: bool = True,
+) -> PathIndependence:
+    """Whether tokens end in the same place, and behave alike, from several initial states (arXiv 2502.05171).
+
+    All initial states run together as one batch.
+
+    Args:
+        model: the model. Hooks on it act on the runs, if it has `n_loops` loops itself.
+        prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; every row is an example.
+        initial_states: at least two seeds, for families whose initial state is random; or tensors [batch, pos, d_model],
+            "zero", None for the model's own.
+        n_loops: how many loops to run (H cycles for HRM-Text); the paper's 128 unless told, None for the model's own.
+        rule: when a token counts as what; `Rule()` if None.
+        stack: "L" or "H" for HRM-Text; not needed elsewhere.
+        verbose: show a progress bar.
+
+    Raises:
+        LoopedError: fewer than two initial states, or two that are the same; seeds for a family whose initial state is not
+            random; no prompts; too few loops; an activation that is not finite.
+
+    Example:
+        >>> import torch
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> from tl_looped.analysis import path_independence
+        >>> cfg = LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=1, n_loops=3, injection="concat", initial_state="noise")
+        >>> found = path_independence(LoopedBridge.from_config(cfg), torch.tensor([[1, 2, 3]]), n_loops=12, verbose=False)
+        >>> bool(found.initial_spread.values > 0.5), bool(found.spread.values[-1] < 1e-4), found.agreement.values.tolist()
+        (True, True, [1.0])
+    """
+    rule, deep = checked(model, n_loops, rule, 2, 2, stack)
+    looped = deep.schedule.looped_stack(stack)
+    passes = deep.schedule.passes_of("all", looped)
+    n_states, layers = len(initial_states), [str(j) for j in range(passes[0].n_layers)]
+    if n_states < 2:
+        raise LoopedError(f"{n_states} initial states were given to path_independence; it compares at least two.")
+
+    def examples(tokens: Int[Tensor, "batch pos"]) -> PathIndependence:
+        states = [_state_entering(deep, tokens, asked) for asked in initial_states]
+        for k, state in enumerate(states):
+            if same := [i for i in range(k) if torch.equal(states[i], state)]:
+                raise LoopedError(f"initial states {same[0]} and {k} are the same; path_independence needs different ones.")
+        spread: dict[tuple[int, int], Tensor] = {}
+
+        def measure(at: tuple[int, int], value: Tensor) -> None:
+            spread[at] = _spread(value.unflatten(0, (n_states, -1)))
+
+        repeated, started = tokens.repeat(n_states, 1), torch.cat(states)
+        found = behaviour(deep, repeated, rule, 2, 2, 0.0, False, looped, started, measure)
+        labels = torch.stack([token.labels for token in found]).unflatten(0, (n_states, -1))
+        agreement = (labels == labels[0]).all(0).double().mean(-1)  # [batch, layer]
+        values = torch.stack([spread[p.loop, j] for p in passes for j in range(p.n_layers)], 1)
+        values = values.unflatten(1, (-1, len(layers))).cpu()
+        axes = {"loop": [str(p.loop) for p in passes], "layer": layers}
+        initial = _spread(torch.stack(states))[:, None].cpu()
+        return PathIndependence(
+            initial_spread=Estimate.of(initial, ("state",), {"state": ["initial"]}, "spread"),
+            spread=Estimate.of(values, ("loop", "layer"), axes, "spread"),
+            agreement=Estimate.of(agreement, ("layer",), {"layer": layers}, "agreement"),
+            n_states=n_states,
+            rule=rule,
+            stack=looped,
+        )
+
+    return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="path_independence")))
+
+
+def _state_entering(
+    model: LoopedBridge, tokens: Int[Tensor, "batch pos"], asked: InitialState
+) -> Float[Tensor, "batch pos d_model"]:
+    """The state entering the first pass."""
+    first = model.schedule.passes[0]
+    found: list[Tensor] = []
+    hooks = {f"{model.schedule.pass_prefix(first)}.hook_state": 0}
+    visit(model, tokens, hooks, lambda key, value: found.append(value), stop=first.first, initial_state=asked)
+    return found[0]
+
+
+def _spread(states: Float[Tensor, "state batch pos d_model"]) -> Float[Tensor, " batch"]:
+    """Root mean square distance of two states over sqrt(2) times their root mean square norm, mean over positions."""
+    x = wide(states)
+    n = len(x)
+    deviation = (x - x.mean(0)).square().sum(-1).sum(0) / (n - 1)
+    power = x.square().sum(-1).mean(0)
+    return (deviation / power.clamp_min(torch.finfo(x.dtype).tiny)).sqrt().mean(-1)
