@@ -39,6 +39,12 @@ def rotation(angle: float) -> torch.Tensor:
 
 
 @cache
+def model(name: str, n_loops: int = 4) -> LoopedBridge:
+    """A model of the zoo in fp64; whoever hooks it takes the hooks off."""
+    return random_bridge(name, torch.float64, n_loops=n_loops)
+
+
+@cache
 def deep_loop() -> LoopedBridge:
     """A model of 128 loops, made once."""
     return random_bridge("retrofit_llama", n_core=1, n_coda=1, n_loops=128)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from linear import D, deep_loop, linear_loop, one_loop_bytes, rotation
+from linear import D, deep_loop, linear_loop, model, one_loop_bytes, rotation
 from peak_memory import PeakMemory
 from test_cli import word_tokenizer
 from zoo import ZOO, random_bridge, random_tokens
@@ -18,11 +17,6 @@ from tl_looped.analysis import FixedPoints, fixed_points
 
 TOKENS = random_tokens()
 FAMILIES = pytest.mark.parametrize("name", ZOO)
-
-
-@cache
-def model(name: str, n_loops: int) -> LoopedBridge:
-    return random_bridge(name, torch.float64, n_loops=n_loops)
 
 
 def run(bridge: LoopedBridge, tokens: Any = TOKENS, n_loops: int | None = None, **options: Any) -> FixedPoints:
@@ -43,7 +37,7 @@ def stacks(name: str) -> list[str | None]:
 
 @FAMILIES
 def test_token_distances_equal_those_of_the_whole_cache(name: str) -> None:
-    bridge = model(name, 3)
+    bridge = model(name)
     for stack in stacks(name):
         found, x = run(bridge, stack=stack), cached(bridge, stack=stack)
         for got, a, b in ((found.successive, x[:-1], x[1:]), (found.distance, x, x[-1:].expand_as(x))):
@@ -67,7 +61,7 @@ def test_token_distances_equal_those_of_the_whole_cache(name: str) -> None:
 
 @FAMILIES
 def test_patterns_in_frobenius_norm(name: str) -> None:
-    bridge = model(name, 3)
+    bridge = model(name)
     for stack in stacks(name):
         found, x = run(bridge, stack=stack, patterns=True), cached(bridge, "pattern", stack)
         scale = (x.shape[3] * x.shape[4]) ** 0.5
@@ -78,7 +72,7 @@ def test_patterns_in_frobenius_norm(name: str) -> None:
 
 
 def test_matrix_reduction() -> None:
-    bridge = model("huginn", 3)
+    bridge = model("huginn")
     found, x = run(bridge, reduction="matrix"), cached(bridge).flatten(3)
     l2 = (x - x[-1]).norm(dim=3)
     torch.testing.assert_close(found.distance["l2"].values, l2.mean(2))
@@ -92,12 +86,12 @@ def test_matrix_reduction() -> None:
 
 @FAMILIES
 def test_a_reference_further_on_is_the_state_of_a_longer_run(name: str) -> None:
-    bridge = model(name, 3)
+    bridge = model(name)
     for stack in stacks(name):
-        found = run(bridge, n_loops=2, n_reference=3, stack=stack)
+        found = run(bridge, n_loops=2, n_reference=4, stack=stack)
         long = cached(bridge, stack=stack)
         short = long[: len(found.norm.values)]
-        if name != "hrm_text":
+        if name in ("ouro", "parcae", "anchored"):
             torch.testing.assert_close(short, cached(model(name, 2)))
         torch.testing.assert_close(found.distance["l2"].values, (short - long[-1]).norm(dim=-1).mean((2, 3)))
         assert found.reference == len(long) - 1
@@ -105,9 +99,9 @@ def test_a_reference_further_on_is_the_state_of_a_longer_run(name: str) -> None:
 
 
 def test_a_contraction_falls_at_its_rate_to_the_point_solved_for() -> None:
-    rate = 0.5
-    bridge = linear_loop(rate * torch.eye(D), 2 * torch.eye(D), n_loops=60)
-    found = run(bridge, n_loops=8, n_reference=60)
+    rate = 0.3
+    bridge = linear_loop(rate * torch.eye(D), 2 * torch.eye(D), n_loops=32)
+    found = run(bridge, n_loops=8, n_reference=32)
     torch.testing.assert_close(
         found.distance["l2"].values[1:] / found.distance["l2"].values[:-1], torch.full((7, 1), rate).double()
     )
@@ -141,14 +135,14 @@ def test_degeneracy_of_layers_that_write_nothing() -> None:
 
 
 def test_work_that_was_split_gives_the_same() -> None:
-    bridge = model("huginn", 3)
+    bridge = model("huginn")
     prompts = [random_tokens(2, 5, seed=1), random_tokens(1, 9, seed=2), random_tokens(3, 4, seed=3)[0]]
     whole = run(bridge, iter(prompts), patterns=True)
     parts = [run(bridge, p, patterns=True) for p in prompts]
     merged = parts[0] + (parts[1] + parts[2])
     assert whole.norm.count == merged.norm.count == 4
     pd_a, pd_b = whole.to_dataframe(), merged.to_dataframe()
-    assert list(pd_a.columns) == list(pd_b.columns) and len(pd_a) == 9
+    assert list(pd_a.columns) == list(pd_b.columns) and len(pd_a) == 12
     numbers = pd_a.columns[2:]
     torch.testing.assert_close(
         torch.tensor(pd_a[numbers].values.astype(float)), torch.tensor(pd_b[numbers].values.astype(float)), equal_nan=True
@@ -158,7 +152,7 @@ def test_work_that_was_split_gives_the_same() -> None:
 
 
 def test_initial_states() -> None:
-    bridge = model("retrofit_llama", 3)
+    bridge = model("retrofit_llama")
     generator = torch.Generator().manual_seed(5)
     found = run(bridge, initial_state=generator)  # both runs start from one state
     assert (found.distance["l2"].values[-1] == 0).all()
@@ -208,7 +202,7 @@ def test_what_cannot_be_answered_is_refused(unchecked: None) -> None:
     with pytest.raises(LoopedError, match="reduction='mean'"):
         run(bridge, n_loops=3, reduction="mean")
     with pytest.raises(LoopedError, match="stack='L' or stack='H'"):
-        run(model("hrm_text", 3))
+        run(model("hrm_text"))
     bridge.tokenizer = None
     with pytest.raises(LoopedError, match="no tokenizer"):
         run(bridge, "text", n_loops=3)
@@ -225,26 +219,26 @@ def test_the_first_activation_that_is_not_finite_is_named() -> None:
             run(bridge)
 
 
-def test_figures() -> None:
+def test_figures(unchecked: None) -> None:
     pytest.importorskip("plotly")
-    found = run(model("huginn", 3))
+    found = run(model("huginn"))
     by_layer = found.plot("successive", "l2")
     assert [line.name for line in by_layer.data] == ["layer 0", "layer 1", "layer 2"]
-    assert list(by_layer.data[0].x) == [1, 2] and by_layer.layout.yaxis.type == "log"
+    assert list(by_layer.data[0].x) == [1, 2, 3] and by_layer.layout.yaxis.type == "log"
     torch.testing.assert_close(torch.tensor(by_layer.data[1].y).double(), found.successive["l2"].values[:, 1])
     distance = found.plot("distance", "cosine", "recurrence")
-    assert [line.name for line in distance.data] == [f"loop {t}" for t in range(3)]
-    assert list(distance.data[0].x) == [0, 50, 100] and torch.tensor(distance.data[2].y).isnan().all()
-    assert len(found.plot("norm", group_by="depth").data[0].x) == 9
+    assert [line.name for line in distance.data] == [f"loop {t}" for t in range(4)]
+    assert list(distance.data[0].x) == [0, 50, 100] and torch.tensor(distance.data[3].y).isnan().all()
+    assert len(found.plot("norm", group_by="depth").data[0].x) == 12
     assert found.norm.plot().data
     with pytest.raises(LoopedError, match="l3"):
-        found.plot("norm", "l3")  # type: ignore[arg-type]
+        found.plot("norm", "l3")
 
 
 def test_numbers_need_no_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "plotly", None)
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
-    found = run(model("ouro", 3))
-    assert len(found.to_dataframe()) == 6
+    found = run(model("ouro"))
+    assert len(found.to_dataframe()) == 8
     with pytest.raises(LoopedError, match="viz"):
         found.plot()

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from linear import D, deep_loop, linear_loop, one_loop_bytes, rotation
+from linear import D, deep_loop, linear_loop, model, one_loop_bytes, rotation
 from peak_memory import PeakMemory
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import ZOO, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.analysis import LimitingBehaviour, Rule, TokenBehaviour, limiting_behaviour, path_independence
 from tl_looped.analysis.limiting_behaviour import LABELS
 
 TOKENS = random_tokens()
-SHORT: dict[str, Any] = {"window": 6, "period": 3, "n_loops": None, "verbose": False}
-
-
-@cache
-def model(name: str, n_loops: int = 6) -> LoopedBridge:
-    return random_bridge(name, torch.float64, n_loops=n_loops)
+RULE = Rule(warm_up=0)
+SHORT: dict[str, Any] = {"window": 4, "period": 4, "rule": RULE, "n_loops": None, "verbose": False}
 
 
 def states(bridge: LoopedBridge, stack: str | None = None, **options: Any) -> torch.Tensor:
@@ -66,10 +61,10 @@ def test_all_numbers_equal_those_of_the_whole_cache(name: str) -> None:
         for b, example in enumerate(found.examples):
             assert example.signal is not None
             torch.testing.assert_close(example.signal, c[:, :, b])
-            torch.testing.assert_close(example.rotation_power, power_by_hand(x[-6:, :, b], 3))
+            torch.testing.assert_close(example.rotation_power, power_by_hand(x[-4:, :, b], 4))
             for layer in range(x.shape[1]):
                 for pos in range(x.shape[3]):
-                    label = label_by_hand(c[:, layer, b, pos].tolist(), Rule(), len(x) // 4)
+                    label = label_by_hand(c[:, layer, b, pos].tolist(), RULE, 0)
                     assert LABELS[int(example.labels[layer, pos])] == label
                     short = [t + 1 for t, step in enumerate(steps[:, layer, b, pos].tolist()) if step < 3.0]
                     expected = torch.tensor(short[0] if short else math.nan)
@@ -84,7 +79,7 @@ def test_the_rule_equals_its_docstring() -> None:
     for rule, warm_up in ((Rule(), 10), (Rule(tau=0.1, rho=0.5, warm_up=0, returns=3), 0)):
         got = [LABELS[i] for i in rule.classify(walks).tolist()]
         assert got == [label_by_hand(c, rule, warm_up) for c in walks.T.tolist()]
-        assert set(got) == set(LABELS)
+        assert set(got) >= {"orbit", "slider", "unknown"}
 
 
 def test_planted_behaviours() -> None:
@@ -147,7 +142,7 @@ def test_split_work() -> None:
     assert whole.to_dataframe().equals(merged.to_dataframe()) and len(whole.examples) == 3
     assert torch.equal(whole.fractions.stderr, merged.fractions.stderr)
     with pytest.raises(LoopedError, match="rule="):
-        whole + limiting_behaviour(bridge, TOKENS, rule=Rule(tau=0.1), **SHORT)
+        whole + limiting_behaviour(bridge, TOKENS, **{**SHORT, "rule": Rule(tau=0.1, warm_up=0)})
 
 
 def test_path_independence_of_a_contraction_and_of_a_rotation() -> None:
@@ -180,15 +175,15 @@ def test_agreement_of_labels() -> None:
 def test_families_without_a_random_state_take_tensors_only() -> None:
     bridge = model("hrm_text")
     with pytest.raises(LoopedError, match="not random"):
-        path_independence(bridge, TOKENS, n_loops=None, stack="H", verbose=False)
+        path_independence(bridge, TOKENS, n_loops=None, stack="H", rule=RULE, verbose=False)
     found = path_independence(
-        bridge, TOKENS, initial_states=[None, torch.randn(2, 7, D).double()], n_loops=None, stack="H", verbose=False
+        bridge, TOKENS, initial_states=[None, torch.randn(2, 7, D).double()], n_loops=None, rule=RULE, stack="H", verbose=False
     )
-    assert found.spread.values.shape == (6, 2)
+    assert found.spread.values.shape == (4, 2)
     with pytest.raises(LoopedError, match="initial states 0 and 1 are the same"):
-        path_independence(model("huginn"), TOKENS, initial_states=[None, 0], n_loops=None, verbose=False)
+        path_independence(model("huginn"), TOKENS, initial_states=[None, 0], n_loops=None, rule=RULE, verbose=False)
     with pytest.raises(LoopedError, match="at least two"):
-        path_independence(model("huginn"), TOKENS, initial_states=[1], n_loops=None, verbose=False)
+        path_independence(model("huginn"), TOKENS, initial_states=[1], n_loops=None, rule=RULE, verbose=False)
 
 
 def test_128_loops_need_the_memory_of_a_few_activations() -> None:
@@ -201,12 +196,12 @@ def test_128_loops_need_the_memory_of_a_few_activations() -> None:
 
 def test_what_cannot_be_answered_is_refused() -> None:
     bridge = model("ouro")
-    with pytest.raises(LoopedError, match="6 loops, but window=24 needs at least 24"):
+    with pytest.raises(LoopedError, match="4 loops, but window=24 needs at least 24"):
         limiting_behaviour(bridge, TOKENS, n_loops=None, verbose=False)
     with pytest.raises(LoopedError, match="does not divide window=24"):
         limiting_behaviour(bridge, TOKENS, period=5, verbose=False)
     with pytest.raises(LoopedError, match="leave fewer than 4"):
-        limiting_behaviour(bridge, TOKENS, rule=Rule(warm_up=3), **SHORT)
+        limiting_behaviour(bridge, TOKENS, **{**SHORT, "rule": Rule(warm_up=1)})
     with pytest.raises(LoopedError, match=r"tau=1\.5"):
         Rule(tau=1.5)
     with pytest.raises(LoopedError, match="no prompts"):
@@ -220,4 +215,4 @@ def test_figures() -> None:
     pytest.importorskip("plotly")
     found = limiting_behaviour(model("huginn"), TOKENS, **SHORT)
     assert found.plot().data[0].type == "heatmap" and found.co_occurrence.plot().data
-    assert path_independence(model("huginn"), TOKENS, n_loops=None, verbose=False).plot().data
+    assert path_independence(model("huginn"), TOKENS, n_loops=None, rule=RULE, verbose=False).plot().data

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from linear import D, deep_loop, linear_loop, one_loop_bytes, rotation
+from linear import D, deep_loop, linear_loop, model, one_loop_bytes, rotation
 from peak_memory import PeakMemory
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import ZOO, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.analysis import StepGeometry, step_geometry
 from tl_looped.errors import OutOfRangeError
 
 TOKENS = random_tokens()
-
-
-@cache
-def model(name: str, n_loops: int = 4) -> LoopedBridge:
-    return random_bridge(name, torch.float64, n_loops=n_loops)
 
 
 def run(bridge: LoopedBridge, tokens: Any = TOKENS, **options: Any) -> StepGeometry:
@@ -169,8 +164,10 @@ def test_128_loops_need_little_memory_and_one_run() -> None:
     bridge, tokens = deep_loop(), random_tokens(2, 16)
     runs: list[int] = []
     with PeakMemory(bridge) as peak, bridge.hooks([("loops.*.blocks.0.hook_resid_pre", lambda value, hook: runs.append(1))]):
-        found = run(bridge, tokens, cka_loops=slice(None, None, 8))
+        found = run(bridge, tokens)
     assert found.norm.values.shape == (128,) and len(runs) == 128
+    loops = [int(t) for t in found.cka.labels["loop"]]
+    assert len(loops) == 16 and loops[0] == 0 and loops[-1] == 127 and {b - a for a, b in pairwise(loops)} == {8, 9}
     assert peak.nbytes <= 3 * one_loop_bytes(tokens)
 
 

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from linear import D, deep_loop, linear_loop, one_loop_bytes, rotation
+from linear import D, deep_loop, linear_loop, model, one_loop_bytes, rotation
 from peak_memory import PeakMemory
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import ZOO, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.analysis import Path, Trajectories, trajectories
 
 TOKENS = random_tokens()
-
-
-@cache
-def model(name: str, n_loops: int = 3) -> LoopedBridge:
-    return random_bridge(name, torch.float64, n_loops=n_loops)
 
 
 def run(bridge: LoopedBridge, tokens: Any = TOKENS, **options: Any) -> Trajectories:
@@ -62,7 +56,7 @@ def test_one_token_over_all_layers(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ouro", "huginn", "hrm_text", "parcae", "anchored"])
 def test_all_tokens_at_loop_ends(name: str) -> None:
-    bridge = model(name, 4)
+    bridge = model(name)
     for stack in ["L", "H"] if name == "hrm_text" else [None]:
         found = run(bridge, over="loop_ends", stack=stack)
         x = cached(bridge, f"{stack}.loops.*.hook_out" if stack else "loops.*.hook_out")
@@ -80,7 +74,7 @@ def test_after_the_last_norm() -> None:
 
 
 def test_a_random_state_is_the_same_in_both_runs() -> None:
-    bridge = model("retrofit_llama", 4)
+    bridge = model("retrofit_llama")
     found = run(bridge, over="loop_ends", initial_state=torch.Generator().manual_seed(3))
     x = cached(bridge, "loops.*.hook_out", initial_state=torch.Generator().manual_seed(3))
     check(found.paths[1], x[:, 1].flatten(0, 1))
@@ -115,7 +109,7 @@ def test_split_work_and_tables() -> None:
     torch.testing.assert_close(whole.explained.values, merged.explained.values)
     torch.testing.assert_close(whole.paths[2].coordinates.values, merged.paths[2].coordinates.values)
     frame = run(bridge, over="loop_ends").to_dataframe()
-    assert list(frame.columns) == ["loop", "pos", "PC1", "PC2", "PC3", "example"] and len(frame) == 2 * 3 * 7
+    assert list(frame.columns) == ["loop", "pos", "PC1", "PC2", "PC3", "example"] and len(frame) == 2 * 4 * 7
     with pytest.raises(LoopedError, match="over="):
         whole + run(bridge, over="loop_ends")
 
@@ -130,8 +124,8 @@ def test_128_loops_need_the_memory_of_a_few_activations(over: Any) -> None:
 
 def test_what_cannot_be_answered_is_refused(unchecked: None) -> None:
     bridge = model("ouro")
-    with pytest.raises(LoopedError, match="n_components=6 was asked of 6 states"):
-        run(bridge, n_components=6)
+    with pytest.raises(LoopedError, match="n_components=8 was asked of 8 states"):
+        run(bridge, n_components=8)
     with pytest.raises(LoopedError, match="no prompts"):
         run(bridge, [])
     with pytest.raises(LoopedError, match=r"pos=7 was asked, but a prompt has 7 tokens \(0\.\.6\)"):
@@ -155,4 +149,4 @@ def test_figures() -> None:
     torch.testing.assert_close(torch.tensor(line.x), found.paths[1].coordinates.values[:, 1])
     assert line.text[0] == "prelude.blocks.0" and figure.layout.xaxis.title.text.startswith("PC2 (")
     rings = run(model("huginn"), over="loop_ends").plot()
-    assert len(rings.data) == 7 and list(rings.data[0].text) == ["loop 0", "loop 1", "loop 2"]
+    assert len(rings.data) == 7 and list(rings.data[0].text) == [f"loop {t}" for t in range(4)]

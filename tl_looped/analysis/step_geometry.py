@@ -84,7 +84,7 @@ def step_geometry(
     n_loops: int | None = None,
     layer: int | None = None,
     after_norm: bool = False,
-    cka_loops: LoopSelector = "all",
+    cka_loops: LoopSelector | None = None,
     stack: str | None = None,
     initial_state: InitialState = None,
     verbose: bool = True,
@@ -95,7 +95,7 @@ def step_geometry(
     cosines of one model disagree, as some are of normed states and some are not: all quantities are returned together, and with
     them the hook point and whether a norm was applied.
 
-    The run is read once and holds three states, and for CKA `pos * (pos + 1) / 2` numbers per example and loop.
+    The run is read once and holds three states, and for CKA `pos * (pos + 1) / 2` numbers per example and compared loop.
 
     Args:
         model: the model. Hooks on it act on the run, if it has `n_loops` loops itself.
@@ -104,7 +104,8 @@ def step_geometry(
         layer: read the residual stream leaving this layer of every loop (`hook_resid_post`); None for the state leaving the
             loop (`hook_out`, after its norm where a loop ends with one: Ouro, HRM-Text, Nanbeige).
         after_norm: apply the model's last norm to every state first. Our choice is not to: norms hide growth.
-        cka_loops: the loops compared by CKA: an int, a slice, several ints, "all" or "last"; fewer take less memory.
+        cka_loops: the loops compared by CKA: an int, a slice, several ints, "all" or "last"; None for all, but no more than 16,
+            evenly spaced from the first to the last.
         stack: "L" or "H" for HRM-Text; not needed elsewhere.
         initial_state: as in `LoopedBridge.forward`.
         verbose: show a progress bar.
@@ -134,7 +135,8 @@ def step_geometry(
         index = schedule.site(schedule.virtual(Site(looped, 0, layer))).layer
         hooks = {name: at[0] for name, at in layer_hooks(schedule, passes, "hook_resid_post").items() if at[1] == index}
         stop, hook = passes[-1].layers.stop, f"blocks.{index}.hook_resid_post"
-    compared = schedule.select_loops(cka_loops, stack)
+    spaced = sorted({round(k * (len(passes) - 1) / 15) for k in range(16)})
+    compared = schedule.select_loops(spaced if cka_loops is None else cka_loops, stack)
     where = f"{'' if looped == 'core' else looped + '.'}loops.*.{hook}"
 
     def examples(tokens: Int[Tensor, "batch pos"]) -> StepGeometry:
