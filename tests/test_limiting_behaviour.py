@@ -13,11 +13,11 @@ from peak_memory import PeakMemory
 from zoo import ZOO, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
-from tl_looped.analysis import LimitingBehaviour, Rule, TokenBehaviour, limiting_behaviour, path_independence
+from tl_looped.analysis import BehaviourRule, LimitingBehaviour, TokenBehaviour, limiting_behaviour, path_independence
 from tl_looped.analysis.limiting_behaviour import LABELS
 
 TOKENS = random_tokens()
-RULE = Rule(warm_up=0)
+RULE = BehaviourRule(warm_up=0)
 SHORT: dict[str, Any] = {"window": 4, "period": 4, "rule": RULE, "n_loops": None, "verbose": False}
 
 
@@ -28,7 +28,7 @@ def states(bridge: LoopedBridge, stack: str | None = None, **options: Any) -> to
     return cache.stack_loops("resid_post", stack=stack)
 
 
-def label_by_hand(c: list[float], rule: Rule, warm_up: int) -> str:
+def label_by_hand(c: list[float], rule: BehaviourRule, warm_up: int) -> str:
     """The rule of the docstring, one token at a time."""
     c = c[warm_up:]
     if sum(1 - v < rule.tau for v in c) >= rule.rho * len(c):
@@ -76,7 +76,7 @@ def test_the_rule_equals_its_docstring() -> None:
     walks = 1 - (0.05 * torch.randn(40, 300, generator=generator)).cumsum(0).abs()
     walks = torch.cat((walks, 1 - 0.2 * torch.rand(40, 100, generator=generator), walks[:, :50].sort(dim=0).values), 1)
     walks[-1] = 1
-    for rule, warm_up in ((Rule(), 10), (Rule(tau=0.1, rho=0.5, warm_up=0, returns=3), 0)):
+    for rule, warm_up in ((BehaviourRule(), 10), (BehaviourRule(tau=0.1, rho=0.5, warm_up=0, returns=3), 0)):
         got = [LABELS[i] for i in rule.classify(walks).tolist()]
         assert got == [label_by_hand(c, rule, warm_up) for c in walks.T.tolist()]
         assert set(got) >= {"orbit", "slider", "unknown"}
@@ -121,7 +121,7 @@ def example(labels: list[list[int]]) -> TokenBehaviour:
 
 def test_counts_fractions_and_co_occurrence() -> None:
     a, b = example([[0, 0, 1], [0, 1, 1]]), example([[0, 3], [2, 3]])
-    found = LimitingBehaviour((a, b), Rule(), 6, 24, 0.1, "core", 128)
+    found = LimitingBehaviour((a, b), BehaviourRule(), 6, 24, 0.1, "core", 128)
     assert found.counts.values.tolist() == [[3, 1, 0, 1], [1, 2, 1, 1]]
     expected = torch.tensor([[2 / 3 + 1 / 2, 1 / 3, 0, 1 / 2], [1 / 3, 2 / 3, 1 / 2, 1 / 2]]).double() / 2
     torch.testing.assert_close(found.fractions.values, expected)
@@ -129,7 +129,7 @@ def test_counts_fractions_and_co_occurrence() -> None:
     # tokens: {fixed}, {fixed, orbit}, {orbit}, {fixed, slider}, {unknown}
     expected = torch.tensor([[1, 1 / 3, 1 / 3, 0], [1 / 2, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]).double()
     torch.testing.assert_close(found.co_occurrence.values, expected)
-    only = LimitingBehaviour((example([[0, 0]]),), Rule(), 6, 24, 0.1, "core", 128)
+    only = LimitingBehaviour((example([[0, 0]]),), BehaviourRule(), 6, 24, 0.1, "core", 128)
     assert only.co_occurrence.values[1].isnan().all()
     assert found.to_dataframe()["label"].value_counts().to_dict() == {"fixed": 4, "orbit": 3, "unknown": 2, "slider": 1}
 
@@ -142,7 +142,7 @@ def test_split_work() -> None:
     assert whole.to_dataframe().equals(merged.to_dataframe()) and len(whole.examples) == 3
     assert torch.equal(whole.fractions.stderr, merged.fractions.stderr)
     with pytest.raises(LoopedError, match="rule="):
-        whole + limiting_behaviour(bridge, TOKENS, **{**SHORT, "rule": Rule(tau=0.1, warm_up=0)})
+        whole + limiting_behaviour(bridge, TOKENS, **{**SHORT, "rule": BehaviourRule(tau=0.1, warm_up=0)})
 
 
 def test_path_independence_of_a_contraction_and_of_a_rotation() -> None:
@@ -201,9 +201,9 @@ def test_what_cannot_be_answered_is_refused() -> None:
     with pytest.raises(LoopedError, match="does not divide window=24"):
         limiting_behaviour(bridge, TOKENS, period=5, verbose=False)
     with pytest.raises(LoopedError, match="leave fewer than 4"):
-        limiting_behaviour(bridge, TOKENS, **{**SHORT, "rule": Rule(warm_up=1)})
+        limiting_behaviour(bridge, TOKENS, **{**SHORT, "rule": BehaviourRule(warm_up=1)})
     with pytest.raises(LoopedError, match=r"tau=1\.5"):
-        Rule(tau=1.5)
+        BehaviourRule(tau=1.5)
     with pytest.raises(LoopedError, match="no prompts"):
         limiting_behaviour(bridge, [], **SHORT)
     with bridge.hooks([("loops.2.blocks.1.hook_mlp_out", lambda value, hook: value * torch.inf)]):

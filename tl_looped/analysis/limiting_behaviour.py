@@ -27,7 +27,7 @@ FIXED, ORBIT, SLIDER, UNKNOWN = range(4)
 
 
 @dataclass(frozen=True)
-class Rule:
+class BehaviourRule:
     """When a token counts as fixed, orbit, slider or unknown, by `c[t] = cos(x[t], x[last])` (arXiv 2604.11791, appendix C).
 
     The body of the paper's Algorithm 1 is not public; only `tau` and `rho` are. This is a reconstruction, and absolute numbers
@@ -49,7 +49,7 @@ class Rule:
         >>> import torch
         >>> t = torch.arange(128) * 1.0
         >>> signals = torch.stack([1 - 0.5**t, (0.7 * (t - 127)).cos(), (0.01 * (t - 127)).cos()], 1)
-        >>> [LABELS[i] for i in Rule().classify(signals).tolist()]
+        >>> [LABELS[i] for i in BehaviourRule().classify(signals).tolist()]
         ['fixed', 'orbit', 'slider']
     """
 
@@ -66,7 +66,7 @@ class Rule:
         check_count("warm_up", 0 if self.warm_up is None else self.warm_up, 0)
         check_count("returns", self.returns)
 
-    def classify(self, signal: Float[Tensor, loop * token]) -> Int[Tensor, "*token"]:
+    def classify(self, signal: Float[Tensor, "loop ..."]) -> Int[Tensor, ...]:
         """The place in `LABELS` of every token.
 
         Args:
@@ -126,7 +126,7 @@ class LimitingBehaviour(Result):
     """
 
     examples: tuple[TokenBehaviour, ...]
-    rule: Rule
+    rule: BehaviourRule
     period: int
     window: int
     settle: float
@@ -191,7 +191,7 @@ def limiting_behaviour(
     prompts: Prompts,
     *,
     n_loops: int | None = 128,
-    rule: Rule | None = None,
+    rule: BehaviourRule | None = None,
     period: int = 6,
     window: int = 24,
     settle: float = 0.1,
@@ -203,11 +203,11 @@ def limiting_behaviour(
     """How every token ends in every layer: at a fixed point, on an orbit, sliding, or none of these (arXiv 2604.11791, app. C).
 
     States are residual streams leaving the layers (`hook_resid_post`). The label follows from the cosine to the last loop's
-    state; see `Rule`, which is a reconstruction. The rotation power is the share of the power of the discrete Fourier transform
-    over the last `window` loops, without the constant, at `period` loops, over all of d_model: 1 for a rotation of that period;
-    0 where the state moves by less than the resolution of the dtype. (Varaksin et al. 2026 use period 6, window 24 and call
-    more than 0.6677 a rotation.) Steps to settle count to the first loop whose step is shorter than `settle` in the units of
-    the stream, their 0.1 for Huginn; choose it anew for a model of another scale.
+    state; see `BehaviourRule`, which is a reconstruction. The rotation power is the share of the power of the discrete Fourier
+    transform over the last `window` loops, without the constant, at `period` loops, over all of d_model: 1 for a rotation of
+    that period; 0 where the state moves by less than the resolution of the dtype. (Varaksin et al. 2026 use period 6, window 24
+    and call more than 0.6677 a rotation.) Steps to settle count to the first loop whose step is shorter than `settle` in the
+    units of the stream, their 0.1 for Huginn; choose it anew for a model of another scale.
 
     Each batch is run twice, first for the last loop's states. Beside the run, five loops of residual streams are held (two of
     them and three sums for the transform), and one cosine per token, layer and loop.
@@ -216,7 +216,7 @@ def limiting_behaviour(
         model: the model. Hooks on it act on the runs, if it has `n_loops` loops itself.
         prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; every row is an example.
         n_loops: how many loops to run (H cycles for HRM-Text); the paper's 128 unless told, None for the model's own.
-        rule: when a token counts as what; `Rule()` if None.
+        rule: when a token counts as what; `BehaviourRule()` if None.
         period: loops per turn of the rotation looked for; divides `window`.
         window: how many of the last loops to look for it in.
         settle: length of a step below which a token has settled.
@@ -248,12 +248,12 @@ def limiting_behaviour(
 
 
 def checked(
-    model: LoopedBridge, n_loops: int | None, rule: Rule | None, period: int, window: int, stack: str | None
-) -> tuple[Rule, LoopedBridge]:
+    model: LoopedBridge, n_loops: int | None, rule: BehaviourRule | None, period: int, window: int, stack: str | None
+) -> tuple[BehaviourRule, LoopedBridge]:
     """The rule, and the model at its depth if that many loops can answer the question."""
     if check_count("window", window, 2) % check_count("period", period, 2):
         raise LoopedError(f"period={period} does not divide window={window}, so no frequency of the transform stands for it.")
-    rule, looped = rule or Rule(), model.schedule.looped_stack(stack)
+    rule, looped = rule or BehaviourRule(), model.schedule.looped_stack(stack)
     schedule = model.schedule if n_loops is None else model.looped_cfg.replace(n_loops=n_loops).schedule
     n = schedule.n_loops_of(looped)
     need_loops(n, window, "the limiting behaviour", f"window={window}")
@@ -264,7 +264,7 @@ def checked(
 def behaviour(
     model: LoopedBridge,
     tokens: Int[Tensor, "batch pos"],
-    rule: Rule,
+    rule: BehaviourRule,
     period: int,
     window: int,
     settle: float,

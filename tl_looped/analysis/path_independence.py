@@ -18,7 +18,7 @@ from ..model.initial_state import InitialState
 from ..results import Estimate, Result
 from ._prompts import Prompts, token_batches
 from ._streaming import visit, wide
-from .limiting_behaviour import Rule, behaviour, checked
+from .limiting_behaviour import BehaviourRule, behaviour, checked
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class PathIndependence(Result):
     spread: Estimate
     agreement: Estimate
     n_states: int
-    rule: Rule
+    rule: BehaviourRule
     stack: str
 
     def to_dataframe(self) -> Any:
@@ -59,7 +59,7 @@ def path_independence(
     *,
     initial_states: Sequence[InitialState] = (0, 1, 2, 3),
     n_loops: int | None = 128,
-    rule: Rule | None = None,
+    rule: BehaviourRule | None = None,
     stack: str | None = None,
     verbose: bool = True,
 ) -> PathIndependence:
@@ -73,7 +73,7 @@ def path_independence(
         initial_states: at least two seeds, for families whose initial state is random; or tensors [batch, pos, d_model],
             "zero", None for the model's own.
         n_loops: how many loops to run (H cycles for HRM-Text); the paper's 128 unless told, None for the model's own.
-        rule: when a token counts as what; `Rule()` if None.
+        rule: when a token counts as what; `BehaviourRule()` if None.
         stack: "L" or "H" for HRM-Text; not needed elsewhere.
         verbose: show a progress bar.
 

@@ -22,7 +22,7 @@ from ._prompts import Prompts, at_depth, token_batches
 from ._streaming import last_norm, rehearsal, visit
 
 Over = Literal["layers", "loop_ends"]
-Reader = Callable[[slice, Float[Tensor, "batch state d_model"]], None]
+Reader = Callable[[slice, Tensor], object]  # gets the rows of some states, and the states [batch, row, d_model]
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,48 +202,53 @@ def _principal_components(
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean, `k` directions, their shares of the variance, and coordinates of what `states` reads, [batch, state, d_model]."""
-    batch, n, d_model = shape
+    n, d_model = shape[1:]
     if k > d_model:
         raise LoopedError(f"n_components={k} was asked of states of {d_model} dimensions.")
-    coordinates = torch.empty(batch, n, k, dtype=torch.float64, device=device)
     if n <= d_model:
-        x = torch.empty(batch, n, d_model, dtype=torch.float64, device=device)
-
-        def keep(rows: slice, value: Tensor) -> None:
-            x[:, rows] = value
-
-        states(keep, initial_state)
+        x = torch.empty(shape, dtype=torch.float64, device=device)
+        states(lambda rows, value: x[:, rows].copy_(value), initial_state)
         mean = x.mean(1)
         x -= mean[:, None]
         variance, vectors = torch.linalg.eigh(x @ x.mT)  # as many as states, fewer than dimensions
-        directions = vectors[..., -k:].flip(-1).mT @ x
-        directions = torch.nn.functional.normalize(directions, dim=-1)
-    else:
-        total = torch.zeros(batch, d_model, dtype=torch.float64, device=device)
-        moment = torch.zeros(batch, d_model, d_model, dtype=torch.float64, device=device)
-        origin: list[Tensor] = []  # near the states, so that little is lost when the mean is taken off afterwards
-
-        def add_up(rows: slice, value: Tensor) -> None:
-            origin[:] = origin or [value[:, :1]]
-            shifted = value - origin[0]
-            total.add_(shifted.sum(1))
-            moment.add_(shifted.mT @ shifted)
-
-        def project(rows: slice, value: Tensor) -> None:
-            coordinates[:, rows] = (value - mean[:, None]) @ directions.mT
-
-        states(add_up, rehearsal(initial_state))
-        mean = total / n
-        variance, vectors = torch.linalg.eigh(moment - n * mean[:, :, None] * mean[:, None])
-        mean = mean + origin[0][:, 0]
-        directions = vectors[..., -k:].flip(-1).mT
-    largest = directions.gather(-1, directions.abs().argmax(-1, keepdim=True))
-    directions = directions * torch.where(largest < 0, -1.0, 1.0)
-    if n <= d_model:
+        directions = _signed(torch.nn.functional.normalize(vectors[..., -k:].flip(-1).mT @ x, dim=-1))
         coordinates = x @ directions.mT
     else:
-        states(project, initial_state)
+        mean, variance, vectors = _eigen(states, shape, rehearsal(initial_state), device)
+        directions = _signed(vectors[..., -k:].flip(-1).mT)
+        coordinates = torch.empty(*shape[:2], k, dtype=torch.float64, device=device)
+        states(lambda rows, value: coordinates[:, rows].copy_((value - mean[:, None]) @ directions.mT), initial_state)
     whole = variance.sum(-1, keepdim=True)
     if bool((whole <= 0).any()):
         raise LoopedError("the states of a prompt are all the same, so they have no principal components.")
     return mean, directions, variance[..., -k:].flip(-1).clamp(min=0) / whole, coordinates
+
+
+def _eigen(
+    states: Callable[[Reader, InitialState], None],
+    shape: tuple[int, int, int],
+    initial_state: InitialState,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean of states that are not held, and the eigenvalues and eigenvectors of n times their covariance."""
+    batch, n, d_model = shape
+    total = torch.zeros(batch, d_model, dtype=torch.float64, device=device)
+    moment = torch.zeros(batch, d_model, d_model, dtype=torch.float64, device=device)
+    origin: list[Tensor] = []  # near the states, so that little is lost when the mean is taken off afterwards
+
+    def add_up(rows: slice, value: Tensor) -> None:
+        origin[:] = origin or [value[:, :1]]
+        shifted = value - origin[0]
+        total.add_(shifted.sum(1))
+        moment.add_(shifted.mT @ shifted)
+
+    states(add_up, initial_state)
+    mean = total / n
+    variance, vectors = torch.linalg.eigh(moment - n * mean[:, :, None] * mean[:, None])
+    return mean + origin[0][:, 0], variance, vectors
+
+
+def _signed(directions: Float[Tensor, "batch component d_model"]) -> Float[Tensor, "batch component d_model"]:
+    """With the sign that makes the entry of each that is largest in size positive."""
+    largest = directions.gather(-1, directions.abs().argmax(-1, keepdim=True))
+    return directions * torch.where(largest < 0, -1.0, 1.0)
