@@ -9,9 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .analysis.random_init import random_init_sweep
 from .bridge.looped_bridge import LoopedBridge
 from .errors import LoopedError
 
+SWEEP_EXAMPLE = "example: tl-looped sweep-init --layers 4 --loops 64 --seeds 2 --std fan_in --csv sweep.csv"
 LENS_EXAMPLE = 'example: tl-looped lens ByteDance/Ouro-1.4B --prompt "The capital of France is" --loops 4'
 
 
@@ -33,14 +35,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     lens.add_argument("--top-k", metavar="K", type=int, default=5, help="answers per loop (default: 5)")
     lens.add_argument("--revision", help="branch, tag or commit on the Hub")
     lens.add_argument("--device", help="default: CUDA where there is one")
+    sweep = commands.add_parser(
+        "sweep-init",
+        help="which layouts of norms and injection settle at random initialisation",
+        description=random_init_sweep.__doc__.split("\n\n")[0] if random_init_sweep.__doc__ else None,
+        epilog=SWEEP_EXAMPLE,
+    )
+    sweep.add_argument("--layers", metavar="N", type=int, default=12, help="layers in the loop (default: 12)")
+    sweep.add_argument("--width", metavar="D", type=int, default=128, help="d_model, a multiple of 4 (default: 128)")
+    sweep.add_argument("--loops", metavar="N", type=int, default=128, help="how often to loop (default: 128)")
+    sweep.add_argument("--seeds", metavar="N", type=int, default=3, help="how many initialisations (default: 3)")
+    sweep.add_argument("--std", type=std, default=0.02, help="of the weights, or fan_in for 1/sqrt(fan_in) (default: 0.02)")
+    sweep.add_argument("--csv", metavar="FILE", help="also write every (layout, loop) as a table")
     args = parser.parse_args(argv)
     try:
+        if args.command == "sweep-init":
+            sizes = {"n_layers": args.layers, "d_model": args.width, "n_loops": args.loops}
+            found = random_init_sweep(**sizes, seeds=args.seeds, std=args.std)
+            print(found.summary())
+            if args.csv:
+                found.to_dataframe().to_csv(args.csv, index=False)
+            return 0
         model = LoopedBridge.from_pretrained(args.checkpoint, n_loops=args.loops, revision=args.revision, device=args.device)
         print(lens_table(model, args.prompt if args.tokens is None else args.tokens, args.top_k))
     except LoopedError as error:
         print(f"tl-looped: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def std(text: str) -> float | str:
+    """A number, or "fan_in"."""
+    try:
+        return text if text == "fan_in" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor fan_in") from None
 
 
 def token_list(text: str) -> Tensor:

@@ -41,6 +41,12 @@ class LoopHistory:
             self._log_probs[loop] = torch.log_softmax(logits, -1, torch.promote_types(logits.dtype, torch.float32))
         return self._log_probs[loop]
 
+    def forget(self, loop: int, n_states: int) -> None:
+        """Drop the log-probabilities of the loops before `loop` and all but the last states, where many loops are run."""
+        self._log_probs = {t: kept for t, kept in self._log_probs.items() if t >= loop}
+        for t in range(len(self.states) - n_states):
+            self.states[t] = self.states[t].new_empty(0)
+
 
 @runtime_checkable
 class ExitPolicy(Protocol):

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
+
 from .errors import LoopedError
-from .schedule import Site
+from .schedule import LoopSelector, Site
 
 if TYPE_CHECKING:
+    from .bridge.cache import LoopedCache
     from .results import Grid
 
 GroupBy = Literal["depth", "recurrence", "layer"]
@@ -168,6 +171,80 @@ def paths(
             marker={**marker, **bar},
         )
     return figure.update_layout(showlegend=False)
+
+
+def floorplan(grid: Grid, sites: Sequence[Site], title: str = "") -> Any:
+    """Every attention pattern of a run, a row for each pass (the "looped floorplan", figure 63 of arXiv 2604.11791).
+
+    The prelude is on top in a blue box, the coda at the bottom in a red one.
+
+    Args:
+        grid: axes (layer, query, key), as from `tl_looped.analysis.looped_floorplan`.
+        sites: of its layers; `model.unroll(n_loops).schedule.sites`.
+        title: above the figure.
+    """
+    go = plotly()
+    rows: list[list[int]] = []
+    for i, site in enumerate(sites):
+        if i and sites[i - 1][:2] == site[:2]:
+            rows[-1].append(i)
+        else:
+            rows.append([i])
+    size = grid.values.shape[-1] + 1  # one empty line between patterns
+    z = grid.values.new_full((len(rows) * size, max(map(len, rows)) * size), float("nan"))
+    names, boxes = [], []
+    for r, row in enumerate(rows):
+        stack, loop, _ = sites[row[0]]
+        names.append(stack if loop is None else f"loop {loop}" if stack == "core" else f"{stack} loop {loop}")
+        for c, i in enumerate(row):
+            z[r * size : (r + 1) * size - 1, c * size : (c + 1) * size - 1] = grid.values[i]
+        if loop is None:
+            ends = {"x0": -1, "x1": len(row) * size - 1, "y0": r * size - 1, "y1": (r + 1) * size - 1}
+            boxes.append({"type": "rect", **ends, "line": {"color": "blue" if stack == "prelude" else "red", "width": 2}})
+    figure = go.Figure(layout={"title": title or grid.name, "template": "plotly_white", "shapes": boxes})
+    figure.add_heatmap(z=z.float().tolist(), colorscale="Viridis", zmin=0, zmax=1, colorbar={"title": grid.name})
+    ticks = {"tickvals": [(r + 0.5) * size for r in range(len(rows))], "ticktext": names}
+    figure.update_yaxes(autorange="reversed", scaleanchor="x", showgrid=False, **ticks)
+    figure.update_xaxes(showgrid=False, showticklabels=False, title="layer, query by key in each pattern")
+    return figure.update_layout(height=min(4000, 120 + 90 * len(rows)))
+
+
+def attention_heads(
+    cache: LoopedCache,
+    tokens: Sequence[str],
+    *,
+    layer: int | None = None,
+    loops: LoopSelector = "all",
+    stack: str | None = None,
+    example: int = 0,
+) -> Any:
+    """circuitsvis's view of attention heads, under names such as "loop 2, layer 5, head 3".
+
+    Args:
+        cache: of a run that cached patterns.
+        tokens: the tokens as text, such as `model.to_str_tokens(prompt)`.
+        layer: one layer of the loop; None for all.
+        loops: which loops: an int, a slice, several ints, "all" or "last".
+        stack: "L" or "H" for HRM-Text; not needed elsewhere.
+        example: which row of the batch.
+
+    Raises:
+        LoopedError: circuitsvis is not installed; the patterns were not cached; tokens of another number.
+    """
+    try:
+        from circuitsvis.attention import attention_heads as show
+    except ImportError as error:
+        raise LoopedError("this figure needs circuitsvis, which is not installed; pip install 'tl-looped[viz]'.") from error
+    schedule = cache.model.schedule
+    chosen, looped = schedule.select_loops(loops, stack), schedule.looped_stack(stack)
+    layers = list(range(schedule.stacks[looped])) if layer is None else [range(schedule.stacks[looped])[layer]]
+    patterns = [cache.stack_loops("pattern", j, loops, stack) for j in layers]  # [loop, batch, head, query, key] each
+    if len(tokens) != patterns[0].shape[-1]:
+        raise LoopedError(f"{len(tokens)} tokens were given for patterns over {patterns[0].shape[-1]} positions.")
+    prefix = "" if looped == "core" else f"{looped} "
+    names = [f"{prefix}loop {t}, layer {j}, head {h}" for t in chosen for j in layers for h in range(patterns[0].shape[2])]
+    heads = [pattern[k, example] for k in range(len(chosen)) for pattern in patterns]
+    return show(torch.cat(heads).float().cpu(), list(tokens), names)
 
 
 def _between(first: tuple[int, int, int], last: tuple[int, int, int], share: float) -> str:

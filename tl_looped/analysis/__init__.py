@@ -2,6 +2,53 @@
 
 from __future__ import annotations
 
+from .attention_stability import AttentionStability, attention_bound, attention_distances, attention_stability, looped_floorplan
+from .exit_steps import ExitSteps, exit_steps, gate_pdf
+from .fixed_points import FixedPoints, fixed_points
+from .inference_stages import InferenceStages, inference_stages, output_neurons
+from .limiting_behaviour import BehaviourRule, LimitingBehaviour, TokenBehaviour, limiting_behaviour
+from .local_stability import LocalStability, local_stability
 from .logit_lens import LogitLensResult, Readout, logit_lens
+from .path_independence import PathIndependence, path_independence
+from .random_init import RandomInitSweep, random_init_sweep
+from .stability import InjectionEffect, Stability, injection_effect, stability
+from .step_geometry import StepGeometry, step_geometry
+from .trajectories import Path, Trajectories, trajectories
 
-__all__ = ["LogitLensResult", "Readout", "logit_lens"]
+__all__ = [
+    "RandomInitSweep",
+    "random_init_sweep",
+    "AttentionStability",
+    "attention_bound",
+    "attention_distances",
+    "attention_stability",
+    "looped_floorplan",
+    "ExitSteps",
+    "exit_steps",
+    "gate_pdf",
+    "LocalStability",
+    "local_stability",
+    "InjectionEffect",
+    "Stability",
+    "injection_effect",
+    "stability",
+    "LimitingBehaviour",
+    "BehaviourRule",
+    "TokenBehaviour",
+    "limiting_behaviour",
+    "PathIndependence",
+    "path_independence",
+    "StepGeometry",
+    "step_geometry",
+    "Path",
+    "Trajectories",
+    "trajectories",
+    "FixedPoints",
+    "fixed_points",
+    "InferenceStages",
+    "inference_stages",
+    "output_neurons",
+    "LogitLensResult",
+    "Readout",
+    "logit_lens",
+]

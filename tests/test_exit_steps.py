@@ -1,0 +1,142 @@
+"""Exit steps against the rules written out token by token, the gate's algebra, and generation."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from peak_memory import PeakMemory
+from zoo import ZOO, random_bridge, random_tokens
+
+from tl_looped import LoopedBridge, LoopedError, exits
+from tl_looped.analysis import exit_steps, gate_pdf
+
+POLICIES = [exits.KL(0.05), exits.StateChange(0.8), exits.TwoHitAcceleration(30.0)]
+
+
+def by_hand(bridge: LoopedBridge, tokens: torch.Tensor) -> tuple[list[Any], list[Any]]:
+    """For every policy and token after how many loops it leaves, and the logits after every loop."""
+    schedule, n = bridge.schedule, bridge.n_loops
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(tokens)
+        logits = [bridge.readout(tokens, t) for t in range(n)]
+    ends = [schedule.pass_prefix(schedule.pass_of_loop(t)) for t in range(n)]
+    states = [cache[f"{ends[0]}.hook_state"], *(cache[f"{end}.hook_out"] for end in ends)]
+    steps: list[Any] = []
+    for rule in ("kl", "change", "two hits"):
+        rows = torch.full(tokens.shape, n)
+        for b in range(tokens.shape[0]):
+            for p in range(tokens.shape[1]):
+                for t in range(n - 1):
+                    now, before = (logits[s][b, p].log_softmax(-1) for s in (t, t - 1))
+                    s = [x[b, p] for x in states[: t + 2]]
+                    if rule == "kl":
+                        leaves = t > 0 and (now.exp() * (now - before)).sum() < 0.05
+                    elif rule == "change":
+                        leaves = (s[-1] - s[-2]).norm() / s[-1].norm() < 0.8
+                    else:
+                        d = [y - x for x, y in pairwise(s)]
+                        a = [(y - x).norm() for x, y in pairwise(d)]
+                        leaves = len(a) > 1 and a[-1] < 30.0 and a[-2] < 30.0
+                    if leaves:
+                        rows[b, p] = t + 1
+                        break
+        steps.append(rows)
+    return steps, logits
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_steps_costs_and_scores_are_those_of_the_rules(name: str) -> None:
+    bridge, tokens = random_bridge(name, torch.float64, n_loops=4), random_tokens(3, 4)
+    steps, logits = by_hand(bridge, tokens)
+    found = exit_steps(bridge, tokens, POLICIES, verbose=False)
+    assert found.passes[0].tolist() == [rows.tolist() for rows in steps]
+    rows = [*steps, *(torch.full(tokens.shape, n) for n in range(1, 5))]
+    assert found.cost.labels["policy"] == [*map(repr, POLICIES), "1 loop", "2 loops", "3 loops", "4 loops"]
+    for k, passes in enumerate(rows):
+        right, loss = torch.zeros(3, 3), torch.zeros(3, 3)
+        for b in range(3):
+            for p in range(3):
+                read, target = logits[int(passes[b, p]) - 1][b, p], int(tokens[b, p + 1])
+                right[b, p], loss[b, p] = float(read.argmax() == target), -read.log_softmax(-1)[target]
+        for estimate, expected in ((found.cost, passes[:, :-1].double()), (found.accuracy, right), (found.loss, loss)):
+            per_example = expected.mean(1)
+            assert estimate.values[k].item() == pytest.approx(per_example.mean().item(), abs=1e-6)
+            assert estimate.stderr[k].item() == pytest.approx(per_example.std().item() / 3**0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"), [("ouro", exits.Gate(0.6)), ("huginn", exits.StateChange(0.9)), ("hrm_text", exits.KL(0.3))]
+)
+def test_the_last_token_leaves_when_generation_reads_it(name: str, policy: exits.ExitPolicy) -> None:
+    bridge, tokens = random_bridge(name, torch.float64, n_loops=5), random_tokens(4, 5)
+    found = exit_steps(bridge, tokens, {"mine": policy}, answers=[1, 2, 3, 4], verbose=False)
+    bridge.exit_policy = policy
+    bridge.generate(tokens, max_new_tokens=1, do_sample=False, stop_at_eos=False, verbose=False)
+    read = bridge.generation_report.passes_per_token[:, 0]
+    assert found.passes[0][0, :, -1].tolist() == read.tolist() and len(set(read.tolist())) > 1
+    assert found.cost.values[0].item() == pytest.approx(read.double().mean().item())
+    assert len(found.plot().data) == 2 and found.to_dataframe()["policy"].tolist()[0] == "mine"
+
+
+def test_gate_probabilities() -> None:
+    bridge, tokens = random_bridge("ouro", torch.float64, n_loops=4), random_tokens()
+    found = exit_steps(bridge, tokens, [exits.Gate(q) for q in (0.2, 0.5, 0.9, 0.99)], verbose=False)
+    with torch.no_grad():
+        leave = bridge.run_with_cache(tokens)[1].stack_loops("hook_exit_logit").sigmoid()
+    (pdf,), (cdf,) = found.pdf, found.cdf
+    stay = 1.0
+    for t in range(4):
+        expected = stay * leave[t] if t < 3 else stay
+        assert torch.allclose(pdf[t], torch.as_tensor(expected))
+        stay = stay * (1 - leave[t])
+        assert torch.allclose(cdf[t], 1 - stay if t < 3 else torch.ones_like(leave[0]))
+    assert torch.allclose(pdf.sum(0), torch.ones_like(pdf[0]))
+    # exit at min{m: CDF(m) >= q}, so later for a higher q
+    for k, q in enumerate((0.2, 0.5, 0.9, 0.99)):
+        assert torch.equal(found.passes[0][k], (cdf >= q - 1e-12).int().argmax(0) + 1)
+    assert (found.passes[0].diff(dim=0) >= 0).all()
+    assert gate_pdf(torch.tensor([0.0, 0.0, 5.0])).tolist() == [0.5, 0.25, 0.25]
+
+
+def test_split_work_gives_the_same_as_one_process() -> None:
+    bridge, prompts = random_bridge("ouro"), [random_tokens(2, 3), random_tokens(1, 5, seed=4)]
+    whole = exit_steps(bridge, iter(prompts), [exits.Gate(0.5)], n_loops=4, verbose=False)
+    parts = [exit_steps(bridge, p, [exits.Gate(0.5)], n_loops=4, verbose=False) for p in prompts]
+    merged = parts[0] + parts[1]
+    assert torch.allclose(whole.loss.values, merged.loss.values) and torch.allclose(whole.loss.stderr, merged.loss.stderr)
+    assert [x.shape for x in whole.passes] == [(1, 2, 3), (1, 1, 5)]
+    assert all(map(torch.equal, whole.passes, merged.passes)) and all(map(torch.equal, whole.pdf, merged.pdf))
+    with pytest.raises(LoopedError, match=r"cannot be added|different questions"):
+        parts[0] + exit_steps(bridge, prompts[1], [exits.KL()], n_loops=4, verbose=False)
+
+
+def test_refusals() -> None:
+    bridge, tokens = random_bridge("huginn"), random_tokens()
+    with pytest.raises(LoopedError, match="exit gates, which this model does not have"):
+        exit_steps(bridge, tokens, [exits.Gate(0.5)], verbose=False)
+    with pytest.raises(LoopedError, match="same name"):
+        exit_steps(bridge, tokens, [exits.KL(), exits.KL()], verbose=False)
+    with pytest.raises(LoopedError, match="name of a baseline"):
+        exit_steps(bridge, tokens, {"1 loop": exits.KL()}, verbose=False)
+    with pytest.raises(LoopedError, match="readout of loop 0"):
+        exit_steps(bridge, tokens, [lambda h: h.log_probs(0)[..., 0] > math.inf], n_loops=4, verbose=False)
+    with pytest.raises(LoopedError, match="no prompts"):
+        exit_steps(bridge, [], verbose=False)
+    with pytest.raises(LoopedError, match="no next token"):
+        exit_steps(bridge, tokens[:, :1], verbose=False)
+    assert exit_steps(bridge, tokens[:, :1], answers=[3, 4], verbose=False).cost.values.tolist() == [1, 2, 3]
+
+
+def test_memory_does_not_grow_with_the_loops() -> None:
+    bridge, tokens = random_bridge("huginn", n_prelude=1, n_core=1, d_vocab=500), random_tokens(1, 20)
+    peaks = []
+    for n_loops in (3, 24):
+        deep = bridge.unroll(n_loops)
+        with PeakMemory(deep) as peak:
+            exit_steps(deep, tokens, [exits.KL(1e-9), exits.TwoHitAcceleration(1e-9)], verbose=False)
+        peaks.append(peak.nbytes)
+    assert peaks[1] < 1.2 * peaks[0]

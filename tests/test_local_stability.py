@@ -1,0 +1,149 @@
+"""Local stability against explicit Jacobians, and against maps whose eigenvalues are planted."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from zoo import SMALL, ZOO, random_bridge, random_tokens
+
+from tl_looped import LoopedBridge, LoopedConfig, LoopedError
+from tl_looped.analysis import local_stability
+from tl_looped.analysis._one_loop import OneLoop
+from tl_looped.analysis.local_stability import contraction_rate
+
+FAMILIES = pytest.mark.parametrize("name", ZOO)
+
+
+@FAMILIES
+def test_one_loop_again_and_again_is_the_run(name: str) -> None:
+    bridge, tokens = random_bridge(name, torch.float64), random_tokens()
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(tokens, names_filter="loops.*.hook_out" if name != "hrm_text" else None)
+        loop = OneLoop(bridge, tokens)
+        x = loop.start
+        for t in range(bridge.n_loops):
+            x = loop(x)
+            for k, stack in enumerate(bridge.schedule.core_stacks):
+                last = [p for p in bridge.schedule.passes_of("all", stack) if p.index <= bridge.schedule.pass_of_loop(t).index][
+                    -1
+                ]
+                assert torch.allclose(x[k], cache[f"{bridge.schedule.pass_prefix(last)}.hook_out"], atol=1e-10), (t, stack)
+
+
+def jacobian(loop: OneLoop, x: torch.Tensor) -> torch.Tensor:
+    """Of one example, by reverse mode, as a matrix."""
+    n = x.numel()
+    return torch.autograd.functional.jacobian(loop, x).reshape(n, n)
+
+
+@FAMILIES
+def test_jacobian_products_are_those_of_the_explicit_jacobian(name: str) -> None:
+    bridge, tokens = random_bridge(name, torch.float64), random_tokens(1, 3)
+    loop = OneLoop(bridge, tokens)
+    v = torch.randn(2, *loop.start.shape, dtype=torch.float64)
+    expected = v.flatten(1) @ jacobian(loop, loop.start).T
+    assert torch.allclose(loop.jvp(loop.start, v).flatten(1), expected, atol=1e-9 * expected.abs().max().item())
+
+
+def linear_loop(matrix: torch.Tensor) -> LoopedBridge:
+    """A model whose loop is `matrix @ state + embedding` at every position: its layers write nothing."""
+    d = len(matrix)
+    cfg = LoopedConfig(d_model=d, n_heads=2, d_vocab=11, n_core=1, n_loops=2, injection="concat", initial_state="noise")
+    bridge = LoopedBridge.from_config(cfg).to(torch.float64)
+    parameters = bridge.original_model.canonical_parameters()
+    for name, parameter in parameters.items():
+        if name.endswith(("attn.o.weight", "mlp.down.weight")):
+            parameter.data.zero_()
+    parameters["inject.weight"].data = torch.cat((matrix, torch.eye(d, dtype=torch.float64)), 1)
+    return bridge
+
+
+def planted(*blocks: tuple[float, float]) -> torch.Tensor:
+    """A matrix with planted eigenvalues `radius * exp(+-i angle)` in a random basis."""
+    parts = [r * torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]]) for r, a in blocks]
+    basis = torch.eye(2 * len(blocks)).double() + 0.3 * torch.randn(2 * len(blocks), 2 * len(blocks)).double()
+    return basis @ torch.block_diag(*parts).double() @ torch.linalg.inv(basis)
+
+
+@pytest.mark.parametrize(("radius", "angle"), [(0.8, 0.9), (0.6, math.pi), (0.9, math.pi / 2)])
+def test_planted_eigenvalues_complex_and_negative_ones_too(radius: float, angle: float) -> None:
+    matrix = planted((radius, angle), (0.4, 0.3), (0.2, 2.0), (0.1, 1.0))
+    found = local_stability(linear_loop(matrix), random_tokens(2, 1) % 11, n_loops=60, n_exponents=4, verbose=False)
+    for b in range(2):
+        assert found.spectral_radius[b] == pytest.approx(radius, rel=1e-5) and found.ritz_residual[b] < 1e-5
+        assert found.contraction[b] == pytest.approx(radius, rel=0.02)
+        exponents = found.lyapunov[b]
+        # Finite-time rates: the basis shifts the log of every product by a constant, which is divided by 60.
+        assert exponents[:2] == pytest.approx([math.log(radius)] * 2, abs=0.05)
+        assert exponents[2:] == pytest.approx([math.log(0.4)] * 2, abs=0.05)
+
+
+def test_an_unstable_map_is_not_at_a_fixed_point() -> None:
+    found = local_stability(linear_loop(planted((1.2, 0.5), (0.4, 0.3))), torch.tensor([[1]]), n_loops=40, verbose=False)
+    assert found.residual[0] > 0.1 and math.isnan(found.spectral_radius[0]) and math.isnan(found.ritz_residual[0])
+    assert found.contraction[0] == pytest.approx(1.2, rel=0.02) and found.lyapunov[0][0] == pytest.approx(
+        math.log(1.2), abs=0.05
+    )
+    assert "spectral_radius" not in found.estimates() and found.estimates()["lyapunov"].count == 1
+
+
+@pytest.mark.parametrize("name", ["huginn", "hrm_text", "retrofit_llama"])
+def test_against_the_eigenvalues_and_products_of_explicit_jacobians(name: str) -> None:
+    bridge = LoopedBridge.from_config(ZOO[name].replace(n_prelude=0 if name == "hrm_text" else 1, n_core=1)).to(torch.float64)
+    for key, p in bridge.original_model.canonical_parameters().items():
+        p.data *= 3.0 if p.ndim == 2 and "embed" not in key else 1.0
+    tokens = random_tokens(1, 2)
+    found = local_stability(bridge, tokens, n_loops=30, n_exponents=3, iterations=150, verbose=False)
+    loop = OneLoop(bridge, tokens)
+    x, q, growth = loop.start, None, []
+    for _ in range(30):
+        j = jacobian(loop, x).numpy()
+        if q is None:
+            noise = torch.randn((3, *x.shape), generator=torch.Generator().manual_seed(0)).double()
+            q = np.linalg.qr(noise.flatten(1).T.numpy())[0]
+        q, r = np.linalg.qr(j @ q)
+        growth.append(np.log(np.abs(np.diag(r))))
+        with torch.no_grad():
+            x = loop(x)
+    assert found.lyapunov[0] == pytest.approx(sorted(np.mean(growth, 0), reverse=True), rel=1e-6)
+    radius = np.abs(np.linalg.eigvals(jacobian(loop, x).numpy())).max()
+    assert found.residual[0] < 1e-6 and found.spectral_radius[0] == pytest.approx(radius, rel=1e-3)
+    assert found.contraction[0] == pytest.approx(radius, rel=0.1)
+
+
+def test_merging_tables_and_figure() -> None:
+    bridge, prompts = random_bridge("huginn"), [random_tokens(2, 3), random_tokens(1, 4, seed=2)]
+    options = {"n_loops": 5, "iterations": 2, "verbose": False}
+    whole = local_stability(bridge, iter(prompts), **options)
+    merged = local_stability(bridge, prompts[0], **options) + local_stability(bridge, prompts[1], **options)
+    assert whole.lyapunov == merged.lyapunov and whole.residual == merged.residual
+    frame = whole.to_dataframe()
+    assert len(frame) == 3 and list(frame["lyapunov_3"]) == [row[3] for row in whole.lyapunov]
+    residual = whole.estimates()["residual"]
+    assert residual.values.item() == pytest.approx(np.mean(whole.residual), rel=1e-5) and residual.count == 3
+    assert len(whole.plot().data) == 3
+
+
+def test_contraction_rate_ignores_what_is_rounding() -> None:
+    t = torch.arange(20, dtype=torch.float64)
+    assert contraction_rate(3 * 0.5**t, 0.0) == pytest.approx(0.5)
+    assert contraction_rate(torch.cat((0.5**t, torch.full((50,), 1e-9).double())), 1e-8) == pytest.approx(0.5)
+    assert math.isnan(contraction_rate(0.5 ** t[:4], 0.0))
+
+
+def test_refusals() -> None:
+    bridge, tokens = random_bridge("ouro"), random_tokens()
+    with pytest.raises(LoopedError, match="at least 4"):
+        local_stability(bridge, tokens, n_loops=3, verbose=False)
+    with pytest.raises(LoopedError, match="float32"):
+        local_stability(random_bridge("ouro", torch.bfloat16), tokens, verbose=False)
+    with pytest.raises(LoopedError, match="no prompts"):
+        local_stability(bridge, [], verbose=False)
+    with pytest.raises(LoopedError, match="the state of this prompt has 24"):
+        local_stability(bridge, tokens[:, :1], n_exponents=SMALL["d_model"] + 1, verbose=False)
+    bridge.original_model.canonical_parameters()["core.0.mlp.down.weight"].data[:] = torch.nan
+    with pytest.raises(LoopedError, match="the state leaving loop 0 holds NaN"):
+        local_stability(bridge, tokens, n_loops=4, verbose=False)

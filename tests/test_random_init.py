@@ -1,0 +1,78 @@
+"""The sweep against its own models run one by one, and the paper's statement on a small case."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tl_looped import LoopedBridge, LoopedConfig, LoopedError
+from tl_looped.analysis import random_init_sweep
+from tl_looped.analysis.random_init import INJECTIONS, NORMS, draw
+from tl_looped.cli import main
+
+SMALL = {"n_layers": 2, "d_model": 16, "verbose": False}
+
+
+def test_numbers_are_those_of_the_model_run_by_itself() -> None:
+    found = random_init_sweep(**SMALL, n_loops=6, seeds=[4, 5], std=0.3)
+    tokens = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(0))
+    k = found.distance.labels["layout"].index("Huginn norm, injection")
+    rows = []
+    for seed in (4, 5):
+        layout = NORMS["Huginn norm"] | INJECTIONS["injection"]
+        cfg = LoopedConfig(d_model=16, n_heads=4, d_vocab=256, n_core=2, n_loops=6, rope_layout="none", noise_std=0.3, **layout)
+        bridge = LoopedBridge.from_config(cfg)
+        draw(bridge.original_model, seed, 0.3)
+        with torch.no_grad():
+            x = bridge.run_with_cache(tokens)[1].stack_loops("resid_post").double()  # [loop, layer, batch, pos, d_model]
+        cosine = torch.cosine_similarity(x, x[-1], dim=-1)
+        between = torch.cosine_similarity(x[-1, 0], x[-1, 1], dim=-1).mean().item()
+        distance = (x - x[-1]).norm(dim=-1) / x[-1].norm(dim=-1)
+        rows.append([distance[2].mean().item(), cosine[2].mean().item(), x[2].norm(dim=-1).mean().item(), between])
+    for column, estimate in zip(
+        zip(*rows, strict=True), (found.distance, found.cosine, found.norm, found.degeneracy), strict=True
+    ):
+        value = estimate.values[k] if estimate is found.degeneracy else estimate.values[k, 2]
+        assert value.item() == pytest.approx(sum(column) / 2, rel=1e-4) and estimate.count == 2
+
+
+def test_standard_deviations() -> None:
+    model = LoopedBridge.from_config(LoopedConfig(d_model=64, n_heads=4, d_vocab=256, n_core=1, n_loops=2)).original_model
+    draw(model, 0, "fan_in")
+    weights = model.canonical_parameters()
+    assert weights["core.0.mlp.down.weight"].std().item() == pytest.approx(256**-0.5, rel=0.02)
+    assert weights["core.0.attn.q.weight"].std().item() == pytest.approx(64**-0.5, rel=0.05)
+    assert weights["core.0.ln1.weight"].eq(1).all()
+    draw(model, 0, 0.02)
+    assert model.canonical_parameters()["core.0.mlp.down.weight"].std().item() == pytest.approx(0.02, rel=0.02)
+
+
+def test_seeds_add_up_and_the_small_case_settles_as_in_the_paper() -> None:
+    whole = random_init_sweep(**SMALL, n_loops=16, seeds=2)
+    merged = random_init_sweep(**SMALL, n_loops=16, seeds=[0]) + random_init_sweep(**SMALL, n_loops=16, seeds=[1])
+    for a, b in ((whole.distance, merged.distance), (whole.norm, merged.norm), (whole.degeneracy, merged.degeneracy)):
+        assert torch.equal(a.values, b.values) and torch.equal(a.stderr, b.stderr)
+    verdicts = whole.verdicts
+    assert verdicts["pre-norm, injection"].startswith("fixed point")
+    assert verdicts["Huginn norm, injection"].startswith("fixed point")
+    assert len(whole.plot().data) == 6 and len(whole.to_dataframe()) == 6 * 16
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = "--layers 1 --width 8 --loops 4 --seeds 1 --std fan_in --csv".split()
+    assert main(["sweep-init", *arguments, str(tmp_path / "sweep.csv")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("1 layers of width 8, 4 loops, 1 seeds, weights of std 1/sqrt(fan_in)")
+    assert all(f"{n}, {i} " in out for n in NORMS for i in INJECTIONS)
+    assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 1 + 6 * 4
+    assert main(["sweep-init", "--loops", "2"]) == 1 and "at least 4" in capsys.readouterr().err
+
+
+def test_refusals() -> None:
+    with pytest.raises(LoopedError, match="no seeds"):
+        random_init_sweep(**SMALL, seeds=[])
+    for wrong in (0.0, -1.0, float("inf"), True):
+        with pytest.raises(LoopedError, match="positive number"):
+            random_init_sweep(**SMALL, std=wrong)

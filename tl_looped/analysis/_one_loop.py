@@ -1,0 +1,71 @@
+"""One loop as a function of the state: what dynamics can be studied on, at any state and with gradients."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..bridge.looped_bridge import LoopedBridge
+from ..model import LoopedModel
+from ..model.initial_state import InitialState
+from ..model.layers import Inputs
+from ..model.looped_model import Stream
+
+
+class OneLoop:
+    """The map from the states entering a loop to those leaving it, for one batch of prompts.
+
+    A state has one part per looped stack, HRM-Text's [L, H] two and all others one. Applied again and again to `start` it gives
+    the states that the model has after every loop (`hook_out` of its passes). Hooks of the model do not act.
+
+    Args:
+        model: the model.
+        tokens: what it runs on.
+        initial_state: as in `LoopedBridge.forward`.
+    """
+
+    def __init__(self, model: LoopedBridge, tokens: Int[Tensor, "batch pos"], initial_state: InitialState = None):
+        twin: Any = model.unroll(
+            2
+        ).original_model  # a second loop, so that the first one is not the last, which may end otherwise
+        self.twin: LoopedModel = twin
+        schedule = twin.cfg.schedule
+        self.stacks = schedule.core_stacks
+        self.stop = schedule.pass_of_loop(0).layers.stop
+        self.layers = range(schedule.n_prelude, self.stop + 1)
+        with torch.no_grad():
+            x = twin.embed(tokens)
+            positions = twin._positions(x, None, None, 0)
+            self.inputs = Inputs(
+                rope=twin.rotary(positions) if twin.rotary else None,
+                masks=twin._masks(x, None, None, 0),
+                value_embeds=twin._value_embeds(tokens),
+            )
+            for i in range(schedule.n_prelude):
+                x = twin.blocks[i](x, self.inputs)
+            self.embed, states = twin._begin(x, initial_state, positions)
+        self.start: Float[Tensor, "stack batch pos d_model"] = torch.stack([states[stack] for stack in self.stacks])
+
+    def __call__(self, states: Float[Tensor, "stack batch pos d_model"]) -> Float[Tensor, "stack batch pos d_model"]:
+        """The states after one more loop."""
+        stream = Stream(states[0])
+        begun = (self.embed, dict(zip(self.stacks, states, strict=True)))
+        for i in self.twin.steps(stream, self.layers, self.inputs, False, lambda _: begun):
+            if i == self.stop:
+                break
+        return torch.stack([stream.states[stack] for stack in self.stacks])
+
+    @torch.no_grad()
+    def jvp(
+        self, states: Float[Tensor, "stack batch pos d_model"], tangents: Float[Tensor, "direction stack batch pos d_model"]
+    ) -> Float[Tensor, "direction stack batch pos d_model"]:
+        """The Jacobian at a state times each of several directions; exact, in forward mode."""
+        # The fused attention kernels have no forward-mode derivative, and torch warns about its own first use of that mode.
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`torch.jit.script", category=DeprecationWarning)
+            return torch.stack([torch.func.jvp(self, (states,), (v,))[1] for v in tangents])

@@ -1,0 +1,328 @@
+"""Whether attention settles: how far the patterns of two executed layers are apart, and a bound on how far they can be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..bridge.looped_bridge import LoopedBridge
+from ..errors import LoopedError
+from ..model.initial_state import InitialState
+from ..plots import GroupBy, grouped
+from ..results import Estimate, Grid, Result, table
+from ..schedule import Site, check_count
+from ._prompts import Prompts, at_depth, token_batches
+from ._streaming import layer_hooks, need_loops, rehearsal, visit, wide
+from .fixed_points import _compare_loops
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionStability(Result):
+    """What `attention_stability` measured; estimates over the examples, axes (loop, layer, head). `a + b` merges.
+
+    Args:
+        successive: Frobenius distance of a head's pattern from that in the loop before, over `sqrt(pos)`; from loop 1 on.
+        distance: the same from the pattern in the last loop, where it is 0 by construction.
+        stack: the looped stack.
+    """
+
+    successive: Estimate
+    distance: Estimate
+    stack: str
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with one row per (loop, layer, head)."""
+        return table(self.distance, self.successive)
+
+    def plot(self, group_by: GroupBy = "layer") -> Any:
+        """A plotly figure of the successive distances, mean over heads; `.plot()` of a field is its heat map, head by head.
+
+        Args:
+            group_by: one line per layer ("layer"), per loop ("recurrence"), or one over all layers in their order ("depth").
+
+        Raises:
+            LoopedError: plotly is not installed; an unknown grouping.
+        """
+        grid = self.successive
+        sites = [Site(self.stack, int(t), int(j)) for t in grid.labels["loop"] for j in grid.labels["layer"]]
+        return grouped(grid.values.mean(-1).flatten().tolist(), sites, group_by, grid.name)
+
+
+def attention_stability(
+    model: LoopedBridge,
+    prompts: Prompts,
+    *,
+    n_loops: int | None = None,
+    stack: str | None = None,
+    initial_state: InitialState = None,
+    verbose: bool = True,
+) -> AttentionStability:
+    """How far every head's attention pattern is from the loop before and from the last loop (arXiv 2604.11791, figures 23, 25).
+
+    `|A - A'|_F / sqrt(pos)` per head: the root mean square over queries, which does not grow with the prompt (our choice; the
+    paper does not say how lengths and heads are averaged). `fixed_points(patterns=True)` has all heads in one number. Each
+    batch is run twice, first for the last loop; the patterns of two loops are held.
+
+    Args:
+        model: the model.
+        prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; every row is an example.
+        n_loops: how many loops to look at (H cycles for HRM-Text); None for the model's own.
+        stack: "L" or "H" for HRM-Text; not needed elsewhere.
+        initial_state: as in `LoopedBridge.forward`.
+        verbose: show a progress bar.
+
+    Raises:
+        LoopedError: no prompts; fewer than two loops; a pattern that is not finite.
+
+    Example:
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
+        >>> found = attention_stability(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), n_loops=5, verbose=False)
+        >>> tuple(found.successive.values.shape), found.successive.labels["loop"]
+        ((4, 2, 2), ['1', '2', '3', '4'])
+    """
+    deep = at_depth(model, None if n_loops is None else check_count("n_loops", n_loops))
+    passes = deep.schedule.passes_of("all", stack)
+    need_loops(len(passes), 2, "attention_stability", "a distance between loops")
+
+    def per_head(a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        return {"distance": (wide(a) - wide(b)).flatten(2).norm(dim=-1) / a.shape[-1] ** 0.5}
+
+    def examples(tokens: Int[Tensor, "batch pos"]) -> AttentionStability:
+        found = _compare_loops(deep, tokens, "attn.hook_pattern", passes[-1], passes, initial_state, per_head)
+
+        def estimate(cells: dict[tuple[int, int], dict[str, Tensor]], first: int, name: str) -> Estimate:
+            values = torch.stack(
+                [torch.stack([cells[p.loop, j]["distance"] for j in range(p.n_layers)], 1) for p in passes[first:]], 1
+            )
+            axes = ("loop", "layer", "head")
+            counts = ([p.loop for p in passes[first:]], range(values.shape[2]), range(values.shape[3]))
+            labels = {axis: [str(k) for k in ks] for axis, ks in zip(axes, counts, strict=True)}
+            return Estimate.of(values.cpu(), axes, labels, name)
+
+        return AttentionStability(
+            successive=estimate(found.successive, 1, "successive_distance"),
+            distance=estimate(found.distance, 0, "distance_to_last"),
+            stack=deep.schedule.looped_stack(stack),
+        )
+
+    return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="attention_stability")))
+
+
+def attention_distances(
+    model: LoopedBridge,
+    prompts: Prompts,
+    *,
+    n_loops: int | None = None,
+    per_head: bool = False,
+    initial_state: InitialState = None,
+    verbose: bool = True,
+) -> Estimate:
+    """Frobenius distances between the attention patterns of all pairs of executed layers (arXiv 2604.11791, figures 2, 21).
+
+    `|A - A'|_F` over all heads, divided by `sqrt(head * pos)`, mean over examples (our choice; the paper does not say).
+    Diagonal bands mean that a layer resembles itself in other loops.
+
+    Pairs need all patterns, but not whole ones: only some rows of every pattern are held, as many as one loop's patterns have
+    numbers, in fp64, and each batch is run again for the next rows, about `n_loops` times. So time grows with the square of the
+    number of loops, as do the distances; for 128 loops look at `attention_stability`, which takes two runs.
+
+    Args:
+        model: the model.
+        prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; every row is an example.
+        n_loops: loops to run (H cycles for HRM-Text); None for the model's own. The paper shows 8 and 32.
+        per_head: the distances of every head by itself, over `sqrt(pos)`.
+        initial_state: as in `LoopedBridge.forward`.
+        verbose: show a progress bar.
+
+    Returns:
+        An estimate with the axes (layer, other), and head if asked for. Layers are named as in "loops.2.blocks.5"; prelude,
+        coda and both stacks of HRM-Text are included.
+
+    Raises:
+        LoopedError: no prompts; a pattern that is not finite.
+
+    Example:
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
+        >>> attention_distances(model, torch.tensor([[1, 2, 3]]), verbose=False).values.shape
+        torch.Size([6, 6])
+    """
+    deep = at_depth(model, None if n_loops is None else check_count("n_loops", n_loops))
+    schedule, cfg = deep.schedule, deep.looped_cfg
+    names = [schedule.name(i, "hook").removesuffix(".hook") for i in range(schedule.n_layers)]
+    hooks = {f"{name}.attn.hook_pattern": i for i, name in enumerate(names)}
+
+    def examples(tokens: Int[Tensor, "batch pos"]) -> Estimate:
+        batch, pos = tokens.shape
+        n_rows = cfg.n_heads * pos
+        chunk = max(1, n_rows * cfg.n_physical // schedule.n_layers)
+        gram = torch.zeros(batch, cfg.n_heads if per_head else 1, len(names), len(names), dtype=torch.float64)
+        for first in range(0, n_rows, chunk):
+            heads = torch.arange(n_rows)[first : first + chunk] // pos
+            held = torch.empty(batch, len(heads), len(names), pos, dtype=torch.float64, device=tokens.device)
+
+            def keep(i: int, pattern: Tensor, held: Tensor = held, first: int = first) -> None:
+                held[:, :, i] = pattern.flatten(1, 2)[:, first : first + chunk]
+
+            last = first + chunk >= n_rows
+            state = initial_state if last else rehearsal(initial_state)
+            visit(deep, tokens, hooks, keep, stop=schedule.n_layers, initial_state=state)
+            for head in heads.unique().tolist():
+                rows = held[:, heads == head].transpose(1, 2).flatten(2)  # [batch, layer, row * key]
+                gram[:, head if per_head else 0] += (rows @ rows.mT).cpu()
+        square = gram.diagonal(dim1=-2, dim2=-1)
+        distances = square[..., None, :] + square[..., None] - 2 * gram
+        distances = (distances.clamp(min=0) / (pos if per_head else n_rows)).sqrt().movedim(1, -1)
+        labels = {"layer": names, "other": names, "head": [str(h) for h in range(cfg.n_heads)]}
+        axes = ("layer", "other", "head") if per_head else ("layer", "other")
+        if not per_head:
+            distances = distances[..., 0]
+        return Estimate.of(distances, axes, {axis: labels[axis] for axis in axes}, "pattern_distance")
+
+    return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="attention_distances")))
+
+
+def attention_bound(
+    model: LoopedBridge,
+    prompts: Prompts,
+    *,
+    n_loops: int | None = None,
+    stack: str | None = None,
+    initial_state: InitialState = None,
+    verbose: bool = True,
+) -> Estimate:
+    """How much of its bound a change of attention uses: left over right side of proposition 4.2 of arXiv 2604.11791.
+
+    `|A_t - A_{t-1}|_F <= 1/2 * 2 B kappa / sqrt(d_head) * |X_t - X_{t-1}|_F`, where X is what the attention reads, B the
+    larger spectral norm of the two X, kappa that of `W_Q W_K^T`, and 1/2 the Lipschitz constant of the softmax (the
+    appendix's). Of all heads of a layer the largest ratio is taken. It never exceeds 1; far below 1 the bound says little.
+
+    Args:
+        model: a model without rotary positions, norms or biases of q and k, which the proposition does not know.
+        prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; every row is an example.
+        n_loops: loops to run (H cycles for HRM-Text); None for the model's own.
+        stack: "L" or "H" for HRM-Text; not needed elsewhere.
+        initial_state: as in `LoopedBridge.forward`.
+        verbose: show a progress bar.
+
+    Returns:
+        An estimate with the axes (loop, layer), from the second loop on; NaN where the input did not change.
+
+    Raises:
+        LoopedError: the proposition does not hold for this model in its literal form; no prompts; fewer than two loops.
+
+    Example:
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> cfg = LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3, rope_layout="none")
+        >>> ratio = attention_bound(LoopedBridge.from_config(cfg, seed=0), torch.tensor([[1, 2, 3]]), verbose=False)
+        >>> tuple(ratio.values.shape), bool((ratio.values <= 1).all())
+        ((2, 2), True)
+    """
+    cfg = model.looped_cfg
+    reasons = {
+        "rotary positions": cfg.rope_layout != "none",
+        "norms of q and k": cfg.qk_norm != "none",
+        "biases of q or k": "q" in cfg.biases or "k" in cfg.biases,
+    }
+    if broken := [reason for reason, holds in reasons.items() if holds]:
+        raise LoopedError(
+            f"attention_bound was asked of a {cfg.family} model with {' and '.join(broken)}: its scores are not "
+            "X W_Q W_K^T X^T, so proposition 4.2 does not apply in its literal form."
+        )
+    deep = at_depth(model, None if n_loops is None else check_count("n_loops", n_loops))
+    passes = deep.schedule.passes_of("all", stack)
+    need_loops(len(passes), 2, "attention_bound", "a change between loops")
+    kappas = [_kappa(deep, i) for i in passes[0].layers]
+    hooks = {name: (at, "input") for name, at in layer_hooks(deep.schedule, passes, "attn.hook_in").items()}
+    hooks |= {name: (at, "pattern") for name, at in layer_hooks(deep.schedule, passes, "attn.hook_pattern").items()}
+    labels = {"loop": [str(p.loop) for p in passes[1:]], "layer": [str(j) for j in range(passes[0].n_layers)]}
+
+    def examples(tokens: Int[Tensor, "batch pos"]) -> Estimate:
+        before: dict[tuple[int, str], Tensor] = {}
+        bounds: dict[int, Tensor] = {}
+        ratios = torch.full((len(tokens), len(passes) - 1, passes[0].n_layers), torch.nan, dtype=torch.float64)
+
+        def measure(key: tuple[tuple[int, int], str], value: Tensor) -> None:
+            (loop, layer), kind = key
+            value = value.double()
+            old = before.get((layer, kind))
+            before[layer, kind] = value
+            if old is None:
+                return
+            change = (value - old).flatten(1 if kind == "input" else 2).norm(dim=-1)
+            if kind == "input":
+                norms = torch.stack([torch.linalg.matrix_norm(x, ord=2) for x in (old, value)])
+                bounds[layer] = norms.amax(0)[:, None] * kappas[layer] / cfg.d_head**0.5 * change[:, None]
+            else:
+                ratios[:, loop - 1, layer] = (change / bounds[layer]).amax(-1).cpu()
+
+        visit(deep, tokens, hooks, measure, stop=passes[-1].layers.stop, initial_state=initial_state)
+        return Estimate.of(ratios, ("loop", "layer"), labels, "bound_ratio")
+
+    return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="attention_bound")))
+
+
+def looped_floorplan(
+    model: LoopedBridge,
+    tokens: str | Int[Tensor, "*batch pos"],
+    *,
+    n_loops: int | None = None,
+    head: int | None = None,
+    initial_state: InitialState = None,
+) -> Grid:
+    """The attention pattern of every executed layer for one prompt (arXiv 2604.11791, figure 63); `plots.floorplan` draws them.
+
+    One pattern for each executed layer is held: the mean over heads, or one head's.
+
+    Args:
+        model: the model.
+        tokens: one prompt: a text, or tokens [pos] or [1, pos].
+        n_loops: loops to run (H cycles for HRM-Text); None for the model's own.
+        head: which head; None for the mean over heads.
+        initial_state: as in `LoopedBridge.forward`.
+
+    Returns:
+        Axes (layer, query, key).
+
+    Raises:
+        LoopedError: several prompts; a head that the model does not have.
+
+    Example:
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
+        >>> looped_floorplan(model, torch.tensor([1, 2, 3])).values.shape
+        torch.Size([6, 3, 3])
+    """
+    deep = at_depth(model, None if n_loops is None else check_count("n_loops", n_loops))
+    batches = list(token_batches(deep, tokens, verbose=False, what="looped_floorplan"))
+    if len(batches[0]) > 1:
+        raise LoopedError(f"looped_floorplan of {len(batches[0])} prompts was asked; pass one.")
+    n_heads = deep.looped_cfg.n_heads
+    if head is not None and not 0 <= head < n_heads:
+        raise LoopedError(f"head={head} was asked, but this model has the heads 0..{n_heads - 1}.")
+    schedule, patterns = deep.schedule, []
+    names = [schedule.name(i, "hook").removesuffix(".hook") for i in range(schedule.n_layers)]
+
+    def keep(key: int, pattern: Tensor) -> None:
+        patterns.append((pattern[0].mean(0) if head is None else pattern[0, head]).cpu())
+
+    hooks = {f"{name}.attn.hook_pattern": i for i, name in enumerate(names)}
+    visit(deep, batches[0], hooks, keep, stop=schedule.n_layers, initial_state=initial_state)
+    positions = [str(p) for p in range(batches[0].shape[1])]
+    labels = {"layer": names, "query": positions, "key": positions}
+    return Grid(torch.stack(patterns), ("layer", "query", "key"), labels, "attention")
+
+
+def _kappa(model: LoopedBridge, layer: int) -> Float[Tensor, " head"]:
+    """The spectral norm of `W_Q W_K^T` of every head."""
+    attn: Any = model.blocks[layer].attn
+    q, k = attn.W_Q.detach().double(), attn.W_K.detach().double()  # [head, d_model, d_head]
+    k = k.repeat_interleave(len(q) // len(k), dim=0)
+    return torch.linalg.matrix_norm(torch.linalg.qr(q)[1] @ torch.linalg.qr(k)[1].mT, ord=2)

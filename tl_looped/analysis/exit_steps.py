@@ -1,0 +1,189 @@
+"""When every token would leave the loop under exit policies, what that saves, and what it costs in accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..bridge.looped_bridge import LoopedBridge
+from ..errors import LoopedError
+from ..exits import ExitPolicy, LoopHistory
+from ..model.initial_state import InitialState
+from ..results import Estimate, Result, table
+from ..schedule import check_count
+from ._prompts import Prompts, at_depth, check_finite, token_batches
+from ._targets import Answers, Targets
+
+Policies = Sequence[ExitPolicy] | Mapping[str, ExitPolicy]
+
+
+@dataclass(frozen=True, eq=False)
+class ExitSteps(Result):
+    """What `exit_steps` found; estimates over the examples, axis (policy). `a + b` merges.
+
+    The axis holds the policies asked for, then, as a baseline, a fixed number of loops for every token ("1 loop", ...).
+
+    Args:
+        cost: loops spent per scored token.
+        accuracy: share of the scored tokens whose target is the most probable token when they leave.
+        loss: negative log-probability of the target then, in nats.
+        passes: for every batch of prompts, after how many loops every token leaves under every policy, 1 to `n_loops`,
+            [policy, batch, pos].
+        pdf: for every batch, the exit gate's probability of leaving after each loop, [loop, batch, pos]; empty without a gate.
+        n_loops: loops that a token can spend.
+        policies: the names of the policies asked for.
+    """
+
+    cost: Estimate
+    accuracy: Estimate
+    loss: Estimate
+    passes: tuple[Int[Tensor, "policy batch pos"], ...]
+    pdf: tuple[Float[Tensor, "loop batch pos"], ...]
+    n_loops: int
+    policies: str
+
+    @property
+    def cdf(self) -> tuple[Float[Tensor, "loop batch pos"], ...]:
+        """For every batch, the probability of having left by the end of each loop; 1 after the last."""
+        return tuple(pdf.cumsum(0) for pdf in self.pdf)
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with one row per policy."""
+        return table(self.cost, self.accuracy, self.loss)
+
+    def plot(self) -> Any:
+        """A plotly figure: accuracy over cost, the policies against the curve of fixed numbers of loops.
+
+        Raises:
+            LoopedError: plotly is not installed.
+        """
+        from ..plots import plotly
+
+        layout = {"xaxis_title": "loops per token", "yaxis_title": "accuracy", "template": "plotly_white"}
+        figure, n = plotly().Figure(layout=layout), len(self.cost.values) - self.n_loops
+        x, y, names = self.cost.values.tolist(), self.accuracy.values.tolist(), self.cost.labels["policy"]
+        figure.add_scatter(x=x[n:], y=y[n:], text=names[n:], name="fixed number of loops", mode="lines+markers")
+        figure.add_scatter(x=x[:n], y=y[:n], text=names[:n], name="policies", mode="markers+text", textposition="bottom right")
+        return figure
+
+
+def gate_pdf(exit_logits: Float[Tensor, loop * rows]) -> Float[Tensor, loop * rows]:
+    """The probability of leaving after each loop (arXiv 2510.25741): `p_t = lambda_t prod_{s<t} (1 - lambda_s)` with
+    `lambda = sigmoid(exit logit)`, and for the last loop all that is left."""
+    leave = torch.sigmoid(exit_logits.to(torch.promote_types(exit_logits.dtype, torch.float32)))
+    stay = torch.cat((torch.ones_like(leave[:1]), (1 - leave[:-1]).cumprod(0)))
+    return torch.cat((leave[:-1] * stay[:-1], stay[-1:]))
+
+
+def exit_steps(
+    model: LoopedBridge,
+    prompts: Prompts,
+    policies: Policies = (),
+    *,
+    n_loops: int | None = None,
+    answers: Answers | None = None,
+    initial_state: InitialState = None,
+    verbose: bool = True,
+) -> ExitSteps:
+    """After how many loops every token leaves under each policy, and with what accuracy (arXiv 2510.25741, 2502.05171).
+
+    Every loop is run for every token, and each policy is asked after each loop, as `generate` does with `model.exit_policy`; a
+    token leaves at the first yes, or after the last loop. Earlier tokens have looped as far as the token that leaves. A
+    policy sees the last four states and the last two readouts, which is what those of `tl_looped.exits` look at.
+
+    Args:
+        model: the model.
+        prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; every row is an example.
+        policies: exit policies, or names for them; without names they are called what they are, as in "Gate(threshold=0.5)".
+        n_loops: loops that a token can spend (H cycles for HRM-Text); None for the model's own.
+        answers: the right next token after every example, in their order, and only the last position is scored; None to score
+            every next token of the prompts.
+        initial_state: as in `LoopedBridge.forward`.
+        verbose: show a progress bar.
+
+    Raises:
+        LoopedError: no prompts; a policy that needs a gate on a model without; two policies of one name; prompts and answers
+            of different number; prompts too short to have a next token; readouts that are not finite.
+
+    Example:
+        >>> import torch
+        >>> from tl_looped import LoopedBridge, LoopedConfig, exits
+        >>> from tl_looped.analysis import exit_steps
+        >>> cfg = LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3, exit_gate=True)
+        >>> model = LoopedBridge.from_config(cfg, seed=0)
+        >>> found = exit_steps(model, torch.tensor([[1, 2, 3]]), [exits.Gate(0.5)], verbose=False)
+        >>> found.passes[0].tolist(), found.pdf[0].sum(0).tolist()
+        ([[[1, 1, 1]]], [[1.0, 1.0, 1.0]])
+        >>> found.cost.labels["policy"]
+        ['Gate(threshold=0.5)', '1 loop', '2 loops', '3 loops']
+    """
+    named = dict(policies) if isinstance(policies, Mapping) else {repr(policy): policy for policy in policies}
+    if len(named) < len(policies):
+        raise LoopedError(f"policies of the same name were given: {[repr(p) for p in policies]}; pass a dict of names.")
+    deep = at_depth(model, None if n_loops is None else check_count("n_loops", n_loops))
+    schedule, n_loops = deep.schedule, deep.n_loops
+    fixed = [f"{t + 1} loop{'s' * (t > 0)}" for t in range(n_loops)]
+    if clash := set(fixed) & set(named):
+        raise LoopedError(f"a policy is called {clash.pop()!r}, which is the name of a baseline; choose another.")
+    labels = {"policy": [*named, *fixed]}
+    ends = [schedule.pass_prefix(schedule.pass_of_loop(t)) for t in range(n_loops)]
+    targets = Targets(model, answers, "exit_steps")
+
+    def examples(tokens: Int[Tensor, "batch pos"]) -> ExitSteps:
+        wanted = targets.of(tokens)
+        readouts: dict[int, Tensor] = {}
+
+        def readout(loop: int) -> Tensor:
+            if loop not in readouts:
+                raise LoopedError(f"a policy asked for the readout of loop {loop}; exit_steps keeps those of {list(readouts)}.")
+            return readouts[loop]
+
+        history = LoopHistory([], [], readout)
+        passes = torch.zeros(len(named), *tokens.shape, dtype=torch.long, device=tokens.device)
+        right, losses = [], []  # of every loop, [batch, target]
+
+        def keep_state(state: Tensor, hook: object) -> None:
+            history.states.append(state)
+
+        def keep_gate(logit: Tensor, hook: object) -> None:
+            history.exit_logits.append(logit)
+
+        def on_loop(loop: int, logits: Tensor) -> None:
+            check_finite(logits, f"the readout after loop {loop}")
+            readouts[loop] = logits
+            history.forget(loop - 1, n_states=4)
+            readouts.pop(loop - 2, None)
+            for k, policy in enumerate(named.values()):
+                leaves = torch.ones_like(tokens, dtype=torch.bool) if loop == n_loops - 1 else policy(history)
+                passes[k] = torch.where((passes[k] == 0) & leaves, loop + 1, passes[k])
+            log_probs = targets.select(logits).log_softmax(-1)
+            right.append((log_probs.argmax(-1) == wanted).double())
+            losses.append(-log_probs.gather(-1, wanted[..., None])[..., 0].double())
+
+        hooks: list[Any] = [(f"{ends[0]}.hook_state", keep_state), *((f"{end}.hook_out", keep_state) for end in ends)]
+        if deep.looped_cfg.exit_gate:
+            hooks += [(f"{end}.hook_exit_logit", keep_gate) for end in ends]
+        run: Any = deep.run_with_hooks
+        with torch.no_grad():
+            run(tokens, hooks, on_loop=on_loop, initial_state=initial_state)
+        every = torch.arange(n_loops, device=tokens.device)[:, None, None].expand(-1, *tokens.shape)
+        at = torch.cat((passes - 1, every))  # the loop that is read, [policy, batch, pos]
+        at = at[:, :, -1:] if answers is not None else at[:, :, :-1]
+        scores = [(at + 1).double(), *(torch.stack(values).gather(0, at) for values in (right, losses))]
+        cost, accuracy, loss = (
+            Estimate.of(score.mean(-1).T.cpu(), ("policy",), labels, name)
+            for score, name in zip(scores, ("loops", "accuracy", "loss"), strict=True)
+        )
+        pdf = (gate_pdf(torch.stack(history.exit_logits)).cpu(),) if history.exit_logits else ()
+        return ExitSteps(cost, accuracy, loss, (passes.cpu(),), pdf, n_loops, ", ".join(named))
+
+    result = reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="exit_steps")))
+    targets.check_used()
+    return result

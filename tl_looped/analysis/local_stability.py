@@ -1,0 +1,212 @@
+"""Local stability of a loop: spectral radius at its fixed point, Lyapunov exponents along its way there, contraction rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..bridge.looped_bridge import LoopedBridge
+from ..errors import LoopedError
+from ..model.initial_state import InitialState
+from ..results import Estimate, Result
+from ..schedule import check_count
+from ._one_loop import OneLoop
+from ._prompts import Prompts, check_finite, token_batches
+from ._streaming import need_loops
+
+SETTLED = 1e-3  # an example is at a fixed point if a loop changes its state by less than this share
+QUANTITIES = ("residual", "contraction", "spectral_radius", "ritz_residual")
+
+
+@dataclass(frozen=True, eq=False)
+class LocalStability(Result):
+    """What `local_stability` found, example by example; `a + b` has the examples of both.
+
+    Args:
+        residual: for every example, how much the last loop changed its state, `|x_R - x_{R-1}| / |x_R|`.
+        contraction: factor by which the change shrinks from loop to loop; above 1 it grows. NaN if too few loops moved the
+            state by more than rounding errors.
+        spectral_radius: largest absolute eigenvalue of the Jacobian of a loop at its fixed point; NaN for an example that is
+            not at one (`residual` above 0.001, our choice).
+        ritz_residual: `|J v - lambda v| / |lambda|` of its unit eigenvector: near 0 the power iteration has converged.
+        lyapunov: the leading Lyapunov exponents of every example, largest first, in nats per loop: mean rates at which small
+            changes of the initial state grow.
+        n_loops: how many loops were run.
+    """
+
+    residual: tuple[float, ...]
+    contraction: tuple[float, ...]
+    spectral_radius: tuple[float, ...]
+    ritz_residual: tuple[float, ...]
+    lyapunov: tuple[tuple[float, ...], ...]
+    n_loops: int
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Mean, standard error and count of every quantity, over the examples that have it; left out where none has it."""
+        columns = {name: torch.tensor(getattr(self, name)) for name in QUANTITIES}
+        found = {name: column[~column.isnan()] for name, column in columns.items()}
+        estimates = {name: Estimate.of(values, (), {}, name) for name, values in found.items() if len(values)}
+        labels = {"exponent": [str(k) for k in range(len(self.lyapunov[0]))]}
+        return estimates | {"lyapunov": Estimate.of(torch.tensor(self.lyapunov), ("exponent",), labels, "lyapunov")}
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with one row per example."""
+        import pandas as pd
+
+        exponents = {f"lyapunov_{k}": column for k, column in enumerate(zip(*self.lyapunov, strict=True))}
+        return pd.DataFrame({name: getattr(self, name) for name in QUANTITIES} | exponents)
+
+    def plot(self) -> Any:
+        """A plotly figure: for every example, spectral radius, contraction rate, and the growth per loop by the first exponent.
+
+        Raises:
+            LoopedError: plotly is not installed.
+        """
+        from ..plots import plotly
+
+        figure = plotly().Figure(
+            layout={"yaxis_title": "factor per loop", "xaxis_title": "example", "template": "plotly_white"}
+        )
+        growth = [float(torch.tensor(row[0]).exp()) for row in self.lyapunov]
+        parts = {"spectral radius": self.spectral_radius, "contraction": self.contraction, "exp(first exponent)": growth}
+        for name, values in parts.items():
+            figure.add_scatter(x=list(range(len(values))), y=list(values), name=name, mode="markers")
+        figure.add_hline(y=1.0, line={"width": 1, "color": "#444"})
+        return figure
+
+
+def local_stability(
+    model: LoopedBridge,
+    prompts: Prompts,
+    *,
+    n_loops: int = 128,
+    n_exponents: int = 4,
+    iterations: int = 50,
+    initial_state: InitialState = None,
+    verbose: bool = True,
+) -> LocalStability:
+    """How a loop treats small changes of its state: whether its fixed point attracts, and how fast.
+
+    The map is one loop over all positions of a prompt (of HRM-Text: one H cycle, over the states of both stacks), so its
+    Jacobian has pos * d_model rows; it is only multiplied with vectors. `n_exponents` orthonormal directions are carried along
+    the run and made orthonormal again after every loop (Benettin et al. 1980; top-8 exponents in arXiv 2608.18222): the mean
+    logarithms of their stretching are the Lyapunov exponents of these `n_loops` loops, transients included. At the last state
+    they are carried on by its own Jacobian, a power iteration on a subspace. The eigenvalues of the Jacobian restricted to it
+    are right for a complex pair too, where iterating one vector (arXiv 2605.26733) would turn forever; this needs
+    `n_exponents >= 2`. The contraction rate needs no Jacobian: it is fitted to `log |x_t - x_{t-1}|` over the later half of the
+    loops that move the state by more than rounding errors.
+
+    Hooks of the model do not act here. States of one loop are held, once for each direction.
+
+    Args:
+        model: the model, in fp32 or fp64.
+        prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; every row is an example.
+        n_loops: how many loops to run towards the fixed point, the 128 of arXiv 2604.11791 unless told.
+        n_exponents: how many exponents, and the width of the subspace.
+        iterations: of the power iteration.
+        initial_state: as in `LoopedBridge.forward`.
+        verbose: show a progress bar.
+
+    Raises:
+        LoopedError: no prompts; fewer than four loops; a model in half precision, whose rounding hides the fixed point; states
+            that are not finite.
+
+    Example:
+        >>> import torch
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> from tl_looped.analysis import local_stability
+        >>> cfg = LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3, injection="concat")
+        >>> found = local_stability(LoopedBridge.from_config(cfg, seed=0), torch.tensor([[1, 2, 3]]), n_loops=8, verbose=False)
+        >>> found.spectral_radius[0] < 1, len(found.lyapunov[0])
+        (True, 4)
+    """
+    need_loops(check_count("n_loops", n_loops), 4, "local_stability", "a rate of change")
+    check_count("n_exponents", n_exponents)
+    check_count("iterations", iterations, 0)
+    if model.cfg.dtype in (torch.float16, torch.bfloat16):
+        raise LoopedError(
+            f"local_stability was asked of a model in {model.cfg.dtype}, too coarse for a fixed point; use float32."
+        )
+
+    def examples(tokens: Int[Tensor, "batch pos"]) -> LocalStability:
+        loop = OneLoop(model, tokens, initial_state)
+        width = loop.start[:, 0].numel()
+        if n_exponents > width:
+            raise LoopedError(f"n_exponents={n_exponents} was asked, but the state of this prompt has {width} numbers.")
+        x, changes, growth = loop.start, [], []
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn((n_exponents, *x.shape), generator=generator).to(x)
+        directions, _ = orthonormal(noise)
+        for t in range(n_loops):
+            directions, stretch = orthonormal(loop.jvp(x, directions))
+            growth.append(stretch.clamp(min=torch.finfo(stretch.dtype).tiny).log())
+            with torch.no_grad():
+                new = loop(x)
+            check_finite(new, f"the state leaving loop {t}")
+            changes.append((new - x).double().flatten(2).transpose(0, 1).flatten(1).norm(dim=1))
+            x = new
+        size = x.double().transpose(0, 1).flatten(1).norm(dim=1)
+        residual = changes[-1] / size
+        for _ in range(iterations):
+            directions, _ = orthonormal(loop.jvp(x, directions))
+        radius, error = _largest_eigenvalue(directions, loop.jvp(x, directions))
+        radius = torch.where(residual <= SETTLED, radius, torch.nan)
+        floor = 100 * torch.finfo(x.dtype).eps * size
+        rates = [contraction_rate(row, float(least)) for row, least in zip(torch.stack(changes, 1), floor, strict=True)]
+        lyapunov = torch.stack(growth).mean(0).sort(dim=-1, descending=True).values  # [batch, direction]
+        return LocalStability(
+            residual=tuple(residual.tolist()),
+            contraction=tuple(rates),
+            spectral_radius=tuple(radius.tolist()),
+            ritz_residual=tuple(torch.where(radius.isnan(), radius, error).tolist()),
+            lyapunov=tuple(tuple(row) for row in lyapunov.tolist()),
+            n_loops=n_loops,
+        )
+
+    return reduce(add, map(examples, token_batches(model, prompts, verbose=verbose, what="local_stability")))
+
+
+def orthonormal(
+    directions: Float[Tensor, "direction stack batch pos d_model"],
+) -> tuple[Float[Tensor, "direction stack batch pos d_model"], Float[Tensor, "batch direction"]]:
+    """The directions of every example made orthonormal one after the other, and how far each stuck out of those before."""
+    shape = directions.shape
+    q, r = torch.linalg.qr(_columns(directions))
+    stretch = r.diagonal(dim1=-2, dim2=-1).abs()
+    return q.unflatten(1, (shape[1], *shape[3:])).permute(4, 1, 0, 2, 3).contiguous(), stretch
+
+
+def contraction_rate(changes: Float[Tensor, " loop"], floor: float) -> float:
+    """The factor per loop of a geometric decay (or growth), fitted to the later half of the changes that are above `floor`."""
+    below = (changes <= floor).nonzero()
+    above = changes[: int(below[0])] if len(below) else changes
+    later = above[len(above) // 2 :].log()
+    if len(later) < 3:
+        return float("nan")
+    t = torch.arange(len(later), dtype=later.dtype)
+    t = t - t.mean()
+    return float(((t * later.cpu()).sum() / t.square().sum()).exp())
+
+
+def _columns(directions: Float[Tensor, "direction stack batch pos d_model"]) -> Float[Tensor, "batch row direction"]:
+    return directions.permute(2, 1, 3, 4, 0).flatten(1, 3)
+
+
+def _largest_eigenvalue(
+    q: Float[Tensor, "direction stack batch pos d_model"], jq: Float[Tensor, "direction stack batch pos d_model"]
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """Rayleigh-Ritz: the largest absolute eigenvalue of the Jacobian on a subspace, and the relative residual of its vector."""
+    basis, image = _columns(q), _columns(jq)
+    values, vectors = torch.linalg.eig(basis.mT @ image)
+    top = values.abs().argmax(-1)
+    value = values.gather(1, top[:, None])  # [batch, 1]
+    y = vectors.gather(2, top[:, None, None].expand(-1, vectors.shape[1], 1))  # [batch, direction, 1]
+    error = (image.to(y) @ y - value[..., None] * (basis.to(y) @ y)).flatten(1).norm(dim=1)
+    radius = value[:, 0].abs()
+    return radius, error / radius.clamp(min=torch.finfo(radius.dtype).tiny)

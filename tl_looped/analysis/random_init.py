@@ -1,0 +1,197 @@
+"""Which looped layouts settle at random initialisation: norms of three kinds, with and without injection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..bridge.looped_bridge import LoopedBridge
+from ..config import LoopedConfig
+from ..errors import LoopedError
+from ..model import LoopedModel
+from ..model.looped_model import initialise
+from ..results import Estimate, Result, table
+from ..schedule import check_count
+from ._streaming import need_loops
+from .fixed_points import fixed_points
+
+Std = float | Literal["fan_in"]
+NORMS: dict[str, dict[str, Any]] = {
+    "pre-norm": {"norm": "pre"},
+    "Huginn norm": {"norm": "stream"},
+    "Ouro norm": {"norm": "sandwich", "pass_norm": True, "final_norm": False},
+}
+INJECTIONS: dict[str, dict[str, Any]] = {
+    "injection": {"injection": "concat", "initial_state": "noise"},
+    "none": {"injection": "none"},
+}
+SETTLED, ALIGNED, SHARED = 0.01, 0.999, 0.999  # what the verdicts mean; our choice
+
+
+@dataclass(frozen=True, eq=False)
+class RandomInitSweep(Result):
+    """What `random_init_sweep` measured; estimates over the seeds. `a + b` has the seeds of both.
+
+    Args:
+        distance: `|X[t] - X*| / |X*|`, mean over tokens, prompts and layers, axes (layout, loop); 0 in the last loop by
+            construction.
+        cosine: cosine of X[t] and X*, mean alike, axes (layout, loop).
+        norm: norm of X[t], mean alike, axes (layout, loop). It may grow while the cosine says that nothing changes.
+        degeneracy: lowest cosine between the fixed points of layer 0 and of another layer, axis (layout).
+        n_layers: layers in the loop.
+        d_model: width.
+        std: of the weights.
+    """
+
+    distance: Estimate
+    cosine: Estimate
+    norm: Estimate
+    degeneracy: Estimate
+    n_layers: int
+    d_model: int
+    std: Std
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """What the state of every layout does, seen after half of the loops; the thresholds are our choice.
+
+        "fixed point" if X is within 1 % of X*, "direction only" if just their cosine is above 0.999, else "does not settle". A
+        fixed point or direction that all layers have in common (degeneracy above 0.999) is called "shared".
+        """
+        half = self.distance.values.shape[1] // 2 - 1
+        found = {}
+        for k, layout in enumerate(self.distance.labels["layout"]):
+            if self.distance.values[k, half] < SETTLED:
+                verdict = "fixed point"
+            elif self.cosine.values[k, half] > ALIGNED:
+                verdict = "direction only"
+            else:
+                found[layout] = "does not settle"
+                continue
+            found[layout] = verdict + (", shared" if self.degeneracy.values[k] > SHARED else ", one per layer")
+        return found
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with one row per (layout, loop)."""
+        return table(self.distance, self.cosine, self.norm)
+
+    def summary(self) -> str:
+        """A table as text: distance, cosine and norm after half of the loops, degeneracy and verdict of every layout."""
+        half, n_loops = self.distance.values.shape[1] // 2 - 1, self.distance.values.shape[1]
+        head = ["layout", f"distance at {half + 1}", "cosine", "norm", f"norm at {n_loops}", "degeneracy", "verdict"]
+        rows = [head]
+        for k, (layout, verdict) in enumerate(self.verdicts.items()):
+
+            def show(estimate: Estimate, *at: int) -> str:
+                error = estimate.stderr[at].item()
+                return f"{estimate.values[at].item():.3g}" + (f" ± {error:.1g}" if error == error else "")
+
+            cells = [show(e, k, half) for e in (self.distance, self.cosine, self.norm)]
+            rows.append([layout, *cells, show(self.norm, k, n_loops - 1), show(self.degeneracy, k), verdict])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        std = "1/sqrt(fan_in)" if self.std == "fan_in" else self.std
+        size = f"{self.n_layers} layers of width {self.d_model}, {n_loops} loops"
+        title = f"{size}, {self.distance.count} seeds, weights of std {std}"
+        return "\n".join([title, "", *lines])
+
+    def plot(self) -> Any:
+        """A plotly figure: distance to X* over the loops, one line per layout.
+
+        Raises:
+            LoopedError: plotly is not installed.
+        """
+        from ..plots import plotly
+
+        layout = {"xaxis_title": "loop", "yaxis_title": "relative distance to X*", "template": "plotly_white"}
+        figure = plotly().Figure(layout=layout)
+        for name, row in zip(self.distance.labels["layout"], self.distance.values.tolist(), strict=True):
+            figure.add_scatter(y=row[:-1], name=name)  # the last is 0 by construction
+        return figure.update_yaxes(type="log", exponentformat="power")
+
+
+def random_init_sweep(
+    *,
+    n_layers: int = 12,
+    d_model: int = 128,
+    n_loops: int = 128,
+    seeds: int | Sequence[int] = 3,
+    std: Std = 0.02,
+    verbose: bool = True,
+) -> RandomInitSweep:
+    """Which of six layouts reach a fixed point at random initialisation (arXiv 2604.11791, figure 6).
+
+    Pre-norm, Huginn's norms on the stream, and Ouro's sandwich norms with a norm after every pass; each with and without
+    concat-linear injection of the embedding. No prelude, no coda, no positions; 4 heads; 4 prompts of 16 random tokens. X* is
+    the last loop. With injection the initial state is noise of the std of the embedding (the paper's is not known), without, it
+    is the embedding. The result depends on the scale of the weights, so look at more than one.
+
+    Args:
+        n_layers: layers in the loop; the paper's 12, also 4 and 16.
+        d_model: width, a multiple of 4.
+        n_loops: how many loops to run.
+        seeds: how many initialisations, or which.
+        std: of every matrix, embeddings included; "fan_in" for 1/sqrt of its number of inputs (of an embedding, its width).
+        verbose: show a progress bar.
+
+    Raises:
+        LoopedError: fewer than four loops; no seeds; a std that is no positive number.
+
+    Example:
+        >>> found = random_init_sweep(n_layers=2, d_model=16, n_loops=8, seeds=2, verbose=False)
+        >>> found.distance.values.shape, found.distance.count
+        (torch.Size([6, 8]), 2)
+        >>> found.verdicts["pre-norm, injection"].split(",")[0]
+        'fixed point'
+    """
+    need_loops(check_count("n_loops", n_loops), 4, "random_init_sweep", "a look at half of the loops")
+    chosen = list(range(check_count("seeds", seeds))) if isinstance(seeds, int) else list(seeds)
+    if not chosen:
+        raise LoopedError("random_init_sweep was asked of no seeds; name at least one.")
+    if std != "fan_in" and (isinstance(std, (bool, str)) or not 0 < std < float("inf")):
+        raise LoopedError(f'std={std!r} was asked; pass a positive number or "fan_in".')
+    layouts = {f"{n}, {i}": NORMS[n] | INJECTIONS[i] for i in INJECTIONS for n in NORMS}
+    tokens = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(0))
+    scale = std if isinstance(std, float) else d_model**-0.5
+    common: dict[str, Any] = {"d_model": d_model, "n_heads": 4, "d_vocab": 256, "n_core": n_layers, "n_loops": n_loops}
+    progress = tqdm(total=len(layouts) * len(chosen), desc="random_init_sweep", disable=not verbose)
+    measured: dict[str, list[dict[str, Tensor]]] = {}
+    for name, layout in layouts.items():
+        cfg = LoopedConfig(**common, rope_layout="none", noise_std=scale, **layout)
+        bridge = LoopedBridge.from_config(cfg)
+        for seed in chosen:
+            draw(bridge.original_model, seed, std)
+            found = fixed_points(bridge, tokens, n_loops=None, verbose=False)
+            curves = {"distance": found.distance["relative"], "cosine": found.distance["cosine"], "norm": found.norm}
+            values = {key: curve.values.mean(1) for key, curve in curves.items()}  # [loop]
+            measured.setdefault(name, []).append(values | {"degeneracy": found.degeneracy.values[0]})
+            progress.update()
+    progress.close()
+
+    def of_seed(k: int) -> RandomInitSweep:
+        labels = {"layout": list(layouts), "loop": [str(t) for t in range(n_loops)]}
+        estimates = {}
+        for key in ("distance", "cosine", "norm", "degeneracy"):
+            values = torch.stack([runs[k][key] for runs in measured.values()])[None]
+            axes = ("layout",) if key == "degeneracy" else ("layout", "loop")
+            estimates[key] = Estimate.of(values, axes, {axis: labels[axis] for axis in axes}, key)
+        return RandomInitSweep(**estimates, n_layers=n_layers, d_model=d_model, std=std)
+
+    return reduce(add, map(of_seed, range(len(chosen))))
+
+
+@torch.no_grad()
+def draw(model: LoopedModel, seed: int, std: Std) -> None:
+    """Draw all parameters in place: matrices of a given std, or 1/sqrt of their number of inputs; norms 1."""
+    initialise(model, seed, 1.0 if std == "fan_in" else std)
+    if std == "fan_in":
+        for parameter in model.canonical_parameters().values():
+            if parameter.ndim == 2:
+                parameter /= parameter.shape[1] ** 0.5
