@@ -252,6 +252,21 @@ def test_patterns_name_what_brute_force_finds() -> None:
     assert torch.equal(zeroed, bridge.run_with_hooks(TOKENS, fwd_hooks=one_by_one))
 
 
+@FAMILIES
+def test_hooks_of_a_virtual_layer_and_persistent_caching_hooks(name: str) -> None:
+    bridge = random_bridge(name)
+    last = bridge.cfg.n_layers - 1
+    assert bridge.block_hooks(-1) == bridge.block_hooks(last) and "attn.hook_pattern" in bridge.block_hooks(0)
+    loop_name = bridge.schedule.name(last, "attn.hook_z")
+    caught = bridge.add_caching_hooks([loop_name, "blocks.-1.hook_resid_post"])
+    logits, cache = bridge.run_with_cache(TOKENS)
+    assert torch.equal(caught[f"blocks.{last}.attn.hook_z"], cache["z", last])
+    assert torch.equal(caught[f"blocks.{last}.hook_resid_post"], cache["resid_post", last])
+    bridge.reset_hooks()
+    caught.clear()
+    assert torch.equal(bridge(TOKENS), logits) and not caught
+
+
 def test_hook_dictionary_holds_each_point_once() -> None:
     shallow, deep = random_bridge("ouro", n_loops=1), random_bridge("ouro", n_loops=5)
     per_loop = len(shallow.hook_dict) - len([n for n in shallow.hook_dict if not n.startswith(("blocks", "loops"))])
@@ -497,7 +512,10 @@ def test_unknown_names_are_refused_everywhere(asked: str, says: str) -> None:
         lambda: bridge.run_with_hooks(TOKENS, fwd_hooks=[(asked, edit)]),
         lambda: bridge.run_with_cache(TOKENS, names_filter=["hook_embed", asked]),
         lambda: bridge.add_hook(asked, edit),
+        lambda: bridge.add_perma_hook(asked, edit),
         lambda: bridge.get_caching_hooks(asked),
+        lambda: bridge.add_caching_hooks(asked),
+        lambda: bridge.hook_dict[asked],
         lambda: bridge.hooks(fwd_hooks=[(asked, edit)]).__enter__(),
     ]
     for call in calls:
@@ -542,6 +560,11 @@ def test_the_cache_says_what_is_missing() -> None:
         (lambda b: b(TOKENS, position_ids=torch.arange(30, 37)[None]), r"position_ids from 30 to 36.*0\.\.31"),
         (lambda b: b.run_with_hooks(TOKENS, [(5, edit)]), "hook name 5"),
         (lambda b: b.run_with_cache(TOKENS, names_filter=[3]), "names_filter holds 3"),
+        (lambda b: b.run_with_cache(TOKENS, names_filter=3), "names_filter holds 3"),
+        (lambda b: b.run_with_hooks(TOKENS, stop_at_layer=7), "6 virtual layers"),
+        (lambda b: b.block_hooks(6), "6 virtual layers"),
+        (lambda b: LoopedBridge.boot_transformers("ByteDance/Ouro-1.4B"), "from_pretrained"),
+        (lambda b: LoopedBridge.boot_native({}), "from_config"),
         (lambda b: b.run_with_cache(TOKENS, names_filter="blocks.*.attn.hook_*"), "stands for an index only"),
     ],
 )
@@ -574,6 +597,12 @@ def test_registered_with_transformer_lens() -> None:
     model = LoopedModel(cfg)
     bridge = build_bridge_from_module(model, ARCHITECTURE, tl_config=bridge_config(cfg, "any"))
     assert type(bridge) is TransformerBridge and bridge.cfg.n_layers == cfg.schedule.n_layers
+    _, cache = bridge.run_with_cache(TOKENS)
+    for method in (cache.decompose_resid, cache.accumulated_resid, cache.stack_head_results):
+        with pytest.raises(LoopedError, match=r"plain TransformerBridge.*LoopedBridge"):
+            method()
+    with pytest.raises(LoopedError, match=r"weight processing.*LoopedBridge"):
+        bridge.enable_compatibility_mode(disable_warnings=True)
     with pytest.raises(LoopedError, match="LoopedBridge"):
         build_bridge_from_module(torch.nn.Linear(2, 2), ARCHITECTURE, tl_config=bridge_config(cfg, "any"))
 

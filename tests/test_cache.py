@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from peak_memory import PeakMemory
+from transformer_lens import ActivationCache
 from zoo import ZOO, random_bridge, random_tokens
 
 from tl_looped import LoopedCache, LoopedError
@@ -139,3 +143,88 @@ def test_state_space_methods_are_refused() -> None:
     for method in (cache.compute_ssm_state, cache.compute_ssm_effective_attention):
         with pytest.raises(RuntimeError, match="No SSM mixer layers"):
             method()
+
+
+@FAMILIES
+def test_stacks_of_passes_and_of_layers(name: str) -> None:
+    cache = run(name)
+    schedule = cache.model.schedule
+    for stack in schedule.core_stacks:
+        prefixes = [schedule.pass_prefix(p) for p in schedule.passes if p.stack == stack]
+        for hook in ("hook_state", "hook_injection", "hook_in", "hook_out", "hook_exit_logit", "norm.hook_scale"):
+            if f"{prefixes[0]}.{hook}" not in cache:
+                with pytest.raises(KeyError, match="no such hook point"):
+                    cache.stack_loops(hook, stack=stack)
+                continue
+            wanted = torch.stack([cache[f"{prefix}.{hook}"] for prefix in prefixes])
+            assert torch.equal(cache.stack_loops(hook, stack=stack), wanted), hook
+            if hook.startswith("hook_"):
+                assert torch.equal(cache.stack_loops(hook.removeprefix("hook_"), stack=stack), wanted), hook
+        layers = [p.layers for p in schedule.passes if p.stack == stack]
+        outs = torch.stack([cache[f"blocks.{i[0]}.hook_out"] for i in layers])
+        assert torch.equal(cache.stack_loops("hook_out", layer=0, stack=stack), outs)
+        for hook, short in (("hook_resid_post", "resid_post"), ("attn.hook_z", "z"), ("mlp.hook_post", "post")):
+            wanted = torch.stack([torch.stack([cache[f"blocks.{i}.{hook}"] for i in p]) for p in layers])
+            assert torch.equal(cache.stack_loops(hook, stack=stack), wanted), hook
+            assert torch.equal(cache.stack_loops(short, loops=slice(-1, None), stack=stack), wanted[-1:]), short
+
+
+@FAMILIES
+def test_transformer_lens_constructor_makes_a_cache_that_knows_the_loops(name: str) -> None:
+    bridge = random_bridge(name)
+    activations, fwd_hooks, _ = bridge.get_caching_hooks()
+    bridge.run_with_hooks(TOKENS, fwd_hooks=fwd_hooks)
+    _, plain = bridge.run_with_cache(TOKENS, return_cache_object=False)
+    for cache in (ActivationCache(activations, bridge), ActivationCache(cache_dict=plain, model=bridge, has_batch_dim=True)):
+        assert isinstance(cache, LoopedCache) and cache.has_batch_dim
+        total, stream = cache.decompose_resid().sum(0), cache["ln_final.hook_in"]
+        assert (total - stream).abs().max() < 1e-4 * stream.abs().max()
+    assert isinstance(copy.copy(cache), LoopedCache)
+    assert type(ActivationCache({}, object())) is ActivationCache
+
+
+@FAMILIES
+def test_a_run_cut_to_positions(name: str) -> None:
+    bridge = random_bridge(name)
+    tokens = random_tokens(pos=11)  # a length that no other axis has
+    _, whole = bridge.run_with_cache(tokens)
+    for asked, index in ((-1, [10]), ((1, 4), [1, 2, 3]), ([0, 5], [0, 5])):
+        _, cut = bridge.run_with_cache(tokens, pos_slice=asked)
+        assert set(cut) == set(whole)
+        for key, value in whole.items():
+            assert torch.equal(cut[key], value.index_select(value.shape.index(11), torch.tensor(index))), key
+        stream = whole["ln_final.hook_in"][:, index]
+        assert (cut.decompose_resid().sum(0) - stream).abs().max() < 1e-4 * stream.abs().max()
+
+
+@pytest.mark.parametrize("name", ["ouro", "huginn", "hrm_text", "looped_qwen"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_filtered_run_holds_what_the_filter_names_and_no_more(name: str, grad: bool) -> None:
+    bridge = random_bridge(name)
+    last = bridge.schedule.pass_prefix(bridge.schedule.passes[-1])
+    middle = bridge.schedule.passes[len(bridge.schedule.passes) // 2].first
+    tokens = random_tokens(pos=16)
+    cases = [[f"{last}.hook_out"], [bridge.schedule.name(middle, "attn.hook_z"), "blocks.*.hook_resid_post"]]
+    with torch.set_grad_enabled(grad):
+        with PeakMemory(bridge) as plain:
+            bridge(tokens)
+        for names in cases:
+            with PeakMemory(bridge) as seen:
+                _, cache = bridge.run_with_cache(tokens, names_filter=names)
+            wanted = {n for name in names for n in bridge.expand_name(name)}
+            values = {t.data_ptr(): t.nbytes for t in cache.values()}
+            storages = {t.data_ptr(): t.untyped_storage().nbytes() for t in cache.values()}
+            assert wanted <= set(cache) and {cache[n].data_ptr() for n in wanted} == set(values)  # the rest are other names
+            assert storages == values  # nothing larger is kept alive
+            # A hook gets a tensor of its own, beside the one that the run goes on with.
+            assert seen.nbytes <= plain.nbytes + sum(values.values()) + max(values.values())
+        with PeakMemory(bridge) as everything:
+            bridge.run_with_cache(tokens)
+    assert everything.nbytes > plain.nbytes + 3 * sum(values.values())  # the measure sees what is cached
+
+
+def test_what_is_no_name() -> None:
+    cache = run("ouro")
+    for key in (5, None, (), slice(1)):
+        with pytest.raises(LoopedError, match="pass a name"):
+            cache[key]

@@ -47,6 +47,8 @@ def test_choices_are_listed_when_missed(field: str, unchecked: None) -> None:
         ({"d_head": 5}, "rotary positions need an even d_head, got 5"),
         ({"l_cycles": 2}, "two stacks"),
         ({**TWO_STACKS, "l_cycles": None}, "two stacks"),
+        ({"initial_state": "learned"}, "two stacks"),
+        ({"initial_state": "learned", "injection": "concat"}, "two stacks"),
         ({**TWO_STACKS, "l_cycles": 0}, "l_cycles=0"),
         ({**TWO_STACKS, "pass_norm": False}, "with pass_norm"),
         ({**TWO_STACKS, "n_prelude": 1}, "without prelude"),

@@ -235,6 +235,20 @@ def test_weights_equal_a_computation_by_hand(name: str, compatible: bool) -> Non
     torch.testing.assert_close(bridge.tokens_to_residual_directions(torch.tensor([3, 5])), unembed[[3, 5]])
 
 
+@FAMILIES
+@pytest.mark.parametrize("compatible", [False, True])
+def test_parameters_under_transformer_lens_names_are_the_weights(name: str, compatible: bool) -> None:
+    bridge = processed(name) if compatible else random_bridge(name)
+    parameters = bridge.tl_parameters()
+    torch.testing.assert_close(parameters["embed.W_E"], bridge.W_E)
+    torch.testing.assert_close(parameters["unembed.W_U"], bridge.W_U)
+    for layer in range(bridge.cfg.n_layers):
+        for place, letter in (("attn", "Q"), ("attn", "O"), ("mlp", "in"), ("mlp", "out")):
+            weight = getattr(bridge, f"W_{letter}")[layer]
+            torch.testing.assert_close(parameters[f"blocks.{layer}.{place}.W_{letter}"], weight)
+    assert bridge.n_params_total == sum(p.numel() for p in random_bridge(name).original_model.canonical_parameters().values())
+
+
 def test_unusual_head_widths_keep_their_axes() -> None:
     bridge = random_bridge("ouro", d_head=4)
     assert tuple(bridge.W_Q.shape) == (6, 3, 24, 4) and tuple(bridge.W_O.shape) == (6, 3, 4, 24)

@@ -20,8 +20,11 @@ from transformer_lens.tools.analysis import (
     attribution_patch,
     collect_activations,
     faithfulness,
+    fit_das,
     fit_sparse_probe,
+    intervened_logits,
     logit_lens,
+    reinitialized,
     run_with_intervention,
 )
 from transformer_lens.tools.analysis.logit_lens import logit_readout
@@ -348,6 +351,40 @@ def test_jacobian_lens_is_the_jacobian_of_the_plain_model(name: str) -> None:
     torch.testing.assert_close(readout.lens_logits[last], logits[0])
 
 
+@pytest.mark.parametrize("name", ["ouro", "huginn", "hrm_text"])
+def test_jacobian_lens_intervenes_in_one_loop(name: str) -> None:
+    bridge = short(name)
+    bridge.tokenizer = word_tokenizer()
+    lens = JacobianLens.fit(bridge, ["t3 t9 t4 t30"], corpus="toy", skip_first_positions=0, show_progress=False, dim_batch=24)
+    layer = bridge.schedule.pass_of_loop(0).first
+    raw = bridge.W_U[:, [5, 8]].detach().T @ lens.jacobians[layer]
+    unit = raw[0] / raw[0].norm()
+
+    def steered(x: torch.Tensor) -> torch.Tensor:
+        return x + 2 * x.norm(dim=-1).median() * unit
+
+    def ablated(x: torch.Tensor) -> torch.Tensor:
+        return x - (x @ unit)[..., None] * unit
+
+    def swapped(x: torch.Tensor) -> torch.Tensor:
+        coordinates = x @ torch.linalg.pinv(raw)
+        return x + (coordinates.flip(-1) - coordinates) @ raw
+
+    cases = [
+        (lens.steering_hooks(bridge, 5, [layer], alpha=2.0), steered),
+        (lens.ablation_hooks(bridge, 5, [layer]), ablated),
+        (lens.swap_hooks(bridge, 5, 8, [layer]), swapped),
+    ]
+    loop_name = bridge.schedule.name(layer, "hook_resid_post")
+    with torch.no_grad():
+        for hooks, by_hand in cases:
+            expected = bridge.run_with_hooks(CORRUPTED, fwd_hooks=[(loop_name, lambda t, hook, f=by_hand: f(t))])
+            torch.testing.assert_close(bridge.run_with_hooks(CORRUPTED, fwd_hooks=hooks), expected, atol=1e-4, rtol=1e-4)
+            assert not torch.allclose(expected, bridge(CORRUPTED), atol=1e-3)
+    with pytest.raises(ValueError, match="final-layer"):  # another number of loops is another model to it
+        lens.validate_model(bridge.unroll(3))
+
+
 # Weights
 
 
@@ -460,6 +497,35 @@ def test_interchange_interventions_at_one_loop(name: str) -> None:
     torch.testing.assert_close(source, clean[hook_name][:, 1])
     torch.testing.assert_close(logits, by_hand)
     assert not torch.equal(logits, task(CORRUPTED))
+
+
+def test_alignment_search_in_one_loop() -> None:
+    bridge = short("huginn")
+    base, source = random_tokens(8, 3, seed=3), random_tokens(8, 3, seed=4)
+    at, task = torch.full((8,), 2), lambda tokens: bridge(tokens)[:, -1]
+    hook_name = "loops.1.hook_in"
+    with torch.no_grad():
+        states = collect_activations(bridge, hook_name, source, task, positions=at)
+        targets = task(source).argmax(-1)
+    found = fit_das(bridge, hook_name, base, source, targets, task, rank=24, epochs=1, base_positions=at, source_positions=at)
+    with torch.no_grad():
+        logits = intervened_logits(bridge, hook_name, SubspaceInterchange(found.basis), base, states, task, positions=at)
+
+        def patch(tensor: torch.Tensor, hook: object) -> torch.Tensor:
+            new = tensor.clone()
+            new[:, 2] = states  # all 24 directions are exchanged
+            return new
+
+        by_hand = bridge.run_with_hooks(base, fwd_hooks=[(hook_name, patch)])[:, -1]
+        torch.testing.assert_close(logits, by_hand, atol=1e-4, rtol=1e-4)
+        with pytest.raises(RuntimeError, match="fired 2 times"):
+            collect_activations(bridge, "loops.*.hook_in", source, task, positions=at)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_untrained_twins_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="cannot reset"):
+        reinitialized(random_bridge(name), 0)
 
 
 def test_sparse_probes_read_the_state_of_a_loop() -> None:

@@ -109,8 +109,11 @@ class LoopedConfig:
             self._refuse(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; give d_head")
         if self.rope_layout != "none" and self.d_head % 2:
             self._refuse(f"rotary positions need an even d_head, got {self.d_head}")
-        if (self.l_cycles is not None) != (self.injection == "add" and self.initial_state == "learned"):
-            self._refuse("two stacks (l_cycles) go with injection='add' and initial_state='learned', and only with them")
+        two_stacks = self.l_cycles is not None
+        if two_stacks != (self.initial_state == "learned") or (two_stacks and self.injection != "add"):
+            self._refuse(
+                "two stacks (l_cycles) go with injection='add' and initial_state='learned', and a learned state only with them"
+            )
         if self.l_cycles is not None and (self.n_prelude or self.n_coda or self.prelude_norm or not self.pass_norm):
             self._refuse("two stacks (l_cycles) go with pass_norm and without prelude, prelude_norm and coda")
         if self.initial_state == "noise" and self.injection == "none":

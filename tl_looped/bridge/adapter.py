@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from transformer_lens.config import TransformerBridgeConfig
@@ -93,6 +93,17 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
             "ln_final": LoopedNorm(name="ln_final", config=self.cfg),
             "unembed": LoopedUnembedding(name="unembed", config=self.cfg),
         }
+
+    def preprocess_weights(self, state_dict: dict[str, Any]) -> NoReturn:
+        """Refused: only a `LoopedBridge` processes weights so that the passes still share them.
+
+        Raises:
+            LoopedError: always.
+        """
+        raise LoopedError(
+            "weight processing was asked of a plain TransformerBridge, which does not know that layers share weights and have "
+            "norms of their own; use LoopedBridge(model), or no_processing=True."
+        )
 
     def _norms(self, parent: nn.Module, *names: str) -> dict[str, GeneralizedComponent]:
         return {name: LoopedNorm(name=name, config=self.cfg) for name in names if getattr(parent, name) is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
 
 from ..errors import LoopedError, UnknownNameError
+from ..model import LoopedModel
 from ..schedule import LoopSelector, Site, is_pattern, virtual_layer
 from .decomposition import FINAL, REMAINDER, Decomposition, LogitAttribution, Reader, Write, branch_inputs
 from .run import Run
@@ -672,10 +673,24 @@ class LoopedCache(ActivationCache):
         return (stacked.squeeze(-1) if project.ndim == 1 else stacked), labels
 
 
+class UnloopedCache(ActivationCache):
+    """What a plain `TransformerBridge` around a looped model returns: activations, but no sums of them."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise LoopedError(
+            "a decomposition was asked of a cache of a plain TransformerBridge, which takes the residual stream for one "
+            "running sum; use LoopedBridge(model)."
+        )
+
+    decompose_resid = accumulated_resid = get_full_resid_decomposition = _refuse  # pyright: ignore
+    stack_head_results = stack_neuron_results = _refuse  # pyright: ignore
+
+
 def _new_cache(cls: type, cache_dict: Any = None, model: Any = None, *args: Any, **kwargs: Any) -> ActivationCache:
     """`ActivationCache(activations, model)` is a `LoopedCache` if the model loops."""
-    looped = cls is ActivationCache and hasattr(model, "looped_cfg")
-    return object.__new__(LoopedCache if looped else cls)
+    if cls is ActivationCache and isinstance(getattr(model, "original_model", None), LoopedModel):
+        return object.__new__(LoopedCache if hasattr(model, "looped_cfg") else UnloopedCache)
+    return object.__new__(cls)
 
 
 # Caches made from caching hooks go through TransformerLens's constructor; its methods would add up what is no running sum.

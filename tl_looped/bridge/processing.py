@@ -263,6 +263,7 @@ class StreamBlock(LoopedBlock):
         ):
             raise RunningSumError(
                 f"a readout of the residual stream was asked, but between the last layer of this {cfg.family} model and its "
-                'last norm the state goes through another map; use tl_looped.analysis.logit_lens(..., lens="native").'
+                'last norm the state goes through another map; use tl_looped.analysis.logit_lens(..., lens="native"), or '
+                "cache.attribute_logits for contributions."
             )
         return True
