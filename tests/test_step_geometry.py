@@ -16,7 +16,7 @@ from tl_looped import LoopedBridge, LoopedError
 from tl_looped.analysis import StepGeometry, step_geometry
 from tl_looped.errors import OutOfRangeError
 
-TOKENS = random_tokens()
+TOKENS = 2 * torch.arange(14).view(2, 7)  # no token twice
 
 
 def run(bridge: LoopedBridge, tokens: Any = TOKENS, **options: Any) -> StepGeometry:
@@ -27,7 +27,8 @@ def states(bridge: LoopedBridge, name: str) -> torch.Tensor:
     """[loop, batch, pos, d_model]"""
     with torch.no_grad():
         _, cache = bridge.run_with_cache(TOKENS, names_filter=name)
-    return torch.stack([cache.cache_dict[key] for key in cache.cache_dict])
+    names = [bridge.schedule.loop_name(n) for n in bridge.expand_name(name)]
+    return torch.stack([cache[n] for n in names])
 
 
 def angle(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -121,6 +122,18 @@ def test_a_state_that_stands_still_gives_finite_numbers() -> None:
     assert (found.step_norm.values == 0).all()
     for quantity in ("step_cosine", "turning_angle", "acceleration", "normalised_acceleration"):
         assert getattr(found, quantity).values.isfinite().all()
+
+
+def test_equal_states_have_no_curvature_between_them() -> None:
+    bridge = model("ouro")
+    repeated = torch.tensor([[3, 3, 9, 4, 8]])  # equal tokens see equal tokens only, and stay equal
+    found = run(bridge, repeated)
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(repeated, names_filter="loops.0.hook_out")
+    x = cache["loops.0.hook_out"][0]
+    assert torch.allclose(x[0], x[1])
+    angles = [angle(x[p + 2] - x[p + 1], x[p + 1] - x[p]) for p in (1, 2)]
+    torch.testing.assert_close(found.curvature.values[0], torch.tensor(sum(angles) / 2).double())
 
 
 def test_limits_of_curvature_anisotropy_and_cka() -> None:

@@ -25,7 +25,7 @@ def cached(bridge: LoopedBridge, name: str, **options: Any) -> torch.Tensor:
     """[layer or loop, batch, pos, d_model]"""
     with torch.no_grad():
         _, cache = bridge.run_with_cache(TOKENS, names_filter=name, **options)
-    return torch.stack(list(cache.cache_dict.values()))
+    return torch.stack([cache[bridge.schedule.loop_name(n)] for n in bridge.expand_name(name)])
 
 
 def check(path: Path, x: torch.Tensor, k: int = 3) -> None:

@@ -14,7 +14,7 @@ from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..model.looped_model import check_tokens
 
-Prompt = str | Int[Tensor, "*batch pos"]
+Prompt = str | Int[Tensor, "..."]  # [pos] or [batch, pos]; lengths may differ from prompt to prompt
 Prompts = Prompt | Iterable[Prompt]
 
 

@@ -232,8 +232,8 @@ def limiting_behaviour(
         >>> import torch
         >>> from tl_looped import LoopedBridge, LoopedConfig
         >>> from tl_looped.analysis import limiting_behaviour
-        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=1, n_loops=3), seed=0)
-        >>> found = limiting_behaviour(model, torch.tensor([[1, 2, 3]]), n_loops=24, verbose=False)
+        >>> cfg = LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=1, n_loops=3, injection="concat", initial_state="noise")
+        >>> found = limiting_behaviour(LoopedBridge.from_config(cfg), torch.tensor([[1, 2, 3]]), n_loops=24, verbose=False)
         >>> found.counts.values.tolist(), found.counts.labels["label"]
         ([[3, 0, 0, 0]], ['fixed', 'orbit', 'slider', 'unknown'])
     """

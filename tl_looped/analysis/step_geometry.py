@@ -43,11 +43,12 @@ class StepGeometry(Result):
     Args:
         norm: `|x[t]|`.
         step_norm: `|D[t]|`, from the second loop on.
-        step_cosine: `cos(D[t], D[t-1])`, from the third loop on.
+        step_cosine: `cos(D[t], D[t-1])`, from the third loop on; 0 where a step is 0.
         turning_angle: the angle between `D[t]` and `D[t-1]`, in radians.
         acceleration: `|D[t] - D[t-1]|`.
         normalised_acceleration: `|D[t] - D[t-1]| / |D[t]|`; a step shorter than the resolution of the dtype counts as that.
-        curvature: the mean angle, in radians, between the steps from one token to the next (arXiv 2602.11451).
+        curvature: the mean angle, in radians, between the steps from one token to the next (arXiv 2602.11451), without steps
+            between equal states; NaN if there are no others.
         anisotropy: the mean cosine between the states of two tokens.
         cka: linear CKA between the states of two loops, tokens as samples, axes (loop, other). With fewer tokens than about
             d_model it is high whatever the states are: compare it only between runs of equal length.
@@ -148,14 +149,18 @@ def step_geometry(
 
         def measure(loop: int, state: Tensor) -> None:
             x = wide(last_norm(deep, state) if after_norm else state)
-            parts = {"norm": x.norm(dim=-1), "curvature": _curvature(x), "anisotropy": _anisotropy(x)}
+            parts = {
+                "norm": x.norm(dim=-1),
+                "curvature": _curvature(x, torch.finfo(state.dtype).eps),
+                "anisotropy": _anisotropy(x),
+            }
             step = x - earlier[0] if earlier else None
             if step is not None:
                 parts["step_norm"] = step.norm(dim=-1)
             if step is not None and len(earlier) > 1:
                 parts |= _turn(step, earlier[1], torch.finfo(state.dtype).eps * parts["norm"])
             for name, part in parts.items():
-                found[name].append(part.mean(1))
+                found[name].append(part.nanmean(1))
             if loop in compared:
                 grams[loop] = _gram(x)
             earlier[:] = [x] if step is None else [x, step]
@@ -195,10 +200,13 @@ def _turn(
     }
 
 
-def _curvature(x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch turn"]:
-    """The angles between successive steps from token to token."""
+def _curvature(x: Float[Tensor, "batch pos d_model"], eps: float) -> Float[Tensor, "batch turn"]:
+    """The angles between successive steps from token to token; NaN where two tokens have one state up to rounding, as equal
+    tokens at the beginning of a text do."""
     steps = x.diff(dim=1)
-    return cosine_similarity(steps[:, 1:], steps[:, :-1], dim=-1).clamp(-1, 1).arccos()
+    length = steps.norm(dim=-1, keepdim=True)
+    steps = (steps / length).where(length > 8 * eps * x[:, 1:].norm(dim=-1, keepdim=True), torch.nan)
+    return (steps[:, 1:] * steps[:, :-1]).sum(-1).clamp(-1, 1).arccos()
 
 
 def _anisotropy(x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch 1"]:
