@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from . import exits
+from . import exits, interventions
 from .bridge.cache import LoopedCache
 from .bridge.looped_bridge import LoopedBridge
 from .config import LoopedConfig
 from .errors import LoopedError
 from .schedule import Schedule
 
-__all__ = ["LoopedBridge", "LoopedCache", "LoopedConfig", "LoopedError", "Schedule", "exits"]
+__all__ = ["LoopedBridge", "LoopedCache", "LoopedConfig", "LoopedError", "Schedule", "exits", "interventions"]

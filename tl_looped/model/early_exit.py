@@ -7,6 +7,7 @@ further, the positions that lack a pass are always the last ones, and they are c
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any, cast
 
@@ -100,9 +101,10 @@ class EarlyExit:
         model, start = self._model, self._length(p.index)
         ends = cast(PassEnds, model.passes[p.index])
         other = "embed" if model.cfg.l_cycles is None else latest["H" if p.stack == "L" else "L"]
+        inputs = self._inputs_from(start)
         x, state = ends.enter(self._kept[latest[p.stack]][:, start:], self._kept[other][:, start:])
         for i in p.layers:
-            x = model.blocks[i](x, self._inputs_from(start))
+            x = model.blocks[i](x, inputs)
         if p.index == 0 and model.cfg.strategy == "anchored":
             self._grow("anchor", x)
         is_final = model.cfg.pass_norm_is_final and p is model.cfg.schedule.passes[-1]
@@ -123,7 +125,8 @@ class EarlyExit:
             inputs = self._inputs_from(start)
             if self.key_values is not None:  # every readout has keys and values of its own
                 self._n_read[loop] = self._length("positions")
-                inputs = Inputs(inputs.rope, inputs.masks, _Shifted(self.key_values, loop * len(coda)), inputs.value_embeds)
+                inputs = replace(inputs, cache=_Shifted(self.key_values, loop * len(coda)))
+                inputs.enter()
             for i in coda:
                 x = model.blocks[i](x, inputs)
         return model._logits(x[:, -1:])[:, 0]
@@ -138,7 +141,9 @@ class EarlyExit:
                 masks=model._masks(positions, self._attention_mask, types if start == 0 else None, start),
                 cache=self.key_values,
                 value_embeds=model._value_embeds(None if input_ids is None else input_ids[:, start:]),
+                past=start,
             )
+        self._inputs[start].enter()
         return self._inputs[start]
 
     def _length(self, key: Any) -> int:

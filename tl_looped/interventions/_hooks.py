@@ -1,0 +1,158 @@
+"""What interventions share: which layers and positions are meant, and how hooks of one run pass values on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..bridge.cache import LoopedCache
+from ..bridge.looped_bridge import LoopedBridge
+from ..errors import LoopedError, OutOfRangeError
+from ..model.layers import Inputs, running
+from ..schedule import LoopSelector, Pass, Site
+
+Hooks = list[tuple[str, Callable[..., Tensor | None]]]
+Indices = int | Sequence[int] | None  # None: all of them
+Positions = int | slice | Sequence[int] | None
+
+
+def select_layers(model: LoopedBridge, loops: LoopSelector, layers: Indices, stack: str | None) -> list[int]:
+    """The virtual layers that loops and layers of a stack name."""
+    schedule = model.schedule
+    if stack in ("prelude", "coda"):
+        if loops != "all":
+            raise LoopedError(f"loops={loops!r} was asked of the {stack}, which runs once; leave loops out.")
+        chosen: list[int | None] = [None]
+    else:
+        stack = schedule.looped_stack(stack)
+        chosen = list(schedule.select_loops(loops, stack))
+    numbers = indices("layers", layers, schedule.stacks[stack])
+    return [schedule.virtual(Site(stack, loop, j)) for loop in dict.fromkeys(chosen) for j in numbers]
+
+
+def indices(name: str, asked: Indices, n: int) -> list[int]:
+    """Check indices (negative ones count from the end); None for all of them."""
+    chosen = list(range(n) if asked is None else [asked] if isinstance(asked, int) else asked)
+    if wrong := [i for i in chosen if isinstance(i, bool) or not isinstance(i, int)]:
+        raise LoopedError(f"{name} holds {wrong[0]!r}; pass an int, a list of ints, or None for all.")
+    if wrong := [i for i in chosen if not -n <= i < n]:
+        raise OutOfRangeError(f"{name} holds {wrong[0]}, but there are {n}" + (f" (0..{n - 1})." if n else "."))
+    if not chosen:
+        raise LoopedError(f"{name}={asked!r} selects nothing: there are {n}.")
+    return list(dict.fromkeys(i % n for i in chosen))
+
+
+def passes_from(model: LoopedBridge, from_loop: int, stack: str | None) -> list[Pass]:
+    """The pass of loop `from_loop`, and all later ones of its stack."""
+    if not isinstance(from_loop, int):
+        raise LoopedError(f"from_loop={from_loop!r} was asked; pass one loop, an int.")
+    return model.schedule.passes_of("all", stack)[model.schedule.select_loops(from_loop, stack)[0] :]
+
+
+def unit_mask(chosen: list[int], n: int, after: int) -> Bool[Tensor, "unit ..."]:
+    """True for the chosen units, with `after` more axes."""
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[chosen] = True
+    return mask.reshape(n, *[1] * after)
+
+
+def write(
+    x: Float[Tensor, "batch pos ..."],
+    new: Float[Tensor, ...],
+    positions: Positions,
+    hook: Any,
+    units: Bool[Tensor, "unit ..."] | None = None,
+) -> Float[Tensor, "batch pos ..."]:
+    """`x` with `new` at the chosen positions and units."""
+    mask = None if positions is None else _position_mask(positions, x, hook).reshape(-1, *[1] * (x.ndim - 2))
+    if units is not None:
+        mask = units.to(x.device) if mask is None else mask & units.to(x.device)
+    return new.expand_as(x).clone() if mask is None else torch.where(mask, new, x)
+
+
+def _position_mask(asked: Positions, x: Tensor, hook: Any) -> Bool[Tensor, " pos"]:
+    """Which positions of this run are meant."""
+    inputs = current_run(hook)
+    total = inputs.past + x.shape[1]
+    if isinstance(asked, slice):
+        negative, chosen = any(end is not None and end < 0 for end in (asked.start, asked.stop)), list(range(total))[asked]
+    else:
+        numbers = [asked] if isinstance(asked, int) else list(asked or ())
+        negative = any(i < 0 for i in numbers)
+        outside = [i for i in numbers if not -total <= i < total]
+        if outside and inputs.cache is None:
+            raise OutOfRangeError(f"positions={asked!r} was asked, but the text of this run has {total} (0..{total - 1}).")
+        chosen = [i % total for i in numbers if i not in outside]
+    if negative and inputs.cache is not None:
+        raise LoopedError(
+            f"positions={asked!r} was asked, which counts from the end of the text, but this run keeps keys and values for a "
+            "text that grows; count from the beginning: slice(n_prompt - 1, None) means the last position of the prompt and "
+            "all later ones."
+        )
+    mask = torch.zeros(total, dtype=torch.bool)
+    mask[chosen] = True
+    return mask[inputs.past :].to(x.device)
+
+
+def here(source: Tensor, x: Tensor, positions: Positions, hook: Any) -> Tensor:
+    """The part of an activation of a whole text, [batch, pos, ...], that lies at the positions of this run.
+
+    Raises:
+        LoopedError: other shapes; a text that lacks positions that are wanted.
+    """
+    inputs = current_run(hook)
+    total, length = inputs.past + x.shape[1], source.shape[1]
+    fits = source.ndim == x.ndim and source.shape[0] == x.shape[0] and source.shape[2:] == x.shape[2:]
+    if positions is None:  # the same text, or with a cache the part of it that was run so far
+        fits = fits and (length == total if inputs.cache is None else length >= total)
+    elif fits:
+        wanted = _position_mask(positions, x, hook).nonzero()
+        fits = not len(wanted) or int(wanted.max()) + inputs.past < length
+    if not fits:
+        raise LoopedError(
+            f"{tuple(source.shape)} is to be written to {hook.name}, which is {(x.shape[0], total, *x.shape[2:])} up to here "
+            "in this run; give it the same batch and the same number of positions, or choose positions= that both have, such "
+            f"as slice(0, {min(length, total)})."
+        )
+    return source[:, torch.arange(inputs.past, total).clamp(max=length - 1)].to(x.device, x.dtype)
+
+
+def cached(model: LoopedBridge, cache: object, name: str) -> Tensor:
+    """An activation of another run, under its loop-indexed name."""
+    if not isinstance(cache, LoopedCache) or not cache.has_batch_dim:
+        raise LoopedError("a cache was asked for: pass the LoopedCache that run_with_cache returns, with its batch dimension.")
+    return cache[name].detach()
+
+
+def current_run(hook: Any) -> Inputs:
+    """The run that a hook is part of."""
+    inputs = running()
+    if inputs is None:
+        raise LoopedError(f"{hook.name} fired outside a run of a looped model; interventions act in runs of a LoopedBridge.")
+    return inputs
+
+
+class Seen:
+    """A value that one hook leaves for later hooks of the same run; gone when the run ends."""
+
+    def __init__(self) -> None:
+        self._values: WeakKeyDictionary[Inputs, Tensor] = WeakKeyDictionary()
+
+    def store(self, x: Tensor, hook: Any) -> None:
+        """A hook function that keeps what it sees."""
+        self._values[current_run(hook)] = x
+
+    def load(self, hook: Any, what: str) -> Tensor:
+        """What was stored in this run."""
+        value = self._values.get(current_run(hook))
+        if value is None:
+            raise LoopedError(
+                f"{hook.name} is to reuse {what}, which this run did not compute for the same positions: it began later "
+                "(start_at_layer), or it is catching up under an exit policy. Run from the beginning, with exit_policy = None."
+            )
+        return value.clone()

@@ -1,0 +1,104 @@
+"""Ablation of attention, MLPs, heads and neurons in chosen loops."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..bridge.cache import LoopedCache
+from ..bridge.looped_bridge import LoopedBridge
+from ..errors import LoopedError
+from ..schedule import LoopSelector
+from ._hooks import Hooks, Indices, Positions, cached, here, indices, select_layers, unit_mask, write
+
+HOOKS = {
+    "attn": ("hook_attn_out",),
+    "mlp": ("hook_mlp_out",),
+    "layer": ("hook_attn_out", "hook_mlp_out"),
+    "head": ("attn.hook_z",),
+    "neuron": ("mlp.hook_post",),
+}
+
+
+def ablate(
+    model: LoopedBridge,
+    part: Literal["attn", "mlp", "layer", "head", "neuron"],
+    loops: LoopSelector = "all",
+    layers: Indices = None,
+    units: Indices = None,
+    *,
+    mode: Literal["zero", "mean", "resample"] = "zero",
+    cache: LoopedCache | None = None,
+    positions: Positions = None,
+    stack: str | None = None,
+) -> Hooks:
+    """Replace what parts of layers write in chosen loops: by zero, by a mean, or by what they write in another run.
+
+    Zeroing the MLP of one layer is the causal test of arXiv 2604.11791, fig. 41.
+
+    Args:
+        model: the model.
+        part: "attn" or "mlp": what the branch adds to the residual stream (after its norm, where it has one); "layer": both;
+            "head": `attn.hook_z` of heads, that is the head's summand of the attention output, before any norm and without the
+            bias; "neuron": `mlp.hook_post` of neurons. A "layer" keeps norms on the stream (Huginn); `skip_layer` does not.
+        loops: in which loops.
+        layers: layers inside the loop (or inside the prelude or coda); None for all.
+        units: heads or neurons; None for all.
+        mode: "zero"; "mean": the mean over all rows and positions of `cache`, separately for every loop; "resample": the values
+            of `cache` at the same loop, row and position, which needs a run of the same shape.
+        cache: another run's cache, for "mean" and "resample".
+        positions: at which positions; None for all.
+        stack: "L" or "H" for HRM-Text; "prelude" or "coda" (without `loops`).
+
+    Raises:
+        LoopedError: loops, layers or units that do not exist; a cache that lacks an activation or, when the hooks run, has
+            another shape.
+
+    Example:
+        >>> import torch
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3))
+        >>> hooks = ablate(model, "head", loops=slice(1, None), layers=0, units=1)
+        >>> [name for name, _ in hooks]
+        ['loops.1.blocks.0.attn.hook_z', 'loops.2.blocks.0.attn.hook_z']
+        >>> model.run_with_hooks(torch.tensor([[1, 2, 3]]), fwd_hooks=hooks).shape
+        torch.Size([1, 3, 10])
+    """
+    if part not in HOOKS or mode not in ("zero", "mean", "resample"):
+        raise LoopedError(
+            f'part={part!r} and mode={mode!r} were asked; choose part from {", ".join(map(repr, HOOKS))} and mode from "zero", '
+            '"mean", "resample".'
+        )
+    if (cache is None) != (mode == "zero"):
+        wants = "no cache=" if mode == "zero" else "cache= of another run, such as run_with_cache(other_tokens)[1]"
+        raise LoopedError(f"mode={mode!r} needs {wants}.")
+    if units is not None and part not in ("head", "neuron"):
+        raise LoopedError(f'units={units!r} was asked of part={part!r}; units are those of part="head" or part="neuron".')
+    mask = None
+    if units is not None:
+        n = model.looped_cfg.n_heads if part == "head" else model.looped_cfg.d_mlp
+        mask = unit_mask(indices("units", units, n), n, after=1 if part == "head" else 0)
+    hooks: Hooks = []
+    for layer in select_layers(model, loops, layers, stack):
+        for hook_name in HOOKS[part]:
+            name = model.schedule.name(layer, hook_name)
+            source = None if mode == "zero" else cached(model, cache, name)
+            if mode == "mean" and source is not None:
+                source = source.mean((0, 1))
+            hooks.append((name, _replace(source, mode == "resample", positions, mask)))
+    return hooks
+
+
+def _replace(source: Tensor | None, resample: bool, positions: Positions, units: Tensor | None) -> Any:
+    def hook_function(x: Tensor, hook: Any) -> Tensor:
+        if source is None:
+            new = torch.zeros_like(x)
+        elif resample:
+            new = here(source, x, positions, hook)
+        else:
+            new = source.to(x.device, x.dtype)
+        return write(x, new, positions, hook, units)
+
+    return hook_function

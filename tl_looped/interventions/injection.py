@@ -1,0 +1,156 @@
+"""Changing what passes are injected, and the state before the first one."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..bridge.cache import LoopedCache
+from ..bridge.looped_bridge import LoopedBridge
+from ..errors import LoopedError
+from ..schedule import LoopSelector, Pass
+from ._hooks import Hooks, Positions, Seen, cached, here, passes_from, write
+
+Value = Float[Tensor, "batch pos d_model"] | Float[Tensor, " d_model"]
+
+
+def freeze_injection(model: LoopedBridge, from_loop: int, *, stack: str | None = None) -> Hooks:
+    """Let all passes after `from_loop` read what that pass was injected.
+
+    In a model with one looped stack every pass is injected the same, so this carries an edit of one pass on to the later ones
+    and does nothing in an unedited run. In HRM-Text the injection is the other stack's state, and later passes are cut off from
+    it.
+
+    Args:
+        model: the model.
+        from_loop: the loop whose injection stays.
+        stack: "L" or "H" for HRM-Text.
+
+    Raises:
+        LoopedError: a family without injection; a loop that does not exist; when the hooks run, a run without that pass.
+
+    Example:
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> cfg = LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3, n_prelude=1, injection="concat")
+        >>> [name for name, _ in freeze_injection(LoopedBridge.from_config(cfg), from_loop=1)]
+        ['loops.1.hook_injection', 'loops.2.hook_injection']
+    """
+    name, *later = _names(model, passes_from(model, from_loop, stack))
+    seen = Seen()
+    frozen: Hooks = [(n, lambda x, hook: seen.load(hook, name)) for n in later]
+    return [(name, seen.store), *frozen] if frozen else []
+
+
+def replace_injection(
+    model: LoopedBridge,
+    source: LoopedCache | Value,
+    loops: LoopSelector = "all",
+    *,
+    positions: Positions = None,
+    stack: str | None = None,
+) -> Hooks:
+    """Inject something else in chosen passes, such as what another prompt's run was injected in the same loop.
+
+    Args:
+        model: the model.
+        source: another run's cache that holds `loops.{t}.hook_injection`; or a tensor [batch, pos, d_model], or [d_model] for
+            every row and position.
+        loops: in which loops; `slice(3, None)` from loop 3 on.
+        positions: at which positions; None for all.
+        stack: "L" or "H" for HRM-Text.
+
+    Raises:
+        LoopedError: a family without injection; loops that do not exist or were not cached; when the hooks run, another shape.
+
+    Example:
+        >>> import torch
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> cfg = LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3, n_prelude=1, injection="concat")
+        >>> model = LoopedBridge.from_config(cfg)
+        >>> _, other = model.run_with_cache(torch.tensor([[4, 5, 6]]))
+        >>> hooks = replace_injection(model, other, loops=slice(1, None))
+        >>> model.run_with_hooks(torch.tensor([[1, 2, 3]]), fwd_hooks=hooks).shape
+        torch.Size([1, 3, 10])
+    """
+    names = _names(model, model.schedule.passes_of(loops, stack))
+    if isinstance(source, Tensor):
+        _check_value("source", source, model.cfg.d_model)
+        return [(name, _write(source, positions)) for name in names]
+    return [(name, _write(cached(model, source, name), positions)) for name in names]
+
+
+def drop_injection(
+    model: LoopedBridge, loops: LoopSelector = "all", *, positions: Positions = None, stack: str | None = None
+) -> Hooks:
+    """Inject zeros in chosen passes: the prompt no longer reaches them, except through the state.
+
+    Args:
+        model: the model.
+        loops: in which loops; `slice(3, None)` from loop 3 on.
+        positions: at which positions; None for all.
+        stack: "L" or "H" for HRM-Text, whose injection is the other stack's state.
+
+    Raises:
+        LoopedError: a family without injection; loops that do not exist.
+    """
+    zero = torch.zeros(model.cfg.d_model)
+    return [(name, _write(zero, positions)) for name in _names(model, model.schedule.passes_of(loops, stack))]
+
+
+def set_initial_state(
+    model: LoopedBridge, state: Value | Literal["zero"], *, positions: Positions = None, stack: str | None = None
+) -> Hooks:
+    """Set the state before the first pass; the injection, if there is one, stays that of the prompt.
+
+    `initial_state=` of `forward` and `generate` takes seeds too; as hooks, a state can be set at some positions only, in either
+    stack of HRM-Text, and for the tokens that are generated.
+
+    Args:
+        model: the model.
+        state: [batch, pos, d_model]; or [d_model], for every row and position; or "zero".
+        positions: at which positions; None for all.
+        stack: "L" or "H" for HRM-Text.
+
+    Raises:
+        LoopedError: another width; when the hooks run, another shape.
+
+    Example:
+        >>> import torch
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3))
+        >>> model.run_with_hooks(torch.tensor([[1, 2, 3]]), fwd_hooks=set_initial_state(model, "zero")).std().item()
+        0.0
+    """
+    value = torch.zeros(model.cfg.d_model) if isinstance(state, str) and state == "zero" else state
+    if not isinstance(value, Tensor):
+        raise LoopedError(f'state={state!r} was given; pass a tensor or "zero" (seeds: initial_state= of forward, generate).')
+    _check_value("state", value, model.cfg.d_model)
+    first = model.schedule.passes_of(0, stack)[0]
+    return [(f"{model.schedule.pass_prefix(first)}.hook_state", _write(value, positions))]
+
+
+def _names(model: LoopedBridge, passes: list[Pass]) -> list[str]:
+    if model.looped_cfg.injection == "none":
+        raise LoopedError(
+            f"the passes of this {model.looped_cfg.family} model are injected nothing: they read the state alone; "
+            "set_initial_state and steer change it."
+        )
+    return list(dict.fromkeys(f"{model.schedule.pass_prefix(p)}.hook_injection" for p in passes))
+
+
+def _check_value(name: str, value: Tensor, d_model: int) -> None:
+    if value.ndim not in (1, 3) or value.shape[-1] != d_model:
+        raise LoopedError(
+            f"{name} of shape {tuple(value.shape)} was given; pass [batch, pos, d_model={d_model}], or [d_model={d_model}]."
+        )
+
+
+def _write(value: Tensor, positions: Positions) -> Any:
+    def hook_function(x: Tensor, hook: Any) -> Tensor:
+        new = value.to(x.device, x.dtype) if value.ndim == 1 else here(value, x, positions, hook)
+        return write(x, new, positions, hook)
+
+    return hook_function

@@ -1,0 +1,197 @@
+"""Leaving out layers and loops, running a loop again, and freezing attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bridge.looped_bridge import LoopedBridge
+from ..errors import LoopedError
+from ..schedule import LoopSelector, Pass, Schedule, check_count
+from ._hooks import Hooks, Indices, Seen, indices, passes_from, select_layers, unit_mask
+
+
+def skip_layer(model: LoopedBridge, loops: LoopSelector = "all", layers: Indices = None, *, stack: str | None = None) -> Hooks:
+    """Make layers the identity on the residual stream in chosen loops: no branch, no norm on the stream.
+
+    The layers are computed and their result is discarded, so a cache also holds what they would have written.
+
+    Args:
+        model: the model.
+        loops: in which loops.
+        layers: layers inside the loop (or inside the prelude or coda); None for all.
+        stack: "L" or "H" for HRM-Text; "prelude" or "coda" (without `loops`).
+
+    Raises:
+        LoopedError: loops or layers that do not exist.
+
+    Example:
+        >>> import torch
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3))
+        >>> hooks = skip_layer(model, loops="last", layers=0)
+        >>> [name for name, _ in hooks]
+        ['loops.2.blocks.0.hook_resid_pre', 'loops.2.blocks.0.hook_resid_post']
+    """
+    name = model.schedule.name
+    pairs = [(name(i, "hook_resid_pre"), name(i, "hook_resid_post")) for i in select_layers(model, loops, layers, stack)]
+    return _identities(pairs)
+
+
+def skip_loop(model: LoopedBridge, loops: LoopSelector, *, stack: str | None = None) -> Hooks:
+    """Make passes the identity on the state: no injection, no layers, no norm after the pass.
+
+    The next pass finds the state that entered, which is how a model without the pass would run; the exit gate of the pass, if
+    there is one, reads that state. The pass is computed and its result is discarded. An anchored loop (`loop_layers`) mixes in
+    what the layers of its first pass write, also if that pass is skipped.
+
+    Args:
+        model: the model.
+        loops: which loops.
+        stack: "L" or "H" for HRM-Text, whose passes are skipped one by one.
+
+    Raises:
+        LoopedError: loops that do not exist; the last loop, if the unembedding has absorbed the weight of its norm
+            (compatibility mode).
+
+    Example:
+        >>> import torch
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3))
+        >>> tokens = torch.tensor([[1, 2, 3]])
+        >>> torch.equal(model.run_with_hooks(tokens, fwd_hooks=skip_loop(model, 1)), model.unroll(2)(tokens))
+        True
+    """
+    schedule = model.schedule
+    chosen = schedule.passes_of(loops, stack)
+    folded = model.looped_cfg.pass_norm_is_final and "ln_final.weight" in model.original_model.parameter_slots
+    if folded and schedule.passes[-1] in chosen:
+        raise LoopedError(
+            f"loops={loops!r} skips the last loop, but the unembedding has absorbed the weight of its norm (compatibility "
+            "mode), which the state of earlier loops still has; use a model without weight processing, or fold_ln=False."
+        )
+    prefixes = dict.fromkeys(schedule.pass_prefix(p) for p in chosen)
+    return _identities([(f"{prefix}.hook_state", f"{prefix}.hook_out") for prefix in prefixes])
+
+
+def _identities(pairs: Iterable[tuple[str, str]]) -> Hooks:
+    """Hooks that write what they saw at the first name of a pair to the second."""
+
+    def identity(before: str, after: str) -> Hooks:
+        seen = Seen()
+        return [(before, seen.store), (after, lambda x, hook: seen.load(hook, before))]
+
+    return [hook for pair in pairs for hook in identity(*pair)]
+
+
+def repeat_loop(
+    model: LoopedBridge, loop: int, times: int = 1, *, fwd_hooks: Iterable[tuple[str, Callable[..., Any]]] = ()
+) -> tuple[LoopedBridge, Hooks]:
+    """Run one loop several times in a row: the state that leaves it goes through the same loop again.
+
+    A repeated loop needs activations, names, and keys and values of its own, which no hook can give it. So this returns another
+    unroll, in which every execution is a loop, and the hooks that act in it as `fwd_hooks` act in `model`: those of loop `loop`
+    in all its executions, those of later loops where these have moved to.
+
+    All loops share their weights. What is special about a loop is what hooks do in it: without hooks, repeating any loop is the
+    same as one loop more, `model.unroll(n_loops + times)`. (Also for the injection, which is the same in every pass; the exit
+    gate counts the repetition as a loop; an anchored loop makes one more step of the same size.)
+
+    Args:
+        model: the model.
+        loop: which loop; for HRM-Text an H cycle, which is repeated as a whole.
+        times: how often it runs again.
+        fwd_hooks: hooks of `model`, such as interventions made for it, under names in either spelling.
+
+    Returns:
+        The model with `n_loops + times` loops (the same parameters, no copy), and the hooks for it.
+
+    Raises:
+        LoopedError: a loop that does not exist; hooks under a function of names; weights that were processed.
+
+    Example:
+        >>> import torch
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> from tl_looped.interventions import steer
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3))
+        >>> deeper, hooks = repeat_loop(model, 1, fwd_hooks=steer(model, torch.ones(8), loops=[1, 2]))
+        >>> [name for name, _ in hooks]
+        ['loops.1.hook_state', 'loops.2.hook_state', 'loops.3.hook_state']
+        >>> deeper.run_with_hooks(torch.tensor([[1, 2, 3]]), fwd_hooks=hooks).shape
+        torch.Size([1, 3, 10])
+    """
+    old, loop = model.schedule, model.schedule.loop(loop)
+    deeper = model.unroll(old.n_loops + check_count("times", times))
+    moved: Hooks = []
+    for asked, function in fwd_hooks:
+        if not isinstance(asked, str):
+            raise LoopedError("fwd_hooks holds a function of names, which does not say where it acts in the repeated loop.")
+        for name in model.expand_name(asked):
+            name = old.loop_name(name)
+            if model.looped_cfg.pass_norm_is_final and name.startswith("ln_final."):  # the norm of the last pass
+                name = f"{old.pass_prefix(old.passes[-1])}.norm.{name.removeprefix('ln_final.')}"
+            moved += [(new, function) for new in _executions(old, deeper.schedule, loop, name)]
+    return deeper, moved
+
+
+def _executions(old: Schedule, new: Schedule, loop: int, name: str) -> list[str]:
+    """The names that a loop-indexed name gets when a loop runs several times in a row."""
+    more = new.n_loops - old.n_loops
+
+    def now(p: Pass) -> list[Pass]:
+        per_loop = old.n_loops_of(p.stack) // old.n_loops
+        cycle, step = divmod(p.loop, per_loop)
+        cycles = range(loop, loop + more + 1) if cycle == loop else [cycle + more * (cycle > loop)]
+        return new.passes_of([c * per_loop + step for c in cycles], p.stack)
+
+    for p in old.passes:
+        prefix = f"{old.pass_prefix(p)}."
+        if name.startswith(prefix):
+            return [f"{new.pass_prefix(q)}.{name.removeprefix(prefix)}" for q in now(p)]
+    return [name]
+
+
+def freeze_attention(
+    model: LoopedBridge, from_loop: int, layers: Indices = None, heads: Indices = None, *, stack: str | None = None
+) -> Hooks:
+    """Let all loops after `from_loop` mix positions with the attention patterns of that loop.
+
+    The causal test of "attention stabilises after a few loops" (arXiv 2604.11791, sec. 4): values and outputs of later loops
+    are their own, only the weights between positions are those of `from_loop` in the same run.
+
+    Args:
+        model: the model.
+        from_loop: the loop whose patterns stay; the last one leaves nothing to freeze.
+        layers: layers inside the loop; None for all.
+        heads: heads; None for all.
+        stack: "L" or "H" for HRM-Text.
+
+    Raises:
+        LoopedError: a loop, layer or head that does not exist; when the hooks run, a run that did not compute the patterns.
+
+    Example:
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3))
+        >>> [name for name, _ in freeze_attention(model, from_loop=1, layers=0)]
+        ['loops.1.blocks.0.attn.hook_pattern', 'loops.2.blocks.0.attn.hook_pattern']
+    """
+    n_heads = model.looped_cfg.n_heads
+    mask = None if heads is None else unit_mask(indices("heads", heads, n_heads), n_heads, after=2)
+    source, *later = passes_from(model, from_loop, stack)
+
+    def freeze(seen: Seen, name: str) -> Callable[[Tensor, Any], Tensor]:
+        def hook_function(x: Tensor, hook: Any) -> Tensor:
+            frozen = seen.load(hook, name)
+            return frozen if mask is None else torch.where(mask.to(x.device), frozen, x)
+
+        return hook_function
+
+    hooks: Hooks = []
+    for j in indices("layers", layers, source.n_layers) if later else ():
+        name, seen = f"{model.schedule.pass_prefix(source)}.blocks.{j}.attn.hook_pattern", Seen()
+        frozen = [model.schedule.name(p.layers[j], "attn.hook_pattern") for p in later]
+        hooks += [(name, seen.store), *((later_name, freeze(seen, name)) for later_name in frozen)]
+    return hooks
