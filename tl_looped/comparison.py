@@ -36,13 +36,14 @@ class Comparison:
         with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for the way back
             self.tokens = corrupted_tokens.clone() if isinstance(corrupted_tokens, Tensor) else corrupted_tokens
             self.run = {name: x.clone() if isinstance(x, Tensor) else x for name, x in run.items()}
+        self.starts_alike = None if clean_cache.run is None else clean_cache.run.starts_like(run.get("initial_state"))
         self.state = f"{model.schedule.pass_prefix(model.schedule.passes[0])}.hook_state"
         self.per_example = False
 
     def require(self, names: Iterable[str]) -> None:
         """Raise an `UnknownNameError` that says which activations the clean cache lacks."""
         own_state = self.model.looped_cfg.initial_state == "noise" or self.run.get("initial_state") is not None
-        wanted = [*names, *([self.state] if own_state else [])]
+        wanted = [*names, *([self.state] if own_state and self.starts_alike is None else [])]
         missing = [n for n in wanted if n not in self.cache and self.model.expand_name(n)]  # raises if there is no such hook
         if missing:
             spelled = [self.model.schedule.loop_name(name) for name in missing]
@@ -114,15 +115,15 @@ class Comparison:
 
     def _check_state(self, state: Tensor) -> None:
         """The initial state must be the same in both runs, unless it is the embedding."""
-        if isinstance(self.run.get("initial_state"), torch.Generator):
+        given, same = self.run.get("initial_state"), self.starts_alike is not False
+        if isinstance(given, torch.Generator):
             self.run["initial_state"] = state  # later runs would draw another one
-        cfg = self.model.looped_cfg
-        if (cfg.initial_state == "embedding" and self.run.get("initial_state") is None) or self.state not in self.cache:
-            return
-        if not torch.equal(self.clean(self.state, state), wide(state)):
+        if self.state in self.cache and (given is not None or self.model.looped_cfg.initial_state != "embedding"):
+            same = torch.equal(self.clean(self.state, state), wide(state))
+        if not same:
             raise LoopedError(
-                f"the corrupted run started from another initial state than the clean one ({self.state} differs), so that a "
-                f"difference would not be one of the prompts; pass initial_state=clean_cache[{self.state!r}]."
+                "the corrupted run started from another initial state than the clean one, so that their difference would not "
+                f"be one of the prompts; pass the same initial_state=, such as clean_cache[{self.state!r}]."
             )
 
 

@@ -1,0 +1,276 @@
+"""Attribution patching: every estimate against the patch that it estimates."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from zoo import ZOO, random_bridge, random_tokens
+
+from tl_looped import LoopedBridge, LoopedCache, LoopedError
+from tl_looped.attribution import LAYER_SITES, PASS_SITES, attribution_sweep
+from tl_looped.errors import OutOfRangeError, UnknownNameError
+
+CLEAN, CORRUPTED = random_tokens(pos=5), random_tokens(pos=5, seed=1)
+FAMILIES = pytest.mark.parametrize("name", ZOO)
+
+
+def per_row(logits: Tensor) -> Tensor:
+    return logits[:, -1, 5] - logits[:, -1, 6] + logits[:, 1, 7]
+
+
+def total(logits: Tensor) -> Tensor:
+    return per_row(logits).sum()
+
+
+def run(bridge: LoopedBridge, tokens: Tensor, **kwargs: object) -> LoopedCache:
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(tokens, **kwargs)
+    assert isinstance(cache, LoopedCache)
+    return cache
+
+
+def near(clean: LoopedCache, corrupted: LoopedCache, eps: float) -> LoopedCache:
+    """A clean run that is `eps` of the way from the corrupted one."""
+    close = {name: value + eps * (clean[name] - value) for name, value in corrupted.items()}
+    return LoopedCache(close, clean.model)
+
+
+Cell = tuple[str, int | None]  # a hook and a head
+
+
+def patched(bridge: LoopedBridge, cache: LoopedCache, cells: list[Cell]) -> Tensor:
+    """What patching each cell changes, [cell, row]; all cells side by side in one batch."""
+
+    def patch(cell: int, head: int | None, x: Tensor, hook: HookPoint) -> Tensor:
+        x = x.clone()
+        mine, clean = x.unflatten(0, (len(cells), -1))[cell], cache[str(hook.name)]
+        dim = 1 if str(hook.name).endswith("pattern") else 2
+        mine, clean = (mine, clean) if head is None else (mine.select(dim, head), clean.select(dim, head))
+        mine[:] = clean
+        return x
+
+    hooks = [(name, partial(patch, i, head)) for i, (name, head) in enumerate(cells)]
+    with torch.no_grad():
+        logits = bridge.run_with_hooks(CORRUPTED.repeat(len(cells), 1), hooks)
+        return per_row(logits).view(len(cells), -1) - per_row(bridge(CORRUPTED))
+
+
+def prefixes(bridge: LoopedBridge) -> list[tuple[str | None, str]]:
+    """Every looped stack, and how its hook names begin."""
+    return [("L", "L."), ("H", "H.")] if bridge.looped_cfg.l_cycles else [(None, "")]
+
+
+def sites_of(bridge: LoopedBridge) -> list[str]:
+    every = [*LAYER_SITES, *PASS_SITES]
+    return every if bridge.looped_cfg.injection != "none" else [site for site in every if site != "injection"]
+
+
+def worst_errors(
+    bridge: LoopedBridge, cache: LoopedCache, sites: list[str], stack: str | None, prefix: str
+) -> dict[str, float]:
+    """For every site, the largest difference between estimates and patches of all cells, relative to the largest patch."""
+    estimates: dict[str, Tensor] = {}
+    cells: list[Cell] = []
+    for site in sites:
+        has_heads = site in ("q", "k", "v", "z", "pattern")
+        axes = ("loop", *(("layer",) if site in LAYER_SITES else ()), *(("head",) if has_heads else ()))
+        found = attribution_sweep(bridge, CORRUPTED, cache, per_row, site, axes, stack=stack)
+        assert found.axes == ("example", *axes)
+        estimates[site] = found.values.flatten(1).T
+        for cell in torch.cartesian_prod(*(torch.arange(n) for n in found.values.shape[1:])).reshape(-1, len(axes)).tolist():
+            at = dict(zip(axes, cell, strict=True))
+            layer = f"blocks.{at['layer']}." if "layer" in at else ""
+            cells.append((f"{prefix}loops.{at['loop']}.{layer}{'attn.' if has_heads else ''}hook_{site}", at.get("head")))
+    patches = patched(bridge, cache, cells).split([len(estimate) for estimate in estimates.values()])
+    errors = [(a - b).abs().max() / b.abs().max().clamp(min=1e-30) for a, b in zip(estimates.values(), patches, strict=True)]
+    return {site: error.item() for site, error in zip(sites, errors, strict=True)}
+
+
+@FAMILIES
+def test_estimates_tend_to_the_patches(name: str) -> None:
+    bridge = random_bridge(name, torch.float64)
+    close = near(run(bridge, CLEAN), run(bridge, CORRUPTED), 1e-7)
+    for stack, prefix in prefixes(bridge):
+        # the next order is 1e-7 times a curvature that is below 1e3 in these models
+        errors = worst_errors(bridge, close, sites_of(bridge), stack, prefix)
+        assert max(errors.values()) < 1e-4, errors
+
+
+def test_the_error_is_of_the_next_order() -> None:
+    bridge = random_bridge("huginn", torch.float64)
+    clean, corrupted = run(bridge, CLEAN), run(bridge, CORRUPTED)
+    sites = ["q", "resid_mid", "pattern", "state"]
+    coarse, fine = (worst_errors(bridge, near(clean, corrupted, eps), sites, None, "") for eps in (1e-5, 1e-6))
+    for site in sites:
+        assert coarse[site] / fine[site] == pytest.approx(10, rel=0.1)
+
+
+def test_axes_are_sums_in_the_order_asked() -> None:
+    bridge = random_bridge("looped_qwen", torch.float64)
+    cache = run(bridge, CLEAN)
+    full = attribution_sweep(bridge, CORRUPTED, cache, per_row, "pattern", ("loop", "layer", "pos", "head", "src_pos"))
+    assert full.values.shape == (2, 3, 2, 5, 3, 5)
+    one = attribution_sweep(bridge, CORRUPTED, cache, total, "pattern", ("src_pos", "head", "loop"))
+    assert one.axes == ("src_pos", "head", "loop") and one.labels["src_pos"] == list("01234")
+    torch.testing.assert_close(one.values, full.values.sum((0, 2, 3)).permute(2, 1, 0))
+    keys = attribution_sweep(bridge, CORRUPTED, cache, total, "k")
+    assert keys.values.shape == (3, 2, 1)  # one key-value head
+    by_position = attribution_sweep(bridge, CORRUPTED, cache, total, "resid_post", ["pos"])
+    whole = attribution_sweep(bridge, CORRUPTED, cache, total, "resid_post", ("layer", "pos", "loop"))
+    torch.testing.assert_close(by_position.values, whole.values.sum((0, 2)))
+    some = attribution_sweep(bridge, CORRUPTED, cache, total, "resid_post", ("loop", "layer", "pos"), loops=[2, 0])
+    torch.testing.assert_close(some.values, whole.values.permute(2, 0, 1)[[2, 0]])
+    assert some.labels["loop"] == ["2", "0"]
+    assert {"loop", "layer", "pos", "attribution"} == set(some.to_dataframe().columns)
+
+
+def test_layers_before_and_after_the_loop() -> None:
+    bridge = random_bridge("parcae", torch.float64)
+    close = near(run(bridge, CLEAN), run(bridge, CORRUPTED), 1e-6)
+    for stack in ("prelude", "coda"):
+        found = attribution_sweep(bridge, CORRUPTED, close, per_row, stack=stack)
+        assert found.values.shape == (2, 1, 2, 3) and found.labels["loop"] == [stack]
+        for layer in range(2):
+            expected = patched(bridge, close, [(f"{stack}.blocks.{layer}.attn.hook_z", 1)])[0]
+            torch.testing.assert_close(found.values[:, 0, layer, 1], expected, rtol=1e-3, atol=1e-12)
+
+
+def test_integrated_gradients_average_over_the_way_of_the_embedding() -> None:
+    bridge = random_bridge("huginn", torch.float64)
+    clean, corrupted = run(bridge, CLEAN), run(bridge, CORRUPTED)
+    name, gradients = "loops.1.blocks.2.hook_mlp_out", []
+    for k in (1, 2, 3):
+        way = corrupted["hook_embed"] + k / 3 * (clean["hook_embed"] - corrupted["hook_embed"])
+        seen: list[Tensor] = []
+        total(bridge.run_with_hooks(way, bwd_hooks=[(name, lambda g, hook, seen=seen: seen.append(g.clone()))])).backward()
+        gradients += seen
+    expected = ((clean[name] - corrupted[name]) * torch.stack(gradients).mean(0)).sum()
+    found = attribution_sweep(bridge, CORRUPTED, clean, total, "mlp_out", ("loop", "layer"), steps=3)
+    torch.testing.assert_close(found.values[1, 2], expected)
+
+
+def test_integrated_gradients_are_complete() -> None:
+    """Where everything passes through the embedding, the parts sum to the whole, up to the rectangles of the sum."""
+    bridge = random_bridge("ouro", torch.float64)
+    close = near(run(bridge, CLEAN), run(bridge, CORRUPTED), 1e-3)
+    whole = (total(bridge(close["hook_embed"])) - total(bridge(CORRUPTED))).item()
+    errors = []
+    for steps in (10, 20):
+        found = attribution_sweep(bridge, CORRUPTED, close, total, "state", ("loop", "pos"), loops=0, steps=steps)
+        errors.append(abs(found.values.sum().item() - whole))
+    assert errors[1] < 0.05 * abs(whole) and errors[0] / errors[1] == pytest.approx(2, rel=0.2)
+
+
+def test_the_same_prompt_has_no_attribution_and_a_linear_end_is_exact() -> None:
+    bridge = random_bridge("ouro", torch.float64)
+    cache = run(bridge, CORRUPTED)
+    assert not attribution_sweep(bridge, CORRUPTED, cache, total).values.any()
+    clean = run(bridge, CLEAN)  # the state leaving the last pass goes into the unembedding, with nothing between
+    out = attribution_sweep(bridge, CORRUPTED, clean, total, "out", ["loop"], loops="last")
+    torch.testing.assert_close(out.values[0], total(bridge(CLEAN)) - total(bridge(CORRUPTED)))
+
+
+def test_text_and_rows_and_half_precision() -> None:
+    bridge = random_bridge("retrofit_llama", torch.bfloat16)
+    found = attribution_sweep(bridge, CORRUPTED[0], run(bridge, CLEAN[0]), lambda logits: logits[0, -1, 3])
+    assert found.values.dtype == torch.float32 and found.axes == ("loop", "layer", "head")
+
+
+def test_grad_modes_and_frozen_parameters_make_no_difference() -> None:
+    bridge = random_bridge("parcae")
+    cache = run(bridge, CLEAN)
+    expected = attribution_sweep(bridge, CORRUPTED, cache, total).values
+    with torch.inference_mode():
+        _, cache = bridge.run_with_cache(CLEAN)
+        state = torch.zeros(2, 5, 24)
+        _, other = bridge.run_with_cache(CLEAN, initial_state=state)
+        found = attribution_sweep(bridge, CORRUPTED.clone(), cache, total).values
+        attribution_sweep(bridge, CORRUPTED, other, total, initial_state=state)
+    assert torch.equal(found, expected)
+    bridge.requires_grad_(False)
+    with torch.no_grad():
+        assert torch.equal(attribution_sweep(bridge, CORRUPTED, cache, total).values, expected)
+    assert not any(p.grad is not None for p in bridge.parameters())
+
+
+def test_hooks_of_the_user_stay_and_ours_go(unchecked: None) -> None:
+    bridge = random_bridge("ouro", torch.float64)
+    clean = run(bridge, CLEAN)
+    plain = attribution_sweep(bridge, CORRUPTED, clean, total).values
+    bridge.add_hook("loops.1.blocks.0.hook_mlp_out", lambda x, hook: x * 0)
+    ablated = attribution_sweep(bridge, CORRUPTED, clean, total).values
+    assert not torch.allclose(ablated, plain)
+    bridge.reset_hooks()
+    with pytest.raises(LoopedError):
+        attribution_sweep(bridge, CORRUPTED, clean, lambda logits: logits[0])
+    assert torch.equal(attribution_sweep(bridge, CORRUPTED, clean, total).values, plain)
+    assert not any(hook.fwd_hooks for hook in bridge.hook_dict.values())
+
+
+def test_an_initial_state_that_differs_is_refused() -> None:
+    bridge = random_bridge("huginn")
+    clean = run(bridge, CLEAN, initial_state=3)
+    with pytest.raises(LoopedError, match=r"another initial state.*initial_state="):
+        attribution_sweep(bridge, CORRUPTED, clean, total)
+    expected = attribution_sweep(bridge, CORRUPTED, clean, total, initial_state=3).values
+    state = clean["loops.0.hook_state"]
+    assert torch.equal(attribution_sweep(bridge, CORRUPTED, clean, total, initial_state=state).values, expected)
+    filtered = run(bridge, CLEAN, initial_state=3, names_filter="blocks.*.attn.hook_z")
+    with pytest.raises(LoopedError, match="another initial state"):
+        attribution_sweep(bridge, CORRUPTED, filtered, total)
+    assert torch.equal(attribution_sweep(bridge, CORRUPTED, filtered, total, initial_state=3).values, expected)
+    bare = LoopedCache(dict(filtered.items()), bridge)  # whose run nobody knows
+    with pytest.raises(UnknownNameError, match=r"lacks loops.0.hook_state \(.*same state"):
+        attribution_sweep(bridge, CORRUPTED, bare, total)
+    generator = torch.Generator().manual_seed(4)
+    clean = run(bridge, CLEAN, initial_state=torch.Generator().manual_seed(4))
+    attribution_sweep(bridge, CORRUPTED, clean, total, steps=2, initial_state=generator)
+    with pytest.raises(LoopedError, match="another initial state"):  # it has been advanced
+        attribution_sweep(bridge, CORRUPTED, clean, total, initial_state=generator)
+
+
+def test_bad_input_is_explained(unchecked: None) -> None:
+    bridge = random_bridge("ouro")
+    clean = run(bridge, CLEAN)
+
+    def sweep(*args: object, **kwargs: object) -> None:
+        attribution_sweep(bridge, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+
+    with pytest.raises(LoopedError, match=r"\(2, 5, 3, 8\), the corrupted one \(2, 4, 3, 8\).*equally many"):
+        sweep(CORRUPTED[:, :4], clean, total)
+    few = run(bridge, CLEAN, names_filter="loops.1:.blocks.*.attn.hook_z")
+    with pytest.raises(UnknownNameError, match=r"lacks loops.0.blocks.0.attn.hook_z, loops.0.blocks.1.attn.hook_z; name"):
+        sweep(CORRUPTED, few, total)
+    sweep(CORRUPTED, few, total, loops=slice(1, None))
+    with pytest.raises(UnknownNameError, match="hook_embed"):
+        sweep(CORRUPTED, few, total, loops=1, steps=2)
+    with pytest.raises(LoopedError, match=r"returned \(5, 31\).*logits \(2, 5, 31\).*batch=2"):
+        sweep(CORRUPTED, clean, lambda logits: logits[0])
+    with pytest.raises(LoopedError, match="returned float"):
+        sweep(CORRUPTED, clean, lambda logits: total(logits).item())
+    with pytest.raises(LoopedError, match="no gradient"):
+        sweep(CORRUPTED, clean, lambda logits: total(logits).detach())
+    with pytest.raises(OutOfRangeError, match="3 loops"):
+        sweep(CORRUPTED, clean, total, loops=3)
+    with pytest.raises(LoopedError, match=r"site='mlp'.*'resid_pre'"):
+        sweep(CORRUPTED, clean, total, "mlp")
+    with pytest.raises(LoopedError, match="'state' has 'loop', 'pos'"):
+        sweep(CORRUPTED, clean, total, "state")
+    for axes in ("loop", (), ("loop", "loop"), ("loop", "src_pos"), ("loop", "d_head")):
+        with pytest.raises(LoopedError, match="'z' has 'loop', 'layer', 'pos', 'head': name some"):
+            sweep(CORRUPTED, clean, total, "z", axes)
+    with pytest.raises(LoopedError, match="steps=0"):
+        sweep(CORRUPTED, clean, total, steps=0)
+    with pytest.raises(LoopedError, match="stack='coda' has 0 layers"):
+        sweep(CORRUPTED, clean, total, stack="coda")
+    with pytest.raises(UnknownNameError, match="no such hook"):
+        sweep(CORRUPTED, clean, total, "injection", ["loop"])
+    with pytest.raises(LoopedError, match=r"did not reach loops\.1"):
+        sweep(CORRUPTED, clean, total, loop=0)
+    two = random_bridge("hrm_text")
+    with pytest.raises(LoopedError, match="stack='L' or stack='H'"):
+        attribution_sweep(two, CORRUPTED, run(two, CLEAN), total)

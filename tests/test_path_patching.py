@@ -1,0 +1,229 @@
+"""Path patching: direct paths against runs in which everything else is frozen by hooks."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from zoo import ZOO, random_bridge, random_tokens
+
+from tl_looped import LoopedBridge, LoopedCache, LoopedError
+from tl_looped.errors import UnknownNameError
+from tl_looped.path_patching import edge_sweep, path_patch
+
+CLEAN, CORRUPTED = random_tokens(pos=4), random_tokens(pos=4, seed=1)
+FAMILIES = pytest.mark.parametrize("name", ZOO)
+READS = ("attn.hook_in", "mlp.hook_in", "unembed.hook_in")
+
+
+def per_row(logits: Tensor) -> Tensor:
+    return logits[:, -1, 5] - logits[:, -1, 6] + logits[:, 1, 7]
+
+
+def total(logits: Tensor) -> Tensor:
+    return per_row(logits).sum()
+
+
+def run(bridge: LoopedBridge, tokens: Tensor, **kwargs: object) -> LoopedCache:
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(tokens, **kwargs)
+    assert isinstance(cache, LoopedCache)
+    return cache
+
+
+def near(clean: LoopedCache, corrupted: LoopedCache, eps: float) -> LoopedCache:
+    """A clean run that is `eps` of the way from the corrupted one."""
+    return LoopedCache({name: value + eps * (clean[name] - value) for name, value in corrupted.items()}, clean.model)
+
+
+def written(bridge: LoopedBridge, clean: LoopedCache, corrupted: LoopedCache, source: str) -> tuple[str, Tensor]:
+    """The hook that a source writes to, and what it changes there."""
+    if source == "embed":
+        return "hook_embed", clean["hook_embed"] - corrupted["hook_embed"]
+    if ".head." not in source:
+        name = bridge.schedule.expand(source.replace("mlp_out", "hook_mlp_out"))[0]
+        return name, clean[name] - corrupted[name]
+    place, head = source.split(".head.")
+    layer = bridge.schedule.expand(f"{place}.attn")[0].removesuffix(".attn")
+    block = bridge.blocks[int(layer.removeprefix("blocks."))]
+    z = (clean[f"{layer}.attn.hook_z"] - corrupted[f"{layer}.attn.hook_z"])[..., int(head), :]
+    out = z @ block.attn.W_O[int(head)].detach()
+    if f"{layer}.ln1_post.hook_scale" in corrupted:
+        weight = block.ln1_post.weight
+        out = out / corrupted[f"{layer}.ln1_post.hook_scale"] * (1.0 if weight is None else weight.detach())
+    return f"{layer}.hook_attn_out", out
+
+
+def frozen_run(bridge: LoopedBridge, corrupted: LoopedCache, hook_of_source: str, change: Tensor) -> dict[str, Tensor]:
+    """The change of every branch's input when no norm's scale and no branch's output but that of the source changes."""
+
+    def freeze(x: Tensor, hook: object, name: str) -> Tensor:
+        return corrupted[name] + change if name == hook_of_source else corrupted[name].clone()
+
+    seen: dict[str, Tensor] = {}
+
+    def see(x: Tensor, hook: object, name: str) -> None:
+        seen[name] = x - corrupted[name]
+
+    frozen = [n for n in bridge.hook_dict if n.endswith(("hook_scale", "hook_attn_out", "hook_mlp_out", "hook_embed"))]
+    hooks = [(n, partial(freeze, name=n)) for n in frozen if n in corrupted]
+    hooks += [(n, partial(see, name=n)) for n in bridge.hook_dict if n.endswith(READS)]
+    with torch.no_grad():
+        bridge.run_with_hooks(CORRUPTED, hooks)
+    return seen
+
+
+def entering(bridge: LoopedBridge, changes: dict[str, Tensor], receiver: str) -> tuple[str, Tensor]:
+    """The hook that a receiver's change enters by, and the change there, zero for other heads."""
+    if receiver == "logits":
+        return "unembed.hook_in", changes["unembed.hook_in"]
+    if ".head." not in receiver:
+        name = bridge.schedule.expand(receiver.replace("mlp_in", "mlp.hook_in"))[0]
+        return name, changes[name]
+    place, rest = receiver.split(".head.")
+    head, letter = rest.split(".")
+    layer = bridge.schedule.expand(f"{place}.attn")[0].removesuffix(".attn")
+    linear = getattr(bridge.blocks[int(layer.removeprefix("blocks."))].attn, letter).original_component
+    width = bridge.cfg.d_head
+    projected = (changes[f"{layer}.attn.hook_in"] @ linear.weight.detach().T).unflatten(-1, (-1, width))
+    only = torch.zeros_like(projected)
+    only[..., int(head), :] = projected[..., int(head), :]
+    return f"{layer}.attn.hook_{letter}", only
+
+
+def patched(bridge: LoopedBridge, name: str, change: Tensor) -> Tensor:
+    with torch.no_grad():
+        return per_row(bridge.run_with_hooks(CORRUPTED, [(name, lambda x, hook: x + change)])) - per_row(bridge(CORRUPTED))
+
+
+def gradients(bridge: LoopedBridge) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+
+    def keep(g: Tensor, hook: object, name: str) -> None:
+        found[name] = g.clone()
+
+    names = [n for n in bridge.hook_dict if n.endswith((*READS[1:], "attn.hook_q", "attn.hook_k", "attn.hook_v"))]
+    total(bridge.run_with_hooks(CORRUPTED, bwd_hooks=[(n, partial(keep, name=n)) for n in names])).backward()
+    return found
+
+
+@FAMILIES
+def test_every_edge_is_the_exact_path_into_a_linear_receiver(name: str) -> None:
+    """All sources and receivers of all passes: the frozen run's change at the receiver, times the receiver's gradient."""
+    bridge = random_bridge(name, torch.float64)
+    clean, corrupted = run(bridge, CLEAN), run(bridge, CORRUPTED)
+    edges = edge_sweep(bridge, CORRUPTED, clean, total)
+    n_layers, cfg = bridge.cfg.n_layers, bridge.looped_cfg
+    assert edges.axes == ("source", "receiver") and edges.name == "edge attribution"
+    assert edges.values.shape == (1 + n_layers * (cfg.n_heads + 1), n_layers * (cfg.n_heads + 2 * cfg.n_kv_heads + 1) + 1)
+    grads = gradients(bridge)
+    for i, source in list(enumerate(edges.labels["source"]))[::5]:
+        changes = frozen_run(bridge, corrupted, *written(bridge, clean, corrupted, source))
+        expected = []
+        for receiver in edges.labels["receiver"]:
+            hook, change = entering(bridge, changes, receiver)
+            expected.append((grads[hook].view_as(change) * change).sum())
+        torch.testing.assert_close(edges.values[i], torch.stack(expected), rtol=1e-8, atol=1e-10)
+
+
+@FAMILIES
+def test_a_patched_path_is_the_run_with_the_changed_receiver(name: str) -> None:
+    bridge = random_bridge(name, torch.float64)
+    clean, corrupted = run(bridge, CLEAN), run(bridge, CORRUPTED)
+    sources = ["embed", "blocks.1.head.2", "blocks.2.mlp_out"]
+    receivers = ["blocks.2.head.0.q", "blocks.3.head.0.k", "blocks.3.head.0.v", "blocks.3.mlp_in", "logits"]
+    found = path_patch(bridge, CORRUPTED, clean, per_row, sources, receivers)
+    assert found.axes == ("example", "source", "receiver") and found.values.shape == (2, 3, 5)
+    assert found.labels["source"] == [bridge.schedule.loop_name(n) for n in sources]
+    for i, source in enumerate(sources):
+        changes = frozen_run(bridge, corrupted, *written(bridge, clean, corrupted, source))
+        for j, receiver in enumerate(receivers):
+            expected = patched(bridge, *entering(bridge, changes, receiver))
+            torch.testing.assert_close(found.values[:, i, j], expected, rtol=1e-8, atol=1e-10)
+
+
+@FAMILIES
+def test_edges_tend_to_patched_paths(name: str) -> None:
+    bridge = random_bridge(name, torch.float64)
+    close = near(run(bridge, CLEAN), run(bridge, CORRUPTED), 1e-7)
+    sources, receivers = ["embed", "blocks.*.head.0"], ["blocks.*.head.0.v", "logits"]
+    if name != "ouro":  # one family over all pairs of passes
+        sources[1], receivers[0] = "blocks.1.head.*", "blocks.3.head.*.q"
+    edges = edge_sweep(bridge, CORRUPTED, close, per_row, sources, receivers)
+    paths = path_patch(bridge, CORRUPTED, close, per_row, sources, receivers)
+    assert edges.labels == paths.labels and torch.equal(edges.values == 0, paths.values == 0)
+    assert (edges.values - paths.values).abs().max() < 1e-4 * paths.values.abs().max()
+
+
+def test_a_source_that_runs_later_sends_nothing() -> None:
+    bridge = random_bridge("ouro", torch.float64)
+    clean = run(bridge, CLEAN)
+    edges = edge_sweep(bridge, CORRUPTED, clean, total)
+    for i, source in enumerate(edges.labels["source"][1:], start=1):
+        layer = (i - 1) // 4  # three heads and an MLP for each layer
+        is_mlp = source.endswith("mlp_out")
+        for j, receiver in enumerate(edges.labels["receiver"][:-1]):
+            reads = j // 10  # three queries, keys and values and an MLP
+            earlier = layer < reads or (layer == reads and not is_mlp and receiver.endswith("mlp_in"))
+            assert bool(edges.values[i, j] != 0) == earlier, (source, receiver)
+    late, early = "loops.2.blocks.0.head.1", "loops.1.blocks.0.head.1.q"
+    with pytest.raises(LoopedError, match=rf"from {late} to {early} .* runs after the receiver"):
+        path_patch(bridge, CORRUPTED, clean, total, late, early)
+    both = path_patch(bridge, CORRUPTED, clean, total, [late, "embed"], early)
+    assert both.labels["source"] == ["embed", late] and both.values[0, 0] != 0 == both.values[1, 0]
+
+
+def test_the_logits_are_a_linear_receiver() -> None:
+    bridge = random_bridge("hrm_text", torch.float64)
+    clean = run(bridge, CLEAN)
+    edges = edge_sweep(bridge, CORRUPTED, clean, total, receivers="logits")
+    paths = path_patch(bridge, CORRUPTED, clean, total, ["embed", "H.loops.*.blocks.*.head.1"], "logits")
+    rows = [edges.labels["source"].index(name) for name in paths.labels["source"]]
+    torch.testing.assert_close(edges.values[rows], paths.values)
+
+
+def test_chunks_and_examples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge = random_bridge("huginn", torch.float64)
+    clean = run(bridge, CLEAN)
+    whole = edge_sweep(bridge, CORRUPTED, clean, total)
+    monkeypatch.setattr("tl_looped.path_patching.CHUNK", 7 * 2 * 4 * 24)
+    rows = edge_sweep(bridge, CORRUPTED, clean, per_row)
+    assert rows.axes == ("example", "source", "receiver")
+    torch.testing.assert_close(rows.values.sum(0), whole.values)
+
+
+def test_few_activations_suffice_and_precision_may_be_low() -> None:
+    bridge = random_bridge("parcae", torch.bfloat16)
+    names = ["hook_embed", "loops.*.blocks.*.attn.hook_z"]
+    with torch.inference_mode():
+        _, clean = bridge.run_with_cache(CLEAN, names_filter=names)
+        heads = edge_sweep(bridge, CORRUPTED, clean, total, ["embed", "loops.*.blocks.*.head.*"], "loops.2.blocks.1.head.*.?")
+    assert heads.values.dtype == torch.float32 and heads.values.shape == (19, 9)
+    reference = random_bridge("parcae")
+    _, clean = reference.run_with_cache(CLEAN)
+    expected = edge_sweep(reference, CORRUPTED, clean, total, ["embed", "loops.*.blocks.*.head.*"], "loops.2.blocks.1.head.*.?")
+    assert (heads.values - expected.values).abs().max() < 0.1 * expected.values.abs().max()
+
+
+def test_bad_input_is_explained(unchecked: None) -> None:
+    bridge = random_bridge("huginn")
+    clean = run(bridge, CLEAN)
+    for sources, receivers, message in (
+        ("loops.0.blocks.0.head.3", "logits", r"source 'loops.0.blocks.0.head.3' was asked.*prelude.blocks.0.head.0"),
+        ("embed", "loops.0.blocks.0.head.0", r"receiver 'loops.0.blocks.0.head.0' was asked.*prelude.blocks.0.head.0.*logits"),
+        ("embed", "loops.3.blocks.0.mlp_in", "3 loops"),
+    ):
+        with pytest.raises(LoopedError, match=message):
+            path_patch(bridge, CORRUPTED, clean, total, sources, receivers)
+    few = run(bridge, CLEAN, names_filter="loops.1.blocks.*.attn.hook_z")
+    with pytest.raises(UnknownNameError, match=r"lacks hook_embed, prelude.blocks.0.attn.hook_z"):
+        edge_sweep(bridge, CORRUPTED, few, total)
+    with pytest.raises(LoopedError, match="equally many rows"):
+        edge_sweep(bridge, CORRUPTED[:, :3], clean, total)
+    with pytest.raises(LoopedError, match="another initial state"):
+        path_patch(bridge, CORRUPTED, clean, total, "embed", "logits", initial_state=1)
+    with pytest.raises(LoopedError, match="one number per row"):
+        edge_sweep(bridge, CORRUPTED, clean, lambda logits: logits[0])
+    assert not any(hook.fwd_hooks for hook in bridge.hook_dict.values())
