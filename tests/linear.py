@@ -34,7 +34,7 @@ def linear_loop(
 
 def rotation(angle: float) -> torch.Tensor:
     """A rotation of every pair of neighbouring directions by the same angle."""
-    turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], dtype=torch.float64)
     return torch.block_diag(*[turn] * (D // 2))
 
 

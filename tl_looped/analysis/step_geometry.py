@@ -149,16 +149,13 @@ def step_geometry(
 
         def measure(loop: int, state: Tensor) -> None:
             x = wide(last_norm(deep, state) if after_norm else state)
-            parts = {
-                "norm": x.norm(dim=-1),
-                "curvature": _curvature(x, torch.finfo(state.dtype).eps),
-                "anisotropy": _anisotropy(x),
-            }
+            eps = torch.finfo(state.dtype).eps
+            parts = {"norm": x.norm(dim=-1), "curvature": _curvature(x, eps), "anisotropy": _anisotropy(x)}
             step = x - earlier[0] if earlier else None
             if step is not None:
                 parts["step_norm"] = step.norm(dim=-1)
             if step is not None and len(earlier) > 1:
-                parts |= _turn(step, earlier[1], torch.finfo(state.dtype).eps * parts["norm"])
+                parts |= _turn(step, earlier[1], eps * parts["norm"])
             for name, part in parts.items():
                 found[name].append(part.nanmean(1))
             if loop in compared:
