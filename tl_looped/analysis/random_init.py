@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -167,7 +167,7 @@ def random_init_sweep(
         cfg = LoopedConfig(**common, rope_layout="none", noise_std=scale, **layout)
         bridge = LoopedBridge.from_config(cfg)
         for seed in chosen:
-            draw(bridge.original_model, seed, std)
+            draw(cast(LoopedModel, bridge.original_model), seed, std)
             found = fixed_points(bridge, tokens, n_loops=None, verbose=False)
             curves = {"distance": found.distance["relative"], "cosine": found.distance["cosine"], "norm": found.norm}
             values = {key: curve.values.mean(1) for key, curve in curves.items()}  # [loop]
