@@ -350,9 +350,7 @@ def _places(
     hook = f"attn.hook_{site}" if site in HEADS else f"hook_{site}"
     if "virtual_layer" in names:
         if loops != "all" or stack is not None:
-            raise LoopedError(
-                'the axis "virtual_layer" goes without loops= and stack=; pass layers=, which are virtual layers then.'
-            )
+            raise LoopedError('the axis "virtual_layer" goes without loops= and stack=; choose virtual layers by layers=.')
         chosen = select_indices(layers, schedule.n_layers, "virtual layers")
         return [Place({"virtual_layer": i}, f"blocks.{i}.{hook}", i) for i in chosen]
     passes: list[Pass] = sorted(set(schedule.passes_of(loops, stack)), key=lambda p: p.index)
