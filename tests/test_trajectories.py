@@ -146,7 +146,7 @@ def test_figures() -> None:
     found = run(model("huginn"))
     figure = found.plot(example=1, components=(1, 2))
     (line,) = figure.data
-    torch.testing.assert_close(torch.tensor(line.x), found.paths[1].coordinates.values[:, 1])
+    torch.testing.assert_close(torch.tensor(line.x).double(), found.paths[1].coordinates.values[:, 1])
     assert line.text[0] == "prelude.blocks.0" and figure.layout.xaxis.title.text.startswith("PC2 (")
     rings = run(model("huginn"), over="loop_ends").plot()
     assert len(rings.data) == 7 and list(rings.data[0].text) == [f"loop {t}" for t in range(4)]

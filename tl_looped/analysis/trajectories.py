@@ -182,8 +182,9 @@ def trajectories(
             visit(deep, tokens, hooks, take, stop=stop, initial_state=state)
 
         shape = (len(tokens), len(rows) * width, deep.cfg.d_model)
+        dtype = torch.promote_types(deep.cfg.dtype, torch.float32)
         mean, directions, explained, coordinates = (
-            part.cpu() for part in _principal_components(states, shape, n_components, initial_state, tokens.device)
+            part.cpu() for part in _principal_components(states, shape, n_components, initial_state, tokens.device, dtype)
         )
         axes, labels = ("layer", "component"), {"layer": rows, "component": components}
         if over == "loop_ends":
@@ -202,8 +203,9 @@ def _principal_components(
     k: int,
     initial_state: InitialState,
     device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, `k` directions, their shares of the variance, and coordinates of what `states` reads, [batch, state, d_model]."""
+    """Mean, `k` directions, their shares of the variance, and coordinates (in `dtype`) of what `states` reads."""
     n, d_model = shape[1:]
     if k > d_model:
         raise LoopedError(f"n_components={k} was asked of states of {d_model} dimensions.")
@@ -214,11 +216,11 @@ def _principal_components(
         x -= mean[:, None]
         variance, vectors = torch.linalg.eigh(x @ x.mT)  # as many as states, fewer than dimensions
         directions = _signed(torch.nn.functional.normalize(vectors[..., -k:].flip(-1).mT @ x, dim=-1))
-        coordinates = x @ directions.mT
+        coordinates = (x @ directions.mT).to(dtype)
     else:
         mean, variance, vectors = _eigen(states, shape, rehearsal(initial_state), device)
         directions = _signed(vectors[..., -k:].flip(-1).mT)
-        coordinates = torch.empty(*shape[:2], k, dtype=torch.float64, device=device)
+        coordinates = torch.empty(*shape[:2], k, dtype=dtype, device=device)
         states(lambda rows, value: coordinates[:, rows].copy_((value - mean[:, None]) @ directions.mT), initial_state)
     whole = variance.sum(-1, keepdim=True)
     if bool((whole <= 0).any()):
