@@ -39,6 +39,7 @@ _DTYPES = {
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _SHOW_PROGRESS_FROM = 1_000_000_000  # bytes
 _BUFFER = 1 << 20  # elements
+_TOYS = Path(__file__).parent / "toys" / "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,10 @@ class MemoryCheckpoint(Checkpoint):
 
 
 def open_checkpoint(name_or_dir: str | Path, revision: str | None = None) -> Checkpoint:
-    """Open a local directory or a Hub repository; no tensor is read and no code of the repository is run.
+    """Open a local directory, a Hub repository or a bundled toy; no tensor is read and no code of the repository is run.
 
     Args:
-        name_or_dir: a directory, or a Hub id such as "ByteDance/Ouro-1.4B".
+        name_or_dir: a directory, a Hub id such as "ByteDance/Ouro-1.4B", or "toy:" and a name in `tl_looped.toys.TOYS`.
         revision: a branch, tag or commit of the Hub repository.
 
     Raises:
@@ -143,7 +144,7 @@ def open_checkpoint(name_or_dir: str | Path, revision: str | None = None) -> Che
     """
     if not isinstance(name_or_dir, (str, Path)) or not str(name_or_dir).strip():
         raise CheckpointError(f"{name_or_dir!r} was asked; pass a directory or a Hub id such as 'ByteDance/Ouro-1.4B'.")
-    path = Path(name_or_dir).expanduser()
+    path = _toy(name_or_dir) if str(name_or_dir).startswith("toy:") else Path(name_or_dir).expanduser()
     looks_like_a_path = path.is_absolute() or len(path.parts) > 2 or str(name_or_dir).startswith(".")
     if path.is_file() or (looks_like_a_path and not path.is_dir()):
         kind = "a file" if path.is_file() else "not a directory: it does not exist"
@@ -167,6 +168,14 @@ def open_checkpoint(name_or_dir: str | Path, revision: str | None = None) -> Che
             f"{', '.join(sorted({index[name] for name in lost}))}. Download these files again."
         )
     return Checkpoint(config, stored, path)
+
+
+def _toy(name: str | Path) -> Path:
+    """The directory of a bundled checkpoint."""
+    toys = {f"toy:{directory.name}": directory for directory in sorted(_TOYS.iterdir())}
+    if str(name) not in toys:
+        raise CheckpointError(f"{str(name)!r} was asked; the bundled toys are {', '.join(toys)}.")
+    return toys[str(name)]
 
 
 def _download(name: str, revision: str | None) -> Path:
