@@ -345,11 +345,10 @@ def test_steering_adds_the_direction(name: str) -> None:
     logits, direction = bridge(TOKENS), torch.randn(24, dtype=torch.float64)
     sites = ["state", "out", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
     for site in sites + (["injection"] if bridge.looped_cfg.injection != "none" else []):
-        for relative in (False, True):
-            hooks = steer(bridge, direction, 0.0, site=site, relative_to_rms=relative, stack=stack)
-            assert torch.equal(bridge.run_with_hooks(TOKENS, fwd_hooks=hooks), logits)
-            moved = steer(bridge, direction, 0.5, site=site, relative_to_rms=relative, stack=stack)
-            assert not torch.allclose(bridge.run_with_hooks(TOKENS, fwd_hooks=moved), logits)
+        hooks = steer(bridge, direction, 0.0, site=site, relative_to_rms=site == "out", stack=stack)
+        assert torch.equal(bridge.run_with_hooks(TOKENS, fwd_hooks=hooks), logits)
+        moved = steer(bridge, direction, 0.5, "last", site=site, stack=stack)
+        assert not torch.allclose(bridge.run_with_hooks(TOKENS, fwd_hooks=moved), logits)
     loops = {p.index: p.loop for p in bridge.schedule.passes_of(slice(1, None), stack)}
     mask = (torch.arange(6) >= 3)[:, None]
 
@@ -539,7 +538,7 @@ def shared_by_hand(bridge: LoopedBridge, policy: str | int, tokens: Tensor, new:
 def test_shared_keys_are_those_of_the_policy(name: str) -> None:
     bridge = bridge_of(name, n_loops=2 if name == "hrm_text" else 5)
     plain_logits = write_text(bridge, [], new=3)[1]
-    for policy in ("first", "last", "mean", 2):
+    for policy in ("first", "last", "mean", 2) if name in ("huginn", "hrm_text") else ("mean", 2):
         _, logits = write_text(bridge, share_kv(bridge, policy), new=3)
         close(logits, shared_by_hand(bridge, policy, TOKENS, 3))
         assert torch.equal(logits[:, 0], plain_logits[:, 0]) and not torch.allclose(logits, plain_logits)

@@ -67,7 +67,8 @@ def skip_loop(model: LoopedBridge, loops: LoopSelector, *, stack: str | None = N
     """
     schedule = model.schedule
     chosen = schedule.passes_of(loops, stack)
-    folded = model.looped_cfg.pass_norm_is_final and "ln_final.weight" in model.original_model.parameter_slots
+    slots: Any = model.original_model.parameter_slots
+    folded = model.looped_cfg.pass_norm_is_final and "ln_final.weight" in slots
     if folded and schedule.passes[-1] in chosen:
         raise LoopedError(
             f"loops={loops!r} skips the last loop, but the unembedding has absorbed the weight of its norm (compatibility "
