@@ -83,7 +83,7 @@ class BehaviourRule:
             )
         c = signal[warm_up:]
         near = 1 - c < self.tau
-        fixed = near.double().mean(0) >= self.rho
+        fixed = near.sum(0) >= self.rho * len(c)
         slider = c[-1] - c[0] >= self.rho * c.diff(dim=0).abs().sum(0)
         inside = torch.zeros_like(near[0])
         departures = torch.zeros_like(inside, dtype=torch.long)
@@ -279,8 +279,10 @@ def behaviour(
     limit: dict[int, Tensor] = {}
     before: dict[int, Tensor] = {}
     waves: dict[int, _Wave] = {}
-    signal: dict[tuple[int, int], Tensor] = {}
-    settled = torch.full((passes[0].n_layers, *tokens.shape), torch.nan, device=tokens.device)
+    n_layers = passes[0].n_layers
+    settled = torch.full((n_layers, *tokens.shape), torch.nan, device=tokens.device)
+    dtype = torch.promote_types(model.cfg.dtype, torch.float32)
+    signal = torch.empty(n, n_layers, *tokens.shape, dtype=dtype, device=tokens.device)
 
     def keep(at: tuple[int, int], value: Tensor) -> None:
         limit[at[1]] = value
@@ -289,7 +291,7 @@ def behaviour(
         also(at, value)
         loop, layer = at
         x, end = wide(value), wide(limit[layer])
-        signal[at] = cosine_similarity(x, end, dim=-1)
+        signal[loop, layer] = cosine_similarity(x, end, dim=-1)
         if layer in before:
             short = (x - wide(before[layer])).norm(dim=-1) < settle
             settled[layer] = settled[layer].where(settled[layer].isfinite() | ~short, float(loop))
@@ -300,9 +302,8 @@ def behaviour(
     first, hooks = (layer_hooks(model.schedule, some, "hook_resid_post") for some in (passes[-1:], passes))
     visit(model, tokens, first, keep, stop=stop, initial_state=rehearsal(initial_state))
     visit(model, tokens, hooks, measure, stop=stop, initial_state=initial_state)
-    n_layers = passes[0].n_layers
-    cosines = torch.stack([signal[p.loop, j] for p in passes for j in range(n_layers)]).unflatten(0, (n, n_layers)).cpu()
-    labels, settled = rule.classify(cosines), settled.cpu()
+    cosines, settled = signal.cpu(), settled.cpu()
+    labels = torch.stack([rule.classify(cosines[:, layer]) for layer in range(n_layers)])
     power = torch.stack([waves[j].share() for j in range(n_layers)]).cpu()
     kept = cosines if keep_signal else None
     return [
