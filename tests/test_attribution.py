@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -16,6 +16,12 @@ from tl_looped.errors import OutOfRangeError, UnknownNameError
 
 CLEAN, CORRUPTED = random_tokens(pos=5), random_tokens(pos=5, seed=1)
 FAMILIES = pytest.mark.parametrize("name", ZOO)
+
+
+@cache
+def shared_bridge(name: str) -> LoopedBridge:
+    """One bridge of a family for the tests that leave it as it was."""
+    return random_bridge(name, torch.float64)
 
 
 def per_row(logits: Tensor) -> Tensor:
@@ -79,9 +85,9 @@ def worst_errors(
         has_heads = site in ("q", "k", "v", "z", "pattern")
         axes = ("loop", *(("layer",) if site in LAYER_SITES else ()), *(("head",) if has_heads else ()))
         found = attribution_sweep(bridge, CORRUPTED, cache, per_row, site, axes, stack=stack)
-        assert found.axes == ("example", *axes)
-        estimates[site] = found.values.flatten(1).T
-        for cell in torch.cartesian_prod(*(torch.arange(n) for n in found.values.shape[1:])).reshape(-1, len(axes)).tolist():
+        assert found.axes == (*axes, "example")
+        estimates[site] = found.values.flatten(0, -2)
+        for cell in torch.cartesian_prod(*(torch.arange(n) for n in found.values.shape[:-1])).reshape(-1, len(axes)).tolist():
             at = dict(zip(axes, cell, strict=True))
             layer = f"blocks.{at['layer']}." if "layer" in at else ""
             cells.append((f"{prefix}loops.{at['loop']}.{layer}{'attn.' if has_heads else ''}hook_{site}", at.get("head")))
@@ -92,7 +98,7 @@ def worst_errors(
 
 @FAMILIES
 def test_estimates_tend_to_the_patches(name: str) -> None:
-    bridge = random_bridge(name, torch.float64)
+    bridge = shared_bridge(name)
     close = near(run(bridge, CLEAN), run(bridge, CORRUPTED), 1e-7)
     for stack, prefix in prefixes(bridge):
         # the next order is 1e-7 times a curvature that is below 1e3 in these models
@@ -113,10 +119,10 @@ def test_axes_are_sums_in_the_order_asked() -> None:
     bridge = random_bridge("looped_qwen", torch.float64)
     cache = run(bridge, CLEAN)
     full = attribution_sweep(bridge, CORRUPTED, cache, per_row, "pattern", ("loop", "layer", "pos", "head", "src_pos"))
-    assert full.values.shape == (2, 3, 2, 5, 3, 5)
+    assert full.values.shape == (3, 2, 5, 3, 5, 2)
     one = attribution_sweep(bridge, CORRUPTED, cache, total, "pattern", ("src_pos", "head", "loop"))
     assert one.axes == ("src_pos", "head", "loop") and one.labels["src_pos"] == list("01234")
-    torch.testing.assert_close(one.values, full.values.sum((0, 2, 3)).permute(2, 1, 0))
+    torch.testing.assert_close(one.values, full.values.sum((1, 2, 5)).permute(2, 1, 0))
     keys = attribution_sweep(bridge, CORRUPTED, cache, total, "k")
     assert keys.values.shape == (3, 2, 1)  # one key-value head
     by_position = attribution_sweep(bridge, CORRUPTED, cache, total, "resid_post", ["pos"])
@@ -133,10 +139,10 @@ def test_layers_before_and_after_the_loop() -> None:
     close = near(run(bridge, CLEAN), run(bridge, CORRUPTED), 1e-6)
     for stack in ("prelude", "coda"):
         found = attribution_sweep(bridge, CORRUPTED, close, per_row, stack=stack)
-        assert found.values.shape == (2, 1, 2, 3) and found.labels["loop"] == [stack]
+        assert found.values.shape == (1, 2, 3, 2) and found.labels["loop"] == [stack]
         for layer in range(2):
             expected = patched(bridge, close, [(f"{stack}.blocks.{layer}.attn.hook_z", 1)])[0]
-            torch.testing.assert_close(found.values[:, 0, layer, 1], expected, rtol=1e-3, atol=1e-12)
+            torch.testing.assert_close(found.values[0, layer, 1], expected, rtol=1e-3, atol=1e-12)
 
 
 def test_integrated_gradients_average_over_the_way_of_the_embedding() -> None:
@@ -214,23 +220,30 @@ def test_hooks_of_the_user_stay_and_ours_go(unchecked: None) -> None:
 def test_an_initial_state_that_differs_is_refused() -> None:
     bridge = random_bridge("huginn")
     clean = run(bridge, CLEAN, initial_state=3)
-    with pytest.raises(LoopedError, match=r"another initial state.*initial_state="):
-        attribution_sweep(bridge, CORRUPTED, clean, total)
+    for other in (4, torch.zeros(2, 5, 24)):
+        with pytest.raises(LoopedError, match=r"another initial state.*leave initial_state="):
+            attribution_sweep(bridge, CORRUPTED, clean, total, initial_state=other)
     expected = attribution_sweep(bridge, CORRUPTED, clean, total, initial_state=3).values
+    default = attribution_sweep(bridge, CORRUPTED, run(bridge, CLEAN), total).values
+    assert torch.equal(attribution_sweep(bridge, CORRUPTED, clean, total).values, expected) and not default.equal(expected)
     state = clean["loops.0.hook_state"]
     assert torch.equal(attribution_sweep(bridge, CORRUPTED, clean, total, initial_state=state).values, expected)
     filtered = run(bridge, CLEAN, initial_state=3, names_filter="blocks.*.attn.hook_z")
     with pytest.raises(LoopedError, match="another initial state"):
-        attribution_sweep(bridge, CORRUPTED, filtered, total)
-    assert torch.equal(attribution_sweep(bridge, CORRUPTED, filtered, total, initial_state=3).values, expected)
+        attribution_sweep(bridge, CORRUPTED, filtered, total, initial_state=0)
+    assert torch.equal(attribution_sweep(bridge, CORRUPTED, filtered, total).values, expected)
     bare = LoopedCache(dict(filtered.items()), bridge)  # whose run nobody knows
-    with pytest.raises(UnknownNameError, match=r"lacks loops.0.hook_state \(.*same state"):
+    with pytest.raises(UnknownNameError, match=r"lacks loops.0.hook_state \(.*random state"):
         attribution_sweep(bridge, CORRUPTED, bare, total)
+    bare = LoopedCache({**filtered, "loops.0.hook_state": state}, bridge)
+    assert torch.equal(attribution_sweep(bridge, CORRUPTED, bare, total).values, expected)
     generator = torch.Generator().manual_seed(4)
-    clean = run(bridge, CLEAN, initial_state=torch.Generator().manual_seed(4))
-    attribution_sweep(bridge, CORRUPTED, clean, total, steps=2, initial_state=generator)
+    clean = run(bridge, CLEAN, initial_state=generator)
+    found = attribution_sweep(bridge, CORRUPTED, clean, total, steps=2).values
     with pytest.raises(LoopedError, match="another initial state"):  # it has been advanced
-        attribution_sweep(bridge, CORRUPTED, clean, total, initial_state=generator)
+        attribution_sweep(bridge, CORRUPTED, clean, total, steps=2, initial_state=generator)
+    again = attribution_sweep(bridge, CORRUPTED, clean, total, steps=2, initial_state=generator.manual_seed(4))
+    assert torch.equal(again.values, found)
 
 
 def test_bad_input_is_explained(unchecked: None) -> None:
@@ -271,6 +284,8 @@ def test_bad_input_is_explained(unchecked: None) -> None:
         sweep(CORRUPTED, clean, total, "injection", ["loop"])
     with pytest.raises(LoopedError, match=r"did not reach loops\.1"):
         sweep(CORRUPTED, clean, total, loop=0)
+    with pytest.raises(LoopedError, match=r"from a run of 3 loops.*the model runs 2 loops"):
+        attribution_sweep(bridge.unroll(2), CORRUPTED, clean, total)
     two = random_bridge("hrm_text")
     with pytest.raises(LoopedError, match="stack='L' or stack='H'"):
         attribution_sweep(two, CORRUPTED, run(two, CLEAN), total)

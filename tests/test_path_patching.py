@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -15,6 +15,14 @@ from tl_looped.path_patching import edge_sweep, path_patch
 
 CLEAN, CORRUPTED = random_tokens(pos=4), random_tokens(pos=4, seed=1)
 FAMILIES = pytest.mark.parametrize("name", ZOO)
+
+
+@cache
+def shared_bridge(name: str) -> LoopedBridge:
+    """One bridge of a family for the tests that leave it as it was."""
+    return random_bridge(name, torch.float64)
+
+
 READS = ("attn.hook_in", "mlp.hook_in", "unembed.hook_in")
 
 
@@ -50,7 +58,7 @@ def written(bridge: LoopedBridge, clean: LoopedCache, corrupted: LoopedCache, so
     block = bridge.blocks[int(layer.removeprefix("blocks."))]
     z = (clean[f"{layer}.attn.hook_z"] - corrupted[f"{layer}.attn.hook_z"])[..., int(head), :]
     out = z @ block.attn.W_O[int(head)].detach()
-    if f"{layer}.ln1_post.hook_scale" in corrupted:
+    if f"{layer}.ln1_post.hook_scale" in corrupted.cache_dict:
         weight = block.ln1_post.weight
         out = out / corrupted[f"{layer}.ln1_post.hook_scale"] * (1.0 if weight is None else weight.detach())
     return f"{layer}.hook_attn_out", out
@@ -68,7 +76,7 @@ def frozen_run(bridge: LoopedBridge, corrupted: LoopedCache, hook_of_source: str
         seen[name] = x - corrupted[name]
 
     frozen = [n for n in bridge.hook_dict if n.endswith(("hook_scale", "hook_attn_out", "hook_mlp_out", "hook_embed"))]
-    hooks = [(n, partial(freeze, name=n)) for n in frozen if n in corrupted]
+    hooks = [(n, partial(freeze, name=n)) for n in frozen if n in corrupted.cache_dict]
     hooks += [(n, partial(see, name=n)) for n in bridge.hook_dict if n.endswith(READS)]
     with torch.no_grad():
         bridge.run_with_hooks(CORRUPTED, hooks)
@@ -112,7 +120,7 @@ def gradients(bridge: LoopedBridge) -> dict[str, Tensor]:
 @FAMILIES
 def test_every_edge_is_the_exact_path_into_a_linear_receiver(name: str) -> None:
     """All sources and receivers of all passes: the frozen run's change at the receiver, times the receiver's gradient."""
-    bridge = random_bridge(name, torch.float64)
+    bridge = shared_bridge(name)
     clean, corrupted = run(bridge, CLEAN), run(bridge, CORRUPTED)
     edges = edge_sweep(bridge, CORRUPTED, clean, total)
     n_layers, cfg = bridge.cfg.n_layers, bridge.looped_cfg
@@ -130,23 +138,23 @@ def test_every_edge_is_the_exact_path_into_a_linear_receiver(name: str) -> None:
 
 @FAMILIES
 def test_a_patched_path_is_the_run_with_the_changed_receiver(name: str) -> None:
-    bridge = random_bridge(name, torch.float64)
+    bridge = shared_bridge(name)
     clean, corrupted = run(bridge, CLEAN), run(bridge, CORRUPTED)
     sources = ["embed", "blocks.1.head.2", "blocks.2.mlp_out"]
     receivers = ["blocks.2.head.0.q", "blocks.3.head.0.k", "blocks.3.head.0.v", "blocks.3.mlp_in", "logits"]
     found = path_patch(bridge, CORRUPTED, clean, per_row, sources, receivers)
-    assert found.axes == ("example", "source", "receiver") and found.values.shape == (2, 3, 5)
+    assert found.axes == ("source", "receiver", "example") and found.values.shape == (3, 5, 2)
     assert found.labels["source"] == [bridge.schedule.loop_name(n) for n in sources]
     for i, source in enumerate(sources):
         changes = frozen_run(bridge, corrupted, *written(bridge, clean, corrupted, source))
         for j, receiver in enumerate(receivers):
             expected = patched(bridge, *entering(bridge, changes, receiver))
-            torch.testing.assert_close(found.values[:, i, j], expected, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(found.values[i, j], expected, rtol=1e-8, atol=1e-10)
 
 
 @FAMILIES
 def test_edges_tend_to_patched_paths(name: str) -> None:
-    bridge = random_bridge(name, torch.float64)
+    bridge = shared_bridge(name)
     close = near(run(bridge, CLEAN), run(bridge, CORRUPTED), 1e-7)
     sources, receivers = ["embed", "blocks.*.head.0"], ["blocks.*.head.0.v", "logits"]
     if name != "ouro":  # one family over all pairs of passes
@@ -190,8 +198,8 @@ def test_chunks_and_examples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     whole = edge_sweep(bridge, CORRUPTED, clean, total)
     monkeypatch.setattr("tl_looped.path_patching.CHUNK", 7 * 2 * 4 * 24)
     rows = edge_sweep(bridge, CORRUPTED, clean, per_row)
-    assert rows.axes == ("example", "source", "receiver")
-    torch.testing.assert_close(rows.values.sum(0), whole.values)
+    assert rows.axes == ("source", "receiver", "example")
+    torch.testing.assert_close(rows.values.sum(-1), whole.values)
 
 
 def test_few_activations_suffice_and_precision_may_be_low() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +17,12 @@ TOKENS = random_tokens(pos=5)
 FAMILIES = pytest.mark.parametrize("name", ZOO)
 
 
+@cache
+def shared_bridge(name: str) -> LoopedBridge:
+    """One bridge of a family for the tests that leave it as it was."""
+    return random_bridge(name, torch.float64)
+
+
 def parameters(bridge: LoopedBridge) -> dict[str, torch.nn.Parameter]:
     return bridge.original_model.canonical_parameters()  # pyright: ignore[reportCallIssue]
 
@@ -25,7 +33,7 @@ def metric(logits: Tensor) -> Tensor:
 
 @FAMILIES
 def test_passes_sum_to_the_gradient_bit_for_bit(name: str) -> None:
-    bridge = random_bridge(name, torch.float64)
+    bridge = random_bridge(name, torch.float64)  # gets a hook
     exits: list[Tensor] = []
     if bridge.looped_cfg.exit_gate:  # the gates count too where the metric reads them
         bridge.add_hook("loops.*.hook_exit_logit", lambda x, hook: exits.append(x.square().sum()))
@@ -55,7 +63,7 @@ def test_passes_sum_to_the_gradient_bit_for_bit(name: str) -> None:
 @FAMILIES
 def test_each_pass_has_the_gradient_of_its_own_use(name: str) -> None:
     """For a linear map, the sum over positions of (gradient at its output) x (its input), both read in one pass."""
-    bridge = random_bridge(name, torch.float64)
+    bridge = shared_bridge(name)
     found = weight_gradients_by_pass(bridge, TOKENS, metric)
     seen: dict[str, Tensor] = {}
     for p in bridge.schedule.passes:
@@ -105,7 +113,7 @@ def test_frozen_parameters_grad_modes_and_the_usual_loss(unchecked: None) -> Non
 
 @pytest.mark.parametrize(("name", "stack"), [("nanbeige", None), ("hrm_text", "L")])
 def test_influence_is_tracin_by_loop(name: str, stack: str | None) -> None:
-    bridge = random_bridge(name, torch.float64)
+    bridge = random_bridge(name, torch.float64)  # its weights are changed
     train, query = random_tokens(2, 5, 1), random_tokens(3, 4, 2)
     found = influence(bridge, train, query, stack=stack)
     n_loops = bridge.schedule.n_loops_of(bridge.schedule.looped_stack(stack))

@@ -50,8 +50,8 @@ def attribution_sweep(
     Args:
         model: the model.
         corrupted_tokens: the prompt to patch, as long as the clean one.
-        clean_cache: from `run_with_cache` of the clean prompt, holding the activations of the site; with a random initial
-            state `loops.0.hook_state` too, to see that both runs start from the same one.
+        clean_cache: from `run_with_cache` of the clean prompt, holding the activations of the site. The corrupted run starts
+            from the same initial state.
         metric: from logits [batch, pos, d_vocab] to a number, or to one per row of the batch, [batch].
         site: "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z" or "pattern"; or, of a pass,
             "state", "injection" or "out".
@@ -62,10 +62,10 @@ def attribution_sweep(
         steps: None for the gradient at the corrupted run. `m` averages the gradients of `m` runs on the straight path from the
             corrupted input embedding to the clean one, at the fractions `1/m, ..., m/m` (EAP-IG, arXiv 2403.17806, eq. 3; 5
             is usual). Less wrong where the metric saturates; the differences stay those of the two runs.
-        **run: what `model.forward` takes for the corrupted run, such as `initial_state` or `attention_mask`.
+        **run: what `model.forward` takes for the corrupted run, such as `attention_mask`.
 
     Returns:
-        A `Grid` in the unit of the metric; an axis "example" leads if the metric has one number per row.
+        A `Grid` in the unit of the metric; a last axis "example" if the metric has one number per row.
 
     Raises:
         LoopedError: the site lacks an axis; the prompts differ in shape; the runs differ in their initial state; the metric has
@@ -94,7 +94,7 @@ def attribution_sweep(
     cells = [_summed((pair.clean(n, corrupted[n]) - wide(corrupted[n])) * gradients[n], dims, kept) for n in names]
     values = torch.stack(cells).unflatten(0, tuple(len(labels[axis]) for axis in ("loop", "layer") if axis in labels))
     order = (*(axis for axis in ("loop", "layer") if axis in labels), *kept)
-    wanted = (("example",) if pair.per_example else ()) + tuple(axes)
+    wanted = tuple(axes) + (("example",) if pair.per_example else ())
     values = _summed(values, order, tuple(axis for axis in order if axis in wanted))
     left = [axis for axis in order if axis in wanted]
     values = values.permute([left.index(axis) for axis in wanted])

@@ -32,13 +32,25 @@ class Comparison:
     def __init__(
         self, model: LoopedBridge, corrupted_tokens: Any, clean_cache: LoopedCache, metric: Metric, run: dict[str, Any]
     ):
+        if clean_cache.model.schedule != model.schedule:
+            raise LoopedError(
+                f"the clean cache comes from a run of {clean_cache.model.schedule.describe()}, but the model runs "
+                f"{model.schedule.describe()}; cache the clean run with this model."
+            )
         self.model, self.cache, self.metric = model, clean_cache, metric
+        self.state = f"{model.schedule.pass_prefix(model.schedule.passes[0])}.hook_state"
+        self.per_example = False
+        record = clean_cache.run
+        self.starts_alike = None if record is None else True
+        if record is not None and run.get("initial_state") is None:
+            run = {**run, "initial_state": record.arguments()["initial_state"]}
+        elif record is not None:
+            self.starts_alike = record.starts_like(run["initial_state"])
+        elif run.get("initial_state") is None and model.looped_cfg.initial_state == "noise" and self.state in clean_cache:
+            run = {**run, "initial_state": self._batched(self.state)}
         with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for the way back
             self.tokens = corrupted_tokens.clone() if isinstance(corrupted_tokens, Tensor) else corrupted_tokens
             self.run = {name: x.clone() if isinstance(x, Tensor) else x for name, x in run.items()}
-        self.starts_alike = None if clean_cache.run is None else clean_cache.run.starts_like(run.get("initial_state"))
-        self.state = f"{model.schedule.pass_prefix(model.schedule.passes[0])}.hook_state"
-        self.per_example = False
 
     def require(self, names: Iterable[str]) -> None:
         """Raise an `UnknownNameError` that says which activations the clean cache lacks."""
@@ -48,18 +60,21 @@ class Comparison:
         if missing:
             spelled = [self.model.schedule.loop_name(name) for name in missing]
             shown = ", ".join(spelled[:8]) + (f" and {len(spelled) - 8} more" if len(spelled) > 8 else "")
-            why = "" if missing[-1] != self.state else f" ({self.state} shows that both runs start from the same state)"
+            why = "" if missing[-1] != self.state else f" ({self.state} tells which random state the clean run started from)"
             raise UnknownNameError(f"the clean cache lacks {shown}{why}; name them in names_filter, or cache a whole run.")
 
     def clean(self, name: str, like: Tensor) -> Tensor:
         """An activation of the clean run, in fp32 or wider."""
-        value = self.cache[name]
+        value = self._batched(name)
         if value.shape != like.shape:
             raise LoopedError(
                 f"the clean {self.model.schedule.loop_name(name)} has the shape {tuple(value.shape)}, the corrupted one "
-                f"{tuple(like.shape)}: the prompts must have equally many rows and positions, and the cache its batch axis."
+                f"{tuple(like.shape)}: the prompts must have equally many rows and positions."
             )
         return wide(value.detach().to(like.device))
+
+    def _batched(self, name: str) -> Tensor:
+        return self.cache[name] if self.cache.has_batch_dim else self.cache[name][None]
 
     def activations(self, names: Sequence[str], hooks: Hooks = ()) -> dict[str, Tensor]:
         """Activations of the corrupted run."""
@@ -123,7 +138,7 @@ class Comparison:
         if not same:
             raise LoopedError(
                 "the corrupted run started from another initial state than the clean one, so that their difference would not "
-                f"be one of the prompts; pass the same initial_state=, such as clean_cache[{self.state!r}]."
+                "be one of the prompts; leave initial_state= out to start like the clean run."
             )
 
 

@@ -71,10 +71,10 @@ def edge_sweep(
             head and letter may be `*`. None for all.
         receivers: as above, of "loops.2.blocks.1.head.0.q" (or `k`, `v`, whose heads are key-value heads),
             "loops.2.blocks.1.mlp_in" and "logits" (by the unembedding). None for all.
-        **run: what `model.forward` takes for the corrupted run, such as `initial_state` or `attention_mask`.
+        **run: what `model.forward` takes for the corrupted run, such as `attention_mask`.
 
     Returns:
-        A `Grid` [source, receiver] in the unit of the metric; an axis "example" leads if the metric has one number per row.
+        A `Grid` [source, receiver] in the unit of the metric; a last axis "example" if the metric has one number per row.
 
     Raises:
         LoopedError: as `attribution_sweep`.
@@ -93,9 +93,9 @@ def edge_sweep(
     paths = Paths(model, corrupted_tokens, clean_cache, metric, sources, receivers, run)
     values = paths.zeros()
     for rows, stream, change, _ in paths.carried():
-        scores = torch.einsum("sbpd,rbpd->bsr", change, paths.directions(stream))
+        scores = torch.einsum("sbpd,rbpd->srb", change, paths.directions(stream))
         columns = [i for i, receiver in enumerate(paths.receivers.values()) if receiver.stream == stream]
-        values[:, rows.start : rows.stop, columns] = scores if paths.pair.per_example else scores.sum(0, keepdim=True)
+        values[rows.start : rows.stop, columns] = scores if paths.pair.per_example else scores.sum(-1, keepdim=True)
     return paths.grid(values, "edge attribution")
 
 
@@ -148,7 +148,7 @@ def path_patch(
                 for row, moved in zip(rows, change, strict=True):
                     if row in written:
                         found = True
-                        values[:, row, j] = paths.pair.value([paths.patch(receiver, moved)]) - baseline
+                        values[row, j] = paths.pair.value([paths.patch(receiver, moved)]) - baseline
     if not found:
         raise LoopedError(
             f"a path from {next(iter(paths.labels(paths.sources)))} to {next(iter(paths.labels(paths.receivers)))} was asked, "
@@ -269,9 +269,9 @@ class Paths:
         return receiver.hook, add
 
     def zeros(self) -> Tensor:
-        """A result to fill, [example or 1, source, receiver]."""
+        """A result to fill, [source, receiver, example or 1]."""
         n_examples = len(self.run.like) if self.pair.per_example else 1
-        return self.run.like.new_zeros(n_examples, len(self.sources), len(self.receivers))
+        return self.run.like.new_zeros(len(self.sources), len(self.receivers), n_examples)
 
     def labels(self, nodes: dict[str, Any]) -> list[str]:
         """Loop-indexed names."""
@@ -281,9 +281,9 @@ class Paths:
         """The result."""
         labels = {"source": self.labels(self.sources), "receiver": self.labels(self.receivers)}
         if not self.pair.per_example:
-            return Grid(values[0], ("source", "receiver"), labels, name)
-        examples = [str(i) for i in range(len(values))]
-        return Grid(values, ("example", "source", "receiver"), {"example": examples, **labels}, name)
+            return Grid(values[..., 0], ("source", "receiver"), labels, name)
+        examples = [str(i) for i in range(values.shape[-1])]
+        return Grid(values, ("source", "receiver", "example"), {**labels, "example": examples}, name)
 
 
 def _read(source: Source) -> str:
