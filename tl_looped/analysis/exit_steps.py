@@ -74,7 +74,7 @@ class ExitSteps(Result):
         return figure
 
 
-def gate_pdf(exit_logits: Float[Tensor, loop * rows]) -> Float[Tensor, loop * rows]:
+def gate_pdf(exit_logits: Float[Tensor, "loop ..."]) -> Float[Tensor, "loop ..."]:
     """The probability of leaving after each loop (arXiv 2510.25741): `p_t = lambda_t prod_{s<t} (1 - lambda_s)` with
     `lambda = sigmoid(exit logit)`, and for the last loop all that is left."""
     leave = torch.sigmoid(exit_logits.to(torch.promote_types(exit_logits.dtype, torch.float32)))

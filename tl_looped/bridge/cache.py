@@ -59,8 +59,8 @@ class LoopedCache(ActivationCache):
                 f'cache[{key!r}] was asked; pass a name, or a short name and a virtual layer: cache["pattern", 3].'
             )
         if isinstance(key, tuple):
-            layer = key[1] if len(key) > 1 else None
-            key = get_act_name(key[0], None if layer is None else self.model.schedule.layer(layer), *key[2:])
+            short, layer, *more = (*key, None) if len(key) == 1 else key
+            key = get_act_name(short, None if layer is None else self.model.schedule.layer(layer), *more)
         name = key if key in self.cache_dict else self._one_name(key)
         if name in self.cache_dict:
             return self.cache_dict[name]

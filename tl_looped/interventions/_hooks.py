@@ -14,10 +14,9 @@ from ..bridge.cache import LoopedCache
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError, OutOfRangeError
 from ..model.layers import Inputs, running
-from ..schedule import LoopSelector, Pass, Site
+from ..schedule import Indices, LoopSelector, Pass, Site, select_indices
 
 Hooks = list[tuple[str, Callable[..., Tensor | None]]]
-Indices = int | Sequence[int] | None  # None: all of them
 Positions = int | slice | Sequence[int] | None
 
 
@@ -31,20 +30,8 @@ def select_layers(model: LoopedBridge, loops: LoopSelector, layers: Indices, sta
     else:
         stack = schedule.looped_stack(stack)
         chosen = list(schedule.select_loops(loops, stack))
-    numbers = indices("layers", layers, schedule.stacks[stack])
+    numbers = select_indices(layers, schedule.stacks[stack], "layers")
     return [schedule.virtual(Site(stack, loop, j)) for loop in dict.fromkeys(chosen) for j in numbers]
-
-
-def indices(name: str, asked: Indices, n: int) -> list[int]:
-    """Check indices (negative ones count from the end); None for all of them."""
-    chosen = list(range(n) if asked is None else [asked] if isinstance(asked, int) else asked)
-    if wrong := [i for i in chosen if isinstance(i, bool) or not isinstance(i, int)]:
-        raise LoopedError(f"{name} holds {wrong[0]!r}; pass an int, a list of ints, or None for all.")
-    if wrong := [i for i in chosen if not -n <= i < n]:
-        raise OutOfRangeError(f"{name} holds {wrong[0]}, but there are {n}" + (f" (0..{n - 1})." if n else "."))
-    if not chosen:
-        raise LoopedError(f"{name}={asked!r} selects nothing: there are {n}.")
-    return list(dict.fromkeys(i % n for i in chosen))
 
 
 def passes_from(model: LoopedBridge, from_loop: int, stack: str | None) -> list[Pass]:

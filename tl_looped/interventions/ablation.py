@@ -10,8 +10,8 @@ from torch import Tensor
 from ..bridge.cache import LoopedCache
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
-from ..schedule import LoopSelector
-from ._hooks import Hooks, Indices, Positions, cached, here, indices, select_layers, unit_mask, write
+from ..schedule import Indices, LoopSelector, select_indices
+from ._hooks import Hooks, Positions, cached, here, select_layers, unit_mask, write
 
 HOOKS = {
     "attn": ("hook_attn_out",),
@@ -79,7 +79,7 @@ def ablate(
     mask = None
     if units is not None:
         n = model.looped_cfg.n_heads if part == "head" else model.looped_cfg.d_mlp
-        mask = unit_mask(indices("units", units, n), n, after=1 if part == "head" else 0)
+        mask = unit_mask(select_indices(units, n, "units"), n, after=1 if part == "head" else 0)
     hooks: Hooks = []
     for layer in select_layers(model, loops, layers, stack):
         for hook_name in HOOKS[part]:

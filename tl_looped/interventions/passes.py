@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
-from ..schedule import LoopSelector, Pass, Schedule, check_count
-from ._hooks import Hooks, Indices, Seen, indices, passes_from, select_layers, unit_mask
+from ..schedule import Indices, LoopSelector, Pass, Schedule, check_count, select_indices
+from ._hooks import Hooks, Seen, passes_from, select_layers, unit_mask
 
 
 def skip_layer(model: LoopedBridge, loops: LoopSelector = "all", layers: Indices = None, *, stack: str | None = None) -> Hooks:
@@ -180,7 +180,7 @@ def freeze_attention(
         ['loops.1.blocks.0.attn.hook_pattern', 'loops.2.blocks.0.attn.hook_pattern']
     """
     n_heads = model.looped_cfg.n_heads
-    mask = None if heads is None else unit_mask(indices("heads", heads, n_heads), n_heads, after=2)
+    mask = None if heads is None else unit_mask(select_indices(heads, n_heads, "heads"), n_heads, after=2)
     source, *later = passes_from(model, from_loop, stack)
 
     def freeze(seen: Seen, name: str) -> Callable[[Tensor, Any], Tensor]:
@@ -191,7 +191,7 @@ def freeze_attention(
         return hook_function
 
     hooks: Hooks = []
-    for j in indices("layers", layers, source.n_layers) if later else ():
+    for j in select_indices(layers, source.n_layers, "layers") if later else ():
         name, seen = f"{model.schedule.pass_prefix(source)}.blocks.{j}.attn.hook_pattern", Seen()
         frozen = [model.schedule.name(p.layers[j], "attn.hook_pattern") for p in later]
         hooks += [(name, seen.store), *((later_name, freeze(seen, name)) for later_name in frozen)]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
-from ..schedule import LoopSelector
-from ._hooks import Hooks, Indices, Positions, select_layers, write
+from ..schedule import Indices, LoopSelector
+from ._hooks import Hooks, Positions, select_layers, write
 
 PASS_SITES = ("state", "injection", "out")
 LAYER_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
