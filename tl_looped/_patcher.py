@@ -119,7 +119,7 @@ class Patcher:
         return known[1]
 
     @torch.no_grad()
-    def run(self, cells: Sequence[Cell], verbose: bool, what: str) -> Float[Tensor, cell * example]:
+    def run(self, cells: Sequence[Cell], verbose: bool, what: str) -> Float[Tensor, "cell ..."]:
         """The metric after each cell."""
         values: list[Tensor] = [self.baseline] * len(cells)
         with tqdm(total=len(cells), desc=what, disable=not verbose) as bar:

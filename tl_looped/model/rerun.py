@@ -67,9 +67,7 @@ class KeysBefore:
 
 
 @torch.no_grad()
-def rerun(
-    model: LoopedModel, recording: Recording, entries: Sequence[int], start: int
-) -> Float[Tensor, "row pos d_model"]:
+def rerun(model: LoopedModel, recording: Recording, entries: Sequence[int], start: int) -> Float[Tensor, "row pos d_model"]:
     """Run a recorded run to its end once per entry, all copies side by side; hooks make them differ.
 
     A copy is in the batch from its entry on only, so nothing before it is computed again. In every layer, copy `c` holds the
