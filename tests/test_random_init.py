@@ -16,13 +16,14 @@ SMALL = {"n_layers": 2, "d_model": 16, "verbose": False}
 
 
 def test_numbers_are_those_of_the_model_run_by_itself() -> None:
-    found = random_init_sweep(**SMALL, n_loops=6, seeds=[4, 5], std=0.3)
+    found = random_init_sweep(**SMALL, n_loops=6, seeds=[4, 5], std=0.3, embed_std=0.6)
     tokens = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(0))
     k = found.distance.labels["layout"].index("Huginn norm, injection")
     rows = []
     for seed in (4, 5):
         layout = NORMS["Huginn norm"] | INJECTIONS["injection"]
-        cfg = LoopedConfig(d_model=16, n_heads=4, d_vocab=256, n_core=2, n_loops=6, rope_layout="none", noise_std=0.3, **layout)
+        size = {"d_model": 16, "n_heads": 4, "d_vocab": 256, "n_core": 2, "n_loops": 6}
+        cfg = LoopedConfig(**size, rope_layout="none", noise_std=0.6, embed_scale=2.0, **layout)
         bridge = LoopedBridge.from_config(cfg)
         draw(bridge.original_model, seed, 0.3)
         with torch.no_grad():
@@ -55,8 +56,8 @@ def test_seeds_add_up_and_the_small_case_settles_as_in_the_paper() -> None:
     for a, b in ((whole.distance, merged.distance), (whole.norm, merged.norm), (whole.degeneracy, merged.degeneracy)):
         assert torch.equal(a.values, b.values) and torch.equal(a.stderr, b.stderr)
     verdicts = whole.verdicts
-    assert verdicts["pre-norm, injection"].startswith("fixed point")
-    assert verdicts["Huginn norm, injection"].startswith("fixed point")
+    assert verdicts["pre-norm, injection"] == "fixed point, one per layer"
+    assert verdicts["pre-norm, none"] == "direction only, shared" and verdicts["Ouro norm, none"] == "does not settle"
     assert len(whole.plot().data) == 6 and len(whole.to_dataframe()) == 6 * 16
 
 
@@ -64,7 +65,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     arguments = "--layers 1 --width 8 --loops 4 --seeds 1 --std fan_in --csv".split()
     assert main(["sweep-init", *arguments, str(tmp_path / "sweep.csv")]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("1 layers of width 8, 4 loops, 1 seeds, weights of std 1/sqrt(fan_in)")
+    assert out.startswith("1 layers of width 8, 4 loops, 1 seeds, weights of std 1/sqrt(fan_in), embedding of std 1")
     assert all(f"{n}, {i} " in out for n in NORMS for i in INJECTIONS)
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 1 + 6 * 4
     assert main(["sweep-init", "--loops", "2"]) == 1 and "at least 4" in capsys.readouterr().err
@@ -76,3 +77,5 @@ def test_refusals() -> None:
     for wrong in (0.0, -1.0, float("inf"), True):
         with pytest.raises(LoopedError, match="positive number"):
             random_init_sweep(**SMALL, std=wrong)
+        with pytest.raises(LoopedError, match="embed_std"):
+            random_init_sweep(**SMALL, embed_std=wrong)

@@ -46,12 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep.add_argument("--loops", metavar="N", type=int, default=128, help="how often to loop (default: 128)")
     sweep.add_argument("--seeds", metavar="N", type=int, default=3, help="how many initialisations (default: 3)")
     sweep.add_argument("--std", type=std, default=0.02, help="of the weights, or fan_in for 1/sqrt(fan_in) (default: 0.02)")
+    sweep.add_argument("--embed-std", metavar="X", type=float, default=1.0, help="of the embedding (default: 1)")
     sweep.add_argument("--csv", metavar="FILE", help="also write every (layout, loop) as a table")
     args = parser.parse_args(argv)
     try:
         if args.command == "sweep-init":
             sizes = {"n_layers": args.layers, "d_model": args.width, "n_loops": args.loops}
-            found = random_init_sweep(**sizes, seeds=args.seeds, std=args.std)
+            found = random_init_sweep(**sizes, seeds=args.seeds, std=args.std, embed_std=args.embed_std)
             print(found.summary())
             if args.csv:
                 found.to_dataframe().to_csv(args.csv, index=False)
