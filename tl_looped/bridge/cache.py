@@ -82,6 +82,8 @@ class LoopedCache(ActivationCache):
             raise LoopedError(f"{key!r} may stand for several activations; use cache.stack_loops(name, layer, loops).")
         name = self.model.expand_name(key, check=False)[0]
         name = name if name in self.cache_dict else get_act_name(name)
+        if name in self.cache_dict:
+            return name
         point = self.model.hook_dict.get(name.removesuffix("_grad"))  # which may be cached under its other name only
         other = name if point is None else f"{point.name}{'_grad' * name.endswith('_grad')}"
         return other if other in self.cache_dict else name
