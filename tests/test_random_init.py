@@ -50,6 +50,7 @@ def test_standard_deviations() -> None:
     assert model.canonical_parameters()["core.0.mlp.down.weight"].std().item() == pytest.approx(0.02, rel=0.02)
 
 
+@pytest.mark.slow
 def test_seeds_add_up_and_the_small_case_settles_as_in_the_paper() -> None:
     whole = random_init_sweep(**SMALL, n_loops=16, seeds=2)
     merged = random_init_sweep(**SMALL, n_loops=16, seeds=[0]) + random_init_sweep(**SMALL, n_loops=16, seeds=[1])
@@ -71,7 +72,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert main(["sweep-init", "--loops", "2"]) == 1 and "at least 4" in capsys.readouterr().err
 
 
-def test_refusals() -> None:
+def test_refusals(unchecked: None) -> None:
     with pytest.raises(LoopedError, match="no seeds"):
         random_init_sweep(**SMALL, seeds=[])
     for wrong in (0.0, -1.0, float("inf"), True):

@@ -44,8 +44,8 @@ class ExitSteps(Result):
     cost: Estimate
     accuracy: Estimate
     loss: Estimate
-    passes: tuple[Int[Tensor, "policy batch pos"], ...]
-    pdf: tuple[Float[Tensor, "loop batch pos"], ...]
+    passes: tuple[Int[Tensor, "policy _ _"], ...]
+    pdf: tuple[Float[Tensor, "loop _ _"], ...]
     n_loops: int
     policies: str
 

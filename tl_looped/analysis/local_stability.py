@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -34,7 +35,8 @@ class LocalStability(Result):
             state by more than rounding errors.
         spectral_radius: largest absolute eigenvalue of the Jacobian of a loop at its fixed point; NaN for an example that is
             not at one (`residual` above 0.001, our choice).
-        ritz_residual: `|J v - lambda v| / |lambda|` of its unit eigenvector: near 0 the power iteration has converged.
+        ritz_residual: `|J v - lambda v| / |lambda|` of its unit eigenvector: near 0 the iteration has converged; if it
+            is not, pass more `iterations`.
         lyapunov: the leading Lyapunov exponents of every example, largest first, in nats per loop: mean rates at which small
             changes of the initial state grow.
         n_loops: how many loops were run.
@@ -96,20 +98,21 @@ def local_stability(
     The map is one loop over all positions of a prompt (of HRM-Text: one H cycle, over the states of both stacks), so its
     Jacobian has pos * d_model rows; it is only multiplied with vectors. `n_exponents` orthonormal directions are carried along
     the run and made orthonormal again after every loop (Benettin et al. 1980; top-8 exponents in arXiv 2608.18222): the mean
-    logarithms of their stretching are the Lyapunov exponents of these `n_loops` loops, transients included. At the last state
-    they are carried on by its own Jacobian, a power iteration on a subspace. The eigenvalues of the Jacobian restricted to it
-    are right for a complex pair too, where iterating one vector (arXiv 2605.26733) would turn forever; this needs
-    `n_exponents >= 2`. The contraction rate needs no Jacobian: it is fitted to `log |x_t - x_{t-1}|` over the later half of the
-    loops that move the state by more than rounding errors.
+    logarithms of their stretching are the Lyapunov exponents of these `n_loops` loops, transients included.
 
-    Hooks of the model do not act here. States of one loop are held, once for each direction.
+    The spectral radius is that of the Jacobian at the last state, from a power iteration that keeps its iterates (Arnoldi): the
+    eigenvalues of the Jacobian on their span are right for a complex pair too, where iterating one vector (arXiv 2605.26733)
+    would turn forever. The contraction rate needs no Jacobian: it is fitted to `log |x_t - x_{t-1}|` over the later half
+    of the loops that move the state by more than rounding errors.
+
+    Hooks of the model do not act here. `n_exponents` states are held, and `iterations` of them at the end.
 
     Args:
         model: the model, in fp32 or fp64.
         prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; every row is an example.
         n_loops: how many loops to run towards the fixed point, the 128 of arXiv 2604.11791 unless told.
-        n_exponents: how many exponents, and the width of the subspace.
-        iterations: of the power iteration.
+        n_exponents: how many exponents.
+        iterations: products with the Jacobian for the spectral radius; with as many as it has rows the result is exact.
         initial_state: as in `LoopedBridge.forward`.
         verbose: show a progress bar.
 
@@ -128,7 +131,7 @@ def local_stability(
     """
     need_loops(check_count("n_loops", n_loops), 4, "local_stability", "a rate of change")
     check_count("n_exponents", n_exponents)
-    check_count("iterations", iterations, 0)
+    check_count("iterations", iterations)
     if model.cfg.dtype in (torch.float16, torch.bfloat16):
         raise LoopedError(
             f"local_stability was asked of a model in {model.cfg.dtype}, too coarse for a fixed point; use float32."
@@ -153,9 +156,7 @@ def local_stability(
             x = new
         size = x.double().transpose(0, 1).flatten(1).norm(dim=1)
         residual = changes[-1] / size
-        for _ in range(iterations):
-            directions, _ = orthonormal(loop.jvp(x, directions))
-        radius, error = _largest_eigenvalue(directions, loop.jvp(x, directions))
+        radius, error = spectral_radius(lambda v: loop.jvp(x, v[None])[0], directions.sum(0), min(iterations, width))
         radius = torch.where(residual <= SETTLED, radius, torch.nan)
         floor = 100 * torch.finfo(x.dtype).eps * size
         rates = [contraction_rate(row, float(least)) for row, least in zip(torch.stack(changes, 1), floor, strict=True)]
@@ -198,15 +199,39 @@ def _columns(directions: Float[Tensor, "direction stack batch pos d_model"]) -> 
     return directions.permute(2, 1, 3, 4, 0).flatten(1, 3)
 
 
-def _largest_eigenvalue(
-    q: Float[Tensor, "direction stack batch pos d_model"], jq: Float[Tensor, "direction stack batch pos d_model"]
+def spectral_radius(
+    product: Callable[[Float[Tensor, "stack batch pos d_model"]], Float[Tensor, "stack batch pos d_model"]],
+    start: Float[Tensor, "stack batch pos d_model"],
+    iterations: int,
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """Rayleigh-Ritz: the largest absolute eigenvalue of the Jacobian on a subspace, and the relative residual of its vector."""
-    basis, image = _columns(q), _columns(jq)
-    values, vectors = torch.linalg.eig(basis.mT @ image)
+    """The largest absolute eigenvalue of every example's Jacobian by Arnoldi's method, and the relative residual of its vector.
+
+    Args:
+        product: a direction -> the Jacobian times it.
+        start: the first direction.
+        iterations: products to take; as many as the Jacobian has rows give the eigenvalue exactly.
+    """
+    n_stacks, batch, *rest = start.shape
+
+    def rows(x: Tensor) -> Tensor:
+        return x.transpose(0, 1).flatten(1)  # [batch, row]
+
+    basis = rows(start).new_zeros(batch, rows(start).shape[1], iterations + 1)
+    small = basis.new_zeros(batch, iterations + 1, iterations)  # the Jacobian in the basis
+    basis[..., 0] = rows(start) / rows(start).norm(dim=1, keepdim=True)
+    for k in range(iterations):
+        image = rows(product(basis[..., k].unflatten(1, (n_stacks, *rest)).transpose(0, 1)))
+        size = image.norm(dim=1)
+        for _ in range(2):  # once more for what rounding left
+            along = (image[:, None] @ basis)[:, 0]
+            small[:, :, k] += along
+            image = image - (basis @ along[..., None])[..., 0]
+        left = image.norm(dim=1)
+        new = left > 10 * torch.finfo(left.dtype).eps * size  # else the basis is complete, and what is left is rounding
+        small[:, k + 1, k] = torch.where(new, left, 0.0)
+        basis[..., k + 1] = torch.where(new[:, None], image / left.clamp(min=torch.finfo(left.dtype).tiny)[:, None], 0.0)
+    values, vectors = torch.linalg.eig(small[:, :-1])
     top = values.abs().argmax(-1)
-    value = values.gather(1, top[:, None])  # [batch, 1]
-    y = vectors.gather(2, top[:, None, None].expand(-1, vectors.shape[1], 1))  # [batch, direction, 1]
-    error = (image.to(y) @ y - value[..., None] * (basis.to(y) @ y)).flatten(1).norm(dim=1)
-    radius = value[:, 0].abs()
-    return radius, error / radius.clamp(min=torch.finfo(radius.dtype).tiny)
+    radius = values.gather(1, top[:, None])[:, 0].abs()
+    last = vectors[:, -1].gather(1, top[:, None])[:, 0].abs()
+    return radius, small[:, -1, -1] * last / radius.clamp(min=torch.finfo(radius.dtype).tiny)
