@@ -118,11 +118,11 @@ def exit_steps(
         >>> from tl_looped.analysis import exit_steps
         >>> cfg = LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3, exit_gate=True)
         >>> model = LoopedBridge.from_config(cfg, seed=0)
-        >>> found = exit_steps(model, torch.tensor([[1, 2, 3]]), [exits.Gate(0.5)], verbose=False)
-        >>> found.passes[0].tolist(), found.pdf[0].sum(0).tolist()
-        ([[[1, 1, 1]]], [[1.0, 1.0, 1.0]])
+        >>> found = exit_steps(model, torch.tensor([[1, 2, 3]]), [exits.Gate(0.6)], verbose=False)
+        >>> found.passes[0].tolist(), found.pdf[0].shape  # the gates of a random model say about 0.5 every time
+        ([[[2, 2, 2]]], torch.Size([3, 1, 3]))
         >>> found.cost.labels["policy"]
-        ['Gate(threshold=0.5)', '1 loop', '2 loops', '3 loops']
+        ['Gate(threshold=0.6)', '1 loop', '2 loops', '3 loops']
     """
     named = dict(policies) if isinstance(policies, Mapping) else {repr(policy): policy for policy in policies}
     if len(named) < len(policies):
