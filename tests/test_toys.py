@@ -96,8 +96,8 @@ def test_six_hops_on_fresh_mappings(name: str, kind: str, n_symbols: int) -> Non
 def test_text_that_was_held_out(held_out: str, name: str, best: int) -> None:
     model = LoopedBridge.from_pretrained(f"toy:{name}")
     tokens = encode(model.tokenizer, held_out)
-    losses = loss_by_loop(model, windows(tokens, torch.arange(1, 40 * WINDOW, WINDOW))).mean(1)
-    assert losses.argmin() == best and losses[best] < 3.6  # a uniform guess has ln 1024 = 6.93
+    losses = loss_by_loop(model, windows(tokens, torch.arange(1, len(tokens) - WINDOW, WINDOW))).mean(1)
+    assert losses.argmin() == best and losses[best] < 3.75  # a uniform guess has ln 1024 = 6.93
     text = "Return the naïve 中 result.\n"
     assert model.tokenizer.decode(model.to_tokens(text)[0], skip_special_tokens=True) == text  # any text can be encoded
 
@@ -169,14 +169,21 @@ def test_injection_keeps_the_chase_stable_beyond_the_trained_loops(hop: LoopedBr
     assert hop_accuracy(bare.unroll(16), prompts)[-1] < 0.5
 
 
-def test_a_short_training_learns_the_first_hop(tmp_path: Path) -> None:
-    cfg = training.CONFIGS["hop"].replace(n_loops=1)
-    model = training.save(training.train_hop(cfg, n_steps=300), tmp_path)
-    assert hop_accuracy(model, hop_prompts(256, 3, seed=31))[0] > 0.75  # a guess is right in 1 of 2, and 1 of 8 below
-    assert hop_accuracy(model, hop_prompts(256, 8, seed=31))[0] > 0.3
+def test_a_short_training_learns_that_an_answer_is_a_value(unchecked: None, capsys: pytest.CaptureFixture[str]) -> None:
+    training.train_hop(training.CONFIGS["hop"].replace(n_loops=1), n_steps=60)
+    losses = [float(line.split()[3]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[0] > 2.8 and losses[-1] < 2.3  # a guess among all 18 words has ln 18 = 2.89, among the 8 values ln 8 = 2.08
 
 
-def test_the_command_trains_saves_and_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_the_full_training_learns_six_hops(unchecked: None, tmp_path: Path) -> None:
+    """From another seed than the bundled one's."""
+    model = training.save(training.train_hop(training.CONFIGS["hop"], seed=1), tmp_path)
+    assert hop_accuracy(model, hop_prompts(512, seed=41)).min() >= 0.995
+
+
+def test_the_command_trains_saves_and_measures(unchecked: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With two seeds, of which the table shows the mean and its standard error."""
     assert training.main(["hop-noinject", "--steps", "1", "--seeds", "2", "--out", str(tmp_path / "toy")]) == 0
     table = capsys.readouterr().out.splitlines()[-16:]
     accuracies = torch.stack([training.measure(LoopedBridge.from_pretrained(tmp_path / d), 16) for d in ("toy", "toy-seed1")])
@@ -185,14 +192,14 @@ def test_the_command_trains_saves_and_measures(tmp_path: Path, capsys: pytest.Ca
     assert [float(line.split()[2]) for line in table] == pytest.approx(error.tolist(), abs=0.01)
 
 
-def test_a_short_training_learns_from_text(
-    held_out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_short_training_learns_how_frequent_words_are(
+    unchecked: None, held_out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(training, "corpus", lambda: held_out)
     cfg = training.CONFIGS["text"].replace(d_vocab=512, n_core=1)
     training.train_text(cfg, n_steps=40)
     losses = [float(line.split()[3]) for line in capsys.readouterr().out.splitlines()]
-    assert losses[0] > 6 and losses[-1] < 5.2  # a uniform guess has ln 512 = 6.24
+    assert losses[0] > 6 and losses[-1] < 5.8  # a uniform guess has ln 512 = 6.24
 
 
 @pytest.mark.parametrize(("asked", "message"), [
