@@ -595,7 +595,7 @@ def test_what_cannot_be_meant_is_refused() -> None:
         ("with its batch dimension", lambda: ablate(huginn, "mlp", mode="mean", cache=dict(cache.items()))),
         ("ouro model are injected nothing", lambda: freeze_injection(ouro, 0)),
         ("ouro model are injected nothing", lambda: drop_injection(ouro)),
-        ("ouro model are injected nothing", lambda: steer(ouro, direction, site="injection")),
+        ("nothing is injected in the passes of this ouro model", lambda: steer(ouro, direction, site="injection")),
         (r"source of shape \(2, 6, 23\)", lambda: replace_injection(huginn, torch.ones(2, 6, 23))),
         (r"state of shape \(23,\)", lambda: set_initial_state(huginn, torch.ones(23))),
         ("state=3 was given", lambda: set_initial_state(huginn, 3)),

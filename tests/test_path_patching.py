@@ -6,6 +6,7 @@ from functools import cache, partial
 
 import pytest
 import torch
+from test_attribution import near, per_row, run, total
 from torch import Tensor
 from zoo import ZOO, random_bridge, random_tokens
 
@@ -24,26 +25,6 @@ def shared_bridge(name: str) -> LoopedBridge:
 
 
 READS = ("attn.hook_in", "mlp.hook_in", "unembed.hook_in")
-
-
-def per_row(logits: Tensor) -> Tensor:
-    return logits[:, -1, 5] - logits[:, -1, 6] + logits[:, 1, 7]
-
-
-def total(logits: Tensor) -> Tensor:
-    return per_row(logits).sum()
-
-
-def run(bridge: LoopedBridge, tokens: Tensor, **kwargs: object) -> LoopedCache:
-    with torch.no_grad():
-        _, cache = bridge.run_with_cache(tokens, **kwargs)
-    assert isinstance(cache, LoopedCache)
-    return cache
-
-
-def near(clean: LoopedCache, corrupted: LoopedCache, eps: float) -> LoopedCache:
-    """A clean run that is `eps` of the way from the corrupted one."""
-    return LoopedCache({name: value + eps * (clean[name] - value) for name, value in corrupted.items()}, clean.model)
 
 
 def written(bridge: LoopedBridge, clean: LoopedCache, corrupted: LoopedCache, source: str) -> tuple[str, Tensor]:

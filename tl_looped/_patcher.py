@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,14 +13,14 @@ from tqdm.auto import tqdm
 
 from .bridge.cache import LoopedCache
 from .bridge.looped_bridge import LoopedBridge
+from .bridge.run import INPUTS, Run
+from .comparison import Metric, check_metric
 from .errors import LoopedError
 from .model import LoopedModel
 from .model.initial_state import InitialState
 from .model.layers import is_observed
 from .model.rerun import Recording, rerun
 from .schedule import check_count
-
-Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Any]
 
 MEMORY_SHARE = 0.25  # of the free memory, for a batch of patches
 CPU_TOKENS = 2048  # rows x positions: on a CPU, matrix products gain nothing from more
@@ -58,16 +58,16 @@ class Patcher:
     """A run to patch.
 
     Args:
-        model: the model. Hooks that are attached act in every run; patches are then made one by one, at all positions.
+        model: the model. Hooks that are attached act in every run; each patch is then a whole run.
         tokens: text or tokens.
         metric: logits -> a scalar, or one number per row of the batch.
         hooks: the activations that will be patched.
         initial_state: of the run.
-        inputs: what else the run takes.
+        inputs: what else the run takes, such as `attention_mask`.
         max_batch: how many rows (patches x batch) to run at once; None for what memory allows and the CPU gains from.
 
     Raises:
-        LoopedError: the metric returns neither a scalar nor [batch].
+        LoopedError: the metric returns neither a scalar nor [batch]; `inputs` of a run that is not whole.
     """
 
     @torch.no_grad()
@@ -81,6 +81,8 @@ class Patcher:
         inputs: dict[str, Any],
         max_batch: int | None,
     ):
+        if wrong := sorted(set(inputs) - set(INPUTS)):
+            raise LoopedError(f"{', '.join(wrong)} was given; patches are made in whole runs, which take {', '.join(INPUTS)}.")
         self.model, self.metric = model, metric
         self.max_batch = max_batch if max_batch is None else check_count("max_batch", max_batch)
         self.one_by_one = any(is_observed(hook) for hook in model.hook_dict.values())
@@ -97,13 +99,17 @@ class Patcher:
 
     def score(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "*example"]:
         """The metric, checked."""
-        value = torch.as_tensor(self.metric(logits)).detach()
-        if value.shape not in ((), (len(logits),)):
-            raise LoopedError(
-                f"metric returned shape {tuple(value.shape)} for logits {tuple(logits.shape)}; it must return a scalar, or one "
-                f"number for each of the {len(logits)} rows of the batch."
-            )
-        return value
+        return check_metric(torch.as_tensor(self.metric(logits)), logits).detach()
+
+    @property
+    def initial_state(self) -> Float[Tensor, "batch pos d_model"]:
+        """The state that the run started from, before hooks."""
+        first = self.model.schedule.passes[0]
+        return self.recording.streams[first.first].states[first.stack]
+
+    def run_arguments(self) -> dict[str, Any]:
+        """The keyword arguments that repeat the run."""
+        return cast(Run, self.base.run).arguments()
 
     def is_idle(self, cell: Cell) -> bool:
         """Whether the patches change nothing; what they would measure is the run itself."""
@@ -162,12 +168,17 @@ class Patcher:
     def _run(self, cells: list[Cell]) -> Iterator[Tensor]:
         """The metric after each of the cells, which are in the order of their entries, from one batch."""
         start = min(cell.start for cell in cells) if self.is_causal else 0
-        plain = cast(LoopedModel, self.model.original_model)
         by_hook: dict[str, list[tuple[int, Edit]]] = {}
         for c, cell in enumerate(cells):
             for edit in cell.edits:
                 by_hook.setdefault(edit.hook, []).append((c, edit))
-        with self.model.hooks(fwd_hooks=[(name, self._patch(edits, start)) for name, edits in by_hook.items()]):
+        hooks: list[Any] = [(name, self._patch(edits, start)) for name, edits in by_hook.items()]
+        if self.one_by_one:  # hooks may look anywhere in a run, and pass on what they see
+            run: Any = self.model.run_with_hooks
+            yield self.score(run(cast(Run, self.base.run).input, fwd_hooks=hooks, **self.run_arguments()))
+            return
+        plain = cast(LoopedModel, self.model.original_model)
+        with self.model.hooks(fwd_hooks=hooks):
             x = rerun(plain, self.recording, [cell.entry for cell in cells], start)
         per_cell = x.unflatten(0, (len(cells), self.n_rows))
         at_once = max(1, LOGITS_AT_ONCE // (self.n_rows * x.shape[1] * self.model.looped_cfg.d_vocab))
@@ -190,23 +201,6 @@ class Patcher:
             return patched
 
         return patch
-
-    def fitting(self, values: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Activations of another run that can be patched into this one.
-
-        Raises:
-            LoopedError: they have other shapes.
-        """
-        found = {}
-        for hook, value in values:
-            base = self.base[hook]
-            if value.shape != base.shape:
-                raise LoopedError(
-                    f"{hook} has shape {tuple(value.shape)} in the run that patches come from, but {tuple(base.shape)} in the "
-                    "one that is patched; both prompts must have the same number of rows and positions."
-                )
-            found[hook] = value.detach().to(base.device, base.dtype)
-        return found
 
 
 def free_memory(device: torch.device) -> int:

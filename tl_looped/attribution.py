@@ -8,22 +8,22 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens.utilities.components_utils import get_act_name
 
 from .bridge.cache import LoopedCache
 from .bridge.looped_bridge import LoopedBridge
-from .comparison import Comparison, Metric, wide
+from .comparison import Comparison, Metric
 from .errors import LoopedError
+from .model.layers import wide
 from .results import Grid
-from .schedule import LoopSelector, Schedule, Site, check_count
+from .schedule import LoopSelector, check_count
+from .sites import HEADS, PASSES, STREAMS, check_site, select_places
 
 # The axes of an activation after its batch axis; one without an axis of its own in the result is summed over.
-LAYER_SITES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"), ("pos", "d_model")),
-    **dict.fromkeys(("q", "k", "v", "z"), ("pos", "head", "d_head")),
+AXES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((*STREAMS, *PASSES), ("pos", "d_model")),
+    **dict.fromkeys(HEADS, ("pos", "head", "d_head")),
     "pattern": ("head", "pos", "src_pos"),
 }
-PASS_SITES: dict[str, tuple[str, ...]] = dict.fromkeys(("state", "injection", "out"), ("pos", "d_model"))
 NO_AXES = ("d_model", "d_head")
 
 
@@ -81,8 +81,8 @@ def attribution_sweep(
         >>> scores.axes, tuple(scores.values.shape)
         (('loop', 'layer', 'head'), (3, 2, 2))
     """
-    names, labels = _cells(model.schedule, site, loops, stack)
-    dims = ("example", *(LAYER_SITES | PASS_SITES)[site])
+    names, labels = _cells(model, site, loops, stack)
+    dims = ("example", *AXES[site])
     _check_axes(site, axes, [*labels, *(axis for axis in dims[1:] if axis not in NO_AXES)])
     pair = Comparison(model, corrupted_tokens, clean_cache, metric, run)
     pair.require([*names, *(["hook_embed"] if steps is not None else [])])
@@ -102,22 +102,14 @@ def attribution_sweep(
     return Grid(values, wanted, {a: labels.get(a) or [str(i) for i in range(n)] for a, n in sizes.items()}, "attribution")
 
 
-def _cells(schedule: Schedule, site: str, loops: LoopSelector, stack: str | None) -> tuple[list[str], dict[str, list[str]]]:
+def _cells(model: LoopedBridge, site: str, loops: LoopSelector, stack: str | None) -> tuple[list[str], dict[str, list[str]]]:
     """The hook of every cell, loop by loop, and the labels of the axes that cells have."""
-    if site not in LAYER_SITES | PASS_SITES:
-        raise LoopedError(f"site={site!r} was asked; choose one of {', '.join(map(repr, LAYER_SITES | PASS_SITES))}.")
-    if stack in ("prelude", "coda"):
-        n = schedule.stacks[stack]
-        if site in PASS_SITES or loops != "all" or not n:
-            raise LoopedError(f"stack={stack!r} has {n} layers, which run once: it goes with sites of layers, and no loops=.")
-        layers = [schedule.virtual(Site(stack, None, j)) for j in range(n)]
-        return [get_act_name(site, i) for i in layers], {"loop": [stack], "layer": [str(j) for j in range(n)]}
-    passes = schedule.passes_of(loops, stack)
-    labels = {"loop": [str(p.loop) for p in passes]}
-    if site in PASS_SITES:
-        return [f"{schedule.pass_prefix(p)}.hook_{site}" for p in passes], labels
-    labels["layer"] = [str(j) for j in range(passes[0].n_layers)]
-    return [get_act_name(site, i) for p in passes for i in p.layers], labels
+    check_site(site)
+    places = select_places(model, site, loops, None, stack)
+    labels = {"loop": list(dict.fromkeys(place.loop for place in places))}
+    if site not in PASSES:
+        labels["layer"] = list(dict.fromkeys(str(place.site.layer) for place in places))
+    return [place.hook for place in places], labels
 
 
 def _check_axes(site: str, axes: Sequence[str], known: list[str]) -> None:

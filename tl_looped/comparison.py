@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,84 @@ from torch import Tensor
 from .bridge.cache import LoopedCache
 from .bridge.looped_bridge import LoopedBridge
 from .errors import LoopedError, UnknownNameError
+from .model.initial_state import InitialState
+from .model.layers import wide
 
-Metric = Callable[[Tensor], Tensor]
+Metric = Callable[[Tensor], Any]
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
+
+
+class CleanRun:
+    """The run that activations are taken from.
+
+    Args:
+        model: the model of the run they go to.
+        cache: its activations.
+        initial_state: asked for the other run; None for that of this one.
+
+    Raises:
+        LoopedError: another depth; another initial state, whose difference would be mixed with that of the prompts.
+        UnknownNameError: the cache does not tell from which random state the run started.
+    """
+
+    def __init__(self, model: LoopedBridge, cache: LoopedCache | Mapping[str, Tensor], initial_state: InitialState = None):
+        if not isinstance(cache, LoopedCache):
+            cache = LoopedCache(dict(cache.items()), model, getattr(cache, "has_batch_dim", True))
+        if cache.model.schedule != model.schedule:
+            raise LoopedError(
+                f"the clean cache comes from a run of {cache.model.schedule.describe()}, but the model runs "
+                f"{model.schedule.describe()}; cache the clean run with this model."
+            )
+        self.model, self.cache, self.record = model, cache, cache.run
+        self.state = f"{model.schedule.pass_prefix(model.schedule.passes[0])}.hook_state"
+        self.is_given = initial_state is not None
+        self.initial_state: Any = initial_state
+        is_random = model.looped_cfg.initial_state == "noise"
+        if self.record is not None and initial_state is None:
+            self.initial_state = self.record.arguments()["initial_state"]
+            return
+        if self.record is None and (is_random or self.is_given) and self.state not in cache:
+            raise UnknownNameError(
+                f"the clean cache lacks {self.state} (which tells from which random or given state the clean run started); "
+                "name it in names_filter, or take the cache from run_with_cache, which records it."
+            )
+        if self.record is not None and self.state not in cache and not self.record.starts_like(initial_state):
+            raise self._another_state()
+        if is_random and initial_state is None:
+            self.initial_state = self._batched(self.state)
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise an `UnknownNameError` that says which activations the cache lacks."""
+        missing = [n for n in names if n not in self.cache and self.model.expand_name(n)]  # raises if there is no such hook
+        if missing:
+            spelled = [self.model.schedule.loop_name(name) for name in missing]
+            shown = ", ".join(spelled[:8]) + (f" and {len(spelled) - 8} more" if len(spelled) > 8 else "")
+            raise UnknownNameError(f"the clean cache lacks {shown}; name them in names_filter, or cache a whole run.")
+
+    def read(self, name: str, like: Tensor) -> Tensor:
+        """An activation, of the shape, on the device and in the dtype of the other run's."""
+        value = self._batched(name)
+        if value.shape != like.shape:
+            raise LoopedError(
+                f"the clean {self.model.schedule.loop_name(name)} has the shape {tuple(value.shape)}, the corrupted one "
+                f"{tuple(like.shape)}: the prompts must have equally many rows and positions."
+            )
+        return value.detach().to(like.device, like.dtype)
+
+    def check_start(self, state: Float[Tensor, "batch pos d_model"]) -> None:
+        """Raise unless the other run, which started from this state, started as this one did; embeddings may differ."""
+        own = self.model.looped_cfg.initial_state != "embedding" or self.is_given
+        if own and self.state in self.cache and not torch.equal(self.read(self.state, state), state):
+            raise self._another_state()
+
+    def _batched(self, name: str) -> Tensor:
+        return self.cache[name] if self.cache.has_batch_dim else self.cache[name][None]
+
+    def _another_state(self) -> LoopedError:
+        return LoopedError(
+            "the corrupted run starts from another initial state than the clean one, so that their difference would not be one "
+            "of the prompts alone; leave initial_state= out to start like the clean run."
+        )
 
 
 class Comparison:
@@ -32,49 +107,17 @@ class Comparison:
     def __init__(
         self, model: LoopedBridge, corrupted_tokens: Any, clean_cache: LoopedCache, metric: Metric, run: dict[str, Any]
     ):
-        if clean_cache.model.schedule != model.schedule:
-            raise LoopedError(
-                f"the clean cache comes from a run of {clean_cache.model.schedule.describe()}, but the model runs "
-                f"{model.schedule.describe()}; cache the clean run with this model."
-            )
-        self.model, self.cache, self.metric = model, clean_cache, metric
-        self.state = f"{model.schedule.pass_prefix(model.schedule.passes[0])}.hook_state"
-        self.per_example = False
-        record = clean_cache.run
-        self.starts_alike = None if record is None else True
-        if record is not None and run.get("initial_state") is None:
-            run = {**run, "initial_state": record.arguments()["initial_state"]}
-        elif record is not None:
-            self.starts_alike = record.starts_like(run["initial_state"])
-        elif run.get("initial_state") is None and model.looped_cfg.initial_state == "noise" and self.state in clean_cache:
-            run = {**run, "initial_state": self._batched(self.state)}
+        self.model, self.metric, self.per_example = model, metric, False
+        self.source = CleanRun(model, clean_cache, run.get("initial_state"))
+        self.require, self.state = self.source.require, self.source.state
+        given = {**run, "initial_state": self.source.initial_state}
         with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for the way back
             self.tokens = corrupted_tokens.clone() if isinstance(corrupted_tokens, Tensor) else corrupted_tokens
-            self.run = {name: x.clone() if isinstance(x, Tensor) else x for name, x in run.items()}
-
-    def require(self, names: Iterable[str]) -> None:
-        """Raise an `UnknownNameError` that says which activations the clean cache lacks."""
-        own_state = self.model.looped_cfg.initial_state == "noise" or self.run.get("initial_state") is not None
-        wanted = [*names, *([self.state] if own_state and self.starts_alike is None else [])]
-        missing = [n for n in wanted if n not in self.cache and self.model.expand_name(n)]  # raises if there is no such hook
-        if missing:
-            spelled = [self.model.schedule.loop_name(name) for name in missing]
-            shown = ", ".join(spelled[:8]) + (f" and {len(spelled) - 8} more" if len(spelled) > 8 else "")
-            why = "" if missing[-1] != self.state else f" ({self.state} tells which random state the clean run started from)"
-            raise UnknownNameError(f"the clean cache lacks {shown}{why}; name them in names_filter, or cache a whole run.")
+            self.run = {name: x.clone() if isinstance(x, Tensor) else x for name, x in given.items()}
 
     def clean(self, name: str, like: Tensor) -> Tensor:
         """An activation of the clean run, in fp32 or wider."""
-        value = self._batched(name)
-        if value.shape != like.shape:
-            raise LoopedError(
-                f"the clean {self.model.schedule.loop_name(name)} has the shape {tuple(value.shape)}, the corrupted one "
-                f"{tuple(like.shape)}: the prompts must have equally many rows and positions."
-            )
-        return wide(value.detach().to(like.device))
-
-    def _batched(self, name: str) -> Tensor:
-        return self.cache[name] if self.cache.has_batch_dim else self.cache[name][None]
+        return self.source.read(name, wide(like))
 
     def activations(self, names: Sequence[str], hooks: Hooks = ()) -> dict[str, Tensor]:
         """Activations of the corrupted run."""
@@ -117,34 +160,24 @@ class Comparison:
         if missed := [name for name in names if name not in seen]:
             missing = self.model.schedule.loop_name(missed[0])
             raise LoopedError(f"the corrupted run did not reach {missing}; run the whole model.")
-        self._check_state(seen[self.state].detach())
-        value = self.metric(logits)
-        if not isinstance(value, Tensor) or value.shape not in ((), logits.shape[:1]):
-            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise LoopedError(
-                f"the metric returned {found}; from logits {tuple(logits.shape)} it must return a scalar tensor, or one number "
-                f"per row, [batch={logits.shape[0]}]."
-            )
+        state = seen[self.state].detach()
+        if isinstance(self.run["initial_state"], torch.Generator):
+            self.run["initial_state"] = state  # later runs would draw another one
+        self.source.check_start(state)
+        value = check_metric(self.metric(logits), logits)
         self.per_example = value.ndim == 1
         return value, {name: seen[name] for name in names}
 
-    def _check_state(self, state: Tensor) -> None:
-        """The initial state must be the same in both runs, unless it is the embedding."""
-        given, same = self.run.get("initial_state"), self.starts_alike is not False
-        if isinstance(given, torch.Generator):
-            self.run["initial_state"] = state  # later runs would draw another one
-        if self.state in self.cache and (given is not None or self.model.looped_cfg.initial_state != "embedding"):
-            same = torch.equal(self.clean(self.state, state), wide(state))
-        if not same:
-            raise LoopedError(
-                "the corrupted run started from another initial state than the clean one, so that their difference would not "
-                "be one of the prompts; leave initial_state= out to start like the clean run."
-            )
 
-
-def wide(x: Tensor) -> Tensor:
-    """A tensor in fp32 or wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def check_metric(value: object, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "*example"]:
+    """Raise a `LoopedError` unless a metric returned a scalar tensor, or one number per row of the batch."""
+    if not isinstance(value, Tensor) or value.shape not in ((), logits.shape[:1]):
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise LoopedError(
+            f"the metric returned {found}; from logits {tuple(logits.shape)} it must return a scalar tensor, or one number per "
+            f"row, [batch={logits.shape[0]}]."
+        )
+    return value
 
 
 def _differentiable(embed: Tensor, hook: Any) -> Tensor:

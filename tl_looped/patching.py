@@ -9,28 +9,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ._patcher import Cell, Edit, Metric, Patcher, position_axis
+from ._patcher import Cell, Edit, Patcher, position_axis
 from .bridge.cache import LoopedCache
 from .bridge.looped_bridge import LoopedBridge
-from .bridge.run import copied_generator
-from .errors import LoopedError, UnknownNameError
+from .comparison import CleanRun, Metric
+from .errors import LoopedError
 from .model.initial_state import InitialState
 from .results import Grid
-from .schedule import Indices, LoopSelector, Pass, Site, select_indices
+from .schedule import Indices, LoopSelector, select_indices
+from .sites import HEADS, PASSES, Place, check_site, layer_place, select_places
 
 __all__ = ["PatchSweep", "patch_between_loops", "patch_sweep"]
 
 Tokens = str | list[str] | Int[Tensor, "*batch pos"]
-
-STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-HEADS = ("q", "k", "v", "z", "pattern")
-PASSES = ("state", "injection", "out")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,14 +59,6 @@ class PatchSweep(Grid):
         if bool((span == 0).any()):
             raise LoopedError("normalised() was called, but the clean and the corrupted run have the same metric.")
         return Grid((self.values - self.baseline_corrupted) / span, self.axes, self.labels, f"normalised {self.name}")
-
-
-class Place(NamedTuple):
-    """An activation that can be patched: where it is on the axes of layers, its hook, the last layer before it."""
-
-    key: dict[str, int | str]
-    hook: str
-    entry: int
 
 
 def patch_sweep(
@@ -138,18 +127,18 @@ def patch_sweep(
         True
     """
     names = _check_axes(site, axes)
-    places = _places(model, site, names, loops, layers, stack)
-    source = _Source(model, clean_cache)
-    clean = source.read([place.hook for place in places])
-    state = source.initial_state(initial_state)
-    patcher = Patcher(model, corrupted_tokens, metric, list(clean), state, inputs, max_batch)
-    source.check_start(patcher)
-    clean = patcher.fitting(clean.items())
-    inner = _inner_axes(patcher, places[0].hook, positions, heads)
-    groups: dict[tuple[int | str, ...], list[Place]] = {}
-    for place in places:
-        groups.setdefault(tuple(i for axis, i in place.key.items() if axis in names), []).append(place)
-    outer = [axis for axis in places[0].key if axis in names]
+    placed = _places(model, site, names, loops, layers, stack)
+    hooks = [place.hook for _, place in placed]
+    source = CleanRun(model, clean_cache, initial_state)
+    source.require(hooks)
+    patcher = Patcher(model, corrupted_tokens, metric, hooks, source.initial_state, inputs, max_batch)
+    source.check_start(patcher.initial_state)
+    clean = {hook: source.read(hook, patcher.base[hook]) for hook in hooks}
+    inner = _inner_axes(patcher, hooks[0], positions, heads)
+    groups: dict[tuple[str, ...], list[Place]] = {}
+    for key, place in placed:
+        groups.setdefault(key, []).append(place)
+    outer = [axis for axis in ("loop", "layer", "virtual_layer") if axis in names]
     swept = [axis for axis in inner if axis in names]
 
     cells = []
@@ -161,13 +150,12 @@ def patch_sweep(
             cells.append(Cell(edits, min(place.entry for place in group), min(at["pos"])))
     values = patcher.run(cells, verbose, f"patching {site}")
 
-    keys = [list(dict.fromkeys(key[k] for key in groups)) for k in range(len(outer))]
-    labels = {axis: _layer_labels(model, axis, key) for axis, key in zip(outer, keys, strict=True)}
+    labels = {axis: list(dict.fromkeys(key[k] for key in groups)) for k, axis in enumerate(outer)}
     labels |= {axis: _inner_labels(model, corrupted_tokens, axis, inner[axis]) for axis in swept}
     values = values.unflatten(0, [len(labels[axis]) for axis in (*outer, *swept)])
     order = [(*outer, *swept).index(axis) for axis in names]
     values = values.permute(*order, *range(len(names), values.ndim))
-    return _result(patcher, values, names, labels, source.baseline(patcher))
+    return _result(patcher, values, names, labels, _baseline(source, patcher))
 
 
 def patch_between_loops(
@@ -230,21 +218,16 @@ def patch_between_loops(
             f"layer={layer} was asked of site={site!r}; "
             + ("a pass has it once: leave layer out." if in_passes else "say which layer of the loop, layer=0 for the first.")
         )
-    names = ("loop",) if in_passes else ("loop", "layer")
-    places = _places(model, site, names, loops, layer, stack)
-    if isinstance(initial_state, torch.Generator):
-        source_state: InitialState = copied_generator(initial_state)
-    else:
-        source_state = initial_state
-    patcher = Patcher(model, tokens, metric, [place.hook for place in places], initial_state, inputs, max_batch)
-    baseline = None
-    if source_tokens is None:
-        values = {place.hook: patcher.base[place.hook] for place in places}
-    else:
+    check_site(site)
+    places = select_places(model, site, loops, layer, stack)
+    hooks = [place.hook for place in places]
+    patcher = Patcher(model, tokens, metric, hooks, initial_state, inputs, max_batch)
+    baseline, values = None, {hook: patcher.base[hook] for hook in hooks}
+    if source_tokens is not None:
         with torch.no_grad():
-            hooks = [place.hook for place in places]
-            logits, cache = model.run_with_cache(source_tokens, names_filter=hooks, initial_state=source_state, **inputs)
-        baseline, values = patcher.score(logits), patcher.fitting((hook, cache[hook]) for hook in hooks)
+            logits, cache = model.run_with_cache(source_tokens, names_filter=hooks, **patcher.run_arguments())
+        source = CleanRun(model, cache)
+        baseline, values = patcher.score(logits), {hook: source.read(hook, patcher.base[hook]) for hook in hooks}
     inner = _inner_axes(patcher, places[0].hook, positions, heads)
     where = _where(patcher.base[places[0].hook], inner)
     cells = []
@@ -254,81 +237,21 @@ def patch_between_loops(
             edits = [Edit(place.hook, values[source.hook], where) for place in written]
             cells.append(Cell(edits, destination.entry, min(inner["pos"])))
     found = patcher.run(cells, verbose, f"patching {site} between loops").unflatten(0, (len(places), len(places)))
-    labels = [str(place.key["loop"]) for place in places]
+    labels = [place.loop for place in places]
     axes = ("source_loop", "destination_loop")
     return _result(patcher, found, axes, dict.fromkeys(axes, labels), baseline)
 
 
-class _Source:
-    """The run that patches come from."""
-
-    def __init__(self, model: LoopedBridge, cache: LoopedCache | Mapping[str, Tensor]):
-        if isinstance(cache, LoopedCache) and cache.model.schedule != model.schedule:
-            raise LoopedError(
-                f"clean_cache comes from a run of {cache.model.schedule.describe()}, but the model runs "
-                f"{model.schedule.describe()}; cache the clean run with this model."
-            )
-        if not isinstance(cache, LoopedCache):
-            cache = LoopedCache(dict(cache.items()), model, getattr(cache, "has_batch_dim", True))
-        self.model, self.cache, self.run = model, cache, cache.run
-        first = model.schedule.passes[0]
-        self.is_random = model.looped_cfg.initial_state == "noise"
-        self.first, self.state = first, f"{model.schedule.pass_prefix(first)}.hook_state"
-
-    def read(self, hooks: list[str]) -> dict[str, Tensor]:
-        """The activations of hooks, with a batch axis."""
-        missing = [self.model.schedule.loop_name(hook) for hook in hooks if hook not in self.cache]
-        if missing:
-            shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
-            raise UnknownNameError(
-                f"clean_cache lacks {shown}; cache the clean run with these in names_filter, or without names_filter."
-            )
-        return {hook: self.cache[hook] if self.cache.has_batch_dim else self.cache[hook][None] for hook in hooks}
-
-    def initial_state(self, asked: InitialState) -> InitialState:
-        """The initial state of the corrupted run: the clean run's, where it matters."""
-        if self.run is None:
-            if not self.is_random or asked is not None:
-                return asked
-            if self.state not in self.cache:
-                raise LoopedError(
-                    "the initial state of this model is random, and clean_cache does not say which one it started from; make "
-                    f"it with LoopedBridge.run_with_cache, keep {self.state!r} in it, or pass initial_state=."
-                )
-            return self.read([self.state])[self.state]
-        if asked is None:
-            return self.run.arguments()["initial_state"]
-        if self.is_random and not self.run.starts_like(asked):
-            raise LoopedError(
-                f"initial_state={_short(asked)} was asked for the corrupted run, but the clean run started from "
-                f"{_short(self.run.initial_state)}; patches would carry the difference of two random states. Leave "
-                "initial_state out to start from the clean run's."
-            )
-        return asked
-
-    def check_start(self, patcher: Patcher) -> None:
-        """Both runs must start from the same random state; a hook or another padding may have changed it."""
-        if not self.is_random or self.state not in self.cache:
-            return
-        clean = self.read([self.state])[self.state]
-        corrupted = patcher.recording.streams[self.first.first].states[self.first.stack]
-        if clean.shape == corrupted.shape and not torch.equal(clean.to(corrupted.device, corrupted.dtype), corrupted):
-            raise LoopedError(
-                "the clean and the corrupted run start from different random states; pass "
-                f"initial_state=clean_cache[{self.state!r}] for the corrupted run."
-            )
-
-    def baseline(self, patcher: Patcher) -> Tensor | None:
-        """The metric of the clean run, if it can be repeated."""
-        if self.run is None or self.run.hooked or patcher.one_by_one:
-            return None
-        with torch.no_grad():
-            return patcher.score(self.model(self.run.input, **self.run.arguments()))
+def _baseline(source: CleanRun, patcher: Patcher) -> Tensor | None:
+    """The metric of the clean run, if it can be repeated."""
+    if source.record is None or source.record.hooked or patcher.one_by_one:
+        return None
+    with torch.no_grad():
+        return patcher.score(patcher.model(source.record.input, **source.record.arguments()))
 
 
 def _check_axes(site: str, axes: Sequence[str] | None) -> tuple[str, ...]:
-    if site not in (*STREAMS, *HEADS, *PASSES):
-        raise LoopedError(f"site={site!r} was asked; choose one of {', '.join((*STREAMS, *HEADS, *PASSES))}.")
+    check_site(site)
     last = "head" if site in HEADS else "pos"
     if axes is None:
         return ("loop", last) if site in PASSES else ("loop", "layer", last)
@@ -344,34 +267,16 @@ def _check_axes(site: str, axes: Sequence[str] | None) -> tuple[str, ...]:
 
 def _places(
     model: LoopedBridge, site: str, names: Sequence[str], loops: LoopSelector, layers: Indices, stack: str | None
-) -> list[Place]:
-    """Every activation of a site that is patched, in the order of the run."""
-    schedule = model.schedule
-    hook = f"attn.hook_{site}" if site in HEADS else f"hook_{site}"
+) -> list[tuple[tuple[str, ...], Place]]:
+    """Every activation that is patched, and the label of each on the axes of layers that are named."""
     if "virtual_layer" in names:
         if loops != "all" or stack is not None:
             raise LoopedError('the axis "virtual_layer" goes without loops= and stack=; choose virtual layers by layers=.')
-        chosen = select_indices(layers, schedule.n_layers, "virtual layers")
-        return [Place({"virtual_layer": i}, f"blocks.{i}.{hook}", i) for i in chosen]
-    if stack in ("prelude", "coda"):
-        n = schedule.stacks[stack]
-        if site in PASSES or loops != "all" or not n:
-            raise LoopedError(f"stack={stack!r} has {n} layers, which run once: choose a site of layers, and leave loops out.")
-        chosen = select_indices(layers, n, f"{stack} layers")
-        edge = [(j, schedule.virtual(Site(stack, None, j))) for j in chosen]
-        return [Place({"loop": stack, "layer": j}, f"blocks.{i}.{hook}", i) for j, i in edge]
-    passes: list[Pass] = sorted(set(schedule.passes_of(loops, stack)), key=lambda p: p.index)
-    if site in PASSES:
-        if layers is not None:
-            raise LoopedError(f"layers={layers!r} was asked of site={site!r}, which a pass has once; leave layers out.")
-        if site == "injection" and model.looped_cfg.injection == "none":
-            raise LoopedError("site='injection' was asked, but nothing is injected in the passes of this model.")
-        return [
-            Place({"loop": p.loop}, f"{schedule.pass_prefix(p)}.{hook}", p.layers[-1] if site == "out" else p.first - 1)
-            for p in passes
-        ]
-    chosen = select_indices(layers, schedule.n_core, "layers in a loop")
-    return [Place({"loop": p.loop, "layer": j}, f"blocks.{p.layers[j]}.{hook}", p.layers[j]) for p in passes for j in chosen]
+        chosen = select_indices(layers, model.schedule.n_layers, "virtual layers")
+        return [((model.schedule.name(i, "hook").removesuffix(".hook"),), layer_place(model, site, i)) for i in chosen]
+    places = select_places(model, site, loops, layers, stack)
+    labels = [{"loop": place.loop, "layer": str(place.site.layer)} for place in places]
+    return [(tuple(label[axis] for axis in label if axis in names), place) for label, place in zip(labels, places, strict=True)]
 
 
 def _inner_axes(patcher: Patcher, hook: str, positions: Indices, heads: Indices) -> dict[str, list[int]]:
@@ -397,12 +302,6 @@ def _where(activation: Tensor, at: dict[str, list[int]]) -> Tensor:
     return where if "src_pos" in at else where[..., None]
 
 
-def _layer_labels(model: LoopedBridge, axis: str, indices: list[Any]) -> list[str]:
-    if axis != "virtual_layer":
-        return [str(i) for i in indices]
-    return [model.schedule.name(i, "hook").removesuffix(".hook") for i in indices]
-
-
 def _inner_labels(model: LoopedBridge, tokens: Tokens, axis: str, indices: list[int]) -> list[str]:
     if axis == "head" or model.tokenizer is None:
         return [str(i) for i in indices]
@@ -420,7 +319,3 @@ def _result(
     if values.ndim > len(axes):
         axes, labels = (*axes, "example"), labels | {"example": [str(i) for i in range(values.shape[-1])]}
     return PatchSweep(values, axes, labels, "metric", patcher.baseline, clean)
-
-
-def _short(state: object) -> str:
-    return f"a tensor {tuple(state.shape)}" if isinstance(state, Tensor) else repr(state)

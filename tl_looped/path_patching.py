@@ -20,8 +20,9 @@ from transformer_lens.utilities.slice import Slice
 from .bridge.cache import LoopedCache
 from .bridge.decomposition import FINAL, Decomposition, Write, walk
 from .bridge.looped_bridge import LoopedBridge
-from .comparison import Comparison, Metric, wide
+from .comparison import Comparison, Metric
 from .errors import LoopedError, UnknownNameError
+from .model.layers import wide
 from .results import Grid
 
 Names = str | Sequence[str]

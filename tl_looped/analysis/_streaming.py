@@ -58,16 +58,6 @@ def visit(
     run(tokens, [(name, reader(name, key)) for name, key in hooks.items()], stop=stop, initial_state=initial_state)
 
 
-def rehearsal(initial_state: InitialState) -> InitialState:
-    """The same initial state for a run that comes before the real one: a generator is not advanced."""
-    return initial_state.clone_state() if isinstance(initial_state, torch.Generator) else initial_state
-
-
-def wide(x: Float[Tensor, ...]) -> Float[Tensor, ...]:
-    """In fp32 or wider: differences of bf16 states round away."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def last_norm(model: LoopedBridge, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
     """The model's last norm (in Ouro, HRM-Text and Nanbeige the norm of every pass), without firing its hooks."""
     norm: Any = model.ln_final.original_component

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
-from ._streaming import wide
+from ..model.layers import wide
 from .logit_lens import _target_id
 
 Answers = Sequence[str | int] | Int[Tensor, " example"]

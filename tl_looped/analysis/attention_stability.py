@@ -12,13 +12,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.run import rehearsal
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
+from ..model.layers import wide
 from ..plots import GroupBy, grouped
 from ..results import Estimate, Grid, Result, table
 from ..schedule import Site, check_count
 from ._prompts import Prompts, at_depth, token_batches
-from ._streaming import layer_hooks, need_loops, rehearsal, visit, wide
+from ._streaming import layer_hooks, need_loops, visit
 from .fixed_points import _compare_loops
 
 

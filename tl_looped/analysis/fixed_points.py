@@ -14,13 +14,15 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.run import rehearsal
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
+from ..model.layers import wide
 from ..plots import GroupBy, grouped
 from ..results import Estimate, Result, table
 from ..schedule import Pass, Site, check_count
 from ._prompts import Prompts, at_depth, token_batches
-from ._streaming import layer_hooks, need_loops, rehearsal, visit, wide
+from ._streaming import layer_hooks, need_loops, visit
 
 Metric = Literal["l2", "relative", "cosine"]
 Reduction = Literal["token", "matrix"]

@@ -16,11 +16,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
+from ..model.layers import wide
 from ..plots import GroupBy, grouped
 from ..results import Estimate, Grid, Result, table
 from ..schedule import Schedule
 from ._prompts import Prompts, at_depth, check_finite, token_batches
-from ._streaming import need_loops, wide
+from ._streaming import need_loops
 
 METRICS = ("colsum", "sink_rate", "mixing", "entropy", "norm")
 

@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.run import rehearsal
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
+from ..model.layers import wide
 from ..results import Estimate, Grid, Result
 from ..schedule import check_count
 from ._prompts import Prompts, at_depth, token_batches
-from ._streaming import layer_hooks, need_loops, rehearsal, visit, wide
+from ._streaming import layer_hooks, need_loops, visit
 
 LABELS = ("fixed", "orbit", "slider", "unknown")
 FIXED, ORBIT, SLIDER, UNKNOWN = range(4)

@@ -15,9 +15,10 @@ from torch import Tensor
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
+from ..model.layers import wide
 from ..results import Estimate, Result
 from ._prompts import Prompts, token_batches
-from ._streaming import visit, wide
+from ._streaming import visit
 from .limiting_behaviour import BehaviourRule, behaviour, checked
 
 

@@ -12,12 +12,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.run import rehearsal
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
+from ..model.layers import wide
 from ..results import Estimate, Result, table
 from ..schedule import check_count
 from ._prompts import Prompts, at_depth, check_finite, token_batches
-from ._streaming import need_loops, rehearsal, wide
+from ._streaming import need_loops
 from ._targets import Answers, Targets
 
 

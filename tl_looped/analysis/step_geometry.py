@@ -16,11 +16,12 @@ from torch.nn.functional import cosine_similarity
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
+from ..model.layers import wide
 from ..plots import panels
 from ..results import Estimate, Result, table
 from ..schedule import LoopSelector, Site
 from ._prompts import Prompts, at_depth, token_batches
-from ._streaming import last_norm, layer_hooks, need_loops, visit, wide
+from ._streaming import last_norm, layer_hooks, need_loops, visit
 
 PER_LOOP = (
     "norm",

@@ -13,13 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.run import rehearsal
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
 from ..plots import paths
 from ..results import Estimate, Grid, Result
 from ..schedule import check_count
 from ._prompts import Prompts, at_depth, token_batches
-from ._streaming import last_norm, rehearsal, visit
+from ._streaming import last_norm, visit
 
 Over = Literal["layers", "loop_ends"]
 Reader = Callable[[slice, Tensor], object]  # gets the rows of some states, and the states [batch, row, d_model]

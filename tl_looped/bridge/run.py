@@ -36,20 +36,16 @@ class Run:
         """The record of a run that is about to begin; None if it is only a part of one."""
         if any(kwargs.get(name) is not None for name in PARTIAL):
             return None
-        state = kwargs.get("initial_state")
-        if isinstance(state, torch.Generator):
-            state = copied_generator(state)
         return cls(
-            input,
-            state,
-            {name: kwargs[name] for name in INPUTS if kwargs.get(name) is not None},
+            _kept(input),
+            _kept(kwargs.get("initial_state")),
+            {name: _kept(kwargs[name]) for name in INPUTS if kwargs.get(name) is not None},
             any(is_observed(hook) for hook in model.hook_dict.values()),
         )
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments that repeat the run."""
-        state = self.initial_state
-        return {**self.inputs, "initial_state": copied_generator(state) if isinstance(state, torch.Generator) else state}
+        return {**self.inputs, "initial_state": rehearsal(self.initial_state)}
 
     def starts_like(self, other: Any) -> bool:
         """Whether another `initial_state` argument means the same state."""
@@ -61,8 +57,11 @@ class Run:
         return type(mine) is type(other) and mine == other
 
 
-def copied_generator(generator: torch.Generator) -> torch.Generator:
-    """A generator that will draw what this one would."""
-    twin = torch.Generator(generator.device)
-    twin.set_state(generator.get_state())
-    return twin
+def rehearsal(initial_state: Any) -> Any:
+    """The same initial state for another run: a generator is not advanced."""
+    return initial_state.clone_state() if isinstance(initial_state, torch.Generator) else initial_state
+
+
+def _kept(value: Any) -> Any:
+    """A copy that later edits in place do not reach."""
+    return value.detach().clone() if isinstance(value, Tensor) else rehearsal(value)

@@ -14,24 +14,10 @@ from ..bridge.cache import LoopedCache
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError, OutOfRangeError
 from ..model.layers import Inputs, running
-from ..schedule import Indices, LoopSelector, Pass, Site, select_indices
+from ..schedule import Pass
 
 Hooks = list[tuple[str, Callable[..., Tensor | None]]]
 Positions = int | slice | Sequence[int] | None
-
-
-def select_layers(model: LoopedBridge, loops: LoopSelector, layers: Indices, stack: str | None) -> list[int]:
-    """The virtual layers that loops and layers of a stack name."""
-    schedule = model.schedule
-    if stack in ("prelude", "coda"):
-        if loops != "all":
-            raise LoopedError(f"loops={loops!r} was asked of the {stack}, which runs once; leave loops out.")
-        chosen: list[int | None] = [None]
-    else:
-        stack = schedule.looped_stack(stack)
-        chosen = list(schedule.select_loops(loops, stack))
-    numbers = select_indices(layers, schedule.stacks[stack], "layers")
-    return [schedule.virtual(Site(stack, loop, j)) for loop in dict.fromkeys(chosen) for j in numbers]
 
 
 def passes_from(model: LoopedBridge, from_loop: int, stack: str | None) -> list[Pass]:

@@ -11,7 +11,8 @@ from ..bridge.cache import LoopedCache
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..schedule import Indices, LoopSelector, select_indices
-from ._hooks import Hooks, Positions, cached, here, select_layers, unit_mask, write
+from ..sites import select_layers
+from ._hooks import Hooks, Positions, cached, here, unit_mask, write
 
 HOOKS = {
     "attn": ("hook_attn_out",),
@@ -81,7 +82,7 @@ def ablate(
         n = model.looped_cfg.n_heads if part == "head" else model.looped_cfg.d_mlp
         mask = unit_mask(select_indices(units, n, "units"), n, after=1 if part == "head" else 0)
     hooks: Hooks = []
-    for layer in select_layers(model, loops, layers, stack):
+    for layer in select_layers(model.schedule, loops, layers, stack):
         for hook_name in HOOKS[part]:
             name = model.schedule.name(layer, hook_name)
             source = None if mode == "zero" else cached(model, cache, name)

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..schedule import Indices, LoopSelector, Pass, Schedule, check_count, select_indices
-from ._hooks import Hooks, Seen, passes_from, select_layers, unit_mask
+from ..sites import select_layers
+from ._hooks import Hooks, Seen, passes_from, unit_mask
 
 
 def skip_layer(model: LoopedBridge, loops: LoopSelector = "all", layers: Indices = None, *, stack: str | None = None) -> Hooks:
@@ -37,7 +38,9 @@ def skip_layer(model: LoopedBridge, loops: LoopSelector = "all", layers: Indices
         ['loops.2.blocks.0.hook_resid_pre', 'loops.2.blocks.0.hook_resid_post']
     """
     name = model.schedule.name
-    pairs = [(name(i, "hook_resid_pre"), name(i, "hook_resid_post")) for i in select_layers(model, loops, layers, stack)]
+    pairs = [
+        (name(i, "hook_resid_pre"), name(i, "hook_resid_post")) for i in select_layers(model.schedule, loops, layers, stack)
+    ]
     return _identities(pairs)
 
 

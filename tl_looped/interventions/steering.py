@@ -12,10 +12,8 @@ from torch import Tensor
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..schedule import Indices, LoopSelector
-from ._hooks import Hooks, Positions, select_layers, write
-
-PASS_SITES = ("state", "injection", "out")
-LAYER_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+from ..sites import PASSES, STREAMS, check_site, select_places
+from ._hooks import Hooks, Positions, write
 
 
 def steer(
@@ -58,7 +56,7 @@ def steer(
         >>> model.generate(torch.tensor([[1, 2]]), 3, verbose=False, stop_at_eos=False).shape
         torch.Size([1, 5])
     """
-    d_model, schedule = model.cfg.d_model, model.schedule
+    d_model = model.cfg.d_model
     if not isinstance(direction, Tensor) or direction.shape != (d_model,):
         shape = tuple(direction.shape) if isinstance(direction, Tensor) else type(direction).__name__
         raise LoopedError(f"direction of shape {shape} was given; pass a tensor [d_model={d_model}].")
@@ -69,20 +67,9 @@ def steer(
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise LoopedError(f"{name}={value!r} was asked; pass a finite number.")
 
-    if site in PASS_SITES:
-        if layers is not None or stack in ("prelude", "coda"):
-            raise LoopedError(f"site={site!r} belongs to a pass; leave layers out, or choose one of {', '.join(LAYER_SITES)}.")
-        if site == "injection" and model.looped_cfg.injection == "none":
-            raise LoopedError(f"the passes of this {model.looped_cfg.family} model are injected nothing; steer the state.")
-        passes = {p.index: p for p in schedule.passes_of(loops, stack)}.values()
-        places = [(f"{schedule.pass_prefix(p)}.hook_{site}", p.loop) for p in passes]
-    elif site in LAYER_SITES:
-        chosen = select_layers(model, loops, layers, stack)
-        places = [(schedule.name(i, f"hook_{site}"), schedule.site(i).loop or 0) for i in chosen]
-    else:
-        raise LoopedError(f"site={site!r} was asked; choose one of {', '.join(PASS_SITES + LAYER_SITES)}.")
-
-    start = min(loop for _, loop in places)
+    check_site(site, (*PASSES, *STREAMS))
+    places = select_places(model, site, loops, layers, stack)
+    start = min(place.site.loop or 0 for place in places)
 
     def add(amount: float) -> Any:
         def hook_function(x: Tensor, hook: Any) -> Tensor:
@@ -94,7 +81,7 @@ def steer(
 
         return hook_function
 
-    return [(name, add(scale * decay ** (loop - start))) for name, loop in places]
+    return [(place.hook, add(scale * decay ** ((place.site.loop or 0) - start))) for place in places]
 
 
 def _rms(x: Tensor) -> Tensor:

@@ -1,0 +1,87 @@
+"""Which activations a sweep or an intervention means: a site in chosen layers of chosen loops, or in chosen passes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .bridge.looped_bridge import LoopedBridge
+from .errors import LoopedError
+from .schedule import Indices, LoopSelector, Pass, Schedule, Site, select_indices
+
+STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")  # of a layer, [batch, pos, d_model]
+HEADS = ("q", "k", "v", "z", "pattern")  # of a layer, with a head axis
+PASSES = ("state", "injection", "out")  # of a pass, [batch, pos, d_model]
+
+
+class Place(NamedTuple):
+    """An activation: where it is (layer 0 for a pass), its hook, and the last layer whose input it cannot change (-1: none)."""
+
+    site: Site
+    hook: str
+    entry: int
+
+    @property
+    def loop(self) -> str:
+        """What its loop is called; prelude and coda have one loop, called so."""
+        return self.site.stack if self.site.loop is None else str(self.site.loop)
+
+
+def select_layers(schedule: Schedule, loops: LoopSelector, layers: Indices, stack: str | None) -> list[int]:
+    """The virtual layers that loops and layers of a stack name, loop by loop in the order asked.
+
+    Raises:
+        LoopedError: loops of prelude or coda; loops or layers that do not exist.
+    """
+    if stack in ("prelude", "coda"):
+        if loops != "all":
+            raise LoopedError(f"loops={loops!r} was asked of the {stack}, which runs once; leave loops out.")
+        chosen: list[int | None] = [None]
+    else:
+        stack = schedule.looped_stack(stack)
+        chosen = list(dict.fromkeys(schedule.select_loops(loops, stack)))
+    numbers = select_indices(layers, schedule.stacks[stack], "layers")
+    return [schedule.virtual(Site(stack, loop, j)) for loop in chosen for j in numbers]
+
+
+def select_places(
+    model: LoopedBridge, site: str, loops: LoopSelector = "all", layers: Indices = None, stack: str | None = None
+) -> list[Place]:
+    """Every place of a site, loop by loop in the order asked.
+
+    Args:
+        model: the model.
+        site: one of `STREAMS`, `HEADS`, `PASSES`.
+        loops: which loops.
+        layers: which layers inside the loop, or inside prelude or coda; None for all.
+        stack: "L" or "H" for HRM-Text; "prelude" or "coda" for sites of layers.
+
+    Raises:
+        LoopedError: a site, loops or layers that do not exist.
+    """
+    schedule = model.schedule
+    if site not in PASSES:
+        return [layer_place(model, site, i) for i in select_layers(schedule, loops, layers, stack)]
+    if layers is not None or stack in ("prelude", "coda"):
+        raise LoopedError(f"site={site!r} belongs to a pass; leave layers out, or choose one of {', '.join(STREAMS)}.")
+    if site == "injection" and model.looped_cfg.injection == "none":
+        raise LoopedError(
+            f"site='injection' was asked, but nothing is injected in the passes of this {model.looped_cfg.family} model."
+        )
+    return [_pass_place(schedule, site, p) for p in dict.fromkeys(schedule.passes_of(loops, stack))]
+
+
+def _pass_place(schedule: Schedule, site: str, p: Pass) -> Place:
+    entry = p.layers[-1] if site == "out" else p.first - 1
+    return Place(Site(p.stack, p.loop, 0), f"{schedule.pass_prefix(p)}.hook_{site}", entry)
+
+
+def layer_place(model: LoopedBridge, site: str, layer: int) -> Place:
+    """The place of a site in one virtual layer."""
+    hook = f"attn.hook_{site}" if site in HEADS else f"hook_{site}"
+    return Place(model.schedule.site(layer), model.schedule.name(layer, hook), layer)
+
+
+def check_site(site: str, known: tuple[str, ...] = (*STREAMS, *HEADS, *PASSES)) -> None:
+    """Raise a `LoopedError` that lists the sites unless this is one of them."""
+    if site not in known:
+        raise LoopedError(f"site={site!r} was asked; choose one of {', '.join(map(repr, known))}.")
