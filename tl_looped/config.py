@@ -49,6 +49,7 @@ class LoopedConfig:
     norm_eps: float = 1e-6
     norm_weight: bool = True
     qk_norm: Literal["none", "head", "flat", "after_rope"] = "none"
+    qk_norm_eps: float | None = None  # None: norm_eps, and for "after_rope" the resolution of the dtype, as in Parcae
     attn_gate: bool = False
     mlp: Literal["gated", "relu_squared"] = "gated"
     act_fn: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
@@ -98,7 +99,8 @@ class LoopedConfig:
                 raise LoopedError(
                     f"{field.name}={getattr(self, field.name)!r} was asked; choose one of {', '.join(map(repr, choices))}."
                 )
-        for name in ("norm_eps", "rope_theta", "noise_std", "noise_scale", "beta", "embed_scale"):
+        numbers = ["norm_eps", "rope_theta", "noise_std", "noise_scale", "beta", "embed_scale"]
+        for name in numbers if self.qk_norm_eps is None else [*numbers, "qk_norm_eps"]:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise LoopedError(f"{name}={value!r} was asked, but {name} must be a finite number >= 0.")

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from . import families
 from .config import LoopedConfig
 from .errors import CheckpointError, LoopedError
-from .families import Family, Source
+from .families import Computed, Family, Source
 from .model import LoopedModel
 from .schedule import check_count
 
@@ -330,7 +330,7 @@ def load_model(
             model = LoopedModel(cfg)
     sources = family.sources(cfg, checkpoint.shapes)
     _check_tensors(checkpoint, family, model, sources)
-    dtype = dtype or checkpoint.dtypes[sources["embed.weight"].name]
+    dtype = dtype or checkpoint.dtypes[next(iter(_stored(sources["embed.weight"])))]
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise LoopedError(f"dtype={dtype!r} was asked; pass a floating-point torch.dtype such as torch.bfloat16.")
     empty = {name: (sources[name], tuple(parameter.shape)) for name, parameter in model.canonical_parameters().items()}
@@ -338,19 +338,20 @@ def load_model(
     converted = {
         name: torch.empty(shape, dtype=dtype, device=device or checkpoint.devices[source.name])
         for name, (source, shape) in empty.items()
-        if checkpoint.dtypes[source.name] != dtype
+        if isinstance(source, Source) and checkpoint.dtypes[source.name] != dtype
     }
     total = sum(math.prod(shape) * dtype.itemsize for _, shape in empty.values())
     broken: list[str] = []
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading", disable=total < _SHOW_PROGRESS_FROM) as bar:
         for name, (source, shape) in empty.items():
-            start = source.first * math.prod(shape[1:])
-            if name in converted:
-                tensor = _convert(checkpoint, source.name, start, converted.pop(name))
+            if isinstance(source, Computed):
+                tensor = _compute(checkpoint, source, name, shape, device, dtype)
+            elif name in converted:
+                tensor = _convert(checkpoint, source.name, source.first * math.prod(shape[1:]), converted.pop(name))
             else:
-                tensor = checkpoint.read(source.name, start, shape).to(device)
+                tensor = checkpoint.read(source.name, source.first * math.prod(shape[1:]), shape).to(device)
             if tensor.min().isnan():
-                broken.append(source.name)
+                broken += _stored(source)
             model.set_parameter(name, nn.Parameter(tensor))
             bar.update(tensor.nbytes)
     if broken:
@@ -358,6 +359,30 @@ def load_model(
     if cfg.tied:
         _check_tied_copies(checkpoint, family.TIED)
     return model.eval()
+
+
+def _stored(source: Source | Computed, shape: tuple[int, ...] = ()) -> Mapping[str, tuple[int, ...]]:
+    """The stored tensors that a parameter of some shape is read from, and their shapes."""
+    return source.stored if isinstance(source, Computed) else {source.name: source.shape or shape}
+
+
+@torch.no_grad()
+def _compute(
+    checkpoint: Checkpoint,
+    source: Computed,
+    name: str,
+    shape: tuple[int, ...],
+    device: torch.device | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A parameter that is computed from stored tensors, converted first: a reference computes in the dtype it runs in."""
+    tensor = source.compute(*(checkpoint.read(stored).to(device, dtype) for stored in source.stored)).contiguous()
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise CheckpointError(
+            f"the family computes {name} from {', '.join(source.stored)} as {list(tensor.shape)} of {tensor.dtype}; "
+            f"the model needs {list(shape)} of {dtype}. Correct its sources()."
+        )
+    return tensor
 
 
 def _convert(checkpoint: Checkpoint, name: str, start: int, out: Tensor) -> Tensor:
@@ -391,13 +416,15 @@ def _with_counts(cfg: LoopedConfig, n_loops: int | None, l_cycles: int | None) -
     return cfg.replace(**{name: check_count(name, count) for name, count in changes.items() if count is not None})
 
 
-def _check_tensors(checkpoint: Checkpoint, family: Family, model: LoopedModel, sources: dict[str, Source]) -> None:
+def _check_tensors(
+    checkpoint: Checkpoint, family: Family, model: LoopedModel, sources: Mapping[str, Source | Computed]
+) -> None:
     """Compare names and shapes with what the config asks for, before any data is read."""
     expected: dict[str, tuple[tuple[int, ...], list[str]]] = {}
     for name, parameter in model.canonical_parameters().items():
-        source = sources.get(name, Source(name))
-        shape, fields = expected.setdefault(source.name, (source.shape or tuple(parameter.shape), []))
-        fields += [field for field in _shape_fields(name) if field not in fields]
+        for stored, shape in _stored(sources.get(name, Source(name)), tuple(parameter.shape)).items():
+            fields = expected.setdefault(stored, (shape, []))[1]
+            fields += [field for field in _shape_fields(name) if field not in fields]
     problems = [f"missing: {name} {list(shape)}" for name, (shape, _) in expected.items() if name not in checkpoint.shapes]
     known = {*expected, *(family.TIED if model.cfg.tied else ())}
     for name, found in checkpoint.shapes.items():

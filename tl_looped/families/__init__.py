@@ -1,4 +1,8 @@
-"""One file per checkpoint family: what a checkpoint computes, and where its parameters are stored."""
+"""One file per checkpoint family: what a checkpoint computes, and where its parameters are stored.
+
+A family from outside the package is a module or an object with the attributes of `Family`, made known by `register`. The
+functions that the family files of the package are written with are here too.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,44 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from ..config import LoopedConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, LoopedError
 from . import canonical, hrm_text, huginn, llama, nanbeige, ouro, parcae, retrofit
-from ._common import Shapes, Source
+from ._common import (
+    Computed,
+    Shapes,
+    Source,
+    activation,
+    attention_rows,
+    fused,
+    get,
+    layers,
+    mlp_rows,
+    modules,
+    need,
+    only,
+    readout,
+    rope,
+)
 
-__all__ = ["Family", "Source", "detect"]
+__all__ = [
+    "Family",
+    "register",
+    "detect",
+    "Source",
+    "Computed",
+    "Shapes",
+    "need",
+    "get",
+    "only",
+    "activation",
+    "rope",
+    "layers",
+    "modules",
+    "fused",
+    "attention_rows",
+    "mlp_rows",
+    "readout",
+]
 
 
 @runtime_checkable
@@ -26,14 +63,43 @@ class Family(Protocol):
     @property
     def IGNORED(self) -> tuple[str, ...]: ...
 
-    def matches(self, config: Mapping[str, Any], shapes: Shapes) -> bool: ...
+    def matches(self, config: Mapping[str, Any], shapes: Shapes) -> bool:
+        """Whether a checkpoint is of this family, from its config.json and the shapes of its tensors."""
+        ...
 
-    def looped_config(self, config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig: ...
+    def looped_config(self, config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
+        """What the checkpoint computes.
 
-    def sources(self, cfg: LoopedConfig, shapes: Shapes) -> dict[str, Source]: ...
+        Raises:
+            CheckpointError: it has an option that is not implemented.
+        """
+        ...
+
+    def sources(self, cfg: LoopedConfig, shapes: Shapes) -> Mapping[str, Source | Computed]:
+        """Where every parameter of the model is stored, by its canonical name."""
+        ...
 
 
-_FAMILIES: tuple[Family, ...] = (canonical, ouro, huginn, retrofit, hrm_text, nanbeige, parcae, llama)
+_FAMILIES: list[Family] = [canonical, ouro, huginn, retrofit, hrm_text, nanbeige, parcae, llama]
+
+
+def register(family: Family) -> None:
+    """Make a family known to `from_pretrained`, `from_hf` and the command, before those that are known already.
+
+    Args:
+        family: a module or an object with `matches`, `looped_config`, `sources`, `TIED` and `IGNORED`.
+
+    Raises:
+        LoopedError: it lacks one of them.
+    """
+    wanted = ("matches", "looped_config", "sources", "TIED", "IGNORED")
+    if missing := [name for name in wanted if not hasattr(family, name)]:
+        raise LoopedError(
+            f"{family!r} was registered as a family, but has no {', '.join(missing)}; a family has {', '.join(wanted)}."
+        )
+    if family in _FAMILIES:
+        _FAMILIES.remove(family)
+    _FAMILIES.insert(0, family)
 
 
 def detect(config: Mapping[str, Any], shapes: Shapes) -> Family:
@@ -48,6 +114,6 @@ def detect(config: Mapping[str, Any], shapes: Shapes) -> Family:
     raise CheckpointError(
         f"this checkpoint has model_type={config.get('model_type')!r} and architectures={config.get('architectures')!r}, "
         "which no family knows; known looped families are ouro, huginn, retrofit, hrm_text, parcae, nanbeige and tl_looped's "
-        f"own format. The layers of an ordinary decoder ({', '.join(llama.MODEL_TYPES)}) can be looped with "
-        "LoopedBridge.loop_layers."
+        f"own format, and what was given to tl_looped.families.register. The layers of an ordinary decoder "
+        f"({', '.join(llama.MODEL_TYPES)}) can be looped with LoopedBridge.loop_layers."
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from ..config import LoopedConfig
 from ..errors import CheckpointError
@@ -52,6 +54,23 @@ class Source:
     name: str
     first: int = 0
     shape: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A parameter computed from whole stored tensors, where it is no rows of one: transposed, permuted, scaled, a product.
+
+    `stored` names the tensors and their shapes; `compute` gets them in that order, in the dtype and on the device of the model.
+
+    Example:
+        >>> import torch
+        >>> transposed = Computed(lambda weight: weight.T, {"mlp.c_fc.weight": (16, 64)})
+        >>> tuple(transposed.compute(torch.zeros(16, 64)).shape)
+        (64, 16)
+    """
+
+    compute: Callable[..., Tensor]
+    stored: Mapping[str, tuple[int, ...]]
 
 
 def need(config: Mapping[str, Any], key: str) -> Any:

@@ -172,7 +172,8 @@ class Attention(nn.Module):
         if cfg.qk_norm != "none":
             after = cfg.qk_norm == "after_rope"
             widths = (q_width, kv_width) if cfg.qk_norm == "flat" else (cfg.d_head, cfg.d_head)
-            self.q_norm, self.k_norm = (RMSNorm(w, None if after else cfg.norm_eps, not after) for w in widths)
+            eps = cfg.qk_norm_eps if cfg.qk_norm_eps is not None or after else cfg.norm_eps
+            self.q_norm, self.k_norm = (RMSNorm(w, eps, not after) for w in widths)
         self.hook_rot_q = nn.Identity()
         self.hook_rot_k = nn.Identity()
         self.hook_attn_scores = nn.Identity()
