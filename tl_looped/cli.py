@@ -5,41 +5,97 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .analysis.random_init import random_init_sweep
 from .bridge.looped_bridge import LoopedBridge
 from .errors import LoopedError
 
-SWEEP_EXAMPLE = "example: tl-looped sweep-init --layers 4 --loops 64 --seeds 2 --std fan_in --csv sweep.csv"
-LENS_EXAMPLE = 'example: tl-looped lens ByteDance/Ouro-1.4B --prompt "The capital of France is" --loops 4'
+HELP = """\
+Look inside looped language models, loop by loop.
+
+A MODEL is a Hub id (ByteDance/Ouro-1.4B), a directory with config.json and tensors, or a toy that comes with the package
+(toy:hop, toy:hop-noinject, toy:text, toy:text-feedforward).
+"""
+EXAMPLES = {
+    "lens": 'tl-looped lens ByteDance/Ouro-1.4B --prompt "The capital of France is"',
+    "report": 'tl-looped report toy:text --prompt "Return the number of" --out report.html',
+    "sweep-init": "tl-looped sweep-init --layers 4 --loops 64 --seeds 2 --std fan_in --csv sweep.csv",
+    "info": "tl-looped info toy:hop",
+}
+INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="tl-looped", description="Look inside looped language models.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    lens = commands.add_parser(
-        "lens",
-        help="what the model would answer if it stopped after each loop",
-        description=lens_table.__doc__,
-        epilog=LENS_EXAMPLE,
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except LoopedError as error:
+        print(f"tl-looped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("tl-looped: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    examples = "\n".join(f"  {example}" for example in EXAMPLES.values())
+    parser = argparse.ArgumentParser(
+        prog="tl-looped",
+        description=HELP,
+        epilog=f"examples:\n{examples}\n\ntl-looped COMMAND --help shows the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    lens.add_argument("checkpoint", help="a Hub id, or a directory with config.json and tensors")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+
+    def command(name: str, run: object, help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=help, description=f"{help[0].upper()}{help[1:]}.", epilog=f"example: {EXAMPLES[name]}"
+        )
+        added.set_defaults(run=run)
+        return added
+
+    lens = command("lens", _lens, "what the model would answer if it stopped after each loop")
+    lens.add_argument("checkpoint", metavar="MODEL", help="a Hub id, a directory with config.json and tensors, or a toy")
     prompt = lens.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt; the checkpoint must come with a tokenizer")
     prompt.add_argument("--tokens", metavar="5,17,3", type=token_list, help="the prompt as token ids")
-    lens.add_argument("--loops", metavar="N", type=int, help="how often to loop (default: what the checkpoint says)")
     lens.add_argument("--top-k", metavar="K", type=int, default=5, help="answers per loop (default: 5)")
-    lens.add_argument("--revision", help="branch, tag or commit on the Hub")
-    lens.add_argument("--device", help="default: CUDA where there is one")
-    sweep = commands.add_parser(
-        "sweep-init",
-        help="which layouts of norms and injection settle at random initialisation",
-        description=random_init_sweep.__doc__.split("\n\n")[0] if random_init_sweep.__doc__ else None,
-        epilog=SWEEP_EXAMPLE,
+    lens.add_argument("--loops", metavar="N", type=int, help="how often to loop (default: what the checkpoint says)")
+
+    page = command(
+        "report", _report, "one HTML page with what happens in the loops: answers, patches, fixed points, attention, exits"
+    )
+    page.add_argument("checkpoint", metavar="MODEL", nargs="?", default="toy:hop", help="as above (default: toy:hop)")
+    page.add_argument(
+        "--prompt", metavar="TEXT", action="append", default=[], help="may be given several times; the first is shown"
+    )
+    page.add_argument("--prompts", metavar="FILE", help="a file with a prompt in every line")
+    page.add_argument(
+        "--loops", metavar="N", type=int, help="how far to look beyond the trained loops (default: twice, at least 16)"
+    )
+    page.add_argument("--clean", metavar="TEXT", help="with --corrupt: patch activations of this prompt ...")
+    page.add_argument("--corrupt", metavar="TEXT", help="... into this one, of as many tokens")
+    page.add_argument("--out", metavar="FILE", type=Path, default=Path("report.html"), help="default: report.html")
+    page.add_argument(
+        "--json",
+        metavar="FILE",
+        type=Path,
+        nargs="?",
+        const=True,
+        help="write every number of the page too (default: beside it)",
+    )
+    page.epilog = (
+        f"{page.epilog}. Where a checkpoint has no tokenizer, prompts are token ids such as 5,17,3. The page grows section "
+        "by section: "
+        "Ctrl-C keeps what is done."
+    )
+
+    sweep = command(
+        "sweep-init", _sweep, "which layouts of norms and injection settle at random initialisation (arXiv 2604.11791)"
     )
     sweep.add_argument("--layers", metavar="N", type=int, default=12, help="layers in the loop (default: 12)")
     sweep.add_argument("--width", metavar="D", type=int, default=128, help="d_model, a multiple of 4 (default: 128)")
@@ -48,20 +104,103 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep.add_argument("--std", type=std, default=0.02, help="of the weights, or fan_in for 1/sqrt(fan_in) (default: 0.02)")
     sweep.add_argument("--embed-std", metavar="X", type=float, default=1.0, help="of the embedding (default: 1)")
     sweep.add_argument("--csv", metavar="FILE", help="also write every (layout, loop) as a table")
-    args = parser.parse_args(argv)
+
+    info = command(
+        "info", _info, "the families that can be loaded, or the schedule, sizes, cost per loop and hook names of a checkpoint"
+    )
+    info.add_argument("checkpoint", metavar="MODEL", nargs="?", help="as above (default: list families and toys)")
+    for one in (lens, page, info):
+        one.add_argument("--revision", help="branch, tag or commit on the Hub")
+    for one in (lens, page):
+        one.add_argument("--device", help="default: CUDA where there is one")
+    return parser
+
+
+def _lens(args: argparse.Namespace) -> int:
+    model = LoopedBridge.from_pretrained(args.checkpoint, n_loops=args.loops, revision=args.revision, device=args.device)
+    print(lens_table(model, args.prompt if args.tokens is None else args.tokens, args.top_k))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .report import Report, report, write
+
+    beside: Path | None = args.out.with_suffix(".json") if args.json is True else args.json
+    if beside is not None and beside.resolve() == args.out.resolve():
+        raise LoopedError(f"--json and --out are both {str(args.out)!r}; choose two files.")
+    texts = [*args.prompt, *(_lines(args.prompts) if args.prompts else [])]
+    for place in (args.out, beside):
+        _check_writable(place)
+    model = LoopedBridge.from_pretrained(args.checkpoint, revision=args.revision, device=args.device)
+
+    def read(text: str) -> str | Tensor:
+        if model.tokenizer is not None:
+            return text
+        try:
+            return token_list(text)
+        except argparse.ArgumentTypeError as error:
+            raise LoopedError(f"{args.checkpoint} has no tokenizer, and {error}.") from None
+
+    def save(found: Report) -> None:
+        found.save(args.out)
+        if beside is not None:
+            write(beside, found.to_json())
+
+    clean, corrupted = (None if text is None else read(text) for text in (args.clean, args.corrupt))
+    found = report(
+        model,
+        [read(text) for text in texts] if texts else None,
+        n_loops=args.loops,
+        clean=clean,
+        corrupted=corrupted,
+        on_section=save,
+    )
+    save(found)
+    print(args.out.resolve(), *([] if beside is None else [beside.resolve()]), sep="\n")
+    if found.missing:
+        print(f"tl-looped: interrupted; not done: {', '.join(found.missing)}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _lines(file: str) -> list[str]:
     try:
-        if args.command == "sweep-init":
-            sizes = {"n_layers": args.layers, "d_model": args.width, "n_loops": args.loops}
-            found = random_init_sweep(**sizes, seeds=args.seeds, std=args.std, embed_std=args.embed_std)
-            print(found.summary())
-            if args.csv:
-                found.to_dataframe().to_csv(args.csv, index=False)
-            return 0
-        model = LoopedBridge.from_pretrained(args.checkpoint, n_loops=args.loops, revision=args.revision, device=args.device)
-        print(lens_table(model, args.prompt if args.tokens is None else args.tokens, args.top_k))
-    except LoopedError as error:
-        print(f"tl-looped: {error}", file=sys.stderr)
-        return 1
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoopedError(f"--prompts {file!r} cannot be read: {error}.") from error
+    if not (found := [line for line in lines if line.strip()]):
+        raise LoopedError(f"--prompts {file!r} holds no prompt; write one in every line.")
+    return found
+
+
+def _check_writable(place: Path | None) -> None:
+    """Refuse before the work begins rather than after it."""
+    if place is None:
+        return
+    if place.is_dir():
+        raise LoopedError(f"{str(place)!r} cannot be written: it is a directory. Name a file in it.")
+    if not place.parent.is_dir():
+        raise LoopedError(f"{str(place)!r} cannot be written: there is no directory {str(place.parent)!r}.")
+    from .report import write
+
+    write(place.with_name(f".{place.name}.try"), "").unlink()
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from .analysis.random_init import random_init_sweep
+
+    sizes = {"n_layers": args.layers, "d_model": args.width, "n_loops": args.loops}
+    found = random_init_sweep(**sizes, seeds=args.seeds, std=args.std, embed_std=args.embed_std)
+    print(found.summary())
+    if args.csv:
+        found.to_dataframe().to_csv(args.csv, index=False)
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from .info import checkpoint_text, families_text
+
+    print(families_text() if args.checkpoint is None else checkpoint_text(args.checkpoint, args.revision))
     return 0
 
 

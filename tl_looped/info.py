@@ -1,0 +1,147 @@
+"""What a checkpoint is before it is loaded: schedule, sizes, cost of a loop, hook names."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import families
+from .bridge.looped_bridge import LoopedBridge
+from .config import LoopedConfig
+from .loading import open_checkpoint
+from .model import LoopedModel
+from .sizes import human, sizes
+from .toys import TOYS
+
+# Family, checkpoints on the Hub, what is special about the loop.
+FAMILIES = (
+    ("ouro", "ByteDance/Ouro-*", "sandwich norms, a norm and an exit gate after every pass"),
+    ("huginn", "tomg-group-umd/huginn-0125", "prelude, concat-linear injection, random state, norms on the stream, coda"),
+    ("retrofit", "smcleish/Recurrent-*", "Huginn's loop around the layers of Llama, TinyLlama and OLMo"),
+    ("hrm_text", "sapientinc/HRM-Text-1B", "two stacks, L several times and H once per loop"),
+    ("parcae", "SandyResearch/parcae-*", "decay injection, value embeddings"),
+    ("nanbeige", "Nanbeige/Nanbeige4.2-*", "a Llama run twice, a norm after every pass"),
+    ("tl_looped", "what save_pretrained writes", "any"),
+)
+
+
+def families_text() -> str:
+    """The families and toys that can be loaded, as a table."""
+    toys = [[f"toy:{name}", what] for name, what in TOYS.items()]
+    return "\n".join(
+        [
+            *_columns([["family", "checkpoints", "loop"], *map(list, FAMILIES)]),
+            "",
+            *_columns([["toy", "what it is"], *toys]),
+            "",
+            "Layers of an ordinary Llama, Mistral, Qwen2, Qwen3 or SmolLM: LoopedBridge.loop_layers.",
+        ]
+    )
+
+
+def checkpoint_text(name_or_dir: str | Path, revision: str | None = None) -> str:
+    """What a checkpoint computes, from its config.json and the names of its tensors, none of which is read.
+
+    Args:
+        name_or_dir: as for `LoopedBridge.from_pretrained`.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or no family knows it.
+    """
+    checkpoint = open_checkpoint(name_or_dir, revision)
+    family = families.detect(checkpoint.config, checkpoint.shapes)
+    cfg = family.looped_config(checkpoint.config, checkpoint.shapes)
+    dtype = checkpoint.dtypes[family.sources(cfg, checkpoint.shapes)["embed.weight"].name]
+    found = sizes(cfg)
+    loop_share = found.flops_per_loop / found.flops(cfg.n_loops)
+    rows = [
+        ["family", cfg.family],
+        ["runs", cfg.schedule.describe()],
+        ["width", f"{cfg.d_model}, {cfg.n_heads} heads of {cfg.d_head}, {cfg.n_kv_heads} of keys and values"],
+        ["vocabulary", f"{cfg.d_vocab}; context {cfg.n_ctx}"],
+        [
+            "parameters",
+            f"{human(found.n_parameters)}: {', '.join(f'{part} {human(n)}' for part, n in found.parameters.items())}",
+        ],
+        ["memory", f"{human(found.n_parameters * dtype.itemsize, 'B')} as stored ({str(dtype).removeprefix('torch.')})"],
+        ["cost of a token", f"{human(found.flops(cfg.n_loops), 'FLOP')} with {cfg.n_loops} loops"],
+        [
+            "one loop more",
+            f"{human(found.flops_per_loop, 'FLOP')} per token ({loop_share:.0%} of that), "
+            f"{human(found.attention_flops, 'FLOP')} for "
+            f"every earlier token, {human(found.cache_per_loop * dtype.itemsize, 'B')} of keys and values, no parameter",
+        ],
+    ]
+    return "\n".join([str(name_or_dir), *_columns(rows), "", hooks_text(cfg)])
+
+
+def hooks_text(cfg: LoopedConfig) -> str:
+    """The names of all hook points of a model, by place and shape; `{0..5}` stands for any index in that range.
+
+    Args:
+        cfg: the structure.
+    """
+    few = {"n_loops": min(2, cfg.n_loops)} | ({} if cfg.l_cycles is None else {"l_cycles": 1})
+    with torch.device("meta"):
+        bridge = LoopedBridge(LoopedModel(cfg.replace(**few)))
+    places: dict[str, list[str]] = {}
+    for name in bridge.hook_dict:
+        place, hook = _place(bridge, name, cfg)
+        hooks = places.setdefault(place, [])
+        if hook not in hooks:
+            hooks.append(hook)
+    alike: dict[frozenset[str], list[str]] = {}
+    for place, hooks in places.items():
+        alike.setdefault(frozenset(hooks), []).append(place)
+    shapes, lines = _shapes(cfg), []
+    for same in alike.values():
+        lines += ["", ", ".join(f"{place}." if place else "outside the layers:" for place in same)]
+        by_shape: dict[str, list[str]] = {}
+        for hook in sorted(places[same[0]], key=lambda hook: [*shapes, hook].index(hook)):
+            by_shape.setdefault(shapes.get(hook, "other points"), []).append(hook)
+        for shape, hooks in by_shape.items():
+            lines += textwrap.wrap(" ".join(hooks), 120, initial_indent=f"  {shape:28}", subsequent_indent=" " * 30)
+    return "\n".join(lines[1:])
+
+
+def _place(bridge: LoopedBridge, name: str, cfg: LoopedConfig) -> tuple[str, str]:
+    """Where a hook stands, with the ranges of its indices in the whole model, and its own name."""
+    parts = bridge.schedule.loop_name(name).split(".")
+    stack = parts[0] if parts[0] in cfg.schedule.stacks else "core"
+    shown = []
+    for before, part in zip(["", *parts], parts, strict=False):
+        if before == "loops":
+            part = _range(cfg.schedule.n_loops_of(stack))
+        elif before == "blocks":
+            part = _range(cfg.schedule.stacks[stack])
+        shown.append(part)
+    last = max((k + 1 for k, part in enumerate(parts) if part in ("loops", "blocks")), default=-1)
+    return ".".join(shown[: last + 1]), ".".join(shown[last + 1 :])
+
+
+def _range(n: int) -> str:
+    return "0" if n == 1 else f"{{0..{n - 1}}}"
+
+
+def _shapes(cfg: LoopedConfig) -> dict[str, str]:
+    """The shapes of the hooks that users of TransformerLens know, in the order in which they are shown."""
+    stream = "hook_embed hook_resid_pre hook_attn_out hook_resid_mid hook_mlp_out hook_resid_post"
+    passes = "hook_state hook_injection hook_in hook_out"
+    keys = "head" if cfg.n_kv_heads == cfg.n_heads else "kv_head"
+    return {
+        **dict.fromkeys(f"{stream} {passes}".split(), "[batch, pos, d_model]"),
+        **dict.fromkeys("attn.hook_q attn.hook_rot_q attn.hook_z".split(), "[batch, pos, head, d_head]"),
+        **dict.fromkeys("attn.hook_k attn.hook_rot_k attn.hook_v".split(), f"[batch, pos, {keys}, d_head]"),
+        **dict.fromkeys("attn.hook_attn_scores attn.hook_pattern".split(), "[batch, head, query, key]"),
+        **dict.fromkeys("mlp.hook_pre mlp.hook_pre_linear mlp.hook_post".split(), "[batch, pos, d_mlp]"),
+        "hook_exit_logit": "[batch, pos]",
+    }
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[k]) for row in rows if k < len(row)) for k in range(max(map(len, rows)))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]

@@ -1,0 +1,110 @@
+"""A drawing of the order in which the layers of a model run."""
+
+from __future__ import annotations
+
+from html import escape
+
+from ..config import LoopedConfig
+
+_WIDTH, _BOX, _GAP = 340, 210, 26
+
+
+def schedule_diagram(cfg: LoopedConfig) -> str:
+    """An SVG: what runs from the token to the answer, from top to bottom, with the loop drawn as a loop.
+
+    Its colours are CSS variables of the page: `--line`, `--text`, `--muted`, `--accent`, `--paper`.
+
+    Args:
+        cfg: the structure.
+    """
+    drawing = _Drawing()
+    drawing.box("embedding", "the token")
+    if cfg.n_prelude:
+        drawing.box("prelude", _layers(cfg.n_prelude) + (", norm" if cfg.prelude_norm else ""))
+    if cfg.initial_state != "embedding":
+        drawing.note(
+            {"noise": "the state begins as noise", "learned": "the states begin as a learned vector"}[cfg.initial_state]
+        )
+    source = drawing.bottom - 12
+    first = drawing.bottom
+    if cfg.l_cycles is None:
+        drawing.box("looped layers", _layers(cfg.n_core), loop=True)
+    else:
+        drawing.box("L stack", f"{_layers(cfg.n_core)}, {cfg.l_cycles} times", loop=True)
+        drawing.box("H stack", _layers(cfg.n_core), loop=True)
+    ends = [*(["norm"] if cfg.pass_norm else []), *(["exit gate"] if cfg.exit_gate else [])]
+    if cfg.strategy == "anchored":
+        ends.append(f"1/{cfg.anchor_steps} of the step")
+    if ends:
+        drawing.box("after every loop", ", ".join(ends), loop=True)
+    drawing.arc(first, drawing.bottom - _GAP, f"× {cfg.n_loops}")
+    if cfg.injection != "none":
+        drawing.injection(source, first + 18)
+    after = {"none": "", "final_norm": "norm", "linear": "linear map"}[cfg.after_loop]
+    if after:
+        drawing.box("after the loop", after)
+    if cfg.n_coda:
+        drawing.box("coda", _layers(cfg.n_coda))
+    drawing.box("answer", ("norm, " if cfg.final_norm else "") + "unembedding", last=True)
+    return drawing.svg()
+
+
+def _layers(n: int) -> str:
+    return f"{n} layer{'s' * (n > 1)}"
+
+
+class _Drawing:
+    """Boxes below one another, with arrows between them."""
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+        self.bottom = 8
+        self.left = (_WIDTH - _BOX) // 2
+
+    def text(self, x: float, y: float, words: str, kind: str = "", anchor: str = "middle") -> None:
+        self.parts.append(f'<text x="{x}" y="{y}" text-anchor="{anchor}" class="{kind}">{escape(words)}</text>')
+
+    def box(self, name: str, detail: str, *, loop: bool = False, last: bool = False) -> None:
+        y = self.bottom
+        style = "loop" if loop else "plain"
+        self.parts.append(f'<rect x="{self.left}" y="{y}" width="{_BOX}" height="40" rx="7" class="{style}"/>')
+        self.text(_WIDTH / 2, y + 17, name, "name")
+        self.text(_WIDTH / 2, y + 32, detail, "detail")
+        if not last:
+            self.arrow(_WIDTH / 2, y + 40, y + 40 + _GAP)
+        self.bottom = y + 40 + (0 if last else _GAP)
+
+    def note(self, words: str) -> None:
+        self.text(_WIDTH / 2, self.bottom + 10, words, "detail")
+        self.bottom += 20
+
+    def arrow(self, x: float, start: float, end: float) -> None:
+        self.parts.append(f'<path d="M{x} {start}V{end - 2}" class="arrow" marker-end="url(#tip)"/>')
+
+    def arc(self, top: float, bottom: float, words: str) -> None:
+        """From the bottom of the loop back to its top, on the right."""
+        x, right = self.left + _BOX, self.left + _BOX + 26
+        self.parts.append(
+            f'<path d="M{x} {bottom - 10}H{right}V{top + 10}H{x + 3}" class="arrow strong" marker-end="url(#tip)"/>'
+        )
+        self.text(right + 6, (top + bottom) / 2 + 5, words, "times", "start")
+
+    def injection(self, source: float, target: float) -> None:
+        """From what precedes the loop into its first layer, on the left."""
+        x, left = self.left, self.left - 26
+        self.parts.append(
+            f'<path d="M{_WIDTH / 2} {source}H{left}V{target}H{x - 3}" class="arrow strong" marker-end="url(#tip)"/>'
+        )
+        middle = (source + target) / 2
+        self.parts.append(
+            f'<text transform="translate({left - 7} {middle}) rotate(-90)" text-anchor="middle" class="detail">injection</text>'
+        )
+
+    def svg(self) -> str:
+        tip = (
+            '<defs><marker id="tip" viewBox="0 0 8 8" refX="6" refY="4" markerWidth="6" markerHeight="6" orient="auto">'
+            '<path d="M0 0L8 4L0 8z" class="tip"/></marker></defs>'
+        )
+        size = f'viewBox="0 0 {_WIDTH} {self.bottom + 8}" width="{_WIDTH}"'
+        label = 'role="img" aria-label="the order in which the layers run"'
+        return f'<svg class="diagram" {size} {label}>{tip}{"".join(self.parts)}</svg>'

@@ -1,0 +1,99 @@
+"""A report as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from .section import Figure, Section, plain
+
+_HERE = Path(__file__).parent
+
+
+def page(title: str, lead: str, prompt: str, sections: Sequence[Section], note: str) -> str:
+    """The HTML of a page with scripts, styles and data inside.
+
+    Args:
+        title: above the page.
+        lead: what the page is about.
+        prompt: the prompt that is shown.
+        sections: what was found.
+        note: what is missing and why, or nothing.
+    """
+    links = "".join(f'<a href="#{s.name}">{escape(s.title)}</a>' for s in sections)
+    body = "".join(map(_section, sections))
+    warning = f'<p class="refused">{escape(note)}</p>' if note else ""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<link rel="icon" href="data:,">
+<style>{_file("page.css")}</style>
+<script>{_plotly()}</script>
+</head>
+<body>
+<header>
+<h1>{escape(title)}</h1>
+<p>{escape(lead)}</p>
+<p class="prompt">{escape(prompt)}</p>
+{warning}
+<nav>{links}</nav>
+</header>
+<main>
+{body}
+</main>
+<footer>Made with tl_looped. The sentences above the figures are computed from the numbers in them.</footer>
+<script>{_file("page.js")}</script>
+</body>
+</html>
+"""
+
+
+def _section(section: Section) -> str:
+    reading = "".join(f'<p class="reading">{escape(sentence)}</p>' for sentence in section.reading)
+    refused = "".join(f'<p class="refused">Not measured: {escape(reason)}</p>' for reason in section.refused)
+    figures = "".join(map(_figure, section.figures))
+    return (
+        f'<section id="{section.name}"><h2>{escape(section.title)}</h2>{reading}{refused}'
+        f'<div class="figures">{figures}</div></section>\n'
+    )
+
+
+def _figure(figure: Figure) -> str:
+    kind = " ".join((["wide"] if figure.width > 560 else []) + (["on-light"] if figure.is_light else []))
+    content = figure.content if isinstance(figure.content, str) else _plot(figure.content)
+    inside = f'<div style="min-width:{figure.width}px">{content}</div>' if figure.width > 320 else content
+    return (
+        f'<figure class="{kind}"><figcaption>{escape(figure.caption)}</figcaption><div class="scroll">{inside}</div></figure>'
+    )
+
+
+def _plot(figure: Any) -> str:
+    found = plain(figure.to_plotly_json())
+    layout = found["layout"]
+    layout.pop("template", None)
+    layout.pop("title", None)  # the caption says it
+    is_below = layout.setdefault("xaxis", {}).get("side") != "top"
+    layout.setdefault("yaxis", {})
+    layout |= {"margin": {"l": 56, "r": 16, "t": 30, "b": 44 if is_below else 10}, "height": layout.get("height", 340)}
+    layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "font": {"size": 11}} | layout.get("legend", {})
+    data = json.dumps({"data": found["data"], "layout": layout}, allow_nan=False).replace("</", "<\\/")
+    return f'<div class="plotly-figure"><div class="plot"></div><script type="application/json">{data}</script></div>'
+
+
+@lru_cache
+def _file(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
+@lru_cache
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return get_plotlyjs()

@@ -1,0 +1,223 @@
+"""What a report can say of the toys of pointer chasing, whose right answers are known after every loop."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ..analysis._prompts import at_depth
+from ..bridge.looped_bridge import LoopedBridge
+from ..plots import heat_map, plotly
+from ..results import Estimate, Grid
+from ..toys.hop import WORDS, HopPrompts, hop_prompts
+from .section import Figure, Question, Section, share
+
+OTHER = {"toy:hop": "toy:hop-noinject", "toy:hop-noinject": "toy:hop"}  # the toy that differs in the injection alone
+N_FRESH, FRESH_SEED = 200, 77
+EXAMPLES, EXAMPLE_SEED = 32, 7
+
+
+def example() -> tuple[HopPrompts, tuple[Tensor, Tensor]]:
+    """Mappings to ask for, and the first of them beside the same prompt with another mapping."""
+    prompts = hop_prompts(EXAMPLES, seed=EXAMPLE_SEED)
+    keys, queries = prompts.keys[:1], prompts.queries[:1]
+    for seed in range(1, 1000):
+        other = hop_prompts(seed=seed)
+        order = (keys[:, :, None] == other.keys[:, None]).long().argmax(-1)
+        corrupted = HopPrompts(keys, other.values.gather(1, order), queries)
+        if not _meet(prompts, corrupted):
+            return prompts, (prompts.tokens[:1], corrupted.tokens)
+    raise AssertionError("no mapping keeps apart from the first one")
+
+
+def _meet(clean: HopPrompts, corrupted: HopPrompts) -> bool:
+    """Whether the walk from the last query over the clean mapping, continued over the corrupted one after some hops, ends where
+    the clean walk ends: a patch at such a loop would restore the answer by chance."""
+    n_hops = 6
+    walk = clean.answers(n_hops)[:, 0, -1].tolist()
+    step = dict(zip((corrupted.keys[0]).tolist(), corrupted.values[0].tolist(), strict=True))
+    first = WORDS.index("a")
+    ends = []
+    for t, symbol in enumerate([int(clean.queries[0, -1]) + first, *walk[:-1]]):
+        at = symbol - first
+        for _ in range(n_hops - t):
+            at = step[at]
+        ends.append(at + first)
+    return walk[-1] in ends
+
+
+def right_answers(asked: Question, n_loops: int) -> Int[Tensor, "loop pos"]:
+    """The right answers at the queries of the prompt that is shown; -1 elsewhere.
+
+    Args:
+        asked: whose `hops` are known.
+        n_loops: how many loops.
+    """
+    assert asked.hops is not None
+    right = torch.full((n_loops, asked.shown.shape[1]), -1)
+    right[:, asked.hops.query_pos] = asked.hops.answers(n_loops)[:, 0]
+    return right
+
+
+def read_answers(section: Section, answers: Tensor, right: Tensor, trained: int, first: int) -> None:
+    """Say how many queries are answered rightly.
+
+    Args:
+        section: what is written to.
+        answers: the answers, [loop, pos].
+        right: the right ones, -1 where there is none.
+        trained: the number of loops the model was trained for.
+        first: the first position of `answers`.
+    """
+    right = right[:, first:]
+    asked = right[0] >= 0
+    counts = (answers == right)[:, asked].sum(1).tolist()
+    n = int(asked.sum())
+    section.numbers |= {"queries": n, "right_by_loop": counts}
+    inside = [c for c in counts[:trained]]
+    said = f"all {n} queries in every one" if min(inside) == n else f"{min(inside)} to {max(inside)} of {n} queries in each"
+    section.reading.append(
+        "The prompt lists a mapping, then asks for every key; after loop t the model should name hop t + 1 from each. It "
+        "is right at "
+        f"{said} of its {trained} trained loops"
+        + (f", and after loop {len(counts) - 1} at {counts[-1]}." if len(counts) > trained else ".")
+    )
+
+
+def accuracy_beyond(asked: Question, section: Section) -> None:
+    """Accuracy by loop on fresh mappings, beyond the trained loops, beside the toy with or without injection.
+
+    Args:
+        asked: whose `hops` are known.
+        section: what is written to.
+    """
+    model, trained = asked.model, asked.model.n_loops
+    n_loops = max(asked.n_loops, trained)
+    prompts = hop_prompts(N_FRESH, seed=FRESH_SEED)
+    name = str(model.cfg.model_name)
+    found = {name: _accuracy(at_depth(model, n_loops), prompts, name)}
+    if name in OTHER:
+        twin = OTHER[name]
+        found[twin] = _accuracy(LoopedBridge.from_pretrained(twin, n_loops=n_loops, device=model.cfg.device), prompts, twin)
+    figure = plotly().Figure(layout={"xaxis_title": "loop", "yaxis_title": "right answers", "yaxis_tickformat": ".0%"})
+    for one, estimate in found.items():
+        section.numbers[one] = estimate
+        loops, values, errors = estimate.labels["loop"], estimate.values.tolist(), estimate.stderr.tolist()
+        figure.add_scatter(x=loops, y=values, error_y={"array": errors}, name=one, mode="lines+markers")
+        last = f"; after loop {n_loops - 1} {_percent(estimate, -1)}" if n_loops > trained else ""
+        least = int(estimate.values[:trained].argmin())
+        section.reading.append(
+            f"{one}{_injected(one)}: {_percent(estimate, least)} of the answers are right at the worst of the {trained} "
+            f"trained loops{last}."
+        )
+    section.numbers |= {"trained": trained, "mappings": N_FRESH, "chance": 1 / 8}
+    section.reading.append(
+        f"Measured on {N_FRESH} mappings drawn for this page, with standard errors over them; chance is {share(1 / 8)}."
+    )
+    if n_loops > trained:
+        figure.add_vline(x=trained - 0.5, line={"width": 1.5, "dash": "dot", "color": "#d95f0e"})
+    caption = "Share of right answers after each loop; a loop names one hop more."
+    if n_loops > trained:
+        caption += " Right of the dotted line the models loop more often than they were trained to."
+    section.figures.append(Figure(caption, figure))
+
+
+def _injected(name: str) -> str:
+    return " (without injection)" if name.endswith("noinject") else " (with injection)"
+
+
+def _percent(estimate: Estimate, k: int) -> str:
+    return f"{float(estimate.values[k]):.2%} ± {float(estimate.stderr[k]):.2%}"
+
+
+def _accuracy(model: LoopedBridge, prompts: HopPrompts, name: str) -> Estimate:
+    return Estimate.of(
+        (_answers(model, prompts) == prompts.answers(model.n_loops)).double().mean(-1).T,
+        ("loop",),
+        {"loop": [str(t) for t in range(model.n_loops)]},
+        f"accuracy of {name}",
+    )
+
+
+@torch.no_grad()
+def _answers(
+    model: LoopedBridge, prompts: HopPrompts, hooks: list[tuple[str, object]] | None = None
+) -> Int[Tensor, "loop batch query"]:
+    found: list[Tensor] = []
+    run = model.run_with_hooks
+    run(
+        prompts.tokens.to(model.cfg.device),
+        fwd_hooks=hooks or [],
+        on_loop=lambda loop, logits: found.append(logits[:, prompts.query_pos].argmax(-1).cpu()),
+    )
+    return torch.stack(found)
+
+
+def transplants(asked: Question, section: Section) -> None:
+    """The causal picture: the queries get the states that they have after a loop in a run of another mapping.
+
+    If the state of a query is the symbol it has reached, the answer of that loop becomes the other run's, and later ones are
+    hops from there in the prompt's own mapping.
+
+    Args:
+        asked: whose `hops` are known.
+        section: what is written to.
+    """
+    assert asked.hops is not None
+    model, here = asked.model, asked.hops
+    n_loops, (batch, n_symbols) = model.n_loops, here.keys.shape
+    other = hop_prompts(batch, n_symbols, seed=EXAMPLE_SEED + 1)
+    step = torch.arange(len(WORDS)).repeat(batch, 1)
+    first = WORDS.index("a")
+    step.scatter_(1, here.keys + first, here.values + first)  # from an answer to the next in the prompt's own mapping
+    with torch.no_grad():
+        _, cache = model.run_with_cache(other.tokens.to(model.cfg.device), names_filter="loops.*.hook_out")
+    own, theirs = here.answers(n_loops), other.answers(n_loops)
+    as_the_task_says = torch.zeros(n_loops, n_loops, dtype=torch.float64)
+    changed = torch.zeros_like(as_the_task_says)
+    for t in range(n_loops):
+        name = f"loops.{t}.hook_out"
+
+        def transplant(state: Tensor, hook: object, name: str = name) -> Tensor:
+            state[:, here.query_pos] = cache[name][:, other.query_pos]
+            return state
+
+        found = _answers(model, here, [(name, transplant)])
+        expected = own.clone()
+        expected[t] = theirs[t]
+        for s in range(t + 1, n_loops):
+            expected[s] = step.gather(1, expected[s - 1])
+        as_the_task_says[t] = (found == expected).double().mean((1, 2))
+        changed[t] = (found != own).double().mean((1, 2))
+    labels = {"transplanted": [f"after loop {t}" for t in range(n_loops)], "answer": [f"loop {t}" for t in range(n_loops)]}
+    axes = ("transplanted", "answer")
+    section.numbers["transplants"] = says = Grid(as_the_task_says, axes, labels, "as the task says")
+    section.numbers["transplants_changed"] = moved = Grid(changed, axes, labels, "changed answers")
+    before = [changed[t, s] for t in range(n_loops) for s in range(t)]
+    after = [changed[t, s] for t in range(n_loops) for s in range(t, n_loops)]
+    worst = float(as_the_task_says.min())
+    section.numbers |= {
+        "changed_before": float(max(before, default=0)),
+        "changed_after": float(min(after)),
+        "worst_as_the_task_says": worst,
+    }
+    section.reading.append(
+        "With the states that its queries have after loop t in a run of another mapping, a prompt keeps its answers of "
+        "earlier loops "
+        f"({share(max(before, default=0))} of them change at most); at least {share(min(after))} of the others change. They "
+        "are "
+        "those that the task demands if the state at a query is the symbol it has reached: the other run's symbol at loop "
+        "t, then "
+        f"hops from there in the prompt's own mapping, in at least {share(worst)} of the cases for every pair of loops."
+    )
+    section.figures += [
+        Figure(
+            "Share of the answers that change, by the loop after which the queries' states were transplanted.",
+            heat_map(moved, " "),
+        ),
+        Figure(
+            "Share of the answers that are what the task demands after the transplant.",
+            heat_map(says, " ").update_traces(zmin=0, zmax=1),
+        ),
+    ]

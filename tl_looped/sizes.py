@@ -1,0 +1,98 @@
+"""What a looped model weighs, and what a loop costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .config import LoopedConfig
+from .model import LoopedModel
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters and costs of a looped model.
+
+    Args:
+        parameters: number of distinct parameters by part: "embed", "prelude", the looped stacks, "coda", "unembed" where it is
+            not tied, and "between" for what stands between the layers (injections, norms, gates).
+        flops_per_loop: floating-point operations that one loop more costs a token, two for each weight of its matrices;
+            attention over earlier tokens is not counted.
+        flops_outside: the same for embedding, prelude, coda and unembedding.
+        attention_flops: what attention adds to one loop for every earlier token.
+        cache_per_loop: numbers that the keys and values of a token take in one loop.
+    """
+
+    parameters: dict[str, int]
+    flops_per_loop: int
+    flops_outside: int
+    attention_flops: int
+    cache_per_loop: int
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of distinct parameters, whatever the number of loops."""
+        return sum(self.parameters.values())
+
+    def flops(self, n_loops: int) -> int:
+        """Floating-point operations per token with a number of loops, without attention over earlier tokens.
+
+        Args:
+            n_loops: how often to loop.
+        """
+        return self.flops_outside + n_loops * self.flops_per_loop
+
+
+def sizes(cfg: LoopedConfig) -> Sizes:
+    """Count the parameters and the work of a model from its structure alone; no weights are needed.
+
+    Args:
+        cfg: the structure; the number of loops does not matter.
+
+    Example:
+        >>> from tl_looped import LoopedConfig
+        >>> found = sizes(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3, d_mlp=16))
+        >>> found.parameters["core"], found.flops_per_loop  # the norms' 32 weights are no matrices
+        (1312, 2560)
+    """
+    with torch.device("meta"):
+        parameters = LoopedModel(cfg.replace(n_loops=1)).canonical_parameters()
+    stacks = [name for name, n_layers in cfg.schedule.stacks.items() if n_layers]
+    runs = {stack: cfg.l_cycles if stack == "L" else 1 for stack in cfg.schedule.core_stacks}
+    counts, per_loop, outside = dict.fromkeys(["embed", *stacks, "between", "unembed"], 0), 0, 0
+    for name, parameter in parameters.items():
+        first = name.split(".")[0]
+        part = first if first in counts else "embed" if first == "value_embeds" else "between"
+        counts[part] += parameter.numel()
+        if parameter.ndim < 2 or part == "embed":
+            continue
+        if part in runs:
+            per_loop += (runs[part] or 1) * parameter.numel()
+        elif first in ("inject", "exit_gate"):
+            per_loop += sum(runs[stack] or 1 for stack in runs) * parameter.numel() if first == "inject" else parameter.numel()
+        else:
+            outside += parameter.numel()
+    if cfg.tied:
+        outside += parameters["embed.weight"].numel()
+    layers_per_loop = sum((runs[stack] or 1) * cfg.n_core for stack in runs)
+    return Sizes(
+        {part: n for part, n in counts.items() if n},
+        flops_per_loop=2 * per_loop,
+        flops_outside=2 * outside,
+        attention_flops=4 * layers_per_loop * cfg.n_heads * cfg.d_head,
+        cache_per_loop=2 * layers_per_loop * cfg.n_kv_heads * cfg.d_head,
+    )
+
+
+def human(n: float, unit: str = "") -> str:
+    """A count in three digits, as in "1.43 B".
+
+    Args:
+        n: the count.
+        unit: written after it.
+    """
+    for size, letter in ((1e12, "T"), (1e9, "B" if not unit else "G"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= 0.9995 * size:
+            return f"{n / size:.3g} {letter}{unit}"
+    return f"{n:.3g} {unit}".strip()
