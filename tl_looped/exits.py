@@ -52,7 +52,9 @@ class LoopHistory:
 class ExitPolicy(Protocol):
     """Says after every loop which rows need no further one; after the last loop it is not asked."""
 
-    def __call__(self, history: LoopHistory) -> Bool[Tensor, "*rows"]: ...
+    def __call__(self, history: LoopHistory) -> Bool[Tensor, "*rows"]:
+        """Which rows need no further loop."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Gate:
         _check("threshold", self.threshold, high=1.0)
 
     def __call__(self, history: LoopHistory) -> Bool[Tensor, "*rows"]:
+        """Which rows need no further loop."""
         if not history.exit_logits:
             raise LoopedError("the exit policy Gate reads exit gates, which this model does not have; use another policy.")
         survival, pdf = torch.ones_like(history.exit_logits[0]), []
@@ -98,6 +101,7 @@ class KL:
         _check("threshold", self.threshold)
 
     def __call__(self, history: LoopHistory) -> Bool[Tensor, "*rows"]:
+        """Which rows need no further loop."""
         if history.loop < 1:
             return _nobody(history)
         now, before = history.log_probs(history.loop), history.log_probs(history.loop - 1)
@@ -121,6 +125,7 @@ class StateChange:
         _check("threshold", self.threshold)
 
     def __call__(self, history: LoopHistory) -> Bool[Tensor, "*rows"]:
+        """Which rows need no further loop."""
         before, now = history.states[-2:]
         return (now - before).norm(dim=-1) < self.threshold * now.norm(dim=-1)
 
@@ -142,6 +147,7 @@ class TwoHitAcceleration:
         _check("threshold", self.threshold)
 
     def __call__(self, history: LoopHistory) -> Bool[Tensor, "*rows"]:
+        """Which rows need no further loop."""
         if len(history.states) < 4:
             return _nobody(history)
         s = history.states[-4:]

@@ -1,5 +1,7 @@
-"""Numbers over named axes such as (loop, layer, pos), as analyses and sweeps return them: `Grid`, and `Estimate` of a mean;
-and `Result`, what holds several of them."""
+"""Numbers over named axes such as (loop, layer, pos), as analyses and sweeps return them.
+
+`Grid`, and `Estimate` of a mean; and `Result`, what holds several of them.
+"""
 
 from __future__ import annotations
 

@@ -58,10 +58,14 @@ class Family(Protocol):
     """
 
     @property
-    def TIED(self) -> tuple[str, str]: ...
+    def TIED(self) -> tuple[str, str]:
+        """The stored names of the embedding and the unembedding."""
+        ...
 
     @property
-    def IGNORED(self) -> tuple[str, ...]: ...
+    def IGNORED(self) -> tuple[str, ...]:
+        """Patterns of stored names, as in `fnmatch`."""
+        ...
 
     def matches(self, config: Mapping[str, Any], shapes: Shapes) -> bool:
         """Whether a checkpoint is of this family, from its config.json and the shapes of its tensors."""

@@ -210,8 +210,10 @@ class Attention(nn.Module):
         v: Float[Tensor, "batch kv_head key d_head"],
         mask: Bool[Tensor, "#batch 1 query key"] | None,
     ) -> Float[Tensor, "batch head query d_head"]:
-        """Attention-weighted values. Looking at scores or pattern never changes the bits of the result, with or without
-        gradients; only an edit does."""
+        """Attention-weighted values.
+
+        Looking at scores or pattern never changes the bits of the result, with or without gradients; only an edit does.
+        """
         causal_only = mask is None and q.shape[-2] > 1
         z = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal_only, scale=self.scale, enable_gqa=self.grouped

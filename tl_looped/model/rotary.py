@@ -45,7 +45,7 @@ class Rotary:
         self.frequencies, self.factor = inverse_frequencies(cfg)
 
     def __call__(self, position_ids: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [batch, pos, d_head / 2], fp32."""
+        """Cosines and sines, each [batch, pos, d_head / 2], fp32."""
         self.frequencies = self.frequencies.to(position_ids.device)
         angles = position_ids.unsqueeze(-1).float() * self.frequencies
         return angles.cos() * self.factor, angles.sin() * self.factor
