@@ -376,6 +376,29 @@ def test_a_deep_copy_stands_alone() -> None:
 
 
 @FAMILIES
+def test_virtual_layers_have_their_own_components_and_modes(name: str) -> None:
+    bridge = random_bridge(name)
+    for parts in (list(bridge.blocks), list(bridge.passes)):
+        modules = [{id(module) for module in part.modules()} for part in parts]
+        assert len(set.union(*modules)) == sum(map(len, modules))
+        hooks = [{id(hook) for hook in part._hook_registry.values()} for part in parts]
+        assert all(own <= module for own, module in zip(hooks, modules, strict=True))
+    assert len({id(block.config) for block in bridge.blocks} | {id(bridge.cfg)}) == len(bridge.blocks) + 1
+    everything = [*bridge.modules(), *bridge.original_model.modules()]
+    bridge.train()
+    assert all(module.training for module in everything) and gc.isenabled()
+    bridge.eval()
+    assert not any(module.training for module in everything)
+
+
+@FAMILIES
+def test_aliases_are_those_that_transformer_lens_finds(name: str) -> None:
+    bridge = random_bridge(name)
+    ours, theirs = (kind._collect_hook_aliases_from_registry(bridge) for kind in (LoopedBridge, TransformerBridge))
+    assert ours == theirs
+
+
+@FAMILIES
 def test_weights_are_read_without_complaint(name: str, caplog: pytest.LogCaptureFixture) -> None:
     bridge = random_bridge(name)
     for weights in ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out", "W_E", "W_U"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, cast
@@ -23,7 +25,7 @@ from ..config import LoopedConfig
 from ..errors import LoopedError, UnknownNameError
 from ..model import LoopedModel
 from ..model.initial_state import InitialState
-from ..model.looped_model import initialise
+from ..model.looped_model import initialise, set_mode
 from ..schedule import Schedule, check_count, is_pattern
 from .adapter import LoopedArchitectureAdapter, bridge_config
 from .cache import LoopedCache
@@ -59,7 +61,8 @@ class LoopedBridge(GeneratingBridge):
         adapter.prepare_model(model)
         self.__dict__["looped_cfg"] = model.cfg
         self.__dict__["_hook_dict"] = (None, {})
-        super().__init__(model, adapter, tokenizer)
+        with _no_collections():
+            super().__init__(model, adapter, tokenizer)
         self.eval()
 
     @property
@@ -226,7 +229,7 @@ class LoopedBridge(GeneratingBridge):
         """
         if self._weights_processed:
             raise LoopedError("the weights of this model were processed (compatibility mode); unroll the model before that.")
-        with torch.device("meta"):
+        with torch.device("meta"), _no_collections():
             model = LoopedModel(self.looped_cfg.replace(n_loops=n_loops))
         for name, parameter in self._model.canonical_parameters().items():
             model.set_parameter(name, parameter)
@@ -361,6 +364,16 @@ class LoopedBridge(GeneratingBridge):
         nn.Module.to(self, *args, **kwargs)
         if print_details:
             print(f"Model on {self.cfg.device} in {self.cfg.dtype}")
+        return self
+
+    def train(self, mode: bool = True) -> LoopedBridge:
+        """Training or evaluation mode, of the wrapped model too.
+
+        Args:
+            mode: False for evaluation.
+        """
+        set_mode(self, mode)
+        self._model.train(mode)
         return self
 
     # Weights.
@@ -621,6 +634,13 @@ class LoopedBridge(GeneratingBridge):
             self.__dict__["_hook_dict"] = (version, hooks)
         return self.__dict__["_hook_dict"][1]
 
+    def _collect_hook_aliases_from_registry(self) -> dict[str, str]:
+        """As in TransformerBridge, which looks for the aliases of a block among all names; here every block is asked."""
+        aliases = self._collect_component_aliases(self.adapter.component_mapping)
+        outside = tuple(sorted(name for name in self._hook_registry if not name.startswith("blocks.")))
+        found = dict(self._compute_hook_aliases_cached(outside, tuple(sorted(aliases.items()))))
+        return found | self._collect_block_instance_aliases()
+
     def _scan_existing_hooks(self, module: nn.Module, prefix: str = "") -> None:
         """Fill the hook registry; passes get their loop-indexed names, which are the only ones they have."""
         named = {id(hook) for hook in self._hook_registry.values()}
@@ -654,9 +674,23 @@ class LoopedBridge(GeneratingBridge):
         """Every looped family has the forks; TransformerLens would check for its own attention classes."""
 
 
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Without garbage collections, each of which would scan all virtual layers made so far; what is made here stays alive."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _configured(tokenizer: Any, cfg: TransformerBridgeConfig) -> Any:
-    """The tokenizer with TransformerLens's settings. It reloads one from where it came from, so one that has no such place, or
-    one on the Hub, gets a place."""
+    """The tokenizer with TransformerLens's settings.
+
+    It reloads one from where it came from, so one that has no such place, or one on the Hub, gets a place.
+    """
     if Path(tokenizer.name_or_path or "/nowhere").is_dir():
         return configure_tokenizer(tokenizer, cfg)
     with TemporaryDirectory() as folder:
@@ -684,6 +718,7 @@ class HookDict(dict[str, HookPoint]):
         return super().__contains__(name) or (isinstance(name, str) and self.get(name) is not None)
 
     def get(self, name: str, default: Any = None) -> Any:
+        """The hook point of a name in either spelling."""
         if super().__contains__(name):
             return super().__getitem__(name)
         try:

@@ -119,6 +119,15 @@ class LoopedModel(nn.Module):
         """The scaled token embedding, under the name that TransformerLens asks for when it generates from embeddings."""
         return self.embed
 
+    def train(self, mode: bool = True) -> LoopedModel:
+        """Training or evaluation mode.
+
+        Args:
+            mode: False for evaluation.
+        """
+        set_mode(self, mode)
+        return self
+
     def _find_parameter_slots(self) -> dict[str, list[tuple[nn.Module, str]]]:
         """For every distinct parameter, its canonical name and all (module, attribute) pairs that hold it."""
         schedule = self.cfg.schedule
@@ -508,6 +517,15 @@ def check_tokens(tokens: Tensor, d_vocab: int) -> None:
     if low < 0 or high >= d_vocab:
         bad = low if low < 0 else high
         raise LoopedError(f"token {bad} was given, but the vocabulary of this model is 0..{d_vocab - 1}.")
+
+
+def set_mode(root: nn.Module, mode: bool) -> None:
+    """Set training or evaluation mode in every module once.
+
+    Under a bridge many stand in several places, and PyTorch's recursion would come to those a dozen times.
+    """
+    for module in root.modules():
+        module.__dict__["training"] = mode
 
 
 def _share(module: AnyModule) -> AnyModule:
