@@ -165,7 +165,11 @@ class LoopedConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoopedConfig:
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`.
+
+        Raises:
+            LoopedError: a field that this version does not know, or values that contradict each other.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise LoopedError(f"unknown LoopedConfig fields {unknown}; this version knows {sorted(known)}.")

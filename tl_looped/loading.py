@@ -115,7 +115,16 @@ class Checkpoint:
         self.devices = {name: tensor.device for name, tensor in stored.items()}
 
     def read(self, name: str, start: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
-        """One tensor, or the part of it that holds `shape` elements from element `start` on."""
+        """One tensor, or the part of it that holds `shape` elements from element `start` on.
+
+        Args:
+            name: its stored name.
+            start: the first element, counted through the whole tensor.
+            shape: the shape of the part; None for the whole tensor.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its file has changed.
+        """
         if name not in self._stored:
             raise CheckpointError(f"tensor {name!r} was asked; {self} has {', '.join(sorted(self._stored))}.")
         shape = self.shapes[name] if shape is None else shape

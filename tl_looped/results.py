@@ -98,6 +98,9 @@ class Estimate(Grid):
             axes: the names of the other axes.
             labels: what the entries of every axis are called.
             name: what the numbers are, with their unit if they have one.
+
+        Raises:
+            LoopedError: there is no example.
         """
         if not len(examples):
             raise LoopedError("an estimate over no examples was asked; pass at least one.")

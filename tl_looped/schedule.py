@@ -51,7 +51,16 @@ class Pass:
 
 
 def check_count(name: str, value: object, minimum: int = 1) -> int:
-    """Return `value` if it is an int of at least `minimum`; raise a `LoopedError` that names it otherwise."""
+    """Return `value` if it is an int of at least `minimum`; raise a `LoopedError` that names it otherwise.
+
+    Args:
+        name: what the message calls it.
+        value: what was given.
+        minimum: the least that is accepted.
+
+    Raises:
+        LoopedError: it is no int, or too small.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise LoopedError(f"{name}={value!r} was asked, but {name} must be an int >= {minimum}.")
     return value
@@ -150,7 +159,11 @@ class Schedule:
         return sum(p.stack == stack for p in self.passes)
 
     def looped_stack(self, stack: str | None = None) -> str:
-        """Check the name of a looped stack; None for the only one."""
+        """Check the name of a looped stack; None for the only one.
+
+        Raises:
+            LoopedError: there is no such stack, or None was given and there are two.
+        """
         stacks = list(self.core_stacks)
         if stack is None and len(stacks) > 1:
             raise LoopedError("this model loops the stacks L and H; pass stack='L' or stack='H'.")
@@ -160,6 +173,10 @@ class Schedule:
 
     def select_loops(self, loops: LoopSelector = "all", stack: str | None = None) -> list[int]:
         """The loops of a stack that a selector names, in the order asked.
+
+        Args:
+            loops: an int, a slice, several ints, "all" or "last".
+            stack: "L" or "H" for HRM-Text; None elsewhere.
 
         Raises:
             OutOfRangeError: a loop that this run does not have, or no loop at all.
@@ -187,17 +204,33 @@ class Schedule:
         return chosen
 
     def passes_of(self, loops: LoopSelector = "all", stack: str | None = None) -> list[Pass]:
-        """The passes of a looped stack that a loop selector names, in the order asked."""
+        """The passes of a looped stack that a loop selector names, in the order asked.
+
+        Args:
+            loops: as in `select_loops`.
+            stack: "L" or "H" for HRM-Text; None elsewhere.
+
+        Raises:
+            OutOfRangeError: a loop that this run does not have, or no loop at all.
+        """
         stack = self.looped_stack(stack)
         by_loop = {p.loop: p for p in self.passes if p.stack == stack}
         return [by_loop[t] for t in self.select_loops(loops, stack)]
 
     def layer(self, index: int) -> int:
-        """Check a virtual index and make it non-negative."""
+        """Check a virtual index and make it non-negative.
+
+        Raises:
+            OutOfRangeError: there is no such layer.
+        """
         return _pick_one(index, self.n_layers, "layer", "virtual layers")
 
     def loop(self, index: int) -> int:
-        """Check a loop index (of the H stack for HRM-Text) and make it non-negative."""
+        """Check a loop index (of the H stack for HRM-Text) and make it non-negative.
+
+        Raises:
+            OutOfRangeError: there is no such loop.
+        """
         return _pick_one(index, self.n_loops, "loop", "loops", more_loops=True)
 
     def pass_of_loop(self, loop: int) -> Pass:
@@ -214,7 +247,11 @@ class Schedule:
         return self.sites[self.layer(index)]
 
     def virtual(self, site: Site) -> int:
-        """The virtual index of a site; negative indices count from the end."""
+        """The virtual index of a site; negative indices count from the end.
+
+        Raises:
+            OutOfRangeError: this run has no such site.
+        """
         stack, loop, layer = site
         n_layers = self.stacks.get(stack, 0)
         if loop is not None and stack in self.core_stacks:
@@ -232,7 +269,15 @@ class Schedule:
         return "" if stack == "core" else f"{stack}."
 
     def name(self, index: int, hook: str) -> str:
-        """The loop-indexed name of hook point `hook` of virtual layer `index`."""
+        """The loop-indexed name of hook point `hook` of virtual layer `index`.
+
+        Args:
+            index: a virtual layer; negative ones count from the end.
+            hook: such as "attn.hook_z".
+
+        Raises:
+            OutOfRangeError: there is no such layer.
+        """
         site = self.site(index)
         stack = self._stack_prefix(site.stack)
         loop = "" if site.loop is None else f"loops.{site.loop}."

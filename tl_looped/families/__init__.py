@@ -68,11 +68,20 @@ class Family(Protocol):
         ...
 
     def matches(self, config: Mapping[str, Any], shapes: Shapes) -> bool:
-        """Whether a checkpoint is of this family, from its config.json and the shapes of its tensors."""
+        """Whether a checkpoint is of this family, from its config.json and the shapes of its tensors.
+
+        Args:
+            config: the content of config.json.
+            shapes: the shape of every stored tensor, by its name.
+        """
         ...
 
     def looped_config(self, config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
         """What the checkpoint computes.
+
+        Args:
+            config: the content of config.json.
+            shapes: the shape of every stored tensor, by its name.
 
         Raises:
             CheckpointError: it has an option that is not implemented.
@@ -80,7 +89,12 @@ class Family(Protocol):
         ...
 
     def sources(self, cfg: LoopedConfig, shapes: Shapes) -> Mapping[str, Source | Computed]:
-        """Where every parameter of the model is stored, by its canonical name."""
+        """Where every parameter of the model is stored, by its canonical name.
+
+        Args:
+            cfg: what `looped_config` returned, maybe with other loop counts.
+            shapes: the shape of every stored tensor, by its name.
+        """
         ...
 
 
@@ -108,6 +122,10 @@ def register(family: Family) -> None:
 
 def detect(config: Mapping[str, Any], shapes: Shapes) -> Family:
     """The family of a checkpoint, from its config.json and the shapes of its tensors.
+
+    Args:
+        config: the content of config.json.
+        shapes: the shape of every stored tensor, by its name.
 
     Raises:
         CheckpointError: no family knows it.

@@ -74,7 +74,15 @@ class Computed:
 
 
 def need(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a key that a config.json must have."""
+    """The value of a key that a config.json must have.
+
+    Args:
+        config: the content of config.json.
+        key: the key.
+
+    Raises:
+        CheckpointError: it is missing or null.
+    """
     if config.get(key) is None:
         raise CheckpointError(
             f"config.json has no {key!r}, which a {kind(config)} checkpoint needs; it has {', '.join(sorted(config))}. "
@@ -84,7 +92,13 @@ def need(config: Mapping[str, Any], key: str) -> Any:
 
 
 def get(config: Mapping[str, Any], key: str, default: Any) -> Any:
-    """The value of an optional key; null counts as missing."""
+    """The value of an optional key; null counts as missing.
+
+    Args:
+        config: the content of config.json.
+        key: the key.
+        default: the value of a missing key.
+    """
     value = config.get(key)
     return default if value is None else value
 
@@ -95,7 +109,15 @@ def kind(config: Mapping[str, Any]) -> str:
 
 
 def only(config: Mapping[str, Any], **implemented: Any) -> None:
-    """Refuse a config.json in which an option has another value than the implemented one; a missing option or null is none."""
+    """Refuse a config.json in which an option has another value than the implemented one; a missing option or null is none.
+
+    Args:
+        config: the content of config.json.
+        **implemented: the values that are implemented, by key.
+
+    Raises:
+        CheckpointError: an option has another value.
+    """
     for key, value in implemented.items():
         found = config.get(key)
         if found is not None and found != value and (found or value):  # False, 0, [] and "" all mean: off
@@ -106,7 +128,15 @@ def only(config: Mapping[str, Any], **implemented: Any) -> None:
 
 
 def activation(config: Mapping[str, Any], key: str = "hidden_act") -> Any:
-    """The activation function of the MLP, SiLU by default."""
+    """The activation function of the MLP, SiLU by default.
+
+    Args:
+        config: the content of config.json.
+        key: the key that names it.
+
+    Raises:
+        CheckpointError: it is not implemented.
+    """
     name = get(config, key, "silu")
     if name.lower() not in ACTIVATIONS:
         raise CheckpointError(f"this {kind(config)} checkpoint has {key}={name!r}; implemented are {', '.join(ACTIVATIONS)}.")
@@ -114,7 +144,15 @@ def activation(config: Mapping[str, Any], key: str = "hidden_act") -> Any:
 
 
 def rope(config: Mapping[str, Any], default_theta: float | None) -> dict[str, Any]:
-    """The rotary fields, as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) writes them."""
+    """The rotary fields, as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) writes them.
+
+    Args:
+        config: the content of config.json.
+        default_theta: the base where config.json has none; None if it must have one.
+
+    Raises:
+        CheckpointError: an option that is not implemented.
+    """
     scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     if any(isinstance(value, dict) for value in scaling.values()):
         raise CheckpointError(
@@ -158,7 +196,13 @@ def layers(cfg: LoopedConfig) -> Iterator[tuple[str, str, int, int]]:
 
 
 def modules(cfg: LoopedConfig, table: Mapping[str, str]) -> dict[str, Source]:
-    """Sources of modules stored one by one; `table` maps canonical modules to stored ones."""
+    """Sources of modules stored one by one.
+
+    Args:
+        cfg: what the checkpoint computes.
+        table: stored modules by canonical ones, {"core.0.attn.q": "model.layers.0.self_attn.q_proj"}; `cfg.biases` says which
+            have biases.
+    """
     sources = {f"{ours}.weight": Source(f"{theirs}.weight") for ours, theirs in table.items()}
     for ours, theirs in table.items():
         if _BIASES.get(".".join(ours.split(".")[2:])) in cfg.biases:
@@ -167,7 +211,13 @@ def modules(cfg: LoopedConfig, table: Mapping[str, str]) -> dict[str, Source]:
 
 
 def fused(stored: str, width: int, parts: Mapping[str, int]) -> dict[str, Source]:
-    """Sources of modules stored as one matrix; `parts` gives the rows of each canonical module, in the stored order."""
+    """Sources of modules stored as one matrix.
+
+    Args:
+        stored: the name of the fused module.
+        width: its number of columns.
+        parts: rows of each canonical module, in the stored order.
+    """
     sources, first = {}, 0
     for ours, rows in parts.items():
         sources[f"{ours}.weight"] = Source(f"{stored}.weight", first, (sum(parts.values()), width))
@@ -176,18 +226,36 @@ def fused(stored: str, width: int, parts: Mapping[str, int]) -> dict[str, Source
 
 
 def attention_rows(cfg: LoopedConfig, at: str, order: str) -> dict[str, int]:
-    """The rows of a fused attention matrix; `order` names its parts, for example "q k v"."""
+    """The rows of a fused attention matrix, as `fused` wants them.
+
+    Args:
+        cfg: what the checkpoint computes.
+        at: a physical layer, such as "core.0".
+        order: the parts as they are stored, for example "q k v" or "gate q k v".
+    """
     q, kv = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
     return {f"{at}.attn.{part}": kv if part in ("k", "v") else q for part in order.split()}
 
 
 def mlp_rows(cfg: LoopedConfig, at: str) -> dict[str, int]:
-    """The rows of a fused gated MLP: the gate comes first."""
+    """The rows of a fused gated MLP, as `fused` wants them: the gate comes first.
+
+    Args:
+        cfg: what the checkpoint computes.
+        at: a physical layer, such as "core.0".
+    """
     return {f"{at}.mlp.gate": cfg.d_mlp, f"{at}.mlp.up": cfg.d_mlp}
 
 
 def readout(cfg: LoopedConfig, shapes: Shapes, embed: str, unembed: str) -> dict[str, str]:
-    """The embedding and, unless it is tied, the unembedding; of tied ones, either copy may be the stored one."""
+    """The embedding and, unless it is tied, the unembedding; of tied ones, either copy may be the stored one.
+
+    Args:
+        cfg: what the checkpoint computes.
+        shapes: the shape of every stored tensor, by its name.
+        embed: the stored module of the embedding.
+        unembed: that of the unembedding.
+    """
     if not cfg.tied:
         return {"embed": embed, "unembed": unembed}
     return {"embed": embed if f"{embed}.weight" in shapes or f"{unembed}.weight" not in shapes else unembed}

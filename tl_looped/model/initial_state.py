@@ -64,6 +64,9 @@ def initial_state(
         like: a tensor of the shape, dtype and device wanted.
         position_ids: the position of every token.
         noise: rows of random states.
+
+    Raises:
+        LoopedError: a state of another shape, or a kind of state that this family does not have.
     """
     if isinstance(asked, Tensor):
         if asked.shape != like.shape:
