@@ -85,7 +85,7 @@ def sizes(cfg: LoopedConfig) -> Sizes:
     )
 
 
-def human(n: float, unit: str = "") -> str:
+def human(n: int | float, unit: str = "") -> str:
     """A count in three digits, as in "1.43 B".
 
     Args:
