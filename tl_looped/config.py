@@ -17,9 +17,63 @@ Projection = Literal["q", "k", "v", "o", "gate", "in", "out", "attn_gate"]
 class LoopedConfig:
     """The structure of a looped language model, validated on construction.
 
-    The defaults describe a plain pre-norm decoder whose layers are looped; each field below is one way in which a family
-    departs from it. `n_kv_heads`, `d_head` and `d_mlp` may be 0 for their usual values (`n_heads`, `d_model // n_heads`,
-    `4 * d_model`).
+    The defaults describe a plain pre-norm decoder whose layers are looped; each field is one way in which a family departs
+    from it.
+
+    Args:
+        d_model: width of the residual stream.
+        n_heads: number of query heads.
+        d_vocab: size of the vocabulary.
+        n_core: layers in the loop (in each of HRM-Text's two stacks).
+        n_loops: how often they run (cycles of H for HRM-Text).
+        n_kv_heads: number of key and value heads; 0 for `n_heads`.
+        d_head: width of a head; 0 for `d_model // n_heads`.
+        d_mlp: width of the MLP; 0 for `4 * d_model`.
+        n_ctx: greatest number of positions.
+        family: what errors and reports call the model; it decides nothing.
+        n_prelude: layers before the loop.
+        n_coda: layers after the loop.
+        l_cycles: with two stacks, runs of L before each run of H; None for one stack.
+        norm: where the norms of a block sit: "pre" on the input of each branch, "branch" on its output, "sandwich" on both,
+            "stream" on its input and on the stream after the addition.
+        norm_eps: added to the mean square in every norm.
+        norm_weight: whether norms have a weight.
+        qk_norm: norm of queries and keys: of each head ("head"), over all heads ("flat"), or of each head after the rotation,
+            without a weight ("after_rope").
+        qk_norm_eps: its epsilon; None for `norm_eps`, and for "after_rope" for the resolution of the dtype.
+        attn_gate: a sigmoid gate from the attention's input multiplies its output before `o`.
+        mlp: "gated", `down(act(gate(x)) * up(x))`, or "relu_squared", `down(relu(up(x))^2 / 2)`.
+        act_fn: activation of the gated MLP.
+        biases: which projections have a bias.
+        windows: for every physical layer, the number of positions it may look at, its own included; None for all. Empty for
+            all in every layer.
+        value_embed_layers: physical layers whose values get a gated embedding of the token added (Parcae).
+        value_gate_width: how many leading entries of the attention's input that gate reads.
+        rope_layout: rotary pairs: entry i with entry i + d_head / 2 ("half"), neighbours ("pairs"), or no positions ("none").
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: transformers' description of scaled frequencies.
+        injection: what enters every pass beside the state: nothing, a sum with it ("add"), a linear map of state and injection
+            side by side ("concat"), or Parcae's decay ("decay").
+        prelude_norm: a norm of what is injected.
+        initial_state: the state before the first pass: the prelude's output ("embedding"), truncated noise ("noise"), or a
+            vector that is learned ("learned").
+        noise_std: standard deviation of the noise; it is cut at three of them.
+        noise_scale: factor on the noise.
+        pass_norm: a norm of the state after every pass.
+        after_loop: what the state goes through after the last pass: nothing, the last norm ("final_norm"), a map ("linear").
+        final_norm: a norm before the unembedding; False where that of the last pass is the last.
+        exit_gate: a linear gate reads the state after every pass (Ouro).
+        strategy: "naive", or "anchored" (arXiv 2605.23872): every pass moves the state by `1 / anchor_steps` of the way, and
+            the output of the loop is `beta * first pass + (1 - beta) * state`.
+        anchor_steps: passes that an anchored loop would need to go all the way.
+        beta: weight of the first pass in the output of an anchored loop.
+        embed_scale: factor on the embedding.
+        logit_softcap: logits are `cap * tanh(logits / cap)`; None for no cap.
+        tied: the unembedding is the embedding.
+        prefix_lm: `token_type_ids` may mark a prefix whose positions look at each other both ways.
+
+    Raises:
+        LoopedError: a value that is none of the choices, or fields that contradict each other.
 
     Example:
         >>> cfg = LoopedConfig(d_model=64, n_heads=4, d_vocab=100, n_core=2, n_loops=3)
@@ -38,18 +92,17 @@ class LoopedConfig:
     n_ctx: int = 2048
     family: str = "custom"
 
-    # The schedule: layers before and after the loop; runs of the L stack per H cycle (HRM-Text).
+    # The schedule.
     n_prelude: int = 0
     n_coda: int = 0
     l_cycles: int | None = None
 
-    # A block: where its norms sit ("pre": on the branch input, "branch": on the branch output, "sandwich": both, "stream": on
-    # the branch input and on the stream after the addition), and what its attention and MLP add to the usual ones.
+    # A block.
     norm: Literal["pre", "branch", "sandwich", "stream"] = "pre"
     norm_eps: float = 1e-6
     norm_weight: bool = True
     qk_norm: Literal["none", "head", "flat", "after_rope"] = "none"
-    qk_norm_eps: float | None = None  # None: norm_eps, and for "after_rope" the resolution of the dtype, as in Parcae
+    qk_norm_eps: float | None = None
     attn_gate: bool = False
     mlp: Literal["gated", "relu_squared"] = "gated"
     act_fn: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
@@ -63,7 +116,7 @@ class LoopedConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
 
-    # The loop: what enters every pass, the state before the first, what is done to the state leaving a pass or the loop.
+    # The loop.
     injection: Literal["none", "add", "concat", "decay"] = "none"
     prelude_norm: bool = False
     initial_state: Literal["embedding", "noise", "learned"] = "embedding"
@@ -73,8 +126,6 @@ class LoopedConfig:
     after_loop: Literal["none", "final_norm", "linear"] = "none"
     final_norm: bool = True
     exit_gate: bool = False
-    # "anchored" (arXiv 2605.23872): every pass moves the state by 1/anchor_steps of the way, and the loop's output is
-    # beta * first pass + (1 - beta) * state.
     strategy: Literal["naive", "anchored"] = "naive"
     anchor_steps: int = 1
     beta: float = 0.5

@@ -47,6 +47,8 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
         return html
     html = re.sub(r'href="(?:\.\./docs/)?([\w/]+)\.(?:md|ipynb)(#[^"]*)?"', _site_link, html)
     html = re.sub(r'<img[^>]*colab-badge\.svg"[^>]*>', "Open in Colab", html)
+    html = re.sub(r'<script type="module">import "https://cdn\.plot\.ly/[^<]*</script>', "", html)
+    html = re.sub(r'<script[^>]*src="https://[^"]*/mathjax/[^"]*"[^>]*></script>', "", html)
     return re.sub(r'<script[^>]*src="https://cdn\.plot\.ly/[^"]*"[^>]*>', f'<script src="../{PLOTLY}">', html)
 
 

@@ -46,9 +46,12 @@ _BIASES = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a parameter is stored: in tensor `name`, read as rows of the parameter's width, from row `first` on.
+    """Where a parameter is stored: in rows of one tensor.
 
-    `shape` is the shape of the whole stored tensor where it is not the parameter's own.
+    Args:
+        name: the stored tensor, read as rows of the parameter's width.
+        first: the first row that is read.
+        shape: the shape of the whole stored tensor, where it is not the parameter's own.
     """
 
     name: str
@@ -60,7 +63,9 @@ class Source:
 class Computed:
     """A parameter computed from whole stored tensors, where it is no rows of one: transposed, permuted, scaled, a product.
 
-    `stored` names the tensors and their shapes; `compute` gets them in that order, in the dtype and on the device of the model.
+    Args:
+        compute: makes the parameter of the stored tensors, in the dtype and on the device of the model.
+        stored: the names of these tensors and their shapes, in the order of the arguments of `compute`.
 
     Example:
         >>> import torch
