@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformer_lens.patching
 import yaml
 
 import tl_looped
@@ -49,25 +50,18 @@ def run(page: str, tabs: tuple[str, ...], tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore")  # of the other libraries
-def test_tl_looped_and_transformer_lens_agree_where_the_page_says_so(tmp_path: Path) -> None:
+def test_tl_looped_and_transformer_lens_do_what_the_page_says(tmp_path: Path) -> None:
     found = run("coming_from.md", ("tl_looped", "TransformerLens"), tmp_path)
-    close: Any = lambda a, b: torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)  # noqa: E731
-    close(found["logits"], found["their_logits"])
-    close(found["states"], found["states_by_hand"])
-    close(found["patched"], found["patched_by_hand"])
+    for ours, theirs in (("logits", "their_logits"), ("states", "states_by_hand"), ("patched", "patched_by_hand")):
+        torch.testing.assert_close(found[ours], found[theirs], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(found["patched"], found["model"](found["corrupted"]), atol=1e-3)
     assert tuple(found["patterns"].shape) == (6, 2, 1, 4, 5, 5)
     assert tuple(found["parts"].shape) == (6, 32, 48)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_what_the_page_says_that_transformer_lens_does(tmp_path: Path) -> None:
-    from transformer_lens import patching
-
-    found = run("coming_from.md", ("tl_looped", "TransformerLens"), tmp_path)
-    bridge = found["bridge"]
     with pytest.raises(KeyError):
-        patching.get_act_patch_resid_pre(bridge, found["corrupted"], found["their_cache"], found["metric"])
+        transformer_lens.patching.get_act_patch_resid_pre(
+            found["bridge"], found["corrupted"], found["their_cache"], found["metric"]
+        )
+    torch.testing.assert_close(found["seen"][0], found["gradients"]["blocks.13.hook_out"], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
