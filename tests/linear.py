@@ -50,9 +50,15 @@ def deep_loop() -> LoopedBridge:
     return random_bridge("retrofit_llama", n_core=1, n_coda=1, n_loops=128)
 
 
-def one_loop_bytes(tokens: torch.Tensor) -> int:
-    """The most bytes of tensors that a run of one loop of `deep_loop()` needs when nothing is kept."""
+def one_loop_bytes(tokens: torch.Tensor, patterns: bool = False) -> int:
+    """The most bytes of tensors that a run of one loop of `deep_loop()` needs when nothing is kept.
+
+    Args:
+        tokens: what it runs on.
+        patterns: whether attention patterns are looked at, which fused attention does not make.
+    """
     one = deep_loop().unroll(1)
+    hooks = [("loops.*.blocks.*.attn.hook_pattern", lambda value, hook: None)] if patterns else []
     with PeakMemory(one) as peak, torch.no_grad():
-        one(tokens)
+        one.run_with_hooks(tokens, fwd_hooks=hooks)
     return peak.nbytes

@@ -21,7 +21,7 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta" and not tensor._is_zerotensor():
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in self.known and storage._cdata not in self.alive:
                     self.alive[storage._cdata] = storage.nbytes()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from peak_memory import PeakMemory
 from zoo import SMALL, ZOO, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
@@ -50,6 +48,37 @@ def test_distances_are_those_of_the_cached_patterns(name: str) -> None:
             expected = ((a - b)[:, 1].square().sum((1, 2)) / 4).sqrt().mean().item()
             assert heads.values[i, k, 1].item() == pytest.approx(expected, abs=1e-6)
     assert pairs.labels["layer"][-1] == bridge.schedule.name(bridge.schedule.n_layers - 1, "x")[:-2] and pairs.count == 3
+
+
+@pytest.mark.parametrize("looking_ahead", [False, True])
+def test_distances_over_several_runs(looking_ahead: bool) -> None:
+    bridge, tokens, runs = (
+        random_bridge("retrofit_llama", torch.float64, n_core=1, n_coda=1, n_loops=60),
+        random_tokens(2, 8),
+        [],
+    )
+
+    def spread(pattern: torch.Tensor, hook: object) -> torch.Tensor:
+        runs.append(1)
+        return torch.full_like(pattern, 1 / 8) if looking_ahead else pattern
+
+    def state() -> torch.Generator:
+        return torch.Generator().manual_seed(1)
+
+    with bridge.hooks([("loops.7.blocks.0.attn.hook_pattern", spread)] if looking_ahead else []):
+        pairs, heads = (
+            attention_distances(bridge, tokens, per_head=per_head, initial_state=state(), verbose=False)
+            for per_head in (False, True)
+        )
+        n_runs = len(runs)
+        with torch.no_grad():
+            _, cache = bridge.run_with_cache(tokens, names_filter="blocks.*.attn.hook_pattern", initial_state=state())
+    assert n_runs == (6 if looking_ahead else 0)
+    x = torch.stack([cache["pattern", i] for i in range(bridge.schedule.n_layers)], 1)  # [batch, layer, head, query, key]
+    torch.testing.assert_close(pairs.values, (torch.cdist(x.flatten(2), x.flatten(2)) / 24**0.5).mean(0), atol=1e-6, rtol=0)
+    for h in range(3):
+        one = x[:, :, h].flatten(2)
+        torch.testing.assert_close(heads.values[..., h], (torch.cdist(one, one) / 8**0.5).mean(0), atol=1e-6, rtol=0)
 
 
 def test_split_work_gives_the_same_as_one_process() -> None:
@@ -142,15 +171,3 @@ def test_refusals() -> None:
     bridge.add_hook("loops.1.blocks.0.hook_resid_pre", lambda x, hook: x * torch.nan)
     with pytest.raises(LoopedError, match=r"loops\.1\.blocks\.0\.attn\.hook_pattern holds NaN"):
         attention_distances(bridge, tokens, verbose=False)
-
-
-@pytest.mark.parametrize("analysis", [attention_stability, attention_distances])
-def test_memory_is_that_of_a_few_loops(analysis: Any) -> None:
-    bridge = LoopedBridge.from_config(ZOO["ouro"].replace(n_ctx=64, n_loops=16))
-    tokens = random_tokens(1, 60)
-    with torch.no_grad():
-        _, cache = bridge.unroll(1).run_with_cache(tokens)
-    one_loop = sum({x.data_ptr(): x.nbytes for x in cache.cache_dict.values()}.values())
-    with PeakMemory(bridge) as peak:
-        analysis(bridge, tokens, verbose=False)
-    assert peak.nbytes < 3 * one_loop

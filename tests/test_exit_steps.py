@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from peak_memory import PeakMemory
 from zoo import random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError, exits
@@ -129,14 +128,3 @@ def test_refusals() -> None:
     with pytest.raises(LoopedError, match="no next token"):
         exit_steps(bridge, tokens[:, :1], verbose=False)
     assert exit_steps(bridge, tokens[:, :1], answers=[3, 4], verbose=False).cost.values.tolist() == [1, 2, 3]
-
-
-def test_memory_does_not_grow_with_the_loops() -> None:
-    bridge, tokens = random_bridge("huginn", n_prelude=1, n_core=1, d_vocab=500), random_tokens(1, 20)
-    peaks = []
-    for n_loops in (3, 12):
-        deep = bridge.unroll(n_loops)
-        with PeakMemory(deep) as peak:
-            exit_steps(deep, tokens, [exits.KL(1e-9), exits.TwoHitAcceleration(1e-9)], verbose=False)
-        peaks.append(peak.nbytes)
-    assert peaks[1] < 1.2 * peaks[0]

@@ -215,8 +215,9 @@ def test_the_first_activation_that_is_not_finite_is_named() -> None:
         return value * torch.nan
 
     with bridge.hooks([("loops.1.blocks.2.hook_mlp_out", spoil)]):
-        with pytest.raises(LoopedError, match=r"loops\.2\.blocks\.0\.hook_resid_post holds NaN"):
-            run(bridge)
+        for patterns in (False, True):
+            with pytest.raises(LoopedError, match=r"loops\.1\.blocks\.2\.hook_resid_post holds NaN"):
+                run(bridge, patterns=patterns)
 
 
 def test_figures(unchecked: None) -> None:

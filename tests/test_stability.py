@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from peak_memory import PeakMemory
 from test_cli import word_tokenizer
 from zoo import ZOO, random_bridge, random_tokens
 
@@ -149,14 +148,3 @@ def test_injection_of_two_stacks_and_refusals() -> None:
         injection_effect(huginn, tokens, 3, verbose=False)
     with pytest.raises(LoopedError, match="generator"):
         injection_effect(huginn, tokens, 0, initial_state=torch.Generator(), verbose=False)
-
-
-def test_memory_does_not_grow_with_the_loops() -> None:
-    bridge, tokens = random_bridge("huginn", n_prelude=1, n_core=1, d_vocab=500), random_tokens(1, 20)
-    peaks = []
-    for n_loops in (2, 12):
-        deep = bridge.unroll(n_loops)
-        with PeakMemory(deep) as peak:
-            stability(deep, tokens, n_loops=n_loops, trained=1, verbose=False)
-        peaks.append(peak.nbytes)
-    assert peaks[1] < 1.2 * peaks[0]

@@ -15,13 +15,13 @@ from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
-from ..model.layers import wide
+from ..model.layers import is_observed
 from ..plots import GroupBy, grouped
 from ..results import Estimate, Grid, Result, table
 from ..schedule import Site, check_count
 from ._prompts import Prompts, at_depth, token_batches
 from ._streaming import layer_hooks, need_loops, visit
-from .fixed_points import _compare_loops
+from .fixed_points import PATTERN, compare_loops, frobenius_per_head
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ def attention_stability(
 
     `|A - A'|_F / sqrt(pos)` per head: the root mean square over queries, which does not grow with the prompt (our choice; the
     paper does not say how lengths and heads are averaged). `fixed_points(patterns=True)` has all heads in one number. Each
-    batch is run twice, first for the last loop; the patterns of two loops are held.
+    batch is run twice, first against the loop before; the patterns of one loop are held.
 
     Args:
         model: the model.
@@ -94,10 +94,10 @@ def attention_stability(
     need_loops(len(passes), 2, "attention_stability", "a distance between loops")
 
     def per_head(a: Tensor, b: Tensor) -> dict[str, Tensor]:
-        return {"distance": (wide(a) - wide(b)).flatten(2).norm(dim=-1) / a.shape[-1] ** 0.5}
+        return {"distance": frobenius_per_head(a, b) / a.shape[-1] ** 0.5}
 
     def examples(tokens: Int[Tensor, "batch pos"]) -> AttentionStability:
-        found = _compare_loops(deep, tokens, "attn.hook_pattern", passes[-1], passes, initial_state, per_head)
+        found = compare_loops(deep, tokens, passes[-1], passes, initial_state, {PATTERN: per_head})[PATTERN]
 
         def estimate(cells: dict[tuple[int, int], dict[str, Tensor]], first: int, name: str) -> Estimate:
             values = torch.stack(
@@ -131,9 +131,10 @@ def attention_distances(
     `|A - A'|_F` over all heads, divided by `sqrt(head * pos)`, mean over examples (our choice; the paper does not say).
     Diagonal bands mean that a layer resembles itself in other loops.
 
-    Pairs need all patterns, but not whole ones: only some rows of every pattern are held, as many as one loop's patterns have
-    numbers, in fp64, and each batch is run again for the next rows, about `n_loops` times. So time grows with the square of the
-    number of loops, as do the distances; for 128 loops look at `attention_stability`, which takes two runs.
+    Pairs need all patterns at once, of which only what is not masked is kept. Where that is more than the residual streams and
+    patterns of one loop take, each batch is run again for every such share of it: memory stays that of a few loops, and the
+    number of runs is `n_loops * pos / (16 * d_head + 4 * pos)`, rounded up: one run where prompts are short, at most a quarter
+    of the number of loops where they are long. The distances themselves grow with the square of the number of layers run.
 
     Args:
         model: the model.
@@ -160,29 +161,32 @@ def attention_distances(
     schedule, cfg = deep.schedule, deep.looped_cfg
     names = [schedule.name(i, "hook").removesuffix(".hook") for i in range(schedule.n_layers)]
     hooks = {f"{name}.attn.hook_pattern": i for i, name in enumerate(names)}
+    causal = not any(is_observed(hook) for hook in deep.hook_dict.values())  # hooks may let a query look ahead
 
     def examples(tokens: Int[Tensor, "batch pos"]) -> Estimate:
         batch, pos = tokens.shape
-        n_rows = cfg.n_heads * pos
-        chunk = max(1, n_rows * cfg.n_physical // schedule.n_layers)
+        square = torch.ones(pos, pos, dtype=torch.bool, device=tokens.device)
+        cells = (square.tril() if causal else square).flatten().nonzero()[:, 0]  # of a head's pattern
+        n_cells = cfg.n_heads * len(cells)
+        per_loop = cfg.n_physical * (8 * pos * cfg.d_model + 2 * cfg.n_heads * pos**2)  # numbers of an example
+        chunk = min(n_cells, max(1, per_loop // schedule.n_layers))
         gram = torch.zeros(batch, cfg.n_heads if per_head else 1, len(names), len(names), dtype=torch.float64)
-        held = torch.empty(batch, chunk, len(names), pos, dtype=torch.float64, device=tokens.device)
-        for first in range(0, n_rows, chunk):
-            heads = torch.arange(n_rows)[first : first + chunk] // pos
+        held = torch.empty(batch, len(names), chunk, dtype=deep.cfg.dtype, device=tokens.device)
+        for first in range(0, n_cells, chunk):
+            parts = _parts(first, min(first + chunk, n_cells), len(cells))
 
-            def keep(i: int, pattern: Tensor, first: int = first) -> None:
-                rows = pattern.flatten(1, 2)[:, first : first + chunk]
-                held[:, : rows.shape[1], i] = rows
+            def keep(i: int, pattern: Tensor, parts: list[tuple[int, slice, slice]] = parts) -> None:
+                for head, there, here in parts:
+                    held[:, i, here] = pattern[:, head].flatten(1)[:, cells[there]]
 
-            last = first + chunk >= n_rows
-            state = initial_state if last else rehearsal(initial_state)
+            state = initial_state if first + chunk >= n_cells else rehearsal(initial_state)
             visit(deep, tokens, hooks, keep, stop=schedule.n_layers, initial_state=state)
-            for head in heads.unique().tolist():
-                rows = held[:, (heads == head).nonzero()[:, 0]].transpose(1, 2).flatten(2)  # [batch, layer, row * key]
-                gram[:, head if per_head else 0] += (rows @ rows.mT).cpu()
-        square = gram.diagonal(dim1=-2, dim2=-1)
-        distances = square[..., None, :] + square[..., None] - 2 * gram
-        distances = (distances.clamp(min=0) / (pos if per_head else n_rows)).sqrt().movedim(1, -1)
+            for head, _, here in parts:
+                for rows in held[..., here].split(max(1, chunk // 8), dim=-1):  # so much is widened at a time
+                    gram[:, head if per_head else 0] += (rows.double() @ rows.double().mT).cpu()
+        norms = gram.diagonal(dim1=-2, dim2=-1).clone()
+        distances = gram.mul_(-2).add_(norms[..., None, :]).add_(norms[..., None]).clamp_(min=0)
+        distances = distances.div_(pos if per_head else cfg.n_heads * pos).sqrt_().movedim(1, -1)
         labels = {"layer": names, "other": names, "head": [str(h) for h in range(cfg.n_heads)]}
         axes = ("layer", "other", "head") if per_head else ("layer", "other")
         if not per_head:
@@ -254,17 +258,17 @@ def attention_bound(
 
         def measure(key: tuple[tuple[int, int], str], value: Tensor) -> None:
             (loop, layer), kind = key
-            value = value.double()
-            old = before.get((layer, kind))
+            old = before.pop((layer, kind), None)
             before[layer, kind] = value
             if old is None:
                 return
-            change = (value - old).flatten(1 if kind == "input" else 2).norm(dim=-1)
             if kind == "input":
-                norms = torch.stack([torch.linalg.matrix_norm(x, ord=2) for x in (old, value)])
-                bounds[layer] = norms.amax(0)[:, None] * kappas[layer] / cfg.d_head**0.5 * change[:, None]
+                x, old = value.double(), old.double()
+                norms = torch.stack([torch.linalg.matrix_norm(state, ord=2) for state in (old, x)]).amax(0)
+                change = (x - old).flatten(1).norm(dim=-1)
+                bounds[layer] = norms[:, None] * kappas[layer] / cfg.d_head**0.5 * change[:, None]
             else:
-                ratios[:, loop - 1, layer] = (change / bounds[layer]).amax(-1).cpu()
+                ratios[:, loop - 1, layer] = (frobenius_per_head(value, old) / bounds[layer]).amax(-1).cpu()
 
         visit(deep, tokens, hooks, measure, stop=passes[-1].layers.stop, initial_state=initial_state)
         return Estimate.of(ratios, ("loop", "layer"), labels, "bound_ratio")
@@ -321,6 +325,15 @@ def looped_floorplan(
     positions = [str(p) for p in range(batches[0].shape[1])]
     labels = {"layer": names, "query": positions, "key": positions}
     return Grid(torch.stack(patterns), ("layer", "query", "key"), labels, "attention")
+
+
+def _parts(first: int, stop: int, n_cells: int) -> list[tuple[int, slice, slice]]:
+    """Cells `first .. stop - 1`, counted head after head: for every head its own cells, and where they are among these."""
+    found = []
+    for head in range(first // n_cells, -(-stop // n_cells)):
+        start, end = max(first, head * n_cells), min(stop, (head + 1) * n_cells)
+        found.append((head, slice(start - head * n_cells, end - head * n_cells), slice(start - first, end - first)))
+    return found
 
 
 def _kappa(model: LoopedBridge, layer: int) -> Float[Tensor, " head"]:

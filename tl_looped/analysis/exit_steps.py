@@ -147,7 +147,10 @@ def exit_steps(
 
         history = LoopHistory([], [], readout)
         passes = torch.zeros(len(named), *tokens.shape, dtype=torch.long, device=tokens.device)
-        right, losses = [], []  # of every loop, [batch, target]
+        place = slice(-1, None) if answers is not None else slice(None, -1)  # of the scored tokens
+        names = ("loops", "accuracy", "loss")
+        scores = {name: torch.zeros(len(named), *wanted.shape, device=tokens.device).double() for name in names}  # at the exit
+        fixed_scores: dict[str, list[Tensor]] = {name: [] for name in names}  # after every loop, [batch]
 
         def keep_state(state: Tensor, hook: object) -> None:
             history.states.append(state)
@@ -160,12 +163,20 @@ def exit_steps(
             readouts[loop] = logits
             history.forget(loop - 1, n_states=4)
             readouts.pop(loop - 2, None)
+            log_probs = targets.select(logits).log_softmax(-1)
+            found = {
+                "loops": torch.full(wanted.shape, loop + 1.0, device=tokens.device).double(),
+                "accuracy": (log_probs.argmax(-1) == wanted).double(),
+                "loss": -log_probs.gather(-1, wanted[..., None])[..., 0].double(),
+            }
             for k, policy in enumerate(named.values()):
                 leaves = torch.ones_like(tokens, dtype=torch.bool) if loop == n_loops - 1 else policy(history)
-                passes[k] = torch.where((passes[k] == 0) & leaves, loop + 1, passes[k])
-            log_probs = targets.select(logits).log_softmax(-1)
-            right.append((log_probs.argmax(-1) == wanted).double())
-            losses.append(-log_probs.gather(-1, wanted[..., None])[..., 0].double())
+                leaves = leaves & (passes[k] == 0)
+                passes[k] = passes[k].masked_fill(leaves, loop + 1)
+                for name in names:
+                    scores[name][k] = torch.where(leaves[:, place], found[name], scores[name][k])
+            for name in names:
+                fixed_scores[name].append(found[name].mean(-1))
 
         hooks: list[Any] = [(f"{ends[0]}.hook_state", keep_state), *((f"{end}.hook_out", keep_state) for end in ends)]
         if deep.looped_cfg.exit_gate:
@@ -173,13 +184,9 @@ def exit_steps(
         run: Any = deep.run_with_hooks
         with torch.no_grad():
             run(tokens, hooks, on_loop=on_loop, initial_state=initial_state)
-        every = torch.arange(n_loops, device=tokens.device)[:, None, None].expand(-1, *tokens.shape)
-        at = torch.cat((passes - 1, every))  # the loop that is read, [policy, batch, pos]
-        at = at[:, :, -1:] if answers is not None else at[:, :, :-1]
-        scores = [(at + 1).double(), *(torch.stack(values).gather(0, at) for values in (right, losses))]
         cost, accuracy, loss = (
-            Estimate.of(score.mean(-1).T.cpu(), ("policy",), labels, name)
-            for score, name in zip(scores, ("loops", "accuracy", "loss"), strict=True)
+            Estimate.of(torch.stack([*scores[name].mean(-1), *fixed_scores[name]], 1).cpu(), ("policy",), labels, name)
+            for name in names
         )
         pdf = (gate_pdf(torch.stack(history.exit_logits)).cpu(),) if history.exit_logits else ()
         return ExitSteps(cost, accuracy, loss, (passes.cpu(),), pdf, n_loops, ", ".join(named))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -28,6 +28,7 @@ Metric = Literal["l2", "relative", "cosine"]
 Reduction = Literal["token", "matrix"]
 Quantity = Literal["successive", "distance", "norm"]
 Cells = dict[tuple[int, int], Tensor]
+RESID, PATTERN = "hook_resid_post", "attn.hook_pattern"
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +111,8 @@ def fixed_points(
     over examples. Distances of attention patterns are Frobenius norms over all heads, divided by `sqrt(head * query)`, so
     that they do not grow with either (our choice).
 
-    Each batch is run twice, first for X*: never more than two loops of the streams (and patterns) are held.
+    Each batch is run twice: against the loop before, which ends with X*, and against X*. One loop of the streams (and patterns)
+    is held.
 
     Args:
         model: the model. Hooks on it act on the runs, if it has `n_loops` loops itself.
@@ -147,12 +149,12 @@ def fixed_points(
     # The first loops of a longer run are those of a shorter one.
     shown = passes[: len(model.looped_cfg.replace(n_loops=n_loops).schedule.passes_of("all", stack))]
     need_loops(len(shown), 2, "fixed_points", "a successive difference")
+    metrics = _metrics(reduction)
 
     def examples(tokens: Int[Tensor, "batch pos"]) -> FixedPoints:
-        resid = _compare_loops(deep, tokens, "hook_resid_post", passes[-1], shown, initial_state, _metrics(reduction))
-        pattern = None
-        if patterns:
-            pattern = _compare_loops(deep, tokens, "attn.hook_pattern", passes[-1], shown, initial_state, _frobenius)
+        compare = {RESID: metrics} | ({PATTERN: _frobenius} if patterns else {})
+        found = compare_loops(deep, tokens, passes[-1], shown, initial_state, compare)
+        resid, pattern = found[RESID], found.get(PATTERN)
         loops, layers = [str(p.loop) for p in shown], [str(j) for j in range(shown[0].n_layers)]
 
         def estimate(cells: Cells, name: str) -> Estimate:
@@ -162,8 +164,9 @@ def fixed_points(
             return Estimate.of(values.unflatten(1, (-1, len(layers))).cpu(), ("loop", "layer"), labels, name)
 
         names: tuple[Metric, ...] = get_args(Metric)
-        norm = estimate({at: found["norm"] for at, found in resid.distance.items()}, "norm")
-        cosine = torch.stack([_metrics(reduction)(a, b)["cosine"] for a in resid.reference for b in resid.reference], 1)
+        norm = estimate({at: f["norm"] for at, f in resid.distance.items()}, "norm")
+        states = resid.reference.values()
+        cosine = torch.stack([metrics(a, b)["cosine"] for a in states for b in states], 1)
         cosine = cosine.unflatten(1, (len(layers), len(layers))).cpu()
         others = cosine.masked_fill(torch.eye(len(layers), dtype=torch.bool), torch.inf)
         lowest = torch.stack([others[:, 0].amin(-1), others.amin((-2, -1))], 1)
@@ -185,41 +188,54 @@ def fixed_points(
 
 
 @dataclass
-class _Compared:
-    """What `_compare_loops` measured, [batch] by name for every (loop, layer), and the reference of every layer."""
+class Compared:
+    """What `compare_loops` measured, [batch, ...] by name for every (loop, layer), and the reference of every layer."""
 
     successive: dict[tuple[int, int], dict[str, Tensor]]
     distance: dict[tuple[int, int], dict[str, Tensor]]
-    reference: list[Tensor]
+    reference: dict[int, Tensor]
 
 
-def _compare_loops(
+def compare_loops(
     model: LoopedBridge,
     tokens: Int[Tensor, "batch pos"],
-    hook: str,
     last: Pass,
     shown: list[Pass],
     initial_state: InitialState,
-    compare: Callable[[Tensor, Tensor], dict[str, Tensor]],
-) -> _Compared:
-    """Compare one activation of every layer in every loop with that of the loop before and with that of the last."""
-    found = _Compared({}, {}, [])
-    before: dict[int, Tensor] = {}
+    compare: Mapping[str, Callable[[Tensor, Tensor], dict[str, Tensor]]],
+) -> dict[str, Compared]:
+    """Compare activations of every layer in every loop with those of the loop before and with those of the last.
 
-    def keep(at: tuple[int, int], value: Tensor) -> None:
-        found.reference.append(value)
+    The first run compares with the loop before, and ends with the last loop in hand; the second compares with that. So one
+    loop of the activations is held.
 
-    def measure(at: tuple[int, int], value: Tensor) -> None:
-        layer = at[1]
-        if layer in before:
-            found.successive[at] = compare(before[layer], value)
-        found.distance[at] = compare(value, found.reference[layer])
-        before[layer] = value
+    Args:
+        model: the model.
+        tokens: what it runs on.
+        last: the pass that the others are compared with.
+        shown: the passes that are compared.
+        initial_state: as in `LoopedBridge.forward`.
+        compare: for every hook of a layer, how two activations are compared.
+    """
+    found = {hook: Compared({}, {}, {}) for hook in compare}
 
-    hooks = layer_hooks(model.schedule, [last], hook)
-    visit(model, tokens, hooks, keep, stop=last.layers.stop, initial_state=rehearsal(initial_state))
-    hooks = layer_hooks(model.schedule, shown, hook)
-    visit(model, tokens, hooks, measure, stop=shown[-1].layers.stop, initial_state=initial_state)
+    def hooks(passes: list[Pass]) -> dict[str, tuple[str, tuple[int, int]]]:
+        return {name: (hook, at) for hook in compare for name, at in layer_hooks(model.schedule, passes, hook).items()}
+
+    def step(key: tuple[str, tuple[int, int]], value: Tensor) -> None:
+        hook, (loop, layer) = key
+        before = found[hook].reference.pop(layer, None)
+        if before is not None and loop <= shown[-1].loop:
+            found[hook].successive[loop, layer] = compare[hook](before, value)
+        found[hook].reference[layer] = value
+
+    def measure(key: tuple[str, tuple[int, int]], value: Tensor) -> None:
+        hook, at = key
+        found[hook].distance[at] = compare[hook](value, found[hook].reference[at[1]])
+
+    every = [*shown, *([] if last in shown else [last])]
+    visit(model, tokens, hooks(every), step, stop=last.layers.stop, initial_state=rehearsal(initial_state))
+    visit(model, tokens, hooks(shown), measure, stop=shown[-1].layers.stop, initial_state=initial_state)
     return found
 
 
@@ -239,7 +255,15 @@ def _metrics(reduction: Reduction) -> Callable[[Tensor, Tensor], dict[str, Tenso
 
 
 def _frobenius(x: Float[Tensor, "batch head query key"], base: Float[Tensor, "batch head query key"]) -> dict[str, Tensor]:
-    return {"frobenius": (wide(x) - wide(base)).flatten(1).norm(dim=1) / (x.shape[1] * x.shape[2]) ** 0.5}
+    return {"frobenius": (frobenius_per_head(x, base).square().sum(1) / (x.shape[1] * x.shape[2])).sqrt()}
+
+
+def frobenius_per_head(
+    x: Float[Tensor, "batch head query key"], base: Float[Tensor, "batch head query key"]
+) -> Float[Tensor, "batch head"]:
+    """The Frobenius distance of every head's pattern from another; one head is widened and subtracted at a time."""
+    pairs = zip(x.unbind(1), base.unbind(1), strict=True)
+    return torch.stack([(wide(a) - wide(b)).flatten(1).norm(dim=1) for a, b in pairs], 1)
 
 
 def _only(cells: dict[tuple[int, int], dict[str, Tensor]]) -> Cells:

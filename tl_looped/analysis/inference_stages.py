@@ -31,7 +31,7 @@ def colsum_concentration(pattern: Float[Tensor, "*rows query key"]) -> Float[Ten
 
     `c_j` is the share of key `j` in all attention paid; arXiv 2604.11791 prints the sums unscaled, which would leave [0, 1].
     """
-    shares = pattern.double().sum(-2) / pattern.shape[-2]
+    shares = pattern.sum(-2, dtype=torch.float64) / pattern.shape[-2]
     return 1 + torch.xlogy(shares, shares).sum(-1) / torch.tensor(pattern.shape[-1], dtype=torch.float64).log()
 
 

@@ -211,8 +211,8 @@ def limiting_behaviour(
     and call more than 0.6677 a rotation.) Steps to settle count to the first loop whose step is shorter than `settle` in the
     units of the stream, their 0.1 for Huginn; choose it anew for a model of another scale.
 
-    Each batch is run twice, first for the last loop's states. Beside the run, five loops of residual streams are held (two of
-    them and three sums for the transform), and one cosine per token, layer and loop.
+    Each batch is run twice, first for the steps and the last loop's states. Beside the run, four loops of residual streams are
+    held (one of them and three sums for the transform), and one cosine per token, layer and loop.
 
     Args:
         model: the model. Hooks on it act on the runs, if it has `n_loops` loops itself.
@@ -278,31 +278,30 @@ def behaviour(
     """The behaviour of every row of a batch; `also` is called with every (loop, layer) and its residual stream."""
     passes = model.schedule.passes_of("all", stack)
     n, stop = len(passes), passes[-1].layers.stop
-    limit: dict[int, Tensor] = {}
-    before: dict[int, Tensor] = {}
+    limit: dict[int, Tensor] = {}  # while the first run goes on, the states of the loop before
     waves: dict[int, _Wave] = {}
     n_layers = passes[0].n_layers
     settled = torch.full((n_layers, *tokens.shape), torch.nan, device=tokens.device)
     dtype = torch.promote_types(model.cfg.dtype, torch.float32)
     signal = torch.empty(n, n_layers, *tokens.shape, dtype=dtype, device=tokens.device)
 
-    def keep(at: tuple[int, int], value: Tensor) -> None:
-        limit[at[1]] = value
+    def step(at: tuple[int, int], value: Tensor) -> None:
+        loop, layer = at
+        if (before := limit.pop(layer, None)) is not None:
+            short = (wide(value) - wide(before)).norm(dim=-1) < settle
+            settled[layer] = settled[layer].where(settled[layer].isfinite() | ~short, float(loop))
+        limit[layer] = value
 
     def measure(at: tuple[int, int], value: Tensor) -> None:
         also(at, value)
         loop, layer = at
         x, end = wide(value), wide(limit[layer])
         signal[loop, layer] = cosine_similarity(x, end, dim=-1)
-        if layer in before:
-            short = (x - wide(before[layer])).norm(dim=-1) < settle
-            settled[layer] = settled[layer].where(settled[layer].isfinite() | ~short, float(loop))
-        before[layer] = value
         if loop >= n - window:
             waves.setdefault(layer, _Wave(period, torch.finfo(value.dtype).eps * end.norm(dim=-1))).add(x - end)
 
-    first, hooks = (layer_hooks(model.schedule, some, "hook_resid_post") for some in (passes[-1:], passes))
-    visit(model, tokens, first, keep, stop=stop, initial_state=rehearsal(initial_state))
+    hooks = layer_hooks(model.schedule, passes, "hook_resid_post")
+    visit(model, tokens, hooks, step, stop=stop, initial_state=rehearsal(initial_state))
     visit(model, tokens, hooks, measure, stop=stop, initial_state=initial_state)
     cosines, settled = signal.cpu(), settled.cpu()
     labels = torch.stack([rule.classify(cosines[:, layer]) for layer in range(n_layers)])

@@ -124,8 +124,9 @@ def stability(
     def examples(tokens: Int[Tensor, "batch pos"]) -> Stability:
         wanted = targets.of(tokens)
         read = targets.select
-        rows: dict[str, list[Tensor]] = {name: [] for name in ("loss", "accuracy", "margin", "kl")}
+        rows: dict[str, list[Tensor]] = {name: [] for name in ("loss", "accuracy", "margin", "kl", "overthinking")}
         best: list[Tensor] = []  # the most probable tokens after every loop, [batch, target]
+        was_right = torch.zeros_like(wanted, dtype=torch.bool)
         with torch.no_grad():
             trained_logits = deep.forward(tokens, loop=trained - 1, initial_state=rehearsal(initial_state))
             reference = read(trained_logits).log_softmax(-1)
@@ -137,23 +138,26 @@ def stability(
             log_probs = chosen.log_softmax(-1)
             target = chosen.gather(-1, wanted[..., None])
             others = chosen.scatter(-1, wanted[..., None], -torch.inf).amax(-1)
-            best.append(chosen.argmax(-1))
-            rows["loss"].append(-log_probs.gather(-1, wanted[..., None])[..., 0])
-            rows["accuracy"].append(best[-1] == wanted)
-            rows["margin"].append(target[..., 0] - others)
-            rows["kl"].append((reference.exp() * (reference - log_probs)).sum(-1))
+            answer = chosen.argmax(-1)
+            right = answer == wanted
+            was_right.logical_or_(right)
+            best.append(answer.int())
+            found = {
+                "loss": -log_probs.gather(-1, wanted[..., None])[..., 0],
+                "accuracy": right,
+                "margin": target[..., 0] - others,
+                "kl": (reference.exp() * (reference - log_probs)).sum(-1),
+                "overthinking": was_right & ~right,
+            }
+            for name, value in found.items():
+                rows[name].append(value.double().mean(-1).cpu())
 
         with torch.no_grad():
             deep.forward(tokens, on_loop=on_loop, initial_state=initial_state)
-        right = torch.stack(rows["accuracy"], 1)  # [batch, n_loops, target]
-        lost = ~right & (right.cumsum(1) > 0)
-        found = {name: torch.stack(values, 1).double().mean(-1).cpu() for name, values in rows.items()}
-        found |= {
-            "overthinking": lost.double().mean(-1).cpu(),
-            "loss_change": found["loss"] - found["loss"][:, trained - 1, None],
-        }
-        answer = torch.stack(best, 1)
-        agreement = torch.stack([(answer[:, t, None] == answer).double().mean(-1) for t in range(n_loops)], 1).cpu()
+        found = {name: torch.stack(values, 1) for name, values in rows.items()}
+        found["loss_change"] = found["loss"] - found["loss"][:, trained - 1, None]
+        answers_after = torch.stack(best, 1)
+        agreement = torch.stack([(a[:, None] == answers_after).double().mean(-1) for a in best], 1).cpu()
         return Stability(
             **{name: Estimate.of(values, ("n_loops",), {"n_loops": counts}, name) for name, values in found.items()},
             agreement=Estimate.of(agreement, ("n_loops", "other"), {"n_loops": counts, "other": counts}, "agreement"),
