@@ -50,7 +50,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "anchored": {"strategy": "anchored", "anchor_steps": 3, "beta": 0.3, "n_prelude": 1, "n_coda": 1, "exit_gate": True},
     "nanochat": {"norm": "stream", "injection": "add", "prelude_norm": True, "pass_norm": True, "rope_layout": "none"}
     | {"windows": (4, 4, None), "n_coda": 1, "act_fn": "relu", "logit_softcap": 15.0},
-    "decay": {"injection": "decay", "norm": "sandwich", "n_prelude": 2, "qk_norm": "head", "norm_eps": 1e-5, "n_loops": 4},
+    "decay": {"injection": "decay", "norm": "sandwich", "n_prelude": 2, "qk_norm": "head", "norm_eps": 1e-5, "n_loops": 4}
+    | {"qk_norm_eps": 1e-3},
 }
 EVERY = pytest.mark.parametrize("name", OPTIONS)
 
