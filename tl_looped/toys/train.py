@@ -39,6 +39,7 @@ CONFIGS = {
     "text": _TEXT,
     "text-feedforward": _TEXT.replace(n_prelude=0, n_core=14, n_loops=1, n_coda=0),
 }
+TEXT_STD = 0.06  # of the matrices before the first step
 Trained = tuple[LoopedModel, Any]  # and its tokenizer
 
 
@@ -82,7 +83,7 @@ def train_text(cfg: LoopedConfig, n_steps: int = 2500, seed: int = 0) -> Trained
     text = corpus()
     tokenizer = text_tokenizer(text, cfg.d_vocab)
     tokens = encode(tokenizer, text)
-    model = initialise(LoopedModel(cfg), seed, std=0.06)
+    model = initialise(LoopedModel(cfg), seed, std=TEXT_STD)
     generator = torch.Generator().manual_seed(seed)
 
     def loss() -> Tensor:

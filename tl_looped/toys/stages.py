@@ -1,0 +1,226 @@
+"""Whether stages of inference organise themselves: `python -m tl_looped.toys.stages [--looped ...] [--feedforward ...]`.
+
+The claim is that of arXiv 2604.11791 (section 5.1, figure 10). The tables are those of docs/stages_on_text.md, which says what
+they mean; with several checkpoints of each kind, trained from different seeds, every mean has a standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import permutations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..analysis import InferenceStages, inference_stages
+from ..bridge.looped_bridge import LoopedBridge
+from ..model import LoopedModel
+from ..model.looped_model import initialise
+from ..results import Grid
+from ..schedule import Schedule
+from .text import WINDOW, corpus, encode, loss_by_loop, windows
+from .train import TEXT_STD
+
+METRICS = ("colsum", "mixing", "entropy", "norm")  # no head of the toys is a sink, so the sink rate is 0 in every layer
+SCORES = ("correlation", "concordance")
+Runs = Sequence[InferenceStages]  # one per training seed
+
+
+def held_out_windows(model: LoopedBridge, step: int = 1) -> Int[Tensor, "batch window"]:
+    """The held-out text, cut into windows that do not overlap.
+
+    Args:
+        model: a toy of text, for its tokenizer.
+        step: keep every so many.
+    """
+    tokens = encode(model.tokenizer, corpus(held_out=True))
+    return windows(tokens, torch.arange(1, len(tokens) - WINDOW, WINDOW * step))
+
+
+def untrained(model: LoopedBridge, seed: int) -> LoopedBridge:
+    """A model of the same structure, as the training script begins.
+
+    Args:
+        model: a toy of text.
+        seed: of the initialisation.
+    """
+    return LoopedBridge(initialise(LoopedModel(model.looped_cfg), seed, std=TEXT_STD), model.tokenizer, "toy")
+
+
+def repetition(stages: InferenceStages) -> Float[Tensor, "order loop metric score"]:
+    """`InferenceStages.repetition`, first as it is, then as if every second pass had run its layers in another order.
+
+    Args:
+        stages: of a looped model.
+    """
+    return torch.stack([_scores(_reorder(stages, order, every=2).repetition()) for order in _orders(stages)])
+
+
+def resemblance(stages: InferenceStages, feed_forward: InferenceStages) -> Float[Tensor, "order loop metric score"]:
+    """`InferenceStages.compare`, first as it is, then as if every pass had run its layers in another order.
+
+    Args:
+        stages: of a looped model.
+        feed_forward: what to compare with.
+    """
+    return torch.stack([_scores(_reorder(stages, order).compare(feed_forward)) for order in _orders(stages)])
+
+
+def as_one_pass(stages: InferenceStages) -> InferenceStages:
+    """The same curves, taken for one pass over all executed layers: stages that are spread over the run, not repeated.
+
+    Args:
+        stages: of a looped model.
+    """
+    return replace(stages, schedule=Schedule(stages.schedule.n_layers, 1))
+
+
+def spread(stages: InferenceStages) -> Float[Tensor, " metric"]:
+    """How far the layers of the last pass are apart: the highest of their values minus the lowest.
+
+    Args:
+        stages: of any model.
+    """
+    last = torch.stack([stages.curves(metric)[-1] for metric in METRICS])
+    return last.amax(-1) - last.amin(-1)
+
+
+def _orders(stages: InferenceStages) -> list[tuple[int, ...]]:
+    return list(permutations(range(stages.schedule.n_core)))  # the first is the true one
+
+
+def _reorder(stages: InferenceStages, order: tuple[int, ...], every: int = 1) -> InferenceStages:
+    index = torch.arange(stages.schedule.n_layers)
+    for one in stages.schedule.passes[every - 1 :: every]:
+        index[one.first : one.layers.stop] = one.first + torch.tensor(order)
+    moved = {m: replace(getattr(stages, m), values=getattr(stages, m).values[index]) for m in METRICS}
+    return replace(stages, **moved)
+
+
+def _scores(grid: Grid) -> Float[Tensor, "loop metric score"]:
+    return grid.values[:, [grid.labels["metric"].index(metric) for metric in METRICS]]
+
+
+def _cell(values: Tensor, digits: int = 2) -> str:
+    """Mean and standard error over seeds [seed], or over both seeds of pairs [seed, seed of the other]."""
+    by_seed = [values] if values.ndim == 1 else [values.mean(1), values.mean(0)]
+    variance = sum(float(means.var()) / len(means) for means in by_seed if len(means) > 1)
+    return f"{values.mean():.{digits}f}" + (f" ± {variance**0.5:.{digits}f}" if variance else "")
+
+
+def _table(title: str, columns: Sequence[str], rows: dict[str, Sequence[str]]) -> None:
+    print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    for name, cells in rows.items():
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def _pairs(runs: Runs, others: Runs) -> Float[Tensor, "seed other order loop metric score"]:
+    return torch.stack([torch.stack([resemblance(a, b) for b in others]) for a in runs])
+
+
+def _print_losses(looped: Sequence[LoopedBridge], plain: Sequence[LoopedBridge], tokens: Tensor) -> None:
+    n_loops = 4 * looped[0].n_loops
+    losses = torch.stack([loss_by_loop(model.unroll(n_loops), tokens).mean(1) for model in looped])
+    rows = {f"{n} loops": [_cell(losses[:, n - 1])] for n in (1, 2, 3, 4, 5, 6, 8, 12, 16)}
+    last = torch.stack([loss_by_loop(model, tokens)[-1].mean() for model in plain])
+    _table("Loss, nats per token", ["loss"], {**rows, "feed-forward": [_cell(last)]})
+
+
+def _print_spread(kinds: dict[str, Runs]) -> None:
+    found = [torch.stack([spread(stages) for stages in runs]) for runs in kinds.values()]
+    rows = {m: [_cell(f[:, k], 4) for f in found] for k, m in enumerate(METRICS)}
+    _table("Spread of the layers of the last pass; of all layers where there is one pass", [*kinds], rows)
+
+
+def _print_repetition(trained: Runs, controls: dict[str, Runs]) -> None:
+    found = torch.stack([repetition(stages) for stages in trained])  # [seed, order, loop, metric, score]
+    others = [torch.stack([repetition(stages)[0, 1:].mean(0) for stages in runs]) for runs in controls.values()]
+    passes = range(found.shape[2])
+    for score, name in enumerate(SCORES):
+        rows = {
+            m: [
+                *(_cell(found[:, 0, t, k, score]) for t in passes),
+                _cell(found[:, 1:, 1:, k, score].amax(1).mean(1)),  # the mean over all orders is 0 whatever the curves
+                *(_cell(other[:, k, score]) for other in others),
+            ]
+            for k, m in enumerate(METRICS)
+        }
+        columns = [*(f"pass {t + 1}" for t in passes), "best wrong order", *controls]
+        _table(f"Repetition of the pass before, {name}; controls without pass 1", columns, rows)
+
+
+def _print_resemblance(trained: Runs, plain: Runs, start: Runs) -> None:
+    found = _pairs(trained, plain)
+    untrained_ = _pairs(start, plain)[:, :, 0, 1:].mean(2)  # [seed, other, metric, score]
+    one = torch.stack([torch.stack([_scores(as_one_pass(a).compare(b))[0] for b in plain]) for a in trained])
+    between = [torch.stack([_scores(a.compare(b))[0] for b in plain if b is not a]).mean(0) for a in plain if len(plain) > 1]
+    passes = range(found.shape[3])
+    for score, name in enumerate(SCORES):
+        worse = (found[:, :, 1:, 1:, :, score] < found[:, :, :1, 1:, :, score]).double().sum(2).mean(2)
+        rows = {
+            m: [
+                *(_cell(found[:, :, 0, t, k, score]) for t in passes),
+                _cell(found[:, :, 1:, 1:, k, score].mean((2, 3))),
+                _cell(worse[:, :, k], 1),
+                _cell(one[:, :, k, score]),
+                _cell(untrained_[:, :, k, score]),
+                *([_cell(torch.stack(between)[:, k, score])] if between else []),
+            ]
+            for k, m in enumerate(METRICS)
+        }
+        columns = [*(f"pass {t}" for t in passes), "wrong orders", "of 5 worse", "one pass", "step 0"]
+        columns += ["between seeds"] * bool(between)
+        _table(f"Resemblance to feed-forward, {name}; controls without pass 0", columns, rows)
+
+
+def _print_beyond(deep: Runs, plain: Runs, n_trained: int) -> None:
+    again, found = torch.stack([repetition(stages)[0, -1] for stages in deep]), _pairs(deep, plain)
+    n_loops = found.shape[3]
+    rows = {
+        m: [
+            *(_cell(again[:, k, score]) for score in (0, 1)),
+            *(_cell(found[:, :, 0, t, k, 0]) for t in (n_trained - 1, n_loops - 1)),
+            _cell(found[:, :, 1:, -1, k, 0].mean(2)),
+        ]
+        for k, m in enumerate(METRICS)
+    }
+    resembles = [f"resemblance, pass {t}" for t in (n_trained - 1, n_loops - 1)]
+    _table(f"{n_loops} loops", ["repetition, correlation", "concordance", *resembles, "wrong orders"], rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(prog="python -m tl_looped.toys.stages", description="Stages of inference on text.")
+    one_per_seed = "checkpoints, one per training seed (default: the bundled one)"
+    parser.add_argument("--looped", metavar="MODEL", nargs="+", default=["toy:text"], help=one_per_seed)
+    parser.add_argument("--feedforward", metavar="MODEL", nargs="+", default=["toy:text-feedforward"], help="the same")
+    parser.add_argument("--every", metavar="N", type=int, default=1, help="keep every N-th window (default: 1)")
+    args = parser.parse_args(argv)
+    looped, plain = ([LoopedBridge.from_pretrained(name) for name in names] for names in (args.looped, args.feedforward))
+    tokens, n_loops = held_out_windows(looped[0], args.every), looped[0].n_loops
+
+    def measure(models: Iterable[LoopedBridge], n_loops: int | None = None) -> list[InferenceStages]:
+        return [inference_stages(model, tokens, n_loops=n_loops, verbose=False) for model in models]
+
+    print(f"{len(tokens)} windows; {len(looped)} looped models, {len(plain)} feed-forward")
+    _print_losses(looped, plain, tokens)
+    trained, references = measure(looped), measure(plain)
+    controls = {
+        "step 0": measure(untrained(model, seed) for seed, model in enumerate(looped)),
+        "std 0.02": measure(LoopedBridge.from_config(model.looped_cfg, seed=seed) for seed, model in enumerate(looped)),
+    }
+    _print_spread({"looped": trained, "feed-forward": references, **controls})
+    _print_repetition(trained, controls)
+    _print_resemblance(trained, references, controls["step 0"])
+    for n in (2 * n_loops, 4 * n_loops):
+        _print_beyond(measure(looped, n), references, n_loops)
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main())
