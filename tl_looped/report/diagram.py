@@ -58,8 +58,8 @@ class _Drawing:
 
     def __init__(self) -> None:
         self.parts: list[str] = []
-        self.bottom = 8
-        self.left = (_WIDTH - _BOX) // 2
+        self.bottom = 8.0
+        self.left = (_WIDTH - _BOX) / 2
 
     def text(self, x: float, y: float, words: str, kind: str = "", anchor: str = "middle") -> None:
         self.parts.append(f'<text x="{x}" y="{y}" text-anchor="{anchor}" class="{kind}">{escape(words)}</text>')

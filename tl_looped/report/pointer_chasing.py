@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..analysis._prompts import at_depth
 from ..bridge.looped_bridge import LoopedBridge
 from ..plots import heat_map, plotly
 from ..results import Estimate, Grid
@@ -93,10 +92,10 @@ def accuracy_beyond(asked: Question, section: Section) -> None:
         section: what is written to.
     """
     model, trained = asked.model, asked.model.n_loops
-    n_loops = max(asked.n_loops, trained)
+    n_loops = asked.n_loops
     prompts = hop_prompts(N_FRESH, seed=FRESH_SEED)
     name = str(model.cfg.model_name)
-    found = {name: _accuracy(at_depth(model, n_loops), prompts, name)}
+    found = {name: _accuracy(asked.deep, prompts, name)}
     if name in OTHER:
         twin = OTHER[name]
         found[twin] = _accuracy(LoopedBridge.from_pretrained(twin, n_loops=n_loops, device=model.cfg.device), prompts, twin)

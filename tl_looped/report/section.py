@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
+from ..analysis._prompts import at_depth
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..results import Estimate, Grid
@@ -33,6 +35,11 @@ class Question:
     n_loops: int
     pair: tuple[Tensor, Tensor] | None = None
     hops: HopPrompts | None = None
+
+    @cached_property
+    def deep(self) -> LoopedBridge:
+        """The model with `n_loops` loops."""
+        return at_depth(self.model, self.n_loops)
 
     @property
     def shown(self) -> Int[Tensor, "1 pos"]:
@@ -146,3 +153,8 @@ def number(x: float | Tensor) -> str:
 def listed(words: list[str]) -> str:
     """Words as an enumeration."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def measured(estimate: Estimate, k: int) -> str:
+    """Entry `k` of an estimate with its standard error, if there is one."""
+    return number(estimate.values[k]) + (f" ± {number(estimate.stderr[k])}" if estimate.count > 1 else "")

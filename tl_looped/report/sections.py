@@ -20,7 +20,6 @@ from ..analysis import (
     step_geometry,
     trajectories,
 )
-from ..analysis._prompts import at_depth
 from ..analysis.inference_stages import METRICS
 from ..errors import LoopedError
 from ..patching import patch_sweep
@@ -28,12 +27,13 @@ from ..results import Grid
 from ..sizes import human, sizes
 from . import pointer_chasing
 from .diagram import schedule_diagram
-from .section import Figure, Question, Section, listed, number, share
+from .section import Figure, Question, Section, listed, measured, number, share
 from .tables import facts, top_answers
 
 SHOWN_POSITIONS = 32  # columns of a heat map over positions
 SHOWN_HEADS = 64  # attention patterns on the page
 SETTLED = 0.01  # of the norm of the state, in one loop
+REPEATS = 0.8  # concordance of a curve with that of the loop before
 
 
 def the_model(asked: Question, section: Section) -> None:
@@ -78,7 +78,7 @@ def the_model(asked: Question, section: Section) -> None:
 
 def the_answers(asked: Question, section: Section) -> None:
     """What it would answer after each loop."""
-    deep = at_depth(asked.model, asked.n_loops)
+    deep = asked.deep
     tokens, trained, n_loops = asked.shown, asked.model.n_loops, asked.n_loops
     n_pos = tokens.shape[1]
     first = max(0, n_pos - SHOWN_POSITIONS)
@@ -109,6 +109,7 @@ def the_answers(asked: Question, section: Section) -> None:
         "top_probabilities": [found.values for found in top],
         "settled_after_loop": settled,
         "changed_positions": int((answers[0] != answers[trained - 1]).sum()),
+        "shown_positions": len(words),
     }
     begin, end = (
         _answer(asked, answers[0, -1], certain[0, -1]),
@@ -157,7 +158,7 @@ def the_fixed_points(asked: Question, section: Section) -> None:
     """Whether the state settles."""
     trained = asked.model.n_loops
     for stack in asked.model.schedule.core_stacks:
-        found = fixed_points(asked.model, asked.prompts, n_loops=asked.n_loops, stack=stack, verbose=False)
+        found = fixed_points(asked.deep, asked.prompts, n_loops=None, stack=stack, verbose=False)
         moved = found.successive["relative"].values.mean(-1)
         labels = found.successive["relative"].labels["loop"]
         half = len(moved) // 2
@@ -172,6 +173,7 @@ def the_fixed_points(asked: Question, section: Section) -> None:
             "layer_cosine": found.layer_cosine,
             "degeneracy": found.degeneracy,
             "moved_by_loop": moved,
+            "norm_by_loop": norms,
             "rate_of_the_second_half": rate,
             "trained_loop": trained - 1,
         }
@@ -206,12 +208,13 @@ def the_fixed_points(asked: Question, section: Section) -> None:
 
 def the_trajectories(asked: Question, section: Section) -> None:
     """The path of the state."""
-    loops = asked.n_loops
+    loops, stack = asked.n_loops, asked.model.schedule.core_stacks[-1]
 
     def layers() -> None:
-        found = trajectories(asked.model, asked.shown, n_loops=loops, n_components=2, verbose=False)
+        found = trajectories(asked.deep, asked.shown, n_components=2, verbose=False)
         (path,) = found.paths
         section.numbers |= {"last_token": path.coordinates, "last_token_explained": path.explained}
+        section.numbers["explained_by_two"] = float(path.explained.sum())
         section.reading.append(
             f"Two directions hold {share(path.explained.sum())} of the variance of the last token's states over "
             f"{_count(loops)}."
@@ -224,14 +227,13 @@ def the_trajectories(asked: Question, section: Section) -> None:
         )
 
     def ends() -> None:
-        found = trajectories(asked.model, asked.shown, over="loop_ends", n_loops=loops, n_components=2, verbose=False)
+        found = trajectories(asked.deep, asked.shown, over="loop_ends", stack=stack, n_components=2, verbose=False)
         (path,) = found.paths
         section.numbers |= {"loop_ends": path.coordinates, "loop_ends_explained": path.explained}
         section.figures.append(Figure("The states of all tokens at the ends of the loops, one path for each.", found.plot()))
 
     def steps() -> None:
-        stack = asked.model.schedule.core_stacks[-1]
-        found = step_geometry(asked.model, asked.prompts, n_loops=loops, stack=stack, verbose=False)
+        found = step_geometry(asked.deep, asked.prompts, stack=stack, verbose=False)
         cosine = found.step_cosine.values
         section.numbers |= {
             name: getattr(found, name) for name in ("step_norm", "step_cosine", "turning_angle", "anisotropy", "cka")
@@ -286,10 +288,11 @@ def the_attention(asked: Question, section: Section) -> None:
         )
 
     def changing() -> None:
-        found = attention_stability(model, asked.prompts, n_loops=asked.n_loops, stack=stack, verbose=False)
+        found = attention_stability(asked.deep, asked.prompts, stack=stack, verbose=False)
         changes.append(found.successive)
         mean = found.successive.values.mean((1, 2))
         section.numbers |= {"successive": found.successive, "mean_change_by_loop": mean}
+        section.numbers["mean_over_heads"] = found.successive.values.mean(-1)
         section.reading.append(
             f"From loop {int(found.successive.labels['loop'][0]) - 1} to {found.successive.labels['loop'][0]} a pattern "
             "changes by "
@@ -345,7 +348,7 @@ def the_attention(asked: Question, section: Section) -> None:
 def the_stages(asked: Question, section: Section) -> None:
     """Stages of inference in every loop."""
     found = inference_stages(asked.model, asked.prompts, verbose=False)
-    section.numbers |= {metric: getattr(found, metric) for metric in METRICS}
+    section.numbers |= {metric: getattr(found, metric) for metric in METRICS} | {"repeats_from": REPEATS}
     titles = {
         "colsum": "how much of the attention goes to few tokens (ColSum concentration)",
         "sink_rate": "share of heads that attend to the first token",
@@ -361,12 +364,12 @@ def the_stages(asked: Question, section: Section) -> None:
             mean = scores.values[..., 1].mean(0)  # concordance by metric
             section.numbers[f"repetition_{stack}"] = scores
             section.numbers[f"mean_concordance_{stack}"] = dict(zip(METRICS, mean.tolist(), strict=True))
-            yes = [m for m, v in zip(METRICS, mean.tolist(), strict=True) if v >= 0.8]
-            no = [m for m, v in zip(METRICS, mean.tolist(), strict=True) if v < 0.8]
+            yes = [m for m, v in zip(METRICS, mean.tolist(), strict=True) if v >= REPEATS]
+            no = [m for m, v in zip(METRICS, mean.tolist(), strict=True) if v < REPEATS]
             points = asked.model.schedule.stacks[stack]
             section.reading.append(
-                f"{name}Every loop but the first repeats the curve of the loop before it (mean concordance of 0.8 or more) in "
-                f"{listed(yes) if yes else 'none of the five measures'}"
+                f"{name}Every loop but the first repeats the curve of the one before (mean concordance of at least {REPEATS}) "
+                f"in {listed(yes) if yes else 'none of the five measures'}"
                 + (f"; in {listed([f'{m} ({number(mean[METRICS.index(m)])})' for m in no])} it does not." if no else ".")
                 + (f" A curve over {points} layers has {points} points, so this says little." if points < 6 else "")
             )
@@ -381,16 +384,20 @@ def the_stability(asked: Question, section: Section) -> None:
     if asked.hops is not None:
         return pointer_chasing.accuracy_beyond(asked, section)
     trained = asked.model.n_loops
-    found = stability(asked.model, asked.prompts, n_loops=max(asked.n_loops, trained), verbose=False)
+    found = stability(asked.deep, asked.prompts, n_loops=asked.n_loops, trained=trained, verbose=False)
     names = ("loss", "accuracy", "margin", "kl", "overthinking", "loss_change", "agreement")
     section.numbers |= {name: getattr(found, name) for name in names}
     loss, best = found.loss.values, int(found.loss.values.argmin())
     section.numbers |= {"trained": trained, "best_number_of_loops": best + 1}
+    least = "" if best in (trained - 1, len(loss) - 1) else f"the least, {number(loss[best])}, after {_count(best + 1)}, "
     section.reading.append(
-        f"Predicting the next tokens of the prompts costs {number(loss[trained - 1])} ± "
-        f"{number(found.loss.stderr[trained - 1])} nats each after {_count(trained)}, the least, {number(loss[best])}, after "
-        f"{_count(best + 1)}, and {number(loss[-1])} ± {number(found.loss.stderr[-1])} after {_count(len(loss))} "
-        f"(mean and standard error over {found.loss.count} prompts)."
+        f"Predicting the next tokens of the prompts costs {measured(found.loss, trained - 1)} nats each "
+        f"after {_count(trained)}, {least}and {measured(found.loss, -1)} after {_count(len(loss))} ("
+        + (
+            f"mean and standard error over {found.loss.count} prompts)."
+            if found.loss.count > 1
+            else "one prompt, so no error)."
+        )
     )
     if found.loss.count > 1 and len(loss) > trained:
         change, error = float(found.loss_change.values[-1]), float(found.loss_change.stderr[-1])

@@ -1,0 +1,325 @@
+"""The report: its numbers, its sentences, and the page as a browser shows it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tl_looped import LoopedBridge, LoopedConfig
+from tl_looped.analysis import fixed_points, stability
+from tl_looped.cli import main
+from tl_looped.errors import LoopedError
+from tl_looped.report import report, sections
+from tl_looped.report.section import Section
+from tl_looped.toys import hop_prompts
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=2, rope_theta=100.0)
+TOKENS = [torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), torch.tensor([[9, 8, 7]])]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page that the command makes when it is told nothing, with its numbers beside it."""
+    file = tmp_path_factory.mktemp("report") / "report.html"
+    assert main(["report", "--out", str(file), "--json"]) == 0
+    return file
+
+
+@pytest.fixture(scope="module")
+def numbers(page: Path) -> dict[str, Any]:
+    return {section["name"]: section for section in json.loads(page.with_suffix(".json").read_text())["sections"]}
+
+
+def test_every_section_is_there_and_none_refused(numbers: dict[str, Any]) -> None:
+    assert list(numbers) == list(sections.SECTIONS)
+    assert not [section["refused"] for section in numbers.values() if section["refused"]]
+    assert all(section["reading"] for section in numbers.values())
+
+
+def leaves(value: Any) -> Iterator[float]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for entry in value:
+            yield from leaves(entry)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield float(value)
+
+
+def figures(page: Path) -> list[dict[str, Any]]:
+    found = re.findall(r'<script type="application/json">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)
+    return [json.loads(one) for one in found]
+
+
+def test_the_json_holds_every_number_of_the_figures(page: Path, numbers: dict[str, Any]) -> None:
+    known = torch.tensor(sorted({*leaves([section["numbers"] for section in numbers.values()])}), dtype=torch.float64)
+    drawn = [
+        *leaves([trace.get("z", trace.get("y")) for one in figures(page) for trace in one["data"]]),
+        *leaves([trace["x"] for one in figures(page) for trace in one["data"] if "marker" in trace and "text" in trace]),
+    ]
+    assert len(drawn) > 1000
+    values = torch.tensor(drawn, dtype=torch.float64)
+    at = torch.searchsorted(known, values).clamp(max=len(known) - 1)
+    nearest = torch.minimum((known[at] - values).abs(), (known[(at - 1).clamp(min=0)] - values).abs())
+    assert bool((nearest <= 1e-6 * values.abs() + 1e-12).all())  # heat maps are drawn in fp32
+
+
+def test_the_numbers_of_the_sentences_are_those_of_the_json(numbers: dict[str, Any]) -> None:
+    """In the digits of the sentence; loops and counts up to 16, the scale of a cosine and the name of a policy apart."""
+    free = {*map(str, range(17)), "−1", "5e-4"}
+    seen = 0
+    for name, section in numbers.items():
+        forms = [f"{v:{form}}" for v in leaves(section["numbers"]) for form in (".3g", ".0%", ".1%", ".2%", ",.0f")]
+        if name == "model":
+            forms += [f"{v / 1000:.3g}" for v in leaves(section["numbers"])]  # in thousands
+        for sentence in section["reading"]:
+            found = {text.rstrip(".,") for text in re.findall(r"(?<![\w.])[-−]?\d[\d.,e-]*%?", sentence)}
+            assert found <= free | set(forms), (name, sentence)
+            seen += len(found - free)
+    assert seen > 30
+
+
+def test_the_causal_picture_of_pointer_chasing(numbers: dict[str, Any]) -> None:
+    """A state after loop t that is transplanted from a run of another mapping moves the answers of loops >= t, and only these,
+    to what the task demands."""
+    found = numbers["patching"]["numbers"]
+    changed, right = (torch.tensor(found[name]["values"]) for name in ("transplants_changed", "transplants"))
+    loops = torch.arange(6)
+    before = loops[None] < loops[:, None]  # the answer of an earlier loop
+    assert changed.shape == right.shape == (6, 6)
+    assert bool((changed[before] == 0).all()) and changed[~before].min() > 0.8
+    assert right.min() > 0.99
+    # In the sweep, the last query holds the answer at the end: its state leaving the last loop restores all of it.
+    leaving = torch.tensor(found["leaving_loops_core"]["values"])
+    assert leaving[-1, -1] == pytest.approx(1, abs=1e-4) and leaving[-1, :-1].abs().max() < 1e-6
+    entering = torch.tensor(found["entering_layers_core"]["values"])
+    assert entering[-1, -1, -1] > 0.9 and entering[0, 0, -1].abs() < 0.01  # before the loop a query has looked up nothing
+
+
+def test_accuracy_with_and_without_injection(numbers: dict[str, Any]) -> None:
+    found = numbers["stability"]["numbers"]
+    with_injection, without = (torch.tensor(found[name]["values"]) for name in ("toy:hop", "toy:hop-noinject"))
+    assert found["toy:hop"]["count"] == 200 and len(with_injection) == len(without) == 16
+    assert with_injection.min() > 0.99 and without[:6].min() > 0.99 and without[-1] < 0.2
+
+
+def test_answers_and_fixed_points_are_those_of_the_model(numbers: dict[str, Any]) -> None:
+    model = LoopedBridge.from_pretrained("toy:hop", n_loops=16, device="cpu")
+    prompts = hop_prompts(32, seed=7)
+    with torch.no_grad():
+        last = model.readout(prompts.tokens[:1], loop=3)[0].softmax(-1).max(-1)
+    shown = numbers["answers"]["numbers"]
+    assert shown["answers"][3] == [model.tokenizer.decode([t]) for t in last.indices.tolist()]
+    assert shown["probabilities"]["values"][3] == pytest.approx(last.values.tolist(), abs=1e-5)
+    assert shown["right_by_loop"][:6] == [8] * 6
+    found = fixed_points(model, prompts.tokens, n_loops=16, verbose=False)
+    shown = torch.tensor(numbers["fixed_points"]["numbers"]["core"]["successive"]["relative"]["values"], dtype=torch.float64)
+    torch.testing.assert_close(shown, found.successive["relative"].values, rtol=1e-4, atol=0)
+
+
+def test_sentences_follow_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that settles is said to settle, one that does not is not: the same code, other numbers."""
+    still = LoopedBridge.from_config(TINY.replace(injection="concat"), seed=0)
+    with torch.no_grad():
+        for name, weight in still.core_weights.items():
+            if name.endswith(("o.weight", "out.weight")):
+                weight.zero_()  # the layers write nothing, so the state is the injected one from the first loop on
+        still._model.set_parameter("inject.weight", torch.nn.Parameter(torch.cat((torch.zeros(8, 8), torch.eye(8)), 1)))
+    moving = LoopedBridge.from_config(TINY, seed=0)
+    said = {}
+    for name, model in (("still", still), ("moving", moving)):
+        found = report(model, TOKENS, n_loops=6, verbose=False)
+        said[name] = {section.name: " ".join(section.reading) for section in found.sections}
+    assert "it has settled" in said["still"]["fixed_points"] and "it has not settled" in said["moving"]["fixed_points"]
+    assert "It says so from loop 0 on." in said["still"]["answers"]
+
+
+def test_other_models_are_measured_as_the_analyses_do(tmp_path: Path) -> None:
+    model = LoopedBridge.from_pretrained(GOLDEN / "ouro", device="cpu")
+    found = report(model, TOKENS, n_loops=6, clean=torch.tensor([5, 17, 3]), corrupted=torch.tensor([5, 18, 3]), verbose=False)
+    measured = {section.name: section for section in found.sections}
+    assert not measured["patching"].refused and not measured["exits"].refused
+    reference = stability(model, TOKENS, n_loops=6, verbose=False)
+    assert torch.allclose(measured["stability"].numbers["loss"].values, reference.loss.values, rtol=1e-5)
+    assert "gate ≥ 0.5" in " ".join(measured["exits"].reading) and "gate_pdf" in measured["exits"].numbers
+    head = found.save(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert not re.findall(r'(?:src|href)="(?!#|data:)', head[: head.index("<script>")] + head[head.rindex("</script>") :])
+
+
+@pytest.mark.parametrize("family", ["hrm_text", "huginn", "parcae"])
+def test_every_kind_of_loop_has_a_report(family: str) -> None:
+    model = LoopedBridge.from_pretrained(GOLDEN / family, device="cpu")
+    found = report(model, [torch.tensor([[5, 17, 3, 9, 22]])], n_loops=max(4, model.n_loops), verbose=False)
+    refused = {section.name: section.refused for section in found.sections if section.refused}
+    assert not refused and "nan" not in " ".join(sentence for section in found.sections for sentence in section.reading)
+
+
+def test_what_cannot_be_measured_is_said_and_the_rest_goes_on() -> None:
+    model = LoopedBridge.from_config(TINY, seed=0)
+    one = torch.tensor([[5]])
+    found = {section.name: section for section in report(model, [one], n_loops=4, verbose=False).sections}
+    assert any("one token" in reason for reason in found["stages"].refused)
+    assert found["fixed_points"].reading and not found["fixed_points"].refused
+    same = report(model, TOKENS, n_loops=4, clean=one, corrupted=one, verbose=False)
+    (patching,) = (section for section in same.sections if section.name == "patching")
+    assert any("nothing for a patch to move" in reason for reason in patching.refused)
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["--out", "/no/such/place/report.html"], "no directory '/no/such/place'"),
+    (["--out", "."], "it is a directory"),
+    (["--out", "/proc/report.html"], "cannot be written"),
+    (["--prompt", ""], "empty"),
+    (["--prompt", "A b Z y ? A"], "Z"),
+    (["--prompts", "no-such-file"], "no-such-file.*cannot be read"),
+    (["--clean", "A b B a ? A"], "only one of clean and corrupted"),
+    (["--clean", "A b B a ? A", "--corrupt", "A b ? A"], "same number of tokens"),
+    (["--loops", "3"], "the model has 6"),
+    (["toy:nothing"], "the bundled toys are"),
+    ([str(GOLDEN / "ouro")], "no tokenizer"),
+    ([str(GOLDEN / "ouro"), "--prompt", "hello"], "no tokenizer.*'hello' is no list of token ids"),
+])  # fmt: skip
+def test_bad_input_is_refused_in_one_line_before_the_work(
+    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    unchecked: None,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Section, "attempt", lambda *_: pytest.fail("the work began"))
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "report.html")]
+    assert main(["report", *arguments, *out]) == 1
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and re.search(says, error), error
+    assert not list(tmp_path.iterdir())
+
+
+def test_prompts_come_from_a_file_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts").write_text("5,17,3\n\n9,2,4,4\n")
+    out, beside = tmp_path / "r.html", tmp_path / "n.json"
+    command = ["report", str(GOLDEN / "nanbeige"), "--prompt", "8,9,10", "--prompts", str(tmp_path / "prompts"), "--loops", "3"]
+    assert main([*command, "--out", str(out), "--json", str(beside)]) == 0
+    model, answers = (s["numbers"] for s in json.loads(beside.read_text())["sections"][:2])
+    assert model["examples"] == 3 and answers["prompt"] == ["8", "9", "10"] and len(answers["answers"]) == 3
+    assert capsys.readouterr().out.split() == [str(out), str(beside)]
+
+
+def test_an_interruption_keeps_what_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sections.SECTIONS, "trajectories", ("The path of the state", interrupt))
+    out = tmp_path / "report.html"
+    assert main(["report", str(GOLDEN / "ouro"), "--prompt", "5,17,3", "--loops", "4", "--out", str(out), "--json"]) == 130
+    text, found = out.read_text(encoding="utf-8"), json.loads(out.with_suffix(".json").read_text())
+    assert [section["name"] for section in found["sections"]] == ["model", "answers", "fixed_points"]
+    assert found["missing"][0] == "The path of the state" and "Interrupted: The path of the state, Attention" in text
+    assert "not done: The path of the state" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_a_kill_keep_what_is_done(tmp_path: Path) -> None:
+    for how, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        out = tmp_path / f"{how.name}.html"
+        run = subprocess.Popen(
+            [sys.executable, "-m", "tl_looped.cli", "report", "--loops", "64", "--out", str(out)], stderr=subprocess.PIPE
+        )
+        while not out.exists() and run.poll() is None:
+            time.sleep(0.05)
+        run.send_signal(how)
+        run.communicate(timeout=120)
+        assert run.returncode == status and out.read_text(encoding="utf-8").rstrip().endswith("</html>")
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SETTINGS = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")]
+LOOK = """() => {
+  const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+  const linear = (v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const luminance = (c) => { const [r, g, b] = c.slice(0, 3).map(linear); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const behind = (node) => {
+    for (; node; node = node.parentElement) {
+      const c = rgb(getComputedStyle(node).backgroundColor);
+      if (c.length < 4 || c[3] > 0) return c;
+    }
+    return [255, 255, 255];
+  };
+  const contrast = (front, back) => {
+    const [light, dark] = [luminance(front), luminance(back)].sort((x, y) => y - x);
+    return (light + 0.05) / (dark + 0.05);
+  };
+  const texts = [...document.querySelectorAll("h1, h2, p, figcaption, th, td, nav a")];
+  const ticks = [...document.querySelectorAll(".xtick text, .ytick text, .xtitle, .ytitle")];
+  const figures = [...document.querySelectorAll(".plotly-figure")];
+  const drawn = ".heatmaplayer image, .scatterlayer .point, .scatterlayer .js-line";
+  return {
+    overflow: document.documentElement.scrollWidth - innerWidth,
+    contrast: Math.min(
+      ...texts.map((node) => contrast(rgb(getComputedStyle(node).color), behind(node))),
+      ...ticks.map((node) => contrast(rgb(getComputedStyle(node).fill), behind(node.closest("figure"))))),
+    smallest: Math.min(...texts.map((node) => parseFloat(getComputedStyle(node).fontSize))),
+    figures: figures.length,
+    empty: figures.filter((node) => !node.querySelector(drawn)).length,
+    squeezed: figures.filter((node) => node.querySelector(".main-svg").getBoundingClientRect().width < 250).length,
+    heads: document.querySelectorAll("[id^=circuits-vis] canvas, [id^=circuits-vis] img, [id^=circuits-vis] svg").length,
+    diagrams: document.querySelectorAll("svg.diagram").length,
+  };
+}"""
+
+
+@pytest.mark.skipif(
+    CHROMIUM is None and not os.environ.get("CI"), reason="needs Chromium on the path, such as Debian's package chromium"
+)
+@pytest.mark.parametrize(("width", "scheme"), SETTINGS)
+def test_the_page_in_a_browser(page: Path, width: int, scheme: str) -> None:
+    """Every figure drawn, no error, nothing requested, no sideways scrolling, readable contrast."""
+    assert CHROMIUM is not None, "CI installs Chromium (see .ci/run)"
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright, of the extra dev")
+    said: list[str] = []
+    requests: list[str] = []
+    options = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=options)
+        view = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        view.on("console", lambda message: said.append(message.text))
+        view.on("pageerror", lambda error: said.append(str(error)))
+        view.on("request", lambda request: requests.append(request.url))
+        view.goto(page.as_uri())
+        view.wait_for_function("document.documentElement.dataset.drawn", timeout=60_000)
+        view.wait_for_selector("[id^=circuits-vis] canvas, [id^=circuits-vis] img, [id^=circuits-vis] svg", timeout=60_000)
+        found = view.evaluate(LOOK)
+        tick = "getComputedStyle(document.querySelector('.plotly-figure .xtick text')).fill"
+        before = view.evaluate(tick)
+        view.emulate_media(color_scheme="dark" if scheme == "light" else "light")  # figures follow the page
+        view.wait_for_function(f"{tick} !== {before!r}", timeout=60_000)
+        browser.close()
+    assert said == [] and requests == [page.as_uri()]
+    assert found["overflow"] <= 0
+    assert found["figures"] == len(figures(page)) >= 15 and found["empty"] == found["squeezed"] == 0
+    assert found["heads"] > 0 and found["diagrams"] == 1
+    assert found["contrast"] >= 4.5 and found["smallest"] >= 12  # WCAG's AA for text
+
+
+def test_an_error_of_the_page_is_no_traceback(tmp_path: Path) -> None:
+    found = report(LoopedBridge.from_config(TINY, seed=0), TOKENS, n_loops=2, verbose=False)
+    with pytest.raises(LoopedError, match="cannot be written"):
+        found.save(tmp_path / "none" / "report.html")
