@@ -19,6 +19,7 @@ GroupBy = Literal["depth", "recurrence", "layer"]
 # The colours of arXiv 2604.11791: first and last line of a figure by recurrence, and by layer.
 RECURRENCE_COLOURS = ((26, 152, 80), (254, 224, 60))
 LAYER_COLOURS = ((33, 102, 172), (102, 189, 99))
+LINE = "rgb(33,102,172)"
 
 
 def plotly() -> Any:
@@ -35,32 +36,51 @@ def plotly() -> Any:
 
 
 def heat_map(grid: Grid, title: str = "") -> Any:
-    """Rows for all axes but the last, which runs across; a line where the first axis moves on. One axis gives a line plot."""
+    """Rows for all axes but the last, which runs across; a line where the first axis moves on.
+
+    One axis gives a line plot, or bars where its labels are no numbers.
+    """
     go, values = plotly(), grid.values.detach().float().cpu()
     *down, across = grid.axes
     x = grid.labels[across]
-    figure = go.Figure(layout={"title": title or grid.name, "xaxis_title": across, "template": "plotly_white"})
+    figure = go.Figure(layout={"title": title or _words(grid.name), "xaxis_title": _words(across), "template": "plotly_white"})
     if not down:
-        figure.add_scatter(x=x, y=values.tolist(), mode="lines+markers")
-        return figure.update_layout(yaxis_title=grid.name)
+        figure.update_layout(yaxis_title=_words(grid.name))
+        if all(map(_is_number, x)):
+            figure.add_scatter(x=[float(label) for label in x], y=values.tolist(), mode="lines+markers", line={"color": LINE})
+            return figure.update_xaxes(dtick=1 if len(x) <= 12 else None)
+        return figure.add_bar(x=x, y=values.tolist(), marker={"color": LINE}).update_xaxes(type="category")
     rows = list(product(*(grid.labels[axis] for axis in down)))
     z = values.reshape(len(rows), len(x))
-    limit = float(z.abs().max()) or 1.0
-    signed = (
-        {"zmin": -limit, "zmax": limit, "colorscale": "RdBu", "zmid": 0} if bool((z < 0).any()) else {"colorscale": "Blues"}
+    known = z[z.isfinite()]
+    limit = (float(known.abs().max()) if len(known) else 1.0) or 1.0
+    if bool((z < 0).any()):
+        colours = {"zmin": -limit, "zmax": limit, "colorscale": "RdBu", "zmid": 0}
+    elif len(known.unique()) > 1:
+        colours = {"colorscale": "Blues"}
+    else:  # one number everywhere, which plotly would put in the middle of a range that has no meaning
+        colours = {"zmin": 0, "zmax": limit, "colorscale": "Blues"}
+    gap = 1 if len(rows) <= 64 and len(x) <= 64 else 0
+    # Plotly drops repeated category names, so rows and columns have numbers and the labels are ticks.
+    figure.add_heatmap(
+        x=list(range(len(x))),
+        y=list(range(len(rows))),
+        z=z.tolist(),
+        colorbar={"title": {"text": _words(grid.name), "side": "right"}},
+        xgap=gap,
+        ygap=gap,
+        customdata=[[f"{_words(across)} {label}" for label in x]] * len(rows),
+        hovertext=[[" · ".join(f"{_words(a)} {b}" for a, b in zip(down, row, strict=True))] * len(x) for row in rows],
+        hovertemplate="%{hovertext} · %{customdata}<br>%{z:.4g}<extra></extra>",
+        **colours,
     )
-    # Plotly drops repeated category names, so rows have numbers and the labels are ticks.
-    figure.add_heatmap(x=x, y=list(range(len(rows))), z=z.tolist(), colorbar={"title": grid.name}, xgap=1, ygap=1, **signed)
-    figure.update_yaxes(
-        title=" · ".join(down),
-        tickvals=list(range(len(rows))),
-        ticktext=[" · ".join(row) for row in rows],
-        autorange="reversed",
-    )
+    figure.update_xaxes(**_ticks(x, 24), showgrid=False)
+    names = [" · ".join(row) for row in rows]
+    figure.update_yaxes(title=" · ".join(map(_words, down)), autorange="reversed", showgrid=False, **_ticks(names, 48))
     per_first = len(rows) // len(grid.labels[down[0]])
-    for boundary in range(per_first, len(rows), per_first) if len(down) > 1 else ():
+    for boundary in range(per_first, len(rows), per_first) if len(down) > 1 and per_first > 1 else ():
         figure.add_hline(y=boundary - 0.5, line={"width": 1.5, "color": "#444"})
-    return figure.update_layout(height=max(300, 120 + 18 * len(rows)))
+    return figure.update_layout(height=min(1000, max(300, 120 + 18 * len(rows))))
 
 
 def grouped(
@@ -92,7 +112,7 @@ def grouped(
     figure = go.Figure(layout={"title": title or name, "yaxis_title": name, "template": "plotly_white"})
     if log_y:
         values = [v if v > 0 else float("nan") for v in values]
-        figure.update_yaxes(type="log", exponentformat="power")
+        figure.update_yaxes(type="log", **log_ticks(values))
     places = [(site.stack, site.layer) for site in sites]
     physical = list(dict.fromkeys(sorted(places, key=lambda at: (at[0] == "coda") - (at[0] == "prelude"))))
     lines: dict[str, list[tuple[Any, float]]] = {}
@@ -110,20 +130,50 @@ def grouped(
     looped = [line for line in lines if line not in ("prelude", "coda")]
     ends = LAYER_COLOURS if group_by == "layer" else RECURRENCE_COLOURS
     colours = {line: _between(*ends, k / max(1, len(looped) - 1)) for k, line in enumerate(looped)}
-    for line, points in lines.items():
+    every = -(-len(lines) // 16)  # a legend of so many is read; colours tell those between
+    for k, (line, points) in enumerate(lines.items()):
         x, y = zip(*points, strict=True)
-        figure.add_scatter(x=x, y=y, name=line, mode="lines+markers", line={"color": colours.get(line, "grey")})
+        colour = {"color": colours.get(line, "grey")}
+        figure.add_scatter(x=x, y=y, name=line, mode="lines+markers", line=colour, showlegend=len(lines) > 1 and k % every == 0)
     across = {"depth": "virtual layer", "recurrence": "depth in the block (%)", "layer": "loop"}
     figure.update_xaxes(title=across[group_by])
     if group_by == "depth":
-        for k in range(1, len(sites)):
-            if sites[k][:2] != sites[k - 1][:2]:
-                figure.add_vline(x=k - 0.5, line={"width": 0.5, "color": "#bbb"})
+        _mark_passes(figure, sites)
     return figure
 
 
-def panels(curves: Sequence[Grid], title: str = "") -> Any:
-    """One panel below the other for every grid of one axis, over the labels of that axis."""
+def rank_trajectories(
+    ranks: Mapping[str, Sequence[float]], sites: Sequence[Site], title: str = "", name: str = "rank (0 is the top)"
+) -> Any:
+    """Ranks of tokens over the virtual layers in the order of the run, with a mark where a new pass begins.
+
+    Args:
+        ranks: 0-based ranks, one per site, for every token by its name.
+        sites: where they were read.
+        title: above the figure.
+        name: what the numbers are.
+    """
+    figure = plotly().Figure(layout={"title": title, "yaxis_title": name, "template": "plotly_white"})
+    for token, values in ranks.items():
+        # A logarithm has no place for rank 0, so ranks from 1 are drawn, under ticks that say those from 0.
+        y = [value + 1 for value in values]
+        text = [f"rank {value:g}" for value in values]
+        figure.add_scatter(x=list(range(len(y))), y=y, name=token, text=text, mode="lines+markers", showlegend=True)
+    ends = [0, *(10**k for k in range(8))]
+    figure.update_yaxes(type="log", autorange="reversed", tickvals=[e + 1 for e in ends], ticktext=[str(e) for e in ends])
+    figure.update_xaxes(title="virtual layer")
+    _mark_passes(figure, sites)
+    return figure
+
+
+def panels(curves: Sequence[Grid], title: str = "", mark: int | None = None) -> Any:
+    """One panel below the other for every grid of one axis, over the labels of that axis.
+
+    Args:
+        curves: grids of one axis each, with numbers as labels.
+        title: above the figure.
+        mark: where to draw a line through all panels.
+    """
     plotly()
     from plotly.subplots import make_subplots
 
@@ -131,9 +181,22 @@ def panels(curves: Sequence[Grid], title: str = "") -> Any:
     for row, grid in enumerate(curves, 1):
         (axis,) = grid.axes
         x, y = [float(label) for label in grid.labels[axis]], grid.values.cpu().tolist()
-        figure.add_scatter(x=x, y=y, mode="lines+markers", name=grid.name, row=row, col=1)
-        figure.update_yaxes(title=grid.name, row=row, col=1)
-        figure.update_xaxes(title=axis if row == len(curves) else None, row=row, col=1)
+        figure.add_scatter(x=x, y=y, mode="lines+markers", name=grid.name, line={"color": LINE}, row=row, col=1)
+        # Names stand above the panels: beside them, long ones would run into each other.
+        figure.add_annotation(
+            text=_words(grid.name),
+            x=0,
+            y=1,
+            xref="x domain",
+            yref="y domain",
+            yanchor="bottom",
+            showarrow=False,
+            row=row,
+            col=1,
+        )
+        figure.update_xaxes(title=_words(axis) if row == len(curves) else None, row=row, col=1)
+        if mark is not None:
+            figure.add_vline(x=mark, line={"width": 1, "color": "#444", "dash": "dot"}, row=row, col=1)
     return figure.update_layout(title=title, template="plotly_white", showlegend=False, height=140 + 170 * len(curves))
 
 
@@ -201,11 +264,15 @@ def floorplan(grid: Grid, sites: Sequence[Site], title: str = "") -> Any:
         if loop is None:
             ends = {"x0": -1, "x1": len(row) * size - 1, "y0": r * size - 1, "y1": (r + 1) * size - 1}
             boxes.append({"type": "rect", **ends, "line": {"color": "blue" if stack == "prelude" else "red", "width": 2}})
-    figure = go.Figure(layout={"title": title or grid.name, "template": "plotly_white", "shapes": boxes})
-    figure.add_heatmap(z=z.float().tolist(), colorscale="Viridis", zmin=0, zmax=1, colorbar={"title": grid.name})
+    figure = go.Figure(layout={"title": title or _words(grid.name), "template": "plotly_white", "shapes": boxes})
+    bar = {"title": {"text": "share of attention", "side": "right"}}
+    figure.add_heatmap(z=z.float().tolist(), colorscale="Viridis", zmin=0, zmax=1, colorbar=bar, hoverongaps=False)
+    plain = {"showgrid": False, "zeroline": False}
     ticks = {"tickvals": [(r + 0.5) * size for r in range(len(rows))], "ticktext": names}
-    figure.update_yaxes(autorange="reversed", scaleanchor="x", showgrid=False, **ticks)
-    figure.update_xaxes(showgrid=False, showticklabels=False, title="layer, query by key in each pattern")
+    figure.update_yaxes(autorange="reversed", scaleanchor="x", **plain, **ticks)
+    widest = range(max(map(len, rows)))
+    ticks = {"tickvals": [(c + 0.5) * size for c in widest], "ticktext": [f"layer {c}" for c in widest]}
+    figure.update_xaxes(title="in each pattern, queries run down and keys across", constrain="domain", **plain, **ticks)
     return figure.update_layout(height=min(4000, 120 + 90 * len(rows)))
 
 
@@ -245,6 +312,45 @@ def attention_heads(
     names = [f"{prefix}loop {t}, layer {j}, head {h}" for t in chosen for j in layers for h in range(patterns[0].shape[2])]
     heads = [pattern[k, example] for k in range(len(chosen)) for pattern in patterns]
     return show(torch.cat(heads).float().cpu(), list(tokens), names)
+
+
+def log_ticks(values: Sequence[float]) -> dict[str, Any]:
+    """Ticks for a logarithmic axis; over less than two decades plotly would write single digits between powers of ten."""
+    positive = [v for v in values if v > 0 and v != float("inf")] or [1.0]
+    return {"tickformat": "~g", "dtick": "D2"} if max(positive) < 100 * min(positive) else {"exponentformat": "power"}
+
+
+def _mark_passes(figure: Any, sites: Sequence[Site]) -> None:
+    """Draw a line where a new pass begins, and say which; of many passes only some."""
+    starts = [k for k in range(len(sites)) if k == 0 or sites[k][:2] != sites[k - 1][:2]]
+    middles = [(k + stop - 1) / 2 for k, stop in zip(starts, [*starts[1:], len(sites)], strict=True)]
+    every, word = -(-len(starts) // 16), "loop "
+    for k, middle in list(zip(starts, middles, strict=True))[::every]:
+        stack, loop, _ = sites[k]
+        name = stack if loop is None else f"{'' if stack == 'core' else stack + ' '}{word}{loop}"
+        word = word if loop is None else ""  # once is enough
+        figure.add_annotation(text=name, x=middle, y=1, yref="paper", yanchor="bottom", showarrow=False, font={"size": 10})
+        if k:
+            figure.add_vline(x=k - 0.5, line={"width": 1, "color": "#999"})
+    figure.update_xaxes(showgrid=False)
+
+
+def _ticks(labels: Sequence[str], most: int) -> dict[str, Any]:
+    """Ticks at evenly spaced labels, no more than `most` of them."""
+    every = -(-len(labels) // most)
+    return {"tickvals": list(range(0, len(labels), every)), "ticktext": list(labels[::every])}
+
+
+def _words(name: str) -> str:
+    return "number of loops" if name == "n_loops" else name.replace("_", " ")
+
+
+def _is_number(label: str) -> bool:
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True
 
 
 def _between(first: tuple[int, int, int], last: tuple[int, int, int], share: float) -> str:

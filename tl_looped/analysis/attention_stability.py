@@ -53,7 +53,8 @@ class AttentionStability(Result):
         """
         grid = self.successive
         sites = [Site(self.stack, int(t), int(j)) for t in grid.labels["loop"] for j in grid.labels["layer"]]
-        return grouped(grid.values.mean(-1).flatten().tolist(), sites, group_by, grid.name)
+        values, title = grid.values.mean(-1).flatten().tolist(), "Attention patterns against the loop before, mean over heads"
+        return grouped(values, sites, group_by, "Frobenius distance / sqrt(pos)", title=title)
 
 
 def attention_stability(

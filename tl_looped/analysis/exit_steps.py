@@ -66,11 +66,18 @@ class ExitSteps(Result):
         """
         from ..plots import plotly
 
-        layout = {"xaxis_title": "loops per token", "yaxis_title": "accuracy", "template": "plotly_white"}
+        layout = {
+            "title": "What exit policies cost and keep",
+            "xaxis_title": "loops per token",
+            "yaxis_title": "accuracy",
+            "template": "plotly_white",
+        }
         figure, n = plotly().Figure(layout=layout), len(self.cost.values) - self.n_loops
         x, y, names = self.cost.values.tolist(), self.accuracy.values.tolist(), self.cost.labels["policy"]
-        figure.add_scatter(x=x[n:], y=y[n:], text=names[n:], name="fixed number of loops", mode="lines+markers")
-        figure.add_scatter(x=x[:n], y=y[:n], text=names[:n], name="policies", mode="markers+text", textposition="bottom right")
+        grey = {"color": "#999"}
+        figure.add_scatter(x=x[n:], y=y[n:], text=names[n:], name="fixed number of loops", mode="lines+markers", line=grey)
+        for point in zip(x[:n], y[:n], names[:n], strict=True):  # a name in the legend does not run into its neighbour's
+            figure.add_scatter(x=point[:1], y=point[1:2], name=point[2], mode="markers", marker={"size": 11})
         return figure
 
 

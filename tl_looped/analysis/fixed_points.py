@@ -28,6 +28,12 @@ Metric = Literal["l2", "relative", "cosine"]
 Reduction = Literal["token", "matrix"]
 Quantity = Literal["successive", "distance", "norm"]
 Cells = dict[tuple[int, int], Tensor]
+TITLES: dict[Quantity, str] = {
+    "distance": "From every loop to X*",
+    "successive": "From every loop to the loop before",
+    "norm": "Norm of the residual stream",
+}
+NAMES: dict[Metric, str] = {"l2": "L2 distance", "relative": "relative distance", "cosine": "cosine similarity"}
 RESID, PATTERN = "hook_resid_post", "attn.hook_pattern"
 
 
@@ -87,7 +93,9 @@ class FixedPoints(Result):
         values = grid.values.clone()
         if quantity == "distance" and grid.labels["loop"][-1] == str(self.reference):
             values[-1] = torch.nan  # by construction
-        return grouped(values.flatten().tolist(), sites, group_by, grid.name, log_y=log_y)
+        title = f"{TITLES[quantity]}, {'mean over tokens' if self.reduction == 'token' else 'of the whole prompt'}"
+        name = "L2 norm" if quantity == "norm" else NAMES[metric]
+        return grouped(values.flatten().tolist(), sites, group_by, name, title=title, log_y=log_y)
 
 
 def fixed_points(

@@ -102,7 +102,8 @@ class InferenceStages(Result):
             LoopedError: plotly is not installed; an unknown metric or grouping.
         """
         grid = self._metric(metric)
-        return grouped(grid.values.tolist(), self.schedule.sites, group_by, grid.name)
+        name = {"colsum": "ColSum concentration", "sink_rate": "sink rate", "norm": "residual norm (L2)"}.get(metric, grid.name)
+        return grouped(grid.values.tolist(), self.schedule.sites, group_by, name)
 
     def _metric(self, metric: str) -> Estimate:
         if metric not in METRICS:

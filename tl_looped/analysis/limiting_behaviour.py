@@ -185,7 +185,7 @@ class LimitingBehaviour(Result):
 
     def plot(self) -> Any:
         """A plotly heat map of the share of tokens with each label in every layer."""
-        return self.fractions.plot(f"after {self.n_loops} loops")
+        return self.fractions.plot(f"Share of tokens with each label after {self.n_loops} loops")
 
 
 def limiting_behaviour(

@@ -73,12 +73,18 @@ class LocalStability(Result):
         from ..plots import plotly
 
         figure = plotly().Figure(
-            layout={"yaxis_title": "factor per loop", "xaxis_title": "example", "template": "plotly_white"}
+            layout={
+                "title": "What a loop makes of a small change; below 1 it shrinks",
+                "yaxis_title": "factor per loop",
+                "xaxis": {"title": "example", "dtick": max(1, len(self.residual) // 20), "showgrid": False},
+                "template": "plotly_white",
+            }
         )
         growth = [float(torch.tensor(row[0]).exp()) for row in self.lyapunov]
         parts = {"spectral radius": self.spectral_radius, "contraction": self.contraction, "exp(first exponent)": growth}
         for name, values in parts.items():
-            figure.add_scatter(x=list(range(len(values))), y=list(values), name=name, mode="markers")
+            symbol = {"size": 10, "symbol": ("circle", "x", "diamond-open")[len(figure.data)]}  # they may lie on each other
+            figure.add_scatter(x=list(range(len(values))), y=list(values), name=name, mode="markers", marker=symbol)
         figure.add_hline(y=1.0, line={"width": 1, "color": "#444"})
         return figure
 

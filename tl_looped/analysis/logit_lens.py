@@ -106,6 +106,24 @@ class LogitLensResult(Readout):
             )
         return self.ranks[..., found.index(target)]
 
+    def plot(self, example: int = 0, pos: int = -1) -> Any:
+        """A plotly figure: the rank of every target over the layers, with a mark where a new pass begins.
+
+        Args:
+            example: which row of the batch.
+            pos: which of the decoded positions, by its place in `positions`.
+
+        Raises:
+            LoopedError: plotly is not installed.
+        """
+        from ..plots import rank_trajectories
+
+        ranks = self.ranks[:, example, pos].tolist()  # [row, target]
+        names = self.target_names or [f"token {token}" for token in self.targets[example, pos].tolist()]
+        lines = {str(name): [float(row[k]) for row in ranks] for k, name in enumerate(names)}
+        where = f"{self.lens} lens, position {self.positions[pos]}"
+        return rank_trajectories(lines, self.sites, f"Rank of the target by layer ({where})")
+
     def at(self, loop: int | None, layer: int, stack: str | None = None) -> Readout:
         """The readout of one layer, without the row axis.
 

@@ -51,7 +51,7 @@ class PathIndependence(Result):
 
     def plot(self) -> Any:
         """A plotly heat map of the spread, loops by layers."""
-        return self.spread.plot(f"spread over {self.n_states} initial states")
+        return self.spread.plot(f"Spread over {self.n_states} initial states (1: unrelated)")
 
 
 def path_independence(

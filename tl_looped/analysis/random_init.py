@@ -110,13 +110,22 @@ class RandomInitSweep(Result):
         Raises:
             LoopedError: plotly is not installed.
         """
-        from ..plots import plotly
+        from ..plots import log_ticks, plotly
 
-        layout = {"xaxis_title": "loop", "yaxis_title": "relative distance to X*", "template": "plotly_white"}
-        figure = plotly().Figure(layout=layout)
-        for name, row in zip(self.distance.labels["layout"], self.distance.values.tolist(), strict=True):
-            figure.add_scatter(y=row[:-1], name=name)  # the last is 0 by construction
-        return figure.update_yaxes(type="log", exponentformat="power")
+        title = f"Distance to X*, mean over {self.distance.count} initialisations"
+        layout = {
+            "title": title,
+            "xaxis_title": "loop",
+            "yaxis_title": "relative distance to X*",
+            "template": "plotly_white",
+        }
+        figure, colours = plotly().Figure(layout=layout), ("#2166ac", "#1a9850", "#d73027")
+        names = self.distance.labels["layout"]
+        for k, (name, row) in enumerate(zip(names, self.distance.values.tolist(), strict=True)):
+            y = [v if v > 0 else None for v in row[:-1]]  # the last is 0 by construction
+            line = {"color": colours[k % len(NORMS)], "dash": "solid" if k < len(NORMS) else "dot"}
+            figure.add_scatter(y=y, name=name, line=line)
+        return figure.update_yaxes(type="log", **log_ticks(self.distance.values[:, :-1].flatten().tolist()))
 
 
 def random_init_sweep(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from typing import Any, Literal
@@ -74,7 +74,14 @@ class Stability(Result):
         """
         from ..plots import panels
 
-        return panels([self.loss, self.accuracy, self.margin, self.kl, self.overthinking], f"trained for {self.trained} loops")
+        curves = [
+            replace(self.loss, name="loss (nats)"),
+            self.accuracy,
+            replace(self.margin, name="margin (logits)"),
+            replace(self.kl, name=f"KL from {self.trained} loops (nats)"),
+            replace(self.overthinking, name="overthinking (share that was right before and is wrong now)"),
+        ]
+        return panels(curves, f"Answers after every number of loops; dotted: the trained {self.trained}", self.trained)
 
 
 def stability(
@@ -196,7 +203,11 @@ class InjectionEffect(Result):
         """
         from ..plots import panels
 
-        return panels([self.state_change, self.kl], f"injection edited from loop {self.from_loop} on")
+        curves = [
+            replace(self.state_change, name="change of the state, over its norm"),
+            replace(self.kl, name="KL from the untouched answers (nats)"),
+        ]
+        return panels(curves, f"Injection edited from loop {self.from_loop} on (dotted)", self.from_loop)
 
 
 def injection_effect(

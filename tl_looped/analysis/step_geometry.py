@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from typing import Any
@@ -76,7 +76,14 @@ class StepGeometry(Result):
     def plot(self) -> Any:
         """A plotly figure, one panel per quantity over the loops; `cka.plot()` is the heat map of loops against loops."""
         where = f"{self.hook}{', after the last norm' if self.after_norm else ''}"
-        return panels([getattr(self, name) for name in PER_LOOP], where)
+        units = {
+            "turning_angle": "turning angle (radians)",
+            "curvature": "curvature (radians between steps from token to token)",
+        }
+        return panels([replace(grid, name=units.get(grid.name, grid.name)) for grid in map(self._of, PER_LOOP)], where)
+
+    def _of(self, name: str) -> Estimate:
+        return getattr(self, name)
 
 
 def step_geometry(

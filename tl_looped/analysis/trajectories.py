@@ -89,12 +89,13 @@ class Trajectories(Result):
         across, upwards = (f"{grid.labels['component'][c]} ({share[c]:.0%})" for c in components)
         if self.over == "layers":
             where = grid.labels["layer"]
-            return paths(
-                {"": values}, [float(k) for k in range(len(where))], where, (across, upwards), colour_name="virtual layer"
-            )
+            title = "One token over all layers, in its principal components"
+            order = [float(k) for k in range(len(where))]
+            return paths({"": values}, order, where, (across, upwards), title, colour_name="virtual layer")
         loops = grid.labels["loop"]
         lines = {f"position {pos}": [row[k] for row in values] for k, pos in enumerate(grid.labels["pos"])}
-        return paths(lines, [float(t) for t in loops], [f"loop {t}" for t in loops], (across, upwards))
+        title = "All tokens at the ends of the loops, in principal components"
+        return paths(lines, [float(t) for t in loops], [f"loop {t}" for t in loops], (across, upwards), title)
 
 
 def trajectories(

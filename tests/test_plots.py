@@ -1,0 +1,98 @@
+"""What a reader of the figures relies on: labels, ticks that fit, marks of the passes, logarithms without zeros."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from zoo import random_bridge, random_tokens
+
+from tl_looped import exits
+from tl_looped.analysis import exit_steps, logit_lens, stability
+from tl_looped.plots import grouped, heat_map, panels, rank_trajectories
+from tl_looped.results import Grid
+from tl_looped.schedule import Schedule
+
+pytest.importorskip("plotly")
+
+
+def grid(*shape: int, axes: tuple[str, ...] = ("loop", "layer"), fill: float | None = None) -> Grid:
+    values = torch.rand(shape) if fill is None else torch.full(shape, fill)
+    return Grid(values, axes, {axis: [str(k) for k in range(n)] for axis, n in zip(axes, shape, strict=True)}, "a_number")
+
+
+def notes(figure: Any) -> list[str]:
+    return [note.text for note in figure.layout.annotations]
+
+
+def test_a_heat_map_of_many_rows_fits_on_a_page_and_its_ticks_do_not_touch() -> None:
+    few, many = heat_map(grid(4, 3)), heat_map(grid(128, 24, 2, axes=("loop", "layer", "head")))
+    assert list(few.layout.yaxis.ticktext) == ["0", "1", "2", "3"] and few.layout.title.text == "a number"
+    assert many.layout.height <= 1000 and len(many.layout.yaxis.tickvals) <= 48 and many.data[0].ygap == 0
+    every = many.layout.yaxis.tickvals[1]
+    assert many.layout.yaxis.ticktext[1] == f"{every // 24} · {every % 24}"
+    assert few.data[0].hovertext[2][1] == "loop 2" and few.data[0].customdata[2][1] == "layer 1"
+
+
+def test_a_heat_map_of_one_number_or_of_none() -> None:
+    flat = heat_map(grid(2, 2, fill=0.0)).data[0]
+    assert (flat.zmin, flat.zmax) == (0, 1)
+    assert heat_map(grid(2, 2, fill=math.nan)).data[0].zmax == 1
+    signed = Grid(torch.tensor([[-1.0, math.nan], [0.5, 0.0]]), ("loop", "layer"), {"loop": ["0", "1"], "layer": ["0", "1"]})
+    assert (heat_map(signed).data[0].zmin, heat_map(signed).data[0].zmax) == (-1, 1)
+
+
+def test_one_axis_is_a_line_over_numbers_and_bars_over_names() -> None:
+    assert heat_map(grid(5, axes=("loop",))).data[0].type == "scatter"
+    named = Grid(torch.rand(2), ("pairs",), {"pairs": ["with layer 0", "all"]}, "cosine")
+    assert heat_map(named).data[0].type == "bar"
+
+
+def test_passes_are_marked_and_named_as_far_as_there_is_room() -> None:
+    few, many = Schedule(2, 3, n_prelude=1, n_coda=1), Schedule(2, 128)
+    figure = grouped([0.0] * few.n_layers, few.sites, "depth", "x")
+    assert notes(figure) == ["prelude", "loop 0", "1", "2", "coda"]
+    assert [shape.x0 for shape in figure.layout.shapes] == [0.5, 2.5, 4.5, 6.5]
+    assert len(notes(grouped([0.0] * many.n_layers, many.sites, "depth", "x"))) == 16
+    by_loop = grouped([0.0] * many.n_layers, many.sites, "recurrence", "x")
+    assert len(by_loop.data) == 128 and sum(line.showlegend for line in by_loop.data) == 16
+    assert (
+        by_loop.data[0].line.color == "rgb(26,152,80)" and by_loop.data[-1].line.color == "rgb(254,224,60)"
+    )  # green to yellow
+    by_layer = grouped([0.0] * few.n_layers, few.sites, "layer", "x")
+    assert (
+        by_layer.data[0].line.color == "rgb(33,102,172)" and by_layer.data[-1].line.color == "rgb(102,189,99)"
+    )  # blue to green
+
+
+def test_logarithms_leave_zeros_out_and_have_ticks_that_can_be_read() -> None:
+    sites = Schedule(1, 3).sites
+    narrow, broad = (grouped([0.0, *rest], sites, "layer", "x", log_y=True) for rest in ([1.0, 3.0], [1e-7, 1.0]))
+    assert math.isnan(narrow.data[0].y[0]) and narrow.layout.yaxis.dtick == "D2" and broad.layout.yaxis.dtick is None
+
+
+def test_ranks_from_zero_on_a_logarithmic_axis() -> None:
+    bridge, tokens = random_bridge("huginn"), random_tokens(2, 5)
+    result = logit_lens(bridge, tokens, targets=[3, 7])
+    figure = result.plot(example=1)
+    assert [line.name for line in figure.data] == ["3", "7"] and notes(figure)[:2] == ["prelude", "loop 0"]
+    assert [y - 1 for y in figure.data[1].y] == result.ranks[:, 1, -1, 1].tolist()
+    top = rank_trajectories({"a": [0.0, 9.0]}, Schedule(1, 2).sites)
+    ticks = dict(zip(top.layout.yaxis.tickvals, top.layout.yaxis.ticktext, strict=True))
+    assert ticks[1] == "0" and ticks[11] == "10" and top.layout.yaxis.autorange == "reversed"
+
+
+def test_panels_say_their_units_and_mark_the_trained_loops() -> None:
+    bridge, tokens = random_bridge("ouro"), random_tokens(2, 5)
+    figure = stability(bridge, tokens, verbose=False).plot()
+    assert notes(figure)[0] == "loss (nats)" and "KL from 3 loops (nats)" in notes(figure)
+    assert {shape.x0 for shape in figure.layout.shapes} == {3} and len(figure.layout.shapes) == 5
+    assert figure.layout.xaxis5.title.text == "number of loops"
+    assert not panels([grid(3, axes=("loop",))]).layout.shapes
+
+
+def test_policies_have_names_of_their_own() -> None:
+    figure = exit_steps(random_bridge("ouro"), random_tokens(), [exits.KL(0.1), exits.Gate(0.5)], verbose=False).plot()
+    assert [line.name for line in figure.data] == ["fixed number of loops", repr(exits.KL(0.1)), repr(exits.Gate(0.5))]
