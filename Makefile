@@ -3,7 +3,6 @@ export HF_HUB_OFFLINE = 1
 PYTHON ?= python3
 PYTEST = .venv/bin/python -m pytest
 PIP = .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
-DEMO = tests/golden/ouro
 
 .PHONY: test demo bench docs clean
 
@@ -14,9 +13,10 @@ test: .venv/installed
 	$(PYTEST) -n 2
 	$(PYTEST) -m slow
 	$(PYTEST) -m real
+	$(PYTEST) -m tutorials -n 2
 
 demo: .venv/installed
-	.venv/bin/tl-looped lens $(DEMO) --tokens 5,17,3
+	.venv/bin/tl-looped report --out report.html
 
 bench: .venv/installed
 	$(PIP) -e '.[all,dev,bench]'

@@ -205,7 +205,11 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def std(text: str) -> float | str:
-    """A number, or "fan_in"."""
+    """A number, or "fan_in".
+
+    Raises:
+        argparse.ArgumentTypeError: neither.
+    """
     try:
         return text if text == "fan_in" else float(text)
     except ValueError:
@@ -213,7 +217,11 @@ def std(text: str) -> float | str:
 
 
 def token_list(text: str) -> Tensor:
-    """Token ids from "5,17,3", as [1, pos]."""
+    """Token ids from "5,17,3", as [1, pos].
+
+    Raises:
+        argparse.ArgumentTypeError: anything else.
+    """
     try:
         return torch.tensor([[int(token) for token in text.split(",")]])
     except ValueError:

@@ -31,8 +31,11 @@ def example() -> tuple[HopPrompts, tuple[Tensor, Tensor]]:
 
 
 def _meet(clean: HopPrompts, corrupted: HopPrompts) -> bool:
-    """Whether the walk from the last query over the clean mapping, continued over the corrupted one after some hops, ends where
-    the clean walk ends: a patch at such a loop would restore the answer by chance."""
+    """Whether a patch at the last query could restore the clean answer by chance.
+
+    It does where the walk over the clean mapping, continued over the corrupted one after some hops, ends where the clean one
+    ends.
+    """
     n_hops = 6
     walk = clean.answers(n_hops)[:, 0, -1].tolist()
     step = dict(zip((corrupted.keys[0]).tolist(), corrupted.values[0].tolist(), strict=True))
