@@ -155,6 +155,11 @@ def test_refusals() -> None:
         local_stability(bridge, [], verbose=False)
     with pytest.raises(LoopedError, match="the state of this prompt has 24"):
         local_stability(bridge, tokens[:, :1], n_exponents=SMALL["d_model"] + 1, verbose=False)
+    # Fused attention leaves NaN scores out, as if nothing were wrong; the Jacobian goes through plain attention.
+    spoilt = random_bridge("ouro")
+    spoilt.original_model.canonical_parameters()["core.1.attn.q.weight"].data[:] = torch.nan
+    with pytest.raises(LoopedError, match=r"the (Jacobian of|state leaving) loop 0 holds NaN"):
+        local_stability(spoilt, tokens, n_loops=4, verbose=False)
     bridge.original_model.canonical_parameters()["core.0.mlp.down.weight"].data[:] = torch.nan
     with pytest.raises(LoopedError, match="the state leaving loop 0 holds NaN"):
         local_stability(bridge, tokens, n_loops=4, verbose=False)

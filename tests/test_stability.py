@@ -146,5 +146,9 @@ def test_injection_of_two_stacks_and_refusals() -> None:
         injection_effect(huginn, tokens, 0, tokens[:, :3], verbose=False)
     with pytest.raises(LoopedError, match="out of range"):
         injection_effect(huginn, tokens, 3, verbose=False)
+    broken = random_bridge("retrofit_olmo")
+    broken.original_model.canonical_parameters()["unembed.weight"].data[:] = torch.nan
+    with pytest.raises(LoopedError, match="the readout after loop 0 holds NaN"):
+        injection_effect(broken, tokens, 0, verbose=False)
     with pytest.raises(LoopedError, match="generator"):
         injection_effect(huginn, tokens, 0, initial_state=torch.Generator(), verbose=False)

@@ -30,6 +30,7 @@ class Targets:
         self.ids = None if listed is None else [_target_id(model, answer) for answer in listed]
         if wrong := [i for i in self.ids or () if not 0 <= i < model.cfg.d_vocab]:
             raise LoopedError(f"answer {wrong[0]} was given, but the vocabulary of this model is 0..{model.cfg.d_vocab - 1}.")
+        self.scored = "next tokens" if answers is None else "answers"
         self.left: Iterator[int] = iter(self.ids or ())
         self.n_used, self.what = 0, what
 

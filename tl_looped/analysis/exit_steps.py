@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import reduce
 from operator import add
 from typing import Any
@@ -38,7 +38,8 @@ class ExitSteps(Result):
             [policy, batch, pos].
         pdf: for every batch, the exit gate's probability of leaving after each loop, [loop, batch, pos]; empty without a gate.
         n_loops: loops that a token can spend.
-        policies: the names of the policies asked for.
+        policies: the names of the policies asked for, and what they are.
+        scored: "next tokens" or "answers".
     """
 
     cost: Estimate
@@ -48,6 +49,7 @@ class ExitSteps(Result):
     pdf: tuple[Float[Tensor, "loop _ _"], ...]
     n_loops: int
     policies: str
+    scored: str
 
     @property
     def cdf(self) -> tuple[Float[Tensor, "loop batch pos"], ...]:
@@ -142,6 +144,8 @@ def exit_steps(
     labels = {"policy": [*named, *fixed]}
     ends = [schedule.pass_prefix(schedule.pass_of_loop(t)) for t in range(n_loops)]
     targets = Targets(model, answers, "exit_steps")
+    # A function says of itself where in memory it is, which would be another policy in every process.
+    asked = ", ".join(f"{name}: {policy!r}" if is_dataclass(policy) else name for name, policy in named.items())
 
     def examples(tokens: Int[Tensor, "batch pos"]) -> ExitSteps:
         wanted = targets.of(tokens)
@@ -196,7 +200,7 @@ def exit_steps(
             for name in names
         )
         pdf = (gate_pdf(torch.stack(history.exit_logits)).cpu(),) if history.exit_logits else ()
-        return ExitSteps(cost, accuracy, loss, (passes.cpu(),), pdf, n_loops, ", ".join(named))
+        return ExitSteps(cost, accuracy, loss, (passes.cpu(),), pdf, n_loops, asked, targets.scored)
 
     result = reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="exit_steps")))
     targets.check_used()

@@ -78,6 +78,7 @@ class InferenceStages(Result):
         entropy: entropy of the residual matrix leaving the layer, in the unit asked for.
         norm: L2 norm of the residual stream leaving the layer, mean over positions.
         schedule: which layer ran when; a feed-forward model is one loop over all of its layers.
+        tau: how much attention to the first token makes a head a sink.
     """
 
     colsum: Estimate
@@ -86,6 +87,7 @@ class InferenceStages(Result):
     entropy: Estimate
     norm: Estimate
     schedule: Schedule
+    tau: float
 
     def to_dataframe(self) -> Any:
         """A pandas DataFrame with one row per executed layer; for every metric its mean and standard error."""
@@ -270,7 +272,7 @@ def inference_stages(
             )
         titles = {"entropy": f"{'centred ' * centred}matrix entropy ({unit})", "mixing": "mixing (nats)"}
         estimates = [Estimate.of(values[m], ("depth",), {"depth": names}, titles.get(m, m)) for m in METRICS]
-        return InferenceStages(*estimates, schedule=schedule)
+        return InferenceStages(*estimates, schedule=schedule, tau=tau)
 
     return reduce(add, map(examples, token_batches(model, prompts, verbose=verbose, what="inference_stages")))
 

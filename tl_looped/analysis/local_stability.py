@@ -40,6 +40,8 @@ class LocalStability(Result):
         lyapunov: the leading Lyapunov exponents of every example, largest first, in nats per loop: mean rates at which small
             changes of the initial state grow.
         n_loops: how many loops were run.
+        n_exponents: how many exponents were asked for.
+        iterations: products with the Jacobian that were allowed for the spectral radius.
     """
 
     residual: tuple[float, ...]
@@ -48,6 +50,8 @@ class LocalStability(Result):
     ritz_residual: tuple[float, ...]
     lyapunov: tuple[tuple[float, ...], ...]
     n_loops: int
+    n_exponents: int
+    iterations: int
 
     def estimates(self) -> dict[str, Estimate]:
         """Mean, standard error and count of every quantity, over the examples that have it; left out where none has it."""
@@ -153,11 +157,13 @@ def local_stability(
         noise = torch.randn((n_exponents, *x.shape), generator=generator).to(x)
         directions, _ = orthonormal(noise)
         for t in range(n_loops):
-            directions, stretch = orthonormal(loop.jvp(x, directions))
-            growth.append(stretch.clamp(min=torch.finfo(stretch.dtype).tiny).log())
             with torch.no_grad():
                 new = loop(x)
             check_finite(new, f"the state leaving loop {t}")
+            changed = loop.jvp(x, directions)
+            check_finite(changed, f"the Jacobian of loop {t}")
+            directions, stretch = orthonormal(changed)
+            growth.append(stretch.clamp(min=torch.finfo(stretch.dtype).tiny).log())
             changes.append((new - x).double().flatten(2).transpose(0, 1).flatten(1).norm(dim=1))
             x = new
         size = x.double().transpose(0, 1).flatten(1).norm(dim=1)
@@ -174,6 +180,8 @@ def local_stability(
             ritz_residual=tuple(torch.where(radius.isnan(), radius, error).tolist()),
             lyapunov=tuple(tuple(row) for row in lyapunov.tolist()),
             n_loops=n_loops,
+            n_exponents=n_exponents,
+            iterations=iterations,
         )
 
     return reduce(add, map(examples, token_batches(model, prompts, verbose=verbose, what="local_stability")))

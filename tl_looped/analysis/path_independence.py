@@ -34,6 +34,7 @@ class PathIndependence(Result):
         spread: of the states leaving every layer in every loop, mean over tokens, axes (loop, layer).
         agreement: share of the tokens that have the same label from every initial state, axis (layer).
         n_states: how many initial states.
+        states: which ones: seeds, "zero", "tensor", "generator", or "None" for the model's own.
         rule: what the labels mean.
         stack: the looped stack.
     """
@@ -42,6 +43,7 @@ class PathIndependence(Result):
     spread: Estimate
     agreement: Estimate
     n_states: int
+    states: str
     rule: BehaviourRule
     stack: str
 
@@ -94,6 +96,7 @@ def path_independence(
     rule, deep = checked(model, n_loops, rule, 2, 2, stack)
     looped = deep.schedule.looped_stack(stack)
     passes = deep.schedule.passes_of("all", looped)
+    kinds = [type(s).__name__.lower() if isinstance(s, (Tensor, torch.Generator)) else str(s) for s in initial_states]
     n_states, layers = len(initial_states), [str(j) for j in range(passes[0].n_layers)]
     if n_states < 2:
         raise LoopedError(f"{n_states} initial states were given to path_independence; it compares at least two.")
@@ -121,6 +124,7 @@ def path_independence(
             spread=Estimate.of(values, ("loop", "layer"), axes, "spread"),
             agreement=Estimate.of(agreement, ("layer",), {"layer": layers}, "agreement"),
             n_states=n_states,
+            states=", ".join(kinds),
             rule=rule,
             stack=looped,
         )

@@ -36,6 +36,7 @@ class Stability(Result):
         loss_change: loss less the loss after the trained number of loops, example by example.
         agreement: share of the positions with the same most probable token after two numbers of loops, axes (n_loops, other).
         trained: the trained number of loops.
+        scored: "next tokens" or "answers".
     """
 
     loss: Estimate
@@ -46,6 +47,7 @@ class Stability(Result):
     loss_change: Estimate
     agreement: Estimate
     trained: int
+    scored: str
 
     @property
     def overthinks(self) -> bool:
@@ -169,6 +171,7 @@ def stability(
             **{name: Estimate.of(values, ("n_loops",), {"n_loops": counts}, name) for name, values in found.items()},
             agreement=Estimate.of(agreement, ("n_loops", "other"), {"n_loops": counts, "other": counts}, "agreement"),
             trained=trained,
+            scored=targets.scored,
         )
 
     result = reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="stability")))
@@ -185,11 +188,15 @@ class InjectionEffect(Result):
             over positions.
         kl: `KL(untouched || edited)` of the answers after the loop, in nats, mean over positions.
         from_loop: the first edited loop.
+        replacement: "zero", "mean", or "tokens" for those of another prompt.
+        stack: whose injection was edited.
     """
 
     state_change: Estimate
     kl: Estimate
     from_loop: int
+    replacement: str
+    stack: str
 
     def to_dataframe(self) -> Any:
         """A pandas DataFrame with one row per loop."""
@@ -291,6 +298,7 @@ def injection_effect(
             changes[:, loop] = ((other - clean).norm(dim=-1) / clean.norm(dim=-1)).mean(-1)
 
         def on_loop(loop: int, logits: Tensor) -> None:
+            check_finite(logits, f"the readout after loop {loop}")
             clean, other = (wide(part).log_softmax(-1) for part in (logits[:n], logits[n : 2 * n]))
             kls[:, loop] = (clean.exp() * (clean - other)).sum(-1).mean(-1)
 
@@ -300,7 +308,11 @@ def injection_effect(
             hooks = [*((name, edit) for name in edited), *((name, read) for name in ends)]
             run(torch.cat(rows), hooks, on_loop=on_loop, initial_state=state)
         return InjectionEffect(
-            Estimate.of(changes, ("loop",), labels, "state_change"), Estimate.of(kls, ("loop",), labels, "kl"), first
+            state_change=Estimate.of(changes, ("loop",), labels, "state_change"),
+            kl=Estimate.of(kls, ("loop",), labels, "kl"),
+            from_loop=first,
+            replacement=replacement if isinstance(replacement, str) else "tokens",
+            stack=stack,
         )
 
     return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="injection_effect")))

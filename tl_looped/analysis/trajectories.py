@@ -51,11 +51,19 @@ class Trajectories(Result):
         paths: one per example, in the order of the prompts.
         over: "layers" or "loop_ends".
         after_norm: whether the model's last norm was applied to the states.
+        pos: which token, for "layers"; None for "loop_ends".
+        stack: the stack asked for.
+        n_loops: how many loops were run.
+        n_components: how many components were kept.
     """
 
     paths: tuple[Path, ...]
     over: Over
     after_norm: bool
+    pos: int | None
+    stack: str | None
+    n_loops: int
+    n_components: int
 
     @property
     def explained(self) -> Estimate:
@@ -89,7 +97,8 @@ class Trajectories(Result):
         across, upwards = (f"{grid.labels['component'][c]} ({share[c]:.0%})" for c in components)
         if self.over == "layers":
             where = grid.labels["layer"]
-            title = "One token over all layers, in its principal components"
+            token = "The last token" if self.pos == -1 else f"Token {self.pos}"
+            title = f"{token} over all layers, in its principal components"
             order = [float(k) for k in range(len(where))]
             return paths({"": values}, order, where, (across, upwards), title, colour_name="virtual layer")
         loops = grid.labels["loop"]
@@ -194,7 +203,15 @@ def trajectories(
             labels = {"loop": rows, "pos": [str(p) for p in range(n_pos)], "component": components}
             coordinates = coordinates.unflatten(1, (len(rows), n_pos))
         found = zip(coordinates, explained, mean, directions, strict=True)
-        return Trajectories(tuple(Path(Grid(c, axes, labels, "coordinate"), e, m, d) for c, e, m, d in found), over, after_norm)
+        return Trajectories(
+            tuple(Path(Grid(c, axes, labels, "coordinate"), e, m, d) for c, e, m, d in found),
+            over=over,
+            after_norm=after_norm,
+            pos=pos if over == "layers" else None,
+            stack=stack,
+            n_loops=deep.n_loops,
+            n_components=n_components,
+        )
 
     return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="trajectories")))
 
