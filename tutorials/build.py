@@ -1,0 +1,64 @@
+"""Execute tutorials and write the notebooks: `python tutorials/build.py [01_quickstart ...]`; all of them without a name.
+
+The percent scripts are the source. A notebook has the same cells, and the outputs of a run in a fresh kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+from nbclient import NotebookClient
+from nbformat import NotebookNode, write
+
+FOLDER = Path(__file__).parent
+SCRIPTS = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+
+
+def execute(notebook: NotebookNode, folder: Path) -> None:
+    """Run a notebook in a fresh kernel, where a cell that fails raises.
+
+    Args:
+        notebook: whose outputs are replaced.
+        folder: the working directory of the kernel.
+    """
+    env = os.environ | {"PYTHONWARNINGS": "ignore:IProgress not found"}  # progress bars need no widgets
+    NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False).execute(cwd=str(folder), env=env)
+
+
+def from_script(script: Path) -> NotebookNode:
+    """The cells of a percent script, without outputs.
+
+    Args:
+        script: the script.
+    """
+    notebook = jupytext.read(script)
+    for k, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{k:02}"  # random ids would change with every build
+    return notebook
+
+
+def build(script: Path) -> None:
+    """Write the notebook beside a script.
+
+    Args:
+        script: the script.
+    """
+    notebook = from_script(script)
+    execute(notebook, script.parent)
+    notebook.metadata.pop("language_info", None)  # the version of Python is of no interest
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            # circuitsvis puts more than a megabyte of script into every figure
+            cell.outputs = [output for output in cell.outputs if "circuitsvis" not in str(output.get("data"))]
+    write(notebook, script.with_suffix(".ipynb"))
+
+
+if __name__ == "__main__":
+    for path in [FOLDER / f"{name}.py" for name in sys.argv[1:]] or SCRIPTS:
+        begin = time.perf_counter()
+        build(path)
+        print(f"{path.stem}: {time.perf_counter() - begin:.0f} s")
