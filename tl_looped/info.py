@@ -13,6 +13,7 @@ from .bridge.looped_bridge import LoopedBridge
 from .config import LoopedConfig
 from .loading import open_checkpoint
 from .model import LoopedModel
+from .schedule import Pass, virtual_layer
 from .sizes import human, sizes
 from .toys import TOYS
 
@@ -88,15 +89,21 @@ def hooks_text(cfg: LoopedConfig) -> str:
     few = {"n_loops": min(2, cfg.n_loops)} | ({} if cfg.l_cycles is None else {"l_cycles": 1})
     with torch.device("meta"):
         bridge = LoopedBridge(LoopedModel(cfg.replace(**few)))
-    places: dict[str, list[str]] = {}
+    hooks_at: dict[tuple[str, int | None], list[str]] = {}  # by the part of the name before a layer's index, and the layer
     for name in bridge.hook_dict:
-        place, hook = _place(bridge, name, cfg)
-        hooks = places.setdefault(place, [])
+        before, layer, hook = _split(bridge, name, cfg)
+        hooks = hooks_at.setdefault((before, layer), [])
         if hook not in hooks:
             hooks.append(hook)
+    layers: dict[tuple[str, frozenset[str]], list[int | None]] = {}
+    for (before, layer), hooks in hooks_at.items():
+        layers.setdefault((before, frozenset(hooks)), []).append(layer)
     alike: dict[frozenset[str], list[str]] = {}
-    for place, hooks in places.items():
-        alike.setdefault(frozenset(hooks), []).append(place)
+    places: dict[str, list[str]] = {}
+    for (before, same), indices in layers.items():
+        place = before if indices[0] is None else before + _indices([i for i in indices if i is not None])
+        places[place] = hooks_at[before, indices[0]]
+        alike.setdefault(same, []).append(place)
     shapes, lines = _shapes(cfg), []
     for same in alike.values():
         lines += ["", ", ".join(f"{place}." if place else "outside the layers:" for place in same)]
@@ -108,23 +115,29 @@ def hooks_text(cfg: LoopedConfig) -> str:
     return "\n".join(lines[1:])
 
 
-def _place(bridge: LoopedBridge, name: str, cfg: LoopedConfig) -> tuple[str, str]:
-    """Where a hook stands, with the ranges of its indices in the whole model, and its own name."""
-    parts = bridge.schedule.loop_name(name).split(".")
-    stack = parts[0] if parts[0] in cfg.schedule.stacks else "core"
-    shown = []
-    for before, part in zip(["", *parts], parts, strict=False):
-        if before == "loops":
-            part = _range(cfg.schedule.n_loops_of(stack))
-        elif before == "blocks":
-            part = _range(cfg.schedule.stacks[stack])
-        shown.append(part)
-    last = max((k + 1 for k, part in enumerate(parts) if part in ("loops", "blocks")), default=-1)
-    return ".".join(shown[: last + 1]), ".".join(shown[last + 1 :])
+def _split(bridge: LoopedBridge, name: str, cfg: LoopedConfig) -> tuple[str, int | None, str]:
+    """Where a hook stands, with the range of all loops of the model; its layer, if it is in one; its own name."""
+    schedule = bridge.schedule
+
+    def all_loops(p: Pass) -> str:
+        return f"{schedule.pass_prefix(p).rpartition('.')[0]}.{_indices(list(range(cfg.schedule.n_loops_of(p.stack))))}"
+
+    if (layer := virtual_layer(name)) is not None:
+        site, p = schedule.site(layer), schedule.pass_of_layer(layer)
+        place = site.stack if p is None else all_loops(p)
+        return f"{place}.blocks.", site.layer, name.removeprefix(f"blocks.{layer}.")
+    for p in schedule.passes:
+        if name.startswith(f"{schedule.pass_prefix(p)}."):
+            return all_loops(p), None, name.removeprefix(f"{schedule.pass_prefix(p)}.")
+    return "", None, name
 
 
-def _range(n: int) -> str:
-    return "0" if n == 1 else f"{{0..{n - 1}}}"
+def _indices(found: list[int]) -> str:
+    """Indices as in "3", "{0..5}" or "{1,3}"."""
+    if len(found) == 1:
+        return str(found[0])
+    is_range = found == list(range(found[0], found[-1] + 1))
+    return f"{{{found[0]}..{found[-1]}}}" if is_range else f"{{{','.join(map(str, found))}}}"
 
 
 def _shapes(cfg: LoopedConfig) -> dict[str, str]:
