@@ -139,7 +139,9 @@ def the_answers(asked: Question, section: Section) -> None:
         for rows in zip(answers.tolist(), wrong.tolist(), strict=True)
     ]
     hover = "loop %{y}, position %{x}<br>%{text} %{z:.1%}<extra></extra>"
-    figure.update_traces(text=text, texttemplate="%{text}", hovertemplate=hover, zmin=0, zmax=1, showscale=False)
+    figure.update_traces(
+        text=text, texttemplate="%{text}", hovertemplate=hover, zmin=0, zmax=1, showscale=False, textfont={"size": 12}
+    )
     if n_loops > trained:
         figure.add_hline(y=trained - 0.5, line={"width": 1.5, "dash": "dot", "color": "#d95f0e"})
     width = 70 + max(36, min(110, 14 + 9 * longest)) * len(words)
