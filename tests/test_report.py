@@ -159,6 +159,7 @@ def test_other_models_are_measured_as_the_analyses_do(tmp_path: Path) -> None:
     assert not re.findall(r'(?:src|href)="(?!#|data:)', head[: head.index("<script>")] + head[head.rindex("</script>") :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["hrm_text", "huginn", "parcae"])
 def test_every_kind_of_loop_has_a_report(family: str) -> None:
     model = LoopedBridge.from_pretrained(GOLDEN / family, device="cpu")

@@ -199,17 +199,13 @@ def transplants(asked: Question, section: Section) -> None:
     before = [changed[t, s] for t in range(n_loops) for s in range(t)]
     after = [changed[t, s] for t in range(n_loops) for s in range(t, n_loops)]
     worst = float(as_the_task_says.min())
-    section.numbers |= {
-        "changed_before": max(map(float, before), default=0.0),
-        "changed_after": float(min(after)),
-        "worst_as_the_task_says": worst,
-    }
     kept = max(map(float, before), default=0.0)
+    section.numbers |= {"changed_before": kept, "changed_after": float(min(after)), "worst_as_the_task_says": worst}
     section.reading.append(
         "With the states that its queries have after loop t in a run of another mapping, a prompt keeps its answers of earlier "
         f"loops ({'every one' if kept == 0 else f'at most {share(kept)} change'}), while at least {share(min(after))} of the "
-        "later ones change. They are those that the task demands if the state at a query is the symbol it has reached: the other "
-        "run's symbol at loop t, then hops from there in the prompt's own mapping, in "
+        "later ones change. They are those that the task demands if the state at a query is the symbol it has reached: the "
+        "other run's symbol at loop t, then hops from there in the prompt's own mapping, in "
         f"{'all' if worst == 1 else f'at least {share(worst)}'} of the cases for every pair of loops."
     )
     section.figures += [
