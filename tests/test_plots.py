@@ -28,11 +28,11 @@ def notes(figure: Any) -> list[str]:
 
 
 def test_a_heat_map_of_many_rows_fits_on_a_page_and_its_ticks_do_not_touch() -> None:
-    few, many = heat_map(grid(4, 3)), heat_map(grid(128, 24, 2, axes=("loop", "layer", "head")))
+    few, many = heat_map(grid(4, 3)), heat_map(grid(128, 6, 2, axes=("loop", "layer", "head")))
     assert list(few.layout.yaxis.ticktext) == ["0", "1", "2", "3"] and few.layout.title.text == "a number"
     assert many.layout.height <= 1000 and len(many.layout.yaxis.tickvals) <= 48 and many.data[0].ygap == 0
     every = many.layout.yaxis.tickvals[1]
-    assert many.layout.yaxis.ticktext[1] == f"{every // 24} · {every % 24}"
+    assert many.layout.yaxis.ticktext[1] == f"{every // 6} · {every % 6}"
     assert few.data[0].hovertext[2][1] == "loop 2" and few.data[0].customdata[2][1] == "layer 1"
 
 

@@ -177,7 +177,7 @@ def panels(curves: Sequence[Grid], title: str = "", mark: int | None = None) -> 
     plotly()
     from plotly.subplots import make_subplots
 
-    figure = make_subplots(rows=len(curves), shared_xaxes=True, vertical_spacing=0.3 / (len(curves) + 1))
+    figure: Any = make_subplots(rows=len(curves), shared_xaxes=True, vertical_spacing=0.3 / (len(curves) + 1))
     for row, grid in enumerate(curves, 1):
         (axis,) = grid.axes
         x, y = [float(label) for label in grid.labels[axis]], grid.values.cpu().tolist()

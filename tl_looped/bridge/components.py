@@ -183,7 +183,7 @@ class LoopedBlock(Around, BlockBridge):
 
 def _template_copy(value: Any, memo: dict[int, Any]) -> Any:
     """A copy of a component that wraps no module yet: of its modules, containers and config; the rest is never changed."""
-    kind = type(value)
+    kind: Any = type(value)
     if kind in (NoneType, bool, str, float):
         return value
     if kind in (dict, OrderedDict, list, set) and not value:  # a hook point has a dozen of these
