@@ -191,7 +191,7 @@ def _template_copy(value: Any, memo: dict[int, Any]) -> Any:
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, nn.Module):
-        new = memo[id(value)] = kind.__new__(kind)
+        new = memo[id(value)] = object.__new__(kind)
         new.__dict__.update({key: _template_copy(part, memo) for key, part in value.__dict__.items()})
         return new
     if isinstance(value, dict):
