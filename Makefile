@@ -11,9 +11,8 @@ test: .venv/installed
 	.venv/bin/ruff format --check
 	.venv/bin/pyright -p pyproject.toml --pythonpath .venv/bin/python
 	$(PYTEST) -n 2
-	$(PYTEST) -m slow
-	$(PYTEST) -m real
-	$(PYTEST) -m tutorials -n 2
+	$(PYTEST) -n 2 -m slow
+	$(PYTEST) -n 2 -m "real or tutorials"
 
 demo: .venv/installed
 	.venv/bin/tl-looped report --out report.html
