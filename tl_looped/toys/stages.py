@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations
 
@@ -112,7 +112,7 @@ def _cell(values: Tensor, digits: int = 2) -> str:
     return f"{values.mean():.{digits}f}" + (f" ± {variance**0.5:.{digits}f}" if variance else "")
 
 
-def _table(title: str, columns: Sequence[str], rows: dict[str, Sequence[str]]) -> None:
+def _table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
     print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for name, cells in rows.items():
         print(f"| {name} | {' | '.join(cells)} |")
@@ -130,13 +130,13 @@ def _print_losses(looped: Sequence[LoopedBridge], plain: Sequence[LoopedBridge],
     _table("Loss, nats per token", ["loss"], {**rows, "feed-forward": [_cell(last)]})
 
 
-def _print_spread(kinds: dict[str, Runs]) -> None:
+def _print_spread(kinds: Mapping[str, Runs]) -> None:
     found = [torch.stack([spread(stages) for stages in runs]) for runs in kinds.values()]
     rows = {m: [_cell(f[:, k], 4) for f in found] for k, m in enumerate(METRICS)}
     _table("Spread of the layers of the last pass; of all layers where there is one pass", [*kinds], rows)
 
 
-def _print_repetition(trained: Runs, controls: dict[str, Runs]) -> None:
+def _print_repetition(trained: Runs, controls: Mapping[str, Runs]) -> None:
     found = torch.stack([repetition(stages) for stages in trained])  # [seed, order, loop, metric, score]
     others = [torch.stack([repetition(stages)[0, 1:].mean(0) for stages in runs]) for runs in controls.values()]
     passes = range(found.shape[2])
