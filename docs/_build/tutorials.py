@@ -30,8 +30,6 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for entry in config.nav or []:
         if "Tutorials" in entry:
             entry["Tutorials"] = [{_title(path): path.relative_to(ROOT).as_posix()} for path in found]
-        if "Measured" in entry:  # stages_on_text.md is still being measured; without it, this can go
-            entry["Measured"] = [page for page in entry["Measured"] if (ROOT / "docs" / next(iter(page.values()))).exists()]
     config.nav = [entry for entry in config.nav or [] if entry != {"Tutorials": []}]
     return config
 
