@@ -25,7 +25,7 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
         notebook: whose outputs are replaced.
         folder: the working directory of the kernel.
     """
-    env = os.environ | {"PYTHONWARNINGS": "ignore:IProgress not found"}  # progress bars need no widgets
+    env = os.environ | {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}  # no progress bars
     NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False).execute(cwd=str(folder), env=env)
 
 
