@@ -56,7 +56,7 @@ pio.renderers.default = "plotly_mimetype+notebook_connected"
 # `Parameter` objects: more loops need no more memory for weights.
 
 # %%
-model = LoopedBridge.from_pretrained(MODEL)
+model = LoopedBridge.from_pretrained(MODEL, device="cpu" if HOP else None)  # else a GPU, where there is one
 print("a TransformerBridge:", isinstance(model, TransformerBridge))
 print(model.schedule)
 print("virtual layers:", model.cfg.n_layers)
@@ -263,7 +263,7 @@ if HOP:
 
 # %%
 if HOP:
-    deep = {name: LoopedBridge.from_pretrained(name).unroll(16) for name in ("toy:hop", "toy:hop-noinject")}
+    deep = {name: LoopedBridge.from_pretrained(name, device="cpu").unroll(16) for name in ("toy:hop", "toy:hop-noinject")}
     beyond = {name: hop_accuracy(one, fresh) for name, one in deep.items()}
     figure = go.Figure(
         layout={"template": "plotly_white", "xaxis_title": "loop", "yaxis_title": "right answers", "height": 340}

@@ -49,7 +49,7 @@ HOP = MODEL == "toy:hop"  # another model runs the first two sweeps only; the re
 torch.set_grad_enabled(False)
 pio.renderers.default = "plotly_mimetype+notebook_connected"
 
-model = LoopedBridge.from_pretrained(MODEL)
+model = LoopedBridge.from_pretrained(MODEL, device="cpu" if HOP else None)  # else a GPU, where there is one
 N_LOOPS = model.n_loops
 LOOPS = [f"loop {t}" for t in range(N_LOOPS)]
 
@@ -436,7 +436,7 @@ if HOP:
     assert by_site["injection"][:, -1].abs().max() < 0.1
     no_mlp = answers_with([("loops.*.blocks.0.hook_mlp_out", lambda x, hook: 0 * x)])
     assert (no_mlp == here.answers(6)).float().mean((1, 2)).min() > 0.97
-    bare = LoopedBridge.from_pretrained("toy:hop-noinject")
+    bare = LoopedBridge.from_pretrained("toy:hop-noinject", device="cpu")
     bare_logits, bare_cache = bare.run_with_cache(there.tokens)
     name = "loops.2.hook_out"
     assert torch.equal(bare.run_with_hooks(here.tokens, fwd_hooks=[(name, lambda x, hook: bare_cache[name])]), bare_logits)

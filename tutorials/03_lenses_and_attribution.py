@@ -49,7 +49,7 @@ TOY = MODEL == "toy:text"  # the numbers in the text are those of this model
 torch.set_grad_enabled(False)
 pio.renderers.default = "plotly_mimetype+notebook_connected"
 
-model = LoopedBridge.from_pretrained(MODEL)
+model = LoopedBridge.from_pretrained(MODEL, device="cpu" if TOY else None)  # else a GPU, where there is one
 print(model.schedule)
 
 # %% [markdown]
@@ -194,7 +194,7 @@ if TOY:
 # answer after six loops needs all six lookups. What does attribution say?
 
 # %%
-hop = LoopedBridge.from_pretrained("toy:hop")
+hop = LoopedBridge.from_pretrained("toy:hop", device="cpu")
 prompts = hop_prompts(64, seed=3)
 hop_logits, hop_cache = hop.run_with_cache(prompts.tokens)
 sixth = prompts.answers(6)[5, :, -1]  # the right answer of the last query, [batch]
