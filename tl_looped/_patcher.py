@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .bridge.cache import LoopedCache
 from .bridge.looped_bridge import LoopedBridge
 from .bridge.run import INPUTS, Run
 from .comparison import Metric, check_metric
@@ -89,10 +88,9 @@ class Patcher:
         # A bidirectional prefix lets early positions see late ones.
         self.is_causal = inputs.get("token_type_ids") is None and not self.one_by_one
         self.recording = Recording(initial_state, keys=self.is_causal)
-        self.logits, found = model.run_with_cache(
+        self.logits, self.base = model.run_with_cache(
             tokens, names_filter=list(hooks), on_layer=self.recording, initial_state=initial_state, **inputs
         )
-        self.base = cast(LoopedCache, found)
         self.n_rows, self.n_pos = self.logits.shape[:2]
         self.baseline = self.score(self.logits)
         self._different: dict[str, tuple[Tensor, Tensor]] = {}

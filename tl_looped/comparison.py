@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .bridge.cache import LoopedCache
 from .bridge.looped_bridge import LoopedBridge
+from .bridge.run import Run
 from .errors import LoopedError, UnknownNameError
 from .model.initial_state import InitialState
 from .model.layers import wide
@@ -41,9 +42,11 @@ class CleanRun:
                 f"the clean cache comes from a run of {cache.model.schedule.describe()}, but the model runs "
                 f"{model.schedule.describe()}; cache the clean run with this model."
             )
-        self.model, self.cache, self.record = model, cache, cache.run
-        self.state = f"{model.schedule.pass_prefix(model.schedule.passes[0])}.hook_state"
-        self.is_given = initial_state is not None
+        self.model: LoopedBridge = model
+        self.cache: LoopedCache = cache
+        self.record: Run | None = cache.run
+        self.state: str = f"{model.schedule.pass_prefix(model.schedule.passes[0])}.hook_state"
+        self.is_given: bool = initial_state is not None
         self.initial_state: Any = initial_state
         is_random = model.looped_cfg.initial_state == "noise"
         if self.record is not None and initial_state is None:
@@ -107,13 +110,16 @@ class Comparison:
     def __init__(
         self, model: LoopedBridge, corrupted_tokens: Any, clean_cache: LoopedCache, metric: Metric, run: dict[str, Any]
     ):
-        self.model, self.metric, self.per_example = model, metric, False
-        self.source = CleanRun(model, clean_cache, run.get("initial_state"))
-        self.require, self.state = self.source.require, self.source.state
+        self.model: LoopedBridge = model
+        self.metric: Metric = metric
+        self.per_example: bool = False
+        self.source: CleanRun = CleanRun(model, clean_cache, run.get("initial_state"))
+        self.require: Callable[[Iterable[str]], None] = self.source.require
+        self.state: str = self.source.state
         given = {**run, "initial_state": self.source.initial_state}
         with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for the way back
-            self.tokens = corrupted_tokens.clone() if isinstance(corrupted_tokens, Tensor) else corrupted_tokens
-            self.run = {name: x.clone() if isinstance(x, Tensor) else x for name, x in given.items()}
+            self.tokens: Any = corrupted_tokens.clone() if isinstance(corrupted_tokens, Tensor) else corrupted_tokens
+            self.run: dict[str, Any] = {name: x.clone() if isinstance(x, Tensor) else x for name, x in given.items()}
 
     def clean(self, name: str, like: Tensor) -> Tensor:
         """An activation of the clean run, in fp32 or wider."""

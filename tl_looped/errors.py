@@ -10,7 +10,8 @@ class LoopedError(ValueError):
 class UnknownNameError(LoopedError, KeyError):
     """A hook name that this model does not have."""
 
-    __str__ = ValueError.__str__  # KeyError would show the message quoted
+    def __str__(self) -> str:
+        return ValueError.__str__(self)  # KeyError would show the message quoted
 
 
 class OutOfRangeError(LoopedError, IndexError):

@@ -11,7 +11,7 @@ import torch
 from . import families
 from .bridge.looped_bridge import LoopedBridge
 from .config import LoopedConfig
-from .loading import open_checkpoint
+from .loading import open_checkpoint, stored_dtype
 from .model import LoopedModel
 from .schedule import Pass, virtual_layer
 from .sizes import human, sizes
@@ -56,7 +56,7 @@ def checkpoint_text(name_or_dir: str | Path, revision: str | None = None) -> str
     checkpoint = open_checkpoint(name_or_dir, revision)
     family = families.detect(checkpoint.config, checkpoint.shapes)
     cfg = family.looped_config(checkpoint.config, checkpoint.shapes)
-    dtype = checkpoint.dtypes[family.sources(cfg, checkpoint.shapes)["embed.weight"].name]
+    dtype = stored_dtype(checkpoint, family.sources(cfg, checkpoint.shapes))
     found = sizes(cfg)
     loop_share = found.flops_per_loop / found.flops(cfg.n_loops)
     rows = [

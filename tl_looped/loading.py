@@ -109,10 +109,12 @@ class Checkpoint:
     def __init__(
         self, config: dict[str, Any], stored: Mapping[str, _InSafetensors | _InPickle | _InMemory], path: Path | None = None
     ):
-        self.config, self.path, self._stored = config, path, stored
-        self.shapes = {name: tensor.shape for name, tensor in stored.items()}
-        self.dtypes = {name: tensor.dtype for name, tensor in stored.items()}
-        self.devices = {name: tensor.device for name, tensor in stored.items()}
+        self.config: dict[str, Any] = config
+        self.path: Path | None = path
+        self._stored = stored
+        self.shapes: dict[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in stored.items()}
+        self.dtypes: dict[str, torch.dtype] = {name: tensor.dtype for name, tensor in stored.items()}
+        self.devices: dict[str, torch.device] = {name: tensor.device for name, tensor in stored.items()}
 
     def read(self, name: str, start: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
         """One tensor, or the part of it that holds `shape` elements from element `start` on.
@@ -339,7 +341,7 @@ def load_model(
             model = LoopedModel(cfg)
     sources = family.sources(cfg, checkpoint.shapes)
     _check_tensors(checkpoint, family, model, sources)
-    dtype = dtype or checkpoint.dtypes[next(iter(_stored(sources["embed.weight"])))]
+    dtype = dtype or stored_dtype(checkpoint, sources)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise LoopedError(f"dtype={dtype!r} was asked; pass a floating-point torch.dtype such as torch.bfloat16.")
     empty = {name: (sources[name], tuple(parameter.shape)) for name, parameter in model.canonical_parameters().items()}
@@ -368,6 +370,16 @@ def load_model(
     if cfg.tied:
         _check_tied_copies(checkpoint, family.TIED)
     return model.eval()
+
+
+def stored_dtype(checkpoint: Checkpoint, sources: Mapping[str, Source | Computed]) -> torch.dtype:
+    """The dtype of the stored embedding, in which a model is loaded if none is asked for.
+
+    Args:
+        checkpoint: a checkpoint.
+        sources: where its family finds every parameter.
+    """
+    return checkpoint.dtypes[next(iter(_stored(sources["embed.weight"])))]
 
 
 def _stored(source: Source | Computed, shape: tuple[int, ...] = ()) -> Mapping[str, tuple[int, ...]]:

@@ -173,21 +173,23 @@ class Paths:
         with_gradient: bool = True,
     ):
         self.model = model
-        self.sources = _chosen(model, "source", _sources(model), sources)
-        self.receivers = _chosen(model, "receiver", _receivers(model), receivers)
-        self.pair = pair = Comparison(model, corrupted_tokens, clean_cache, metric, run)
-        self.reads = {s.hook: _read(s) for s in self.sources.values()}
+        self.sources: dict[str, Any] = _chosen(model, "source", _sources(model), sources)
+        self.receivers: dict[str, Any] = _chosen(model, "receiver", _receivers(model), receivers)
+        pair = Comparison(model, corrupted_tokens, clean_cache, metric, run)
+        self.pair: Comparison = pair
+        self.reads: dict[str, str] = {s.hook: _read(s) for s in self.sources.values()}
         pair.require(self.reads.values())
         attention = [f"blocks.{s.layer}.attn.hook_z" for s in self.sources.values() if s.head is not None]
         kept = [name for name in model.hook_dict if name.endswith(("hook_scale", "hook_attn_out", "hook_mlp_out"))]
         kept += ["hook_embed", *attention, *self._before_loop()]
         entered = list(dict.fromkeys(r.hook for r in self.receivers.values()))
         if with_gradient:
-            seen, self.gradients = pair.gradients(entered, also=kept)
+            seen, gradients = pair.gradients(entered, also=kept)
         else:
-            seen, self.gradients = pair.activations(kept), {}
-        self.cache = LoopedCache({name: seen[name] for name in kept}, model)
-        self.run = Decomposition(self.cache, FINAL, Slice())
+            seen, gradients = pair.activations(kept), {}
+        self.gradients: dict[str, Tensor] = gradients
+        self.cache: LoopedCache = LoopedCache({name: seen[name] for name in kept}, model)
+        self.run: Decomposition = Decomposition(self.cache, FINAL, Slice())
 
     def _before_loop(self) -> list[str]:
         """What shows whether the first pass starts from a state of its own."""

@@ -315,10 +315,12 @@ class Decoder:
     """
 
     def __init__(self, model: LoopedBridge, tokens: Int[Tensor, "batch pos"], inputs: dict[str, Tensor]):
-        self.model, self.tokens, self.inputs = model, tokens, inputs
-        self.schedule = model.schedule
+        self.model: LoopedBridge = model
+        self.tokens: Int[Tensor, "batch pos"] = tokens
+        self.inputs: dict[str, Tensor] = inputs
+        self.schedule: Schedule = model.schedule
         with torch.device("meta"):
-            self.twin = LoopedModel(model.looped_cfg.replace(n_loops=1))
+            self.twin: LoopedModel = LoopedModel(model.looped_cfg.replace(n_loops=1))
         for name, parameter in cast(LoopedModel, model.original_model).canonical_parameters().items():
             self.twin.set_parameter(name, parameter)
         # What the current pass began with: in an anchored loop its state, in HRM-Text's L passes the state of the H stack.

@@ -6,8 +6,10 @@ from typing import Any, NoReturn
 
 from torch import nn
 from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.conversion_utils.param_processing_conversion import ParamProcessingConversion
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.model_bridge.types import ComponentMapping
 
 from ..config import LoopedConfig
 from ..errors import LoopedError
@@ -64,8 +66,10 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
         super().__init__(cfg)
         self._set_rms_rotary_defaults()
         self.cfg.positional_embedding_type = getattr(cfg, "positional_embedding_type", "rotary")
-        self.weight_processing_conversions = {**self._qkvo_weight_conversions()}
-        self.component_mapping = {}  # filled by prepare_model, once the structure is known
+        self.weight_processing_conversions: dict[str, ParamProcessingConversion | str] | None = {
+            **self._qkvo_weight_conversions()
+        }
+        self.component_mapping: ComponentMapping | None = {}  # filled by prepare_model, once the structure is known
 
     def prepare_model(self, hf_model: Any) -> None:
         """Map the components of this model.

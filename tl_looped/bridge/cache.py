@@ -684,8 +684,11 @@ class UnloopedCache(ActivationCache):
             "running sum; use LoopedBridge(model)."
         )
 
-    decompose_resid = accumulated_resid = get_full_resid_decomposition = _refuse  # pyright: ignore
-    stack_head_results = stack_neuron_results = _refuse  # pyright: ignore
+    decompose_resid: Callable[..., NoReturn] = _refuse
+    accumulated_resid: Callable[..., NoReturn] = _refuse
+    get_full_resid_decomposition: Callable[..., NoReturn] = _refuse
+    stack_head_results: Callable[..., NoReturn] = _refuse
+    stack_neuron_results: Callable[..., NoReturn] = _refuse
 
 
 def _new_cache(cls: type, cache_dict: Any = None, model: Any = None, *args: Any, **kwargs: Any) -> ActivationCache:
@@ -706,7 +709,8 @@ class CacheView(Mapping[str, Tensor]):
     """
 
     def __init__(self, cache: LoopedCache, prefix: str):
-        self.cache, self.prefix = cache, prefix
+        self.cache: LoopedCache = cache
+        self.prefix: str = prefix
 
     def __getitem__(self, name: str) -> Tensor:
         layer = virtual_layer(self.prefix)

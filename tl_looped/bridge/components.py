@@ -8,6 +8,7 @@ plain model costs.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from copy import copy, deepcopy
 from types import NoneType
 from typing import Any
@@ -33,7 +34,7 @@ from ..model.layers import Inputs, observe
 class Around(GeneralizedComponent):
     """Fire `hook_in`, run the module, fire `hook_out`; hook points of the component's names replace the module's slots."""
 
-    __call__ = nn.Module.__call__  # the parent's version looks for offloaded weights at every call
+    __call__: Callable[..., Any] = nn.Module.__call__  # the parent's version looks for offloaded weights at every call
 
     def set_original_component(self, original_component: nn.Module) -> None:
         super().set_original_component(original_component)
@@ -118,6 +119,7 @@ class LoopedAttention(Around, AttentionBridge):
 
     supports_attn_result = True
     config: Any
+    hook_aliases: dict[str, str | list[str]]
 
     def __init__(self, name: str, config: Any, submodules: dict[str, GeneralizedComponent]):
         super().__init__(name, config, submodules, maintain_native_attention=True)
@@ -163,6 +165,7 @@ class LoopedBlock(Around, BlockBridge):
     """A virtual layer. `hook_resid_mid` sits on the stream itself, so a patch there reaches everything after it."""
 
     config: Any
+    hook_aliases: dict[str, str | list[str]]
 
     def __init__(self, name: str, config: Any, submodules: dict[str, GeneralizedComponent]):
         super().__init__(name, config, submodules, mlp_reads_resid_directly="ln2" not in submodules)

@@ -174,8 +174,9 @@ class Reader:
     """
 
     def __init__(self, cache: Any, positions: Any):
-        self.cache, self.positions = cache, positions
-        self.bridge = cache.model
+        self.cache: Any = cache
+        self.positions: Any = positions
+        self.bridge: Any = cache.model
         self.model: LoopedModel = self.bridge.original_model
 
     def get(self, name: str, dim: int = -2) -> Tensor:
@@ -234,10 +235,11 @@ class Decomposition(Reader):
         also: Callable[[Write], list[str]] | None = None,
     ):
         super().__init__(cache, positions)
-        self.point, self.injections = point, injections
+        self.point: str = point
+        self.injections: bool = injections
         if injections and self.model.cfg.injection == "none":
             raise LoopedError("injections=True was asked, but nothing is injected in the passes of this model; leave it out.")
-        self.own_state = self._has_own_state()
+        self.own_state: bool = self._has_own_state()
         self.writes: list[Write] = []
         self.read: list[tuple[str, int]] = []  # every stream up to the point, and the number of writes before it
         needed: list[str] = []
@@ -257,7 +259,7 @@ class Decomposition(Reader):
             if name == point:
                 break
         self._require(needed)
-        self.like = self.get("hook_embed")
+        self.like: Tensor = self.get("hook_embed")
 
     @property
     def labels(self) -> list[str]:

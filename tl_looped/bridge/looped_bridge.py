@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -216,7 +216,8 @@ class LoopedBridge(GeneratingBridge):
             "LoopedBridge.from_pretrained, from_hf, from_config or loop_layers."
         )
 
-    boot_native = boot_tl_legacy = boot_transformers
+    boot_native: Callable[..., NoReturn] = boot_transformers
+    boot_tl_legacy: Callable[..., NoReturn] = boot_transformers
 
     def unroll(self, n_loops: int) -> LoopedBridge:
         """The same model with another number of loops: the same parameters, no copy, its own hooks.
@@ -575,7 +576,31 @@ class LoopedBridge(GeneratingBridge):
         """Run with hooks, as in TransformerBridge; names may be loop-indexed and may be patterns."""
         return super().run_with_hooks(input, self._expand_hooks(fwd_hooks), self._expand_hooks(bwd_hooks), *args, **kwargs)
 
-    def run_with_cache(  # type: ignore[override]
+    @overload
+    def run_with_cache(
+        self,
+        input: Any,
+        return_cache_object: Literal[True] = True,
+        remove_batch_dim: bool = False,
+        names_filter: NamesFilter = None,
+        stop_at_layer: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, LoopedCache]: ...
+
+    @overload
+    def run_with_cache(
+        self,
+        input: Any,
+        return_cache_object: Literal[False],
+        remove_batch_dim: bool = False,
+        names_filter: NamesFilter = None,
+        stop_at_layer: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, dict[str, Tensor]]: ...
+
+    def run_with_cache(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input: Any,
         return_cache_object: bool = True,

@@ -14,7 +14,7 @@ from ..schedule import Indices, LoopSelector, select_indices
 from ..sites import select_layers
 from ._hooks import Hooks, Positions, cached, here, unit_mask, write
 
-HOOKS = {
+HOOKS: dict[str, tuple[str, ...]] = {
     "attn": ("hook_attn_out",),
     "mlp": ("hook_mlp_out",),
     "layer": ("hook_attn_out", "hook_mlp_out"),

@@ -37,15 +37,14 @@ class EarlyExit:
         self.alive: Bool[Tensor, " batch"] | None = None  # rows that still write; the others decide nothing
         # After how many loops every row was read, one entry per step; 0 for rows that had ended.
         self.passes: list[Int[Tensor, " batch"]] = []
-        self.n_computed = self.n_full = (
-            0  # executed (row, position, pass) triples, and those of the same steps without a policy
-        )
+        self.n_computed: int = 0  # executed (row, position, pass) triples
+        self.n_full: int = 0  # those of the same steps without a policy
         self._forget()
 
     def _forget(self) -> None:
         self._kept: dict[Any, Tensor] = {}  # by what it is (an index for the state leaving a pass), [batch, pos, ...]
         self._n_read: dict[int, int] = {}  # for every loop, how many positions went through the coda after it
-        self.key_values = DynamicCache() if self.keep else None
+        self.key_values: DynamicCache | None = DynamicCache() if self.keep else None
 
     def step(
         self,

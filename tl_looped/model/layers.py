@@ -8,6 +8,7 @@ to trust.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast, runtime_checkable
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ..config import LoopedConfig
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -109,9 +110,9 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float | None, weight: bool = True):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width)) if weight else None
-        self.hook_scale = nn.Identity()
-        self.hook_normalized = nn.Identity()
+        self.weight: nn.Parameter | None = nn.Parameter(torch.ones(width)) if weight else None
+        self.hook_scale: nn.Module = nn.Identity()
+        self.hook_normalized: nn.Module = nn.Identity()
 
     def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
         wide, power = self._power(x)
@@ -153,31 +154,35 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: LoopedConfig, physical: int):
         super().__init__()
-        self.head_dim, self.rope_layout, self.qk_norm = cfg.d_head, cfg.rope_layout, cfg.qk_norm
-        self.window = cfg.windows[physical] if cfg.windows else None
-        self.scale = cfg.d_head**-0.5
-        self.grouped = cfg.n_kv_heads != cfg.n_heads
+        self.head_dim: int = cfg.d_head
+        self.rope_layout, self.qk_norm = cfg.rope_layout, cfg.qk_norm
+        self.window: int | None = cfg.windows[physical] if cfg.windows else None
+        self.scale: float = cfg.d_head**-0.5
+        self.grouped: bool = cfg.n_kv_heads != cfg.n_heads
         self.value_table: int | None = physical if physical in cfg.value_embed_layers else None
         self.slot = -1  # the virtual layer, set when the model is unrolled
         q_width, kv_width = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
-        self.q = nn.Linear(cfg.d_model, q_width, bias="q" in cfg.biases)
-        self.k = nn.Linear(cfg.d_model, kv_width, bias="k" in cfg.biases)
-        self.v = nn.Linear(cfg.d_model, kv_width, bias="v" in cfg.biases)
-        self.o = nn.Linear(q_width, cfg.d_model, bias="o" in cfg.biases)
-        self.gate = nn.Linear(cfg.d_model, q_width, bias="attn_gate" in cfg.biases) if cfg.attn_gate else None
-        self.value_gate = None
+        self.q: nn.Linear = nn.Linear(cfg.d_model, q_width, bias="q" in cfg.biases)
+        self.k: nn.Linear = nn.Linear(cfg.d_model, kv_width, bias="k" in cfg.biases)
+        self.v: nn.Linear = nn.Linear(cfg.d_model, kv_width, bias="v" in cfg.biases)
+        self.o: nn.Linear = nn.Linear(q_width, cfg.d_model, bias="o" in cfg.biases)
+        self.gate: nn.Linear | None = None
+        if cfg.attn_gate:
+            self.gate = nn.Linear(cfg.d_model, q_width, bias="attn_gate" in cfg.biases)
+        self.value_gate: nn.Linear | None = None
         if self.value_table is not None:
             self.value_gate = nn.Linear(cfg.value_gate_width, cfg.n_kv_heads, bias=False)
-            self.hook_value_embed = nn.Identity()
+            self.hook_value_embed: nn.Module = nn.Identity()
         if cfg.qk_norm != "none":
             after = cfg.qk_norm == "after_rope"
             widths = (q_width, kv_width) if cfg.qk_norm == "flat" else (cfg.d_head, cfg.d_head)
             eps = cfg.qk_norm_eps if cfg.qk_norm_eps is not None or after else cfg.norm_eps
-            self.q_norm, self.k_norm = (RMSNorm(w, eps, not after) for w in widths)
-        self.hook_rot_q = nn.Identity()
-        self.hook_rot_k = nn.Identity()
-        self.hook_attn_scores = nn.Identity()
-        self.hook_pattern = nn.Identity()
+            self.q_norm: RMSNorm = RMSNorm(widths[0], eps, not after)
+            self.k_norm: RMSNorm = RMSNorm(widths[1], eps, not after)
+        self.hook_rot_q: nn.Module = nn.Identity()
+        self.hook_rot_k: nn.Module = nn.Identity()
+        self.hook_attn_scores: nn.Module = nn.Identity()
+        self.hook_pattern: nn.Module = nn.Identity()
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
         q, k, v = self.q(x), self.k(x), self.v(x)
@@ -248,10 +253,10 @@ class MLP(nn.Module):
     def __init__(self, cfg: LoopedConfig):
         super().__init__()
         gated = cfg.mlp == "gated"
-        self.act = ACTIVATIONS[cfg.act_fn]
-        self.gate = nn.Linear(cfg.d_model, cfg.d_mlp, bias="gate" in cfg.biases) if gated else None
-        self.up = nn.Linear(cfg.d_model, cfg.d_mlp, bias="in" in cfg.biases)
-        self.down = nn.Linear(cfg.d_mlp, cfg.d_model, bias="out" in cfg.biases)
+        self.act: Callable[[Tensor], Tensor] = ACTIVATIONS[cfg.act_fn]
+        self.gate: nn.Linear | None = nn.Linear(cfg.d_model, cfg.d_mlp, bias="gate" in cfg.biases) if gated else None
+        self.up: nn.Linear = nn.Linear(cfg.d_model, cfg.d_mlp, bias="in" in cfg.biases)
+        self.down: nn.Linear = nn.Linear(cfg.d_mlp, cfg.d_model, bias="out" in cfg.biases)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         if self.gate is None:
@@ -268,15 +273,15 @@ class Block(nn.Module):
         def norm(*kinds: str) -> RMSNorm | None:
             return RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_weight) if cfg.norm in kinds else None
 
-        self.ln1 = norm("pre", "sandwich", "stream")
-        self.attn = Attention(cfg, physical)
-        self.ln1_post = norm("branch", "sandwich")
-        self.ln1_stream = norm("stream")
-        self.hook_resid_mid = nn.Identity()
-        self.ln2 = norm("pre", "sandwich", "stream")
-        self.mlp = MLP(cfg)
-        self.ln2_post = norm("branch", "sandwich")
-        self.ln2_stream = norm("stream")
+        self.ln1: RMSNorm | None = norm("pre", "sandwich", "stream")
+        self.attn: Attention = Attention(cfg, physical)
+        self.ln1_post: RMSNorm | None = norm("branch", "sandwich")
+        self.ln1_stream: RMSNorm | None = norm("stream")
+        self.hook_resid_mid: nn.Module = nn.Identity()
+        self.ln2: RMSNorm | None = norm("pre", "sandwich", "stream")
+        self.mlp: MLP = MLP(cfg)
+        self.ln2_post: RMSNorm | None = norm("branch", "sandwich")
+        self.ln2_stream: RMSNorm | None = norm("stream")
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
         attn_out = self.attn(x if self.ln1 is None else self.ln1(x), inputs)

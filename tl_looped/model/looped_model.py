@@ -64,7 +64,7 @@ class Embedding(nn.Embedding):
 
     def __init__(self, cfg: LoopedConfig):
         super().__init__(cfg.d_vocab, cfg.d_model)
-        self.scale = cfg.embed_scale
+        self.scale: float = cfg.embed_scale
 
     def forward(self, input: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         embed = super().forward(input)
@@ -85,19 +85,23 @@ class LoopedModel(nn.Module):
         super().__init__()
         self.cfg = cfg
         schedule = cfg.schedule
-        self.embed = Embedding(cfg)
+        self.embed: Embedding = Embedding(cfg)
         physical = [Block(cfg, i) for i in range(cfg.n_physical)]
         blocks: list[Block] = []
         for slot, i in enumerate(schedule.physical):
             blocks.append(_share(physical[i]) if i in schedule.physical[:slot] else physical[i])
             blocks[-1].attn.slot = slot
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks: nn.ModuleList = nn.ModuleList(blocks)
         last = PassEnds(cfg, is_last=True)
         ends = PassEnds(cfg, is_last=False)
-        self.passes = nn.ModuleList([*(_share(ends) for _ in schedule.passes[:-1]), last])
-        self.prelude_norm = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_weight) if cfg.prelude_norm else None
-        self.learned_state = nn.Parameter(torch.zeros(cfg.d_model)) if cfg.initial_state == "learned" else None
-        self.value_embeds = nn.ModuleDict(
+        self.passes: nn.ModuleList = nn.ModuleList([*(_share(ends) for _ in schedule.passes[:-1]), last])
+        self.prelude_norm: RMSNorm | None = None
+        if cfg.prelude_norm:
+            self.prelude_norm = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_weight)
+        self.learned_state: nn.Parameter | None = None
+        if cfg.initial_state == "learned":
+            self.learned_state = nn.Parameter(torch.zeros(cfg.d_model))
+        self.value_embeds: nn.ModuleDict = nn.ModuleDict(
             {str(i): nn.Embedding(cfg.d_vocab, cfg.n_kv_heads * cfg.d_head) for i in cfg.value_embed_layers}
         )
         self.after_loop: nn.Module | None = None
@@ -105,13 +109,13 @@ class LoopedModel(nn.Module):
             self.after_loop = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
         elif cfg.after_loop == "final_norm":
             self.after_loop = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_weight)
-        self.ln_final = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_weight)
-        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
-        self.rotary = Rotary(cfg) if cfg.rope_layout != "none" else None
-        self.noise = NoiseTable(cfg)
+        self.ln_final: RMSNorm = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_weight)
+        self.unembed: nn.Linear = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        self.rotary: Rotary | None = Rotary(cfg) if cfg.rope_layout != "none" else None
+        self.noise: NoiseTable = NoiseTable(cfg)
         self._pass_starting = {p.first: p for p in schedule.passes}
         self._pass_ending = {p.layers.stop - 1: p for p in schedule.passes}
-        self.parameter_slots = self._find_parameter_slots()
+        self.parameter_slots: dict[str, list[tuple[nn.Module, str]]] = self._find_parameter_slots()
         for name, parameter in [(n, getattr(*holders[0])) for n, holders in self.parameter_slots.items()]:
             self.set_parameter(name, parameter)
 

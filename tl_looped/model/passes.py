@@ -17,7 +17,7 @@ class ConcatInjection(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, 2 * width))
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(width, 2 * width))
 
     def forward(
         self, state: Float[Tensor, "batch pos d_model"], injection: Float[Tensor, "batch pos d_model"]
@@ -30,9 +30,9 @@ class DecayInjection(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.A_log = nn.Parameter(torch.zeros(width))
-        self.dt_bias = nn.Parameter(torch.zeros(width))
-        self.B = nn.Parameter(torch.empty(width, width))
+        self.A_log: nn.Parameter = nn.Parameter(torch.zeros(width))
+        self.dt_bias: nn.Parameter = nn.Parameter(torch.zeros(width))
+        self.B: nn.Parameter = nn.Parameter(torch.empty(width, width))
 
     def forward(
         self, state: Float[Tensor, "batch pos d_model"], injection: Float[Tensor, "batch pos d_model"]
@@ -59,17 +59,17 @@ class PassEnds(nn.Module):
         self.inject: nn.Module | None = None
         if cfg.injection != "none":
             self.inject = AddInjection() if cfg.injection == "add" else kinds[cfg.injection](cfg.d_model)
-            self.hook_injection = nn.Identity()
-        self.hook_state = nn.Identity()
-        self.hook_in = nn.Identity()
+            self.hook_injection: nn.Module = nn.Identity()
+        self.hook_state: nn.Module = nn.Identity()
+        self.hook_in: nn.Module = nn.Identity()
         own_norm = cfg.pass_norm and not (is_last and cfg.pass_norm_is_final)
-        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_weight) if own_norm else None
-        self.step = 1 / cfg.anchor_steps if cfg.strategy == "anchored" else None
-        self.hook_out = nn.Identity()
+        self.norm: RMSNorm | None = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_weight) if own_norm else None
+        self.step: float | None = 1 / cfg.anchor_steps if cfg.strategy == "anchored" else None
+        self.hook_out: nn.Module = nn.Identity()
         self.exit_gate: nn.Linear | None = None
         if cfg.exit_gate:
             self.exit_gate = nn.Linear(cfg.d_model, 1)
-            self.hook_exit_logit = nn.Identity()
+            self.hook_exit_logit: nn.Module = nn.Identity()
 
     def enter(self, state: Tensor, injection: Tensor | None) -> tuple[Tensor, Tensor]:
         """The input of the first layer, and the state after its hooks."""

@@ -24,10 +24,10 @@ class Recording:
     """
 
     def __init__(self, initial_state: InitialState, keys: bool):
-        self.given_state = initial_state is not None
-        self.cache = RecordedKeys() if keys else None
+        self.given_state: bool = initial_state is not None
+        self.cache: RecordedKeys | None = RecordedKeys() if keys else None
         self.streams: dict[int, Stream] = {}  # by the layer they enter; -1: the embedding
-        self.inputs = Inputs(None, {})
+        self.inputs: Inputs = Inputs(None, {})
 
     def __call__(self, layer: int, stream: Stream, inputs: Inputs) -> None:
         inputs.cache = self.cache

@@ -42,7 +42,9 @@ class Rotary:
     """cos and sin for positions; no parameters, hence no module."""
 
     def __init__(self, cfg: LoopedConfig):
-        self.frequencies, self.factor = inverse_frequencies(cfg)
+        frequencies, factor = inverse_frequencies(cfg)
+        self.frequencies: Float[Tensor, " half"] = frequencies
+        self.factor: float = factor
 
     def __call__(self, position_ids: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor]:
         """Cosines and sines, each [batch, pos, d_head / 2], fp32."""

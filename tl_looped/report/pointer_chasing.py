@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.looped_bridge import Hook, LoopedBridge
 from ..plots import heat_map, plotly
 from ..results import Estimate, Grid
 from ..toys.hop import WORDS, HopPrompts, hop_prompts
@@ -143,14 +145,12 @@ def _accuracy(model: LoopedBridge, prompts: HopPrompts, name: str) -> Estimate:
 
 
 @torch.no_grad()
-def _answers(
-    model: LoopedBridge, prompts: HopPrompts, hooks: list[tuple[str, object]] | None = None
-) -> Int[Tensor, "loop batch query"]:
+def _answers(model: LoopedBridge, prompts: HopPrompts, hooks: Sequence[Hook] = ()) -> Int[Tensor, "loop batch query"]:
     found: list[Tensor] = []
     run = model.run_with_hooks
     run(
         prompts.tokens.to(model.cfg.device),
-        fwd_hooks=hooks or [],
+        fwd_hooks=hooks,
         on_loop=lambda loop, logits: found.append(logits[:, prompts.query_pos].argmax(-1).cpu()),
     )
     return torch.stack(found)
