@@ -34,6 +34,8 @@ except ImportError:
     pass
 
 # %%
+from html import escape
+
 import plotly.express as px
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -130,7 +132,7 @@ print("resid_post [loop, layer, batch, pos, d_model]:", tuple(cache.stack_loops(
 
 # %%
 loop_names = [f"loop {t}" for t in range(model.n_loops)]
-token_names = [f"{token} ({i})" for i, token in enumerate(str_tokens)]
+token_names = [escape(f"{token} ({i})") for i, token in enumerate(str_tokens)]  # plotly reads <s> as a tag
 
 
 def imshow(values, x, y, title):
@@ -271,7 +273,7 @@ if HOP:
     for name, values in beyond.items():
         figure.add_scatter(x=list(range(16)), y=values.tolist(), name=name)
         print(f"{name:17}", " ".join(f"{value:.2f}" for value in values))
-    figure.add_vline(x=5.5, line={"dash": "dot"}, annotation_text="trained")
+    figure.add_vline(x=5.5, line={"dash": "dot"}, annotation_text="trained", annotation_position="bottom left")
     figure.show()
 
 # %% [markdown]

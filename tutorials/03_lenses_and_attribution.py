@@ -83,7 +83,10 @@ answer = int(best.indices[0])
 # At the end of a loop the native lens is no approximation. It is the readout of the model with that many loops.
 
 # %%
-lenses = {lens: logit_lens(model, prompt_tokens, targets=answer, lens=lens, positions=-1) for lens in ("logit", "native")}
+lenses = {
+    lens: logit_lens(model, prompt_tokens, targets=model.to_string([answer]), lens=lens, positions=-1)
+    for lens in ("logit", "native")
+}
 print(f"{'':16} {'logit lens':16} native lens")
 for row, label in enumerate(lenses["logit"].labels):
     cells = [

@@ -281,7 +281,7 @@ figure = go.Figure(
 for name, values in (("naive", plain), ("naive, norm scaled back", scaled.mean(1)), ("anchored", anchored.mean(1))):
     figure.add_scatter(x=list(range(1, 7)), y=values.tolist(), name=name, mode="lines+markers")
     print(f"{name:24}", " ".join(f"{value:.2f}" for value in values))
-figure.add_hline(y=float(plain[0]), line={"dash": "dot"}, annotation_text="ordinary model")
+figure.add_hline(y=float(plain[0]), line={"dash": "dot"}, annotation_text="ordinary model", annotation_position="bottom right")
 figure.show()
 
 # %% [markdown]
