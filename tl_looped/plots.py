@@ -39,6 +39,13 @@ def heat_map(grid: Grid, title: str = "") -> Any:
     """Rows for all axes but the last, which runs across; a line where the first axis moves on.
 
     One axis gives a line plot, or bars where its labels are no numbers.
+
+    Args:
+        grid: what is drawn.
+        title: above the figure; the name of the grid if empty.
+
+    Raises:
+        LoopedError: plotly is not installed.
     """
     go, values = plotly(), grid.values.detach().float().cpu()
     *down, across = grid.axes
@@ -105,6 +112,9 @@ def grouped(
         name: what the numbers are.
         title: above the figure; the name of the numbers if empty.
         log_y: draw logarithms; numbers that are not positive are left out.
+
+    Raises:
+        LoopedError: another grouping; plotly is not installed.
     """
     if group_by not in get_args(GroupBy):
         raise LoopedError(f'group_by={group_by!r} was asked; choose "depth", "recurrence" or "layer".')
@@ -285,7 +295,7 @@ def attention_heads(
     stack: str | None = None,
     example: int = 0,
 ) -> Any:
-    """circuitsvis's view of attention heads, under names such as "loop 2, layer 5, head 3".
+    """Attention heads in the view of circuitsvis, under names such as "loop 2, layer 5, head 3".
 
     Args:
         cache: of a run that cached patterns.
@@ -315,7 +325,11 @@ def attention_heads(
 
 
 def log_ticks(values: Sequence[float]) -> dict[str, Any]:
-    """Ticks for a logarithmic axis; over less than two decades plotly would write single digits between powers of ten."""
+    """Ticks for a logarithmic axis; over less than two decades plotly would write single digits between powers of ten.
+
+    Args:
+        values: what is drawn along the axis.
+    """
     positive = [v for v in values if v > 0 and v != float("inf")] or [1.0]
     return {"tickformat": "~g", "dtick": "D2"} if max(positive) < 100 * min(positive) else {"exponentformat": "power"}
 

@@ -30,9 +30,8 @@ class OneLoop:
     """
 
     def __init__(self, model: LoopedBridge, tokens: Int[Tensor, "batch pos"], initial_state: InitialState = None):
-        twin: Any = model.unroll(
-            2
-        ).original_model  # a second loop, so that the first one is not the last, which may end otherwise
+        # A second loop, so that the first one is not the last, which may end otherwise.
+        twin: Any = model.unroll(2).original_model
         self.twin: LoopedModel = twin
         schedule = twin.cfg.schedule
         self.stacks = schedule.core_stacks
@@ -64,7 +63,12 @@ class OneLoop:
     def jvp(
         self, states: Float[Tensor, "stack batch pos d_model"], tangents: Float[Tensor, "direction stack batch pos d_model"]
     ) -> Float[Tensor, "direction stack batch pos d_model"]:
-        """The Jacobian at a state times each of several directions; exact, in forward mode."""
+        """The Jacobian at a state times each of several directions; exact, in forward mode.
+
+        Args:
+            states: the states, [stack, batch, pos, d_model].
+            tangents: the directions, [direction, stack, batch, pos, d_model].
+        """
         # The fused attention kernels have no forward-mode derivative, and torch warns about its own first use of that mode.
         with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`torch.jit.script", category=DeprecationWarning)

@@ -53,6 +53,10 @@ def token_batches(
 def at_depth(model: LoopedBridge, n_loops: int | None) -> LoopedBridge:
     """The model with `n_loops` loops: itself where that is its own number or None, else an unroll without its hooks.
 
+    Args:
+        model: the model.
+        n_loops: the number asked for.
+
     Raises:
         LoopedError: the model has hooks, which would silently not act on the unroll.
     """
@@ -67,8 +71,15 @@ def at_depth(model: LoopedBridge, n_loops: int | None) -> LoopedBridge:
 
 
 def check_finite(values: Float[Tensor, ...], name: str) -> None:
-    """Raise a `LoopedError` that names the hook if an activation is not finite. Called in the order of the run, so that the
-    name is the first place where numbers went wrong."""
+    """Refuse an activation that is not finite; called in the order of the run, it names the first place where one is.
+
+    Args:
+        values: the activation.
+        name: its hook.
+
+    Raises:
+        LoopedError: the activation holds NaN or an infinite value.
+    """
     if bool(torch.isfinite(values.sum())):  # never of values that are not finite, and it needs no memory
         return
     if not bool(torch.isfinite(values).all()):

@@ -19,7 +19,13 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def layer_hooks(schedule: Schedule, passes: Sequence[Pass], hook: str) -> dict[str, tuple[int, int]]:
-    """The name of one hook of every layer of some passes, and its (loop, layer)."""
+    """The name of one hook of every layer of some passes, and its (loop, layer).
+
+    Args:
+        schedule: names the layers.
+        passes: which passes.
+        hook: which hook, as in "hook_resid_post".
+    """
     return {schedule.name(i, hook): (p.loop, j) for p in passes for j, i in enumerate(p.layers)}
 
 
@@ -59,12 +65,27 @@ def visit(
 
 
 def last_norm(model: LoopedBridge, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-    """The model's last norm (in Ouro, HRM-Text and Nanbeige the norm of every pass), without firing its hooks."""
+    """The model's last norm (in Ouro, HRM-Text and Nanbeige the norm of every pass), without firing its hooks.
+
+    Args:
+        model: the model.
+        x: states, [..., d_model].
+    """
     norm: Any = model.ln_final.original_component
     return norm.unhooked(x)
 
 
 def need_loops(n: int, minimum: int, what: str, why: str) -> None:
-    """Refuse a run with too few loops for a question."""
+    """Refuse a run with too few loops for a question.
+
+    Args:
+        n: the loops of the run.
+        minimum: the loops needed.
+        what: the question.
+        why: what needs that many.
+
+    Raises:
+        LoopedError: the run is too short.
+    """
     if n < minimum:
         raise LoopedError(f"{what} was asked of {n} loops, but {why} needs at least {minimum}; pass n_loops=.")

@@ -35,7 +35,14 @@ class Targets:
         self.n_used, self.what = 0, what
 
     def of(self, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch target"]:
-        """The targets of the next batch."""
+        """The targets of the next batch.
+
+        Args:
+            tokens: the batch, [batch, pos].
+
+        Raises:
+            LoopedError: prompts of one token, which have no next one; fewer answers than examples.
+        """
         self.n_used += len(tokens)
         if self.ids is None:
             if tokens.shape[1] < 2:
@@ -45,11 +52,22 @@ class Targets:
         return torch.tensor([[next(self.left)] for _ in tokens], device=tokens.device)
 
     def select(self, values: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch target *rest"]:
-        """The positions that the targets follow, in fp32 or wider."""
+        """The positions that the targets follow, in fp32 or wider.
+
+        Args:
+            values: [batch, pos, ...].
+        """
         return wide(values[:, :-1] if self.ids is None else values[:, -1:])
 
     def check_used(self, at_least: bool = False) -> None:
-        """Raise unless there is an answer for every example, and, at the end, an example for every answer."""
+        """Refuse answers that are not one for every example.
+
+        Args:
+            at_least: more answers may be left, as before the last batch.
+
+        Raises:
+            LoopedError: their numbers differ.
+        """
         n = self.n_used if self.ids is None else len(self.ids)
         if n < self.n_used or (n > self.n_used and not at_least):
             raise LoopedError(

@@ -84,8 +84,13 @@ class ExitSteps(Result):
 
 
 def gate_pdf(exit_logits: Float[Tensor, "loop ..."]) -> Float[Tensor, "loop ..."]:
-    """The probability of leaving after each loop (arXiv 2510.25741): `p_t = lambda_t prod_{s<t} (1 - lambda_s)` with
-    `lambda = sigmoid(exit logit)`, and for the last loop all that is left."""
+    """The probability of leaving after each loop (arXiv 2510.25741).
+
+    It is `p_t = lambda_t prod_{s<t} (1 - lambda_s)` with `lambda = sigmoid(exit logit)`; the last loop gets all that is left.
+
+    Args:
+        exit_logits: [loop, ...].
+    """
     leave = torch.sigmoid(exit_logits.to(torch.promote_types(exit_logits.dtype, torch.float32)))
     stay = torch.cat((torch.ones_like(leave[:1]), (1 - leave[:-1]).cumprod(0)))
     return torch.cat((leave[:-1] * stay[:-1], stay[-1:]))

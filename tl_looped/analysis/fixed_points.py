@@ -24,6 +24,8 @@ from ..schedule import Pass, Site, check_count
 from ._prompts import Prompts, at_depth, token_batches
 from ._streaming import layer_hooks, need_loops, visit
 
+__all__ = ["FixedPoints", "fixed_points"]
+
 Metric = Literal["l2", "relative", "cosine"]
 Reduction = Literal["token", "matrix"]
 Quantity = Literal["successive", "distance", "norm"]
@@ -269,7 +271,12 @@ def _frobenius(x: Float[Tensor, "batch head query key"], base: Float[Tensor, "ba
 def frobenius_per_head(
     x: Float[Tensor, "batch head query key"], base: Float[Tensor, "batch head query key"]
 ) -> Float[Tensor, "batch head"]:
-    """The Frobenius distance of every head's pattern from another; one head is widened and subtracted at a time."""
+    """The Frobenius distance of every head's pattern from another; one head is widened and subtracted at a time.
+
+    Args:
+        x: patterns, [batch, head, query, key].
+        base: what they are compared with, of the same shape.
+    """
     pairs = zip(x.unbind(1), base.unbind(1), strict=True)
     return torch.stack([(wide(a) - wide(b)).flatten(1).norm(dim=1) for a, b in pairs], 1)
 

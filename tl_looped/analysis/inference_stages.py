@@ -30,18 +30,29 @@ def colsum_concentration(pattern: Float[Tensor, "*rows query key"]) -> Float[Ten
     """How much of the attention goes to few keys, 0 (all alike) to 1 (one key): `1 + sum_j c_j log c_j / log T`.
 
     `c_j` is the share of key `j` in all attention paid; arXiv 2604.11791 prints the sums unscaled, which would leave [0, 1].
+
+    Args:
+        pattern: attention, [..., query, key].
     """
     shares = pattern.sum(-2, dtype=torch.float64) / pattern.shape[-2]
     return 1 + torch.xlogy(shares, shares).sum(-1) / torch.tensor(pattern.shape[-1], dtype=torch.float64).log()
 
 
 def sink_score(pattern: Float[Tensor, "*rows query key"]) -> Float[Tensor, "*rows"]:
-    """The mean attention paid to the first token."""
+    """The mean attention paid to the first token.
+
+    Args:
+        pattern: attention, [..., query, key].
+    """
     return pattern[..., 0].double().mean(-1)
 
 
 def mixing_score(pattern: Float[Tensor, "*rows query key"]) -> Float[Tensor, "*rows"]:
-    """Mean entropy of the rows of an attention pattern, in nats."""
+    """Mean entropy of the rows of an attention pattern, in nats.
+
+    Args:
+        pattern: attention, [..., query, key].
+    """
     return -torch.xlogy(pattern, pattern).sum(-1).double().mean(-1)
 
 

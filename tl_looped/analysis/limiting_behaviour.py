@@ -24,6 +24,8 @@ from ..schedule import check_count
 from ._prompts import Prompts, at_depth, token_batches
 from ._streaming import layer_hooks, need_loops, visit
 
+__all__ = ["BehaviourRule", "TokenBehaviour", "LimitingBehaviour", "limiting_behaviour"]
+
 LABELS = ("fixed", "orbit", "slider", "unknown")
 FIXED, ORBIT, SLIDER, UNKNOWN = range(4)
 
@@ -252,7 +254,19 @@ def limiting_behaviour(
 def checked(
     model: LoopedBridge, n_loops: int | None, rule: BehaviourRule | None, period: int, window: int, stack: str | None
 ) -> tuple[BehaviourRule, LoopedBridge]:
-    """The rule, and the model at its depth if that many loops can answer the question."""
+    """The rule, and the model at its depth if that many loops can answer the question.
+
+    Args:
+        model: the model.
+        n_loops: how often to loop; None for the model's own number.
+        rule: None for the default one.
+        period: as in `limiting_behaviour`, as for the options below.
+        window: as above.
+        stack: as above.
+
+    Raises:
+        LoopedError: a period that does not divide the window; too few loops; a model whose hooks would not act at that depth.
+    """
     if check_count("window", window, 2) % check_count("period", period, 2):
         raise LoopedError(f"period={period} does not divide window={window}, so no frequency of the transform stands for it.")
     rule, looped = rule or BehaviourRule(), model.schedule.looped_stack(stack)
@@ -275,7 +289,20 @@ def behaviour(
     initial_state: InitialState,
     also: Callable[[tuple[int, int], Tensor], None] = lambda at, value: None,
 ) -> list[TokenBehaviour]:
-    """The behaviour of every row of a batch; `also` is called with every (loop, layer) and its residual stream."""
+    """The behaviour of every row of a batch.
+
+    Args:
+        model: the model, at its depth.
+        tokens: [batch, pos].
+        rule: when a token counts as what.
+        period: as in `limiting_behaviour`, as for the options below.
+        window: as above.
+        settle: as above.
+        keep_signal: as above.
+        stack: the looped stack.
+        initial_state: as in `LoopedBridge.forward`.
+        also: called with every (loop, layer) and the residual stream leaving it, [batch, pos, d_model].
+    """
     passes = model.schedule.passes_of("all", stack)
     n, stop = len(passes), passes[-1].layers.stop
     limit: dict[int, Tensor] = {}  # while the first run goes on, the states of the loop before

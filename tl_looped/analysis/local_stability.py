@@ -21,6 +21,8 @@ from ._one_loop import OneLoop
 from ._prompts import Prompts, check_finite, token_batches
 from ._streaming import need_loops
 
+__all__ = ["LocalStability", "local_stability"]
+
 SETTLED = 1e-3  # an example is at a fixed point if a loop changes its state by less than this share
 QUANTITIES = ("residual", "contraction", "spectral_radius", "ritz_residual")
 
@@ -190,7 +192,11 @@ def local_stability(
 def orthonormal(
     directions: Float[Tensor, "direction stack batch pos d_model"],
 ) -> tuple[Float[Tensor, "direction stack batch pos d_model"], Float[Tensor, "batch direction"]]:
-    """The directions of every example made orthonormal one after the other, and how far each stuck out of those before."""
+    """The directions of every example made orthonormal one after the other, and how far each stuck out of those before.
+
+    Args:
+        directions: [direction, stack, batch, pos, d_model].
+    """
     shape = directions.shape
     q, r = torch.linalg.qr(_columns(directions))
     stretch = r.diagonal(dim1=-2, dim2=-1).abs()
@@ -198,7 +204,12 @@ def orthonormal(
 
 
 def contraction_rate(changes: Float[Tensor, " loop"], floor: float) -> float:
-    """The factor per loop of a geometric decay (or growth), fitted to the later half of the changes that are above `floor`."""
+    """The factor per loop of a geometric decay (or growth), fitted to the later half of the changes that are above `floor`.
+
+    Args:
+        changes: how far the state moved in each loop.
+        floor: where rounding begins.
+    """
     below = (changes <= floor).nonzero()
     above = changes[: int(below[0])] if len(below) else changes
     later = above[len(above) // 2 :].log()

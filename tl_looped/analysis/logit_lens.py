@@ -19,6 +19,8 @@ from ..model.looped_model import check_tokens
 from ..model.passes import PassEnds
 from ..schedule import LoopSelector, Schedule, Site, check_count
 
+__all__ = ["Readout", "LogitLensResult", "logit_lens"]
+
 Lens = Literal["logit", "native"]
 Target = str | int
 TargetInput = Target | Sequence[Target] | Int[Tensor, "..."] | None
@@ -330,7 +332,13 @@ class Decoder:
     def run(
         self, cells: Sequence[tuple[Lens, int]], positions: tuple[int, ...], initial_state: InitialState
     ) -> Float[Tensor, "cell batch pos d_model"]:
-        """Run the model once and bring each (lens, virtual layer) to the input of the unembedding, at the chosen positions."""
+        """Run the model once and bring each (lens, virtual layer) to the input of the unembedding, at the chosen positions.
+
+        Args:
+            cells: which lens to read which virtual layer with.
+            positions: which positions.
+            initial_state: as in `LoopedBridge.forward`.
+        """
         schedule, weight = self.schedule, self.twin.unembed.weight
         shape = (len(cells), len(self.tokens), len(positions), self.twin.cfg.d_model)
         hidden = torch.empty(shape, dtype=weight.dtype, device=weight.device)
@@ -362,7 +370,12 @@ class Decoder:
         return hidden
 
     def native(self, layer: int, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """The family's own way from the output of a virtual layer to the input of the unembedding."""
+        """The family's own way from the output of a virtual layer to the input of the unembedding.
+
+        Args:
+            layer: the virtual layer.
+            resid: the residual stream leaving it, [batch, pos, d_model].
+        """
         twin, cfg, site = self.twin, self.twin.cfg, self.schedule.site(layer)
         if site.stack == "coda":
             x = self._layers(resid, "coda", site.layer + 1)
@@ -390,7 +403,14 @@ class Decoder:
     def read(
         self, hidden: Float[Tensor, "... d_model"], targets: Int[Tensor, "state target"], top_k: int, chunk_size: int
     ) -> FlatReadout:
-        """Unembed states block by block of the vocabulary and keep what was asked."""
+        """Unembed states block by block of the vocabulary and keep what was asked.
+
+        Args:
+            hidden: what `run` returned, [..., d_model].
+            targets: the tokens asked about at every state, [state, target].
+            top_k: how many of the most probable tokens to keep.
+            chunk_size: how many logits to hold at once.
+        """
         flat = hidden.reshape(-1, hidden.shape[-1])
         width = min(self.twin.cfg.d_vocab, VOCAB_CHUNK, chunk_size)
         rows = max(1, chunk_size // width)

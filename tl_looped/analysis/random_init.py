@@ -22,6 +22,8 @@ from ..schedule import check_count
 from ._streaming import need_loops
 from .fixed_points import fixed_points
 
+__all__ = ["RandomInitSweep", "random_init_sweep"]
+
 Std = float | Literal["fan_in"]
 NORMS: dict[str, dict[str, Any]] = {
     "pre-norm": {"norm": "pre"},
@@ -205,7 +207,13 @@ def random_init_sweep(
 
 @torch.no_grad()
 def draw(model: LoopedModel, seed: int, std: Std) -> None:
-    """Draw all parameters in place: matrices of a given std, or 1/sqrt of their number of inputs; norms 1."""
+    """Draw all parameters in place: matrices of a given std, or 1/sqrt of their number of inputs; norms 1.
+
+    Args:
+        model: the model.
+        seed: of the draw.
+        std: of the matrices; "fan_in" for 1/sqrt of their number of inputs.
+    """
     initialise(model, seed, 1.0 if std == "fan_in" else std)
     if std == "fan_in":
         for parameter in model.canonical_parameters().values():

@@ -51,8 +51,10 @@ class Stability(Result):
 
     @property
     def overthinks(self) -> bool:
-        """Whether looping beyond the trained number hurts: after the last loop, the mean loss is higher than after the trained
-        number by more than two standard errors of the difference (our choice).
+        """Whether looping beyond the trained number hurts.
+
+        It does if the mean loss after the last loop is higher than after the trained number by more than two standard errors of
+        the difference (our choice).
 
         Raises:
             LoopedError: nothing was measured beyond the trained number, or on one example only.

@@ -206,8 +206,10 @@ def _turn(
 
 
 def _curvature(x: Float[Tensor, "batch pos d_model"], eps: float) -> Float[Tensor, "batch turn"]:
-    """The angles between successive steps from token to token; NaN where two tokens have one state up to rounding, as equal
-    tokens at the beginning of a text do."""
+    """The angles between successive steps from token to token.
+
+    They are NaN where two tokens have one state up to rounding, as equal tokens at the beginning of a text do.
+    """
     steps = x.diff(dim=1)
     length = steps.norm(dim=-1, keepdim=True)
     steps = (steps / length).where(length > 8 * eps * x[:, 1:].norm(dim=-1, keepdim=True), torch.nan)
@@ -215,8 +217,10 @@ def _curvature(x: Float[Tensor, "batch pos d_model"], eps: float) -> Float[Tenso
 
 
 def _anisotropy(x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch 1"]:
-    """The mean cosine over all pairs of different tokens: the squared norm of the sum of all directions, without the n
-    cosines of a token with itself."""
+    """The mean cosine over all pairs of different tokens.
+
+    It is had from the squared norm of the sum of all directions, without the n cosines of a token with itself.
+    """
     n = x.shape[1]
     directions = torch.nn.functional.normalize(x, dim=-1)
     own = directions.square().sum((1, 2))

@@ -31,6 +31,9 @@ class GeneratingBridge(TransformerBridge):
         It holds for `generate` and `generate_stream`; a forward pass always runs every loop. A token read after loop `t` has
         the logits `readout(tokens, loop=t)` of the text so far, with and without KV cache.
 
+        Raises:
+            LoopedError: what is set is no policy; a policy that reads exit gates, for a model that has none.
+
         Example:
             >>> import torch
             >>> from tl_looped import LoopedBridge, LoopedConfig, exits

@@ -327,6 +327,13 @@ class LoopedBridge(GeneratingBridge):
     ) -> Int[Tensor, "batch pos"]:
         """Tokens of a text, as in TransformerBridge; a text longer than the context is cut only if `truncate` is True.
 
+        Args:
+            input: a text, or several, which are padded to the longest.
+            prepend_bos: put a beginning-of-sequence token first; None for the model's default.
+            padding_side: "left" or "right"; None for the tokenizer's own.
+            move_to_device: return the tokens where the model is.
+            truncate: cut a text to the context.
+
         Raises:
             LoopedError: there is no tokenizer, or it has no token for a part of the text.
         """
@@ -526,7 +533,11 @@ class LoopedBridge(GeneratingBridge):
         return names
 
     def unknown_name(self, name: str) -> UnknownNameError:
-        """The error for a hook name that this model does not have, with the nearest names that it has."""
+        """The error for a hook name that this model does not have, with the nearest names that it has.
+
+        Args:
+            name: the name that was asked.
+        """
         near = difflib.get_close_matches(name, self._all_spellings, n=4, cutoff=0.5)
         if not near:  # the right layer, but a hook that is nothing like the one asked for
             stem = name.rsplit(".", 1)[0]
@@ -560,20 +571,50 @@ class LoopedBridge(GeneratingBridge):
         return list(dict.fromkeys(n for name in names for n in self.expand_name(name)))
 
     def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
-        """Add a hook as in TransformerBridge; a name may be loop-indexed and may be a pattern."""
+        """Add a hook as in TransformerBridge; a name may be loop-indexed and may be a pattern.
+
+        Args:
+            name: a name or pattern in either spelling, or a function of TransformerLens names.
+            *args: the function to call, and more as in TransformerBridge.
+            **kwargs: as in TransformerBridge.
+
+        Raises:
+            LoopedError: no such hook; a loop or layer that this run does not have.
+        """
         for n in self.expand_name(name) if isinstance(name, str) else [name]:
             super().add_hook(n, *args, **kwargs)
 
     def hooks(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, fwd_hooks: Iterable[Hook] = (), bwd_hooks: Iterable[Hook] = (), **kwargs: Any
     ) -> Any:
-        """Context manager with hooks, as in TransformerBridge; names may be loop-indexed and may be patterns."""
+        """Context manager with hooks, as in TransformerBridge; names may be loop-indexed and may be patterns.
+
+        Args:
+            fwd_hooks: pairs of where and what to call: a name or pattern in either spelling, or a function of TransformerLens
+                names; and a function of the activation and the hook point, `fn(tensor, hook)`.
+            bwd_hooks: such pairs for the gradients of activations.
+            **kwargs: as in TransformerBridge.
+
+        Raises:
+            LoopedError: no such hook; a loop or layer that this run does not have.
+        """
         return super().hooks(self._expand_hooks(fwd_hooks), self._expand_hooks(bwd_hooks), **kwargs)
 
     def run_with_hooks(
         self, input: Any, fwd_hooks: Iterable[Hook] = (), bwd_hooks: Iterable[Hook] = (), *args: Any, **kwargs: Any
     ) -> Any:
-        """Run with hooks, as in TransformerBridge; names may be loop-indexed and may be patterns."""
+        """Run with hooks, as in TransformerBridge; names may be loop-indexed and may be patterns.
+
+        Args:
+            input: as in `forward`.
+            fwd_hooks: as in `hooks`.
+            bwd_hooks: as in `hooks`.
+            *args: as in TransformerBridge.
+            **kwargs: as in TransformerBridge, and what `forward` takes.
+
+        Raises:
+            LoopedError: no such hook; a loop or layer that this run does not have; inputs that do not fit the model.
+        """
         return super().run_with_hooks(input, self._expand_hooks(fwd_hooks), self._expand_hooks(bwd_hooks), *args, **kwargs)
 
     @overload
@@ -634,15 +675,29 @@ class LoopedBridge(GeneratingBridge):
         return output, looped
 
     def get_caching_hooks(self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> Any:
-        """Caching hooks as in TransformerBridge; names may be loop-indexed and may be patterns."""
+        """Caching hooks as in TransformerBridge; names may be loop-indexed and may be patterns.
+
+        Args:
+            names_filter: as in `run_with_cache`.
+            *args: as in TransformerBridge.
+            **kwargs: as in TransformerBridge.
+        """
         return super().get_caching_hooks(self._expand_filter(names_filter), *args, **kwargs)
 
     def block_hooks(self, layer_idx: int) -> list[str]:
-        """The hook names of a virtual layer, relative to it; negative indices count from the end."""
+        """The hook names of a virtual layer, relative to it.
+
+        Args:
+            layer_idx: the virtual layer; negative indices count from the end.
+        """
         return super().block_hooks(self.schedule.layer(layer_idx))
 
     def get_hook_point(self, hook_name: str) -> HookPoint | None:
-        """The hook point of a name in either spelling, or None."""
+        """The hook point of a name in either spelling, or None.
+
+        Args:
+            hook_name: the name.
+        """
         try:
             names = self.expand_name(hook_name, check=False) if not is_pattern(hook_name) else [hook_name]
         except LoopedError:
@@ -743,7 +798,12 @@ class HookDict(dict[str, HookPoint]):
         return super().__contains__(name) or (isinstance(name, str) and self.get(name) is not None)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The hook point of a name in either spelling."""
+        """The hook point of a name in either spelling.
+
+        Args:
+            name: the name.
+            default: what to return where there is no such hook.
+        """
         if super().__contains__(name):
             return super().__getitem__(name)
         try:
