@@ -327,7 +327,7 @@ if TOY:
 #   what the model itself would read.
 # - Which components are necessary. Attribution here misses five of six loops of a known algorithm.
 # - Anything about trained gates. For that, change `MODEL`.
-# - How policies compare on a large model: this one is small, has four loops, and was measured on 29 windows of text.
+# - How policies compare on a large model: this one is small, has four loops, and was measured on some thirty windows of text.
 #
 # ## Exercises
 #
