@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_cli import word_tokenizer
+from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import HrmTextConfig, HrmTextForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from zoo import ZOO, random_bridge, random_tokens
 
@@ -34,6 +35,12 @@ def layers_of(hf: LlamaForCausalLM, x: torch.Tensor, layers: range) -> torch.Ten
             x, position_embeddings=hf.model.rotary_emb(x, position), attention_mask=None, position_ids=position
         )
     return x
+
+
+def wrapped_llama() -> LlamaForCausalLM:
+    hf = llama()
+    build_bridge_from_module(hf, "LlamaForCausalLM", hf_config=hf.config, dtype=torch.float32, device="cpu")
+    return hf
 
 
 def storages(model: torch.nn.Module) -> set[int]:
@@ -146,7 +153,10 @@ def test_an_instantiated_looped_model(h_cycles: int, l_cycles: int) -> None:
         (lambda: LoopedBridge.loop_layers(llama(), 1, 3, 2, K=4), "K belongs to strategy='anchored'"),
         (lambda: LoopedBridge.from_hf(llama()), "loop_layers"),
         (lambda: LoopedBridge.from_hf(torch.nn.Linear(2, 2)), "without a config"),
-        (lambda: LoopedBridge.loop_layers(random_bridge("ouro").original_model, 0, 1, 2), "config"),
+        (lambda: LoopedBridge.loop_layers(random_bridge("ouro").original_model, 0, 1, 2), "has wrapped"),
+        (lambda: LoopedBridge.loop_layers(wrapped_llama(), 1, 3, 2), "has wrapped"),
+        (lambda: LoopedBridge.from_hf(wrapped_llama()), "LlamaForCausalLM was given that a TransformerBridge has wrapped"),
+        (lambda: LoopedBridge.from_hf(random_bridge("ouro")), "has wrapped"),
     ],
 )
 def test_what_cannot_be_made_is_refused(make, says: str, unchecked: None) -> None:

@@ -138,6 +138,7 @@ class LoopedBridge(GeneratingBridge):
 
         Raises:
             CheckpointError: the model is of no known looped family.
+            LoopedError: it has no config, or a TransformerBridge has wrapped it.
         """
         checkpoint = _in_memory(hf_model)
         return cls(loading.load_model(checkpoint, n_loops=n_loops, l_cycles=l_cycles), tokenizer, type(hf_model).__name__)
@@ -183,7 +184,7 @@ class LoopedBridge(GeneratingBridge):
             tokenizer: its tokenizer.
 
         Raises:
-            LoopedError: a range or strategy that does not fit the model.
+            LoopedError: a range or strategy that does not fit the model; a model without a config, or already in a bridge.
             CheckpointError: the model is not a decoder of a known shape.
         """
         if strategy not in ("naive", "anchored"):
@@ -780,6 +781,11 @@ def _configured(tokenizer: Any, cfg: TransformerBridgeConfig) -> Any:
 
 def _in_memory(hf_model: nn.Module) -> loading.MemoryCheckpoint:
     """The config and tensors of an instantiated model."""
+    if any(isinstance(module, GeneralizedComponent) for module in hf_model.modules()):
+        raise LoopedError(
+            f"a {type(hf_model).__name__} was given that a TransformerBridge has wrapped, which leaves its tensors under other "
+            "names; pass a model that no bridge has wrapped."
+        )
     config: Any = getattr(hf_model, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else dict(getattr(config, "__dict__", {}))
     if not values:
