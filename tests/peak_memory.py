@@ -17,6 +17,7 @@ class PeakMemory(TorchDispatchMode):
         self.known = {p.untyped_storage().data_ptr() for p in model.parameters()}
         self.alive: dict[int, int] = {}
         self.nbytes = 0
+        self.largest = 0  # bytes of the largest one
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -26,5 +27,6 @@ class PeakMemory(TorchDispatchMode):
                 if storage.data_ptr() not in self.known and storage._cdata not in self.alive:
                     self.alive[storage._cdata] = storage.nbytes()
                     weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+                    self.largest = max(self.largest, storage.nbytes())
                     self.nbytes = max(self.nbytes, sum(self.alive.values()))
         return out

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from peak_memory import PeakMemory
 from test_cli import word_tokenizer
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformer_lens.tools.analysis import logit_lens as transformer_lens_lens
 from zoo import SMALL, ZOO, random_bridge, random_tokens
 
@@ -212,36 +212,18 @@ def test_half_precision_keeps_the_models_logits_and_sums_in_single() -> None:
     torch.testing.assert_close(result.log_probs[-1].double(), expected[..., [3, 8]], atol=2 * spacing, rtol=0)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the largest storage that an operation returns, parameters left out."""
-
-    def __init__(self, model: LoopedBridge):
-        super().__init__()
-        self.known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self.nbytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in self.known:
-                    self.nbytes = max(self.nbytes, storage.nbytes())
-        return out
-
-
 @LENSES
 @pytest.mark.parametrize("targets", [None, [1, 2999]])
 def test_no_tensor_holds_more_logits_than_the_chunk(lens: Any, targets: Any) -> None:
     d_vocab, chunk_size = 3000, 5000
     bridge = random_bridge("huginn", d_vocab=d_vocab)
-    with LargestTensor(bridge) as seen:
+    with PeakMemory(bridge) as seen:
         result = logit_lens(bridge, TOKENS, targets, lens, chunk_size=chunk_size)
     assert result.entropy.numel() * SMALL["d_model"] < chunk_size < TOKENS.numel() * d_vocab / 8
-    assert seen.nbytes <= 4 * chunk_size
-    with LargestTensor(bridge) as seen:
+    assert seen.largest <= 4 * chunk_size
+    with PeakMemory(bridge) as seen:
         bridge(TOKENS)
-    assert seen.nbytes >= 4 * TOKENS.numel() * d_vocab  # the measure sees logits where they are made
+    assert seen.largest >= 4 * TOKENS.numel() * d_vocab  # the measure sees logits where they are made
 
 
 @FAMILIES
@@ -254,7 +236,7 @@ def test_default_targets_are_the_models_predictions(name: str, lens: Any) -> Non
     if lens == "native":
         assert not result.rank_trajectory()[-1].any() and torch.equal(result.top_tokens[-1, ..., 0], predicted)
     early = logit_lens(bridge, TOKENS, lens=lens, loops=0, positions=[-1, 2])
-    assert torch.equal(early.targets[..., 0], predicted[:, [-1, 2]])
+    assert early.positions == (2, 6) and torch.equal(early.targets[..., 0], predicted[:, [2, -1]])
 
 
 def test_positions_and_loops_are_slices_of_the_whole() -> None:
@@ -454,7 +436,7 @@ def test_errors_say_what_was_asked_and_what_exists(call: Callable[[Any], Any], s
 
 @pytest.mark.parametrize(
     ("asked", "says"),
-    [({"loops": 3}, r"loop 3 .*3 loops \(0\.\.2\).*n_loops"), ({"positions": [0, 7]}, r"position 7 .*7 positions \(0\.\.6\)")],
+    [({"loops": 3}, r"loop 3 .*3 loops \(0\.\.2\).*n_loops"), ({"positions": [0, 7]}, r"positions 7 .*7 positions \(0\.\.6\)")],
 )
 def test_indices_outside_the_run(asked: dict[str, Any], says: str) -> None:
     with pytest.raises(OutOfRangeError, match=says):

@@ -12,12 +12,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..bridge.looped_bridge import LoopedBridge
-from ..errors import LoopedError, OutOfRangeError
+from ..errors import LoopedError
 from ..model import LoopedModel
 from ..model.initial_state import InitialState
 from ..model.looped_model import check_tokens
 from ..model.passes import PassEnds
-from ..schedule import LoopSelector, Schedule, Site, check_count
+from ..schedule import Indices, LoopSelector, Schedule, Site, check_count, select_indices
 
 __all__ = ["Readout", "LogitLensResult", "logit_lens"]
 
@@ -196,7 +196,7 @@ def logit_lens(
     targets: TargetInput = None,
     lens: Lens = "logit",
     *,
-    positions: int | slice | Sequence[int] | None = None,
+    positions: Indices = None,
     loops: LoopSelector | None = None,
     top_k: int = 5,
     initial_state: InitialState = None,
@@ -232,7 +232,7 @@ def logit_lens(
             position. A token id, a string that is one token, a list or a 1-D tensor of them for all positions alike, or a
             tensor [batch, pos] with one id for every position of `tokens`.
         lens: "logit" or "native".
-        positions: which positions to decode; None for all.
+        positions: which positions to decode, in ascending order; None for all.
         loops: the layers of these loops only (of both stacks in these H cycles for HRM-Text), without prelude and coda: an int,
             a slice, several ints, "all" or "last"; None for all layers, prelude and coda included.
         top_k: how many of the most probable tokens to keep.
@@ -268,7 +268,7 @@ def logit_lens(
         raise LoopedError(f"top_k={top_k} was asked; the vocabulary has {d_vocab} tokens.")
     check_count("chunk_size", chunk_size)
     ids = _token_ids(model, tokens)
-    chosen = _positions(positions, ids.shape[1])
+    chosen = tuple(select_indices(positions, ids.shape[1], "positions"))
     rows = _rows(model.schedule, loops)
     asked = None if targets is None else _target_ids(model, targets, ids)
 
@@ -510,21 +510,6 @@ def _target_id(model: LoopedBridge, target: object) -> int:
     if len(found) != 1:
         raise LoopedError(f"target {target!r} was asked, but it is {len(found)} tokens {found}; pass the id of one token.")
     return found[0]
-
-
-def _positions(asked: int | slice | Sequence[int] | None, n: int) -> tuple[int, ...]:
-    asked = slice(None) if asked is None else asked
-    indices = [asked] if isinstance(asked, int) else range(n)[asked] if isinstance(asked, slice) else asked
-    if not isinstance(indices, Sequence) or isinstance(indices, str):
-        raise LoopedError(f"positions={asked!r} was asked; pass an int, a slice or a list of ints.")
-    if not indices:
-        raise OutOfRangeError(f"positions={asked!r} selects nothing: there are {n} positions (0..{n - 1}).")
-    chosen = []
-    for position in indices:
-        if isinstance(position, bool) or not isinstance(position, int) or not -n <= position < n:
-            raise OutOfRangeError(f"position {position!r} was asked, but the tokens have {n} positions (0..{n - 1}).")
-        chosen.append(position % n)
-    return tuple(chosen)
 
 
 def _rows(schedule: Schedule, loops: LoopSelector | None) -> tuple[int, ...]:
