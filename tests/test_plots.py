@@ -96,3 +96,9 @@ def test_panels_say_their_units_and_mark_the_trained_loops() -> None:
 def test_policies_have_names_of_their_own() -> None:
     figure = exit_steps(random_bridge("ouro"), random_tokens(), [exits.KL(0.1), exits.Gate(0.5)], verbose=False).plot()
     assert [line.name for line in figure.data] == ["fixed number of loops", repr(exits.KL(0.1)), repr(exits.Gate(0.5))]
+
+
+def test_labels_are_text_and_no_tags() -> None:
+    """Plotly would take `<s>`, the first token of many prompts, for a tag that strikes text through."""
+    found = Grid(torch.rand(1, 2), ("loop", "pos"), {"loop": ["0"], "pos": ["<s>", "a"]}).plot()
+    assert found.layout.xaxis.ticktext == ("&lt;s&gt;", "a") and "&lt;s&gt;" in found.data[0].customdata[0][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -76,7 +77,7 @@ def heat_map(grid: Grid, title: str = "") -> Any:
         colorbar={"title": {"text": _words(grid.name), "side": "right"}},
         xgap=gap,
         ygap=gap,
-        customdata=[[f"{_words(across)} {label}" for label in x]] * len(rows),
+        customdata=[[escape(f"{_words(across)} {label}") for label in x]] * len(rows),
         hovertext=[[" · ".join(f"{_words(a)} {b}" for a, b in zip(down, row, strict=True))] * len(x) for row in rows],
         hovertemplate="%{hovertext} · %{customdata}<br>%{z:.4g}<extra></extra>",
         **colours,
@@ -350,9 +351,9 @@ def _mark_passes(figure: Any, sites: Sequence[Site]) -> None:
 
 
 def _ticks(labels: Sequence[str], most: int) -> dict[str, Any]:
-    """Ticks at evenly spaced labels, no more than `most` of them."""
+    """Ticks at evenly spaced labels, no more than `most` of them, in which plotly finds no tags: a token may be `<s>`."""
     every = -(-len(labels) // most)
-    return {"tickvals": list(range(0, len(labels), every)), "ticktext": list(labels[::every])}
+    return {"tickvals": list(range(0, len(labels), every)), "ticktext": [escape(label) for label in labels[::every]]}
 
 
 def _words(name: str) -> str:
