@@ -16,13 +16,16 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tl_looped import LoopedBridge, LoopedConfig
 from tl_looped.analysis import fixed_points, stability
 from tl_looped.cli import main
 from tl_looped.errors import LoopedError
-from tl_looped.report import report, sections
-from tl_looped.report.section import Section
+from tl_looped.report import report, sections, write
+from tl_looped.report.pointer_chasing import right_answers
+from tl_looped.report.section import Section, share
 from tl_looped.toys import hop_prompts
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -83,6 +86,7 @@ def test_the_numbers_of_the_sentences_are_those_of_the_json(numbers: dict[str, A
     seen = 0
     for name, section in numbers.items():
         forms = [f"{v:{form}}" for v in leaves(section["numbers"]) for form in (".3g", ".0%", ".1%", ".2%", ",.0f")]
+        forms += [share(v) for v in leaves(section["numbers"])]
         if name == "model":
             forms += [f"{v / 1000:.3g}" for v in leaves(section["numbers"])]  # in thousands
         for sentence in section["reading"]:
@@ -147,6 +151,93 @@ def test_sentences_follow_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "It says so from loop 0 on." in said["still"]["answers"]
 
 
+def test_a_share_that_is_not_all_is_not_shown_as_all() -> None:
+    assert [share(x) for x in (0.0, 0.5, 0.0123, -0.3, 0.994, 0.99996, 1.0, 1.2)] == [
+        "0%", "50%", "1.2%", "-30%", "99%", "99.99%", "100%", "120%",
+    ]  # fmt: skip
+
+
+def test_right_answers_are_read_from_the_prompt() -> None:
+    prompts = hop_prompts(3, seed=5)
+    for tokens, answers in zip(prompts.tokens, prompts.answers(9).unbind(1), strict=True):
+        right = right_answers(tokens, 9)
+        assert right is not None and torch.equal(right[:, prompts.query_pos], answers)
+        assert bool((right[:, : prompts.query_pos.start] == -1).all())
+    tokenizer = LoopedBridge.from_pretrained("toy:hop", device="cpu").tokenizer
+
+    def read(text: str) -> torch.Tensor | None:
+        return right_answers(torch.tensor(tokenizer(text)["input_ids"]), 3)
+
+    found = read("A b B c C a ? B")
+    assert found is not None and tokenizer.decode(found[:, -1]).split() == ["c", "a", "b"]
+    for other in ("A b B c", "A b B c ? A", "A b B a ?", "A b B a ? C", "A b A a ? A", "a B b A ? A", "A b B ? A", "? ?"):
+        assert read(other) is None, other
+
+
+def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr("tl_looped.report.SECTIONS", {name: sections.SECTIONS[name] for name in names})
+
+
+def test_own_prompts_of_pointer_chasing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are compared where the prompt has right ones; that of other prompts is never called wrong."""
+    only(monkeypatch, "answers", "exits")
+    toy = LoopedBridge.from_pretrained("toy:hop", device="cpu")
+    said = [
+        {s.name: " ".join(s.reading) for s in report(toy, text, n_loops=8, verbose=False).sections}
+        for text in ("A b B c C d D a ? A C", "A b B c")
+    ]
+    assert "right at 2 of 2 queries" in said[0]["answers"] and "no right answers to compare with" in said[1]["answers"]
+    assert all("last query of 32 mappings" in one["exits"] and "100% of the cases" in one["exits"] for one in said)
+
+
+def test_sentences_about_one_loop_and_short_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    once = LoopedBridge.from_config(TINY.replace(n_loops=1, n_core=1), seed=0)
+    found = {section.name: section for section in report(once, TOKENS[1], n_loops=2, verbose=False).sections}
+    text = " ".join(sentence for section in found.values() for sentence in [*section.reading, *section.refused])
+    assert not re.search(r"\b1 loops|\b1 layers with|nan", text)
+    assert "loops once" in found["stages"].refused[0] and "loops once" in found["exits"].refused[0]
+    model = LoopedBridge.from_config(TINY, seed=0)
+    only(monkeypatch, "trajectories", "attention", "stability")
+    mixed = report(model, [TOKENS[0], torch.tensor([1])], n_loops=3, verbose=False)
+    for section in mixed.sections:
+        assert not section.refused and any("Left out: 1 prompt of fewer" in sentence for sentence in section.reading)
+    same = {section.name: " ".join(section.reading) for section in report(model, TOKENS, n_loops=2, verbose=False).sections}
+    assert "nothing lies beyond" in same["stability"] and "the last of" not in same["attention"]
+
+
+def test_layers_are_compared_as_their_distances_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, "attention")
+    model = LoopedBridge.from_pretrained(GOLDEN / "ouro", device="cpu")
+    (section,) = report(model, torch.tensor([5, 17, 3, 8, 2]), n_loops=4, verbose=False).sections
+    near, far = section.numbers["same_layer_other_loop"], section.numbers["other_layer"]
+    assert 0.8 * far < near < far and "about as much as it resembles other layers" in section.reading[0]
+
+
+def test_an_unexpected_error_costs_one_part_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only(monkeypatch, "model", "attention", "exits")
+    monkeypatch.setattr(sections, "attention_distances", lambda *_, **__: [][1])
+    out = tmp_path / "report.html"
+    assert main(["report", str(GOLDEN / "ouro"), "--prompt", "5,17,3", "--loops", "4", "--out", str(out), "--json"]) == 1
+    assert "'Attention across loops' failed: IndexError" in capsys.readouterr().err.strip().splitlines()[-1]
+    _, attention, exits = json.loads(out.with_suffix(".json").read_text())["sections"]
+    assert attention["failed"] == ["IndexError: list index out of range"] and attention["reading"] and exits["reading"]
+    assert "Failed: IndexError: list index out of range" in out.read_text(encoding="utf-8")
+
+
+def test_an_interrupted_write_leaves_the_old_page_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "page", "old")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tl_looped.report.os.replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "page", "new")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
 def test_other_models_are_measured_as_the_analyses_do(tmp_path: Path) -> None:
     model = LoopedBridge.from_pretrained(GOLDEN / "ouro", device="cpu")
     found = report(model, TOKENS, n_loops=6, clean=torch.tensor([5, 17, 3]), corrupted=torch.tensor([5, 18, 3]), verbose=False)
@@ -172,7 +263,9 @@ def test_what_cannot_be_measured_is_said_and_the_rest_goes_on() -> None:
     model = LoopedBridge.from_config(TINY, seed=0)
     one = torch.tensor([[5]])
     found = {section.name: section for section in report(model, [one], n_loops=4, verbose=False).sections}
-    assert any("one token" in reason for reason in found["stages"].refused)
+    assert any("one token" in reason for reason in found["stages"].refused + found["attention"].refused)
+    with pytest.raises(LoopedError, match="12 tokens, but the context of this model is n_ctx=8"):
+        report(LoopedBridge.from_config(TINY.replace(n_ctx=8), seed=0), torch.tensor([1] * 12), verbose=False)
     assert found["fixed_points"].reading and not found["fixed_points"].refused
     same = report(model, TOKENS, n_loops=4, clean=one, corrupted=one, verbose=False)
     (patching,) = (section for section in same.sections if section.name == "patching")
@@ -243,6 +336,31 @@ def test_ctrl_c_and_a_kill_keep_what_is_done(tmp_path: Path) -> None:
         run.send_signal(how)
         run.communicate(timeout=120)
         assert run.returncode == status and out.read_text(encoding="utf-8").rstrip().endswith("</html>")
+
+
+EVIL = ["<!--", "<script>alert(1)</script>", "</script>", "<b>bold</b>", "&amp;", "%{z}", "\"q'", "\\\\", "שלום", "日本語"]
+
+
+@pytest.fixture(scope="module")
+def evil_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a model whose tokens look like code."""
+    words = ["<pad>", *EVIL]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    model = LoopedBridge.from_config(TINY.replace(d_vocab=len(words)), seed=0)
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<pad>", eos_token="<pad>")
+    model.cfg.model_name = EVIL[1]
+    text = " ".join(EVIL)
+    found = report(model, text, n_loops=2, clean=text, corrupted=" ".join(reversed(EVIL)), verbose=False)
+    assert not [section.failed for section in found.sections if section.failed]
+    return found.save(tmp_path_factory.mktemp("evil") / "report.html")
+
+
+def test_tokens_that_look_like_code_stay_text(evil_page: Path) -> None:
+    text = evil_page.read_text(encoding="utf-8")
+    assert "alert(1)</script>" not in text and "&lt;script&gt;alert(1)" in text
+    call = text[text.index("CircuitsVis.render(\n") :]
+    assert "<!--" not in call and "\\u003c!--" in call
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

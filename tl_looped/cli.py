@@ -89,9 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         help="write every number of the page too (default: beside it)",
     )
     page.epilog = (
-        f"{page.epilog}. Where a checkpoint has no tokenizer, prompts are token ids such as 5,17,3. The page grows section "
-        "by section: "
-        "Ctrl-C keeps what is done."
+        f"{page.epilog}. Where a checkpoint has no tokenizer, prompts are token ids such as 5,17,3. The page grows section by "
+        "section: Ctrl-C keeps what is done."
     )
 
     sweep = command(
@@ -157,10 +156,13 @@ def _report(args: argparse.Namespace) -> int:
     )
     save(found)
     print(args.out.resolve(), *([] if beside is None else [beside.resolve()]), sep="\n")
+    for section in found.sections:
+        for failure in section.failed:
+            print(f"tl-looped: the section {section.title!r} failed: {failure}", file=sys.stderr)
     if found.missing:
         print(f"tl-looped: interrupted; not done: {', '.join(found.missing)}", file=sys.stderr)
         return INTERRUPTED
-    return 0
+    return int(any(section.failed for section in found.sections))
 
 
 def _lines(file: str) -> list[str]:

@@ -99,10 +99,12 @@ def write(file: str | Path, text: str) -> Path:
     file = Path(file)
     draft = file.with_name(f".{file.name}.{uuid4().hex[:8]}")
     try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, file)
+        try:
+            draft.write_text(text, encoding="utf-8")
+            os.replace(draft, file)
+        finally:
+            draft.unlink(missing_ok=True)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise LoopedError(f"{str(file)!r} cannot be written: {error.strerror or error}. Choose another place.") from error
     return file
 
@@ -119,12 +121,13 @@ def report(
 ) -> Report:
     """Look at a model from all sides: answers after each loop, patches, fixed points, attention, stages, stability, exits.
 
-    A section that this model or these prompts do not allow says why. Ctrl-C ends the work and keeps what is done.
+    A section that this model or these prompts do not allow says why, and so does one that breaks. Ctrl-C ends the work
+    and keeps what is done.
 
     Args:
         model: the model.
-        prompts: a text, tokens [pos] or [batch, pos], or a list of these; the first is shown. None for a few short sentences,
-            or for a toy of pointer chasing 32 mappings.
+        prompts: a text, tokens [pos] or [batch, pos], or a list of these; the first is shown. None for `clean` and a few
+            short sentences, or for a toy of pointer chasing `clean` and 32 mappings.
         n_loops: how far to loop where the report looks beyond the model's own number; None for twice that, at least 16.
         clean: a prompt whose activations are patched into that of `corrupted`, of the same number of tokens.
         corrupted: see `clean`. A toy of pointer chasing has both.
@@ -132,8 +135,8 @@ def report(
         verbose: show a progress bar.
 
     Raises:
-        LoopedError: plotly is not installed; no prompt, an empty one, or text that the tokenizer cannot read; only one of
-            `clean` and `corrupted`, or two of different length; fewer loops than the model has.
+        LoopedError: plotly is not installed; no prompt, one that is empty or too long, or text that the tokenizer cannot read;
+            only one of `clean` and `corrupted`, or two of different length; fewer loops than the model has.
 
     Example:
         >>> from tl_looped import LoopedBridge, LoopedConfig
@@ -146,8 +149,11 @@ def report(
     plots.plotly()
     asked = _question(model, prompts, n_loops, clean, corrupted)
     title = f"Inside {model.cfg.model_name}"
-    count = f"{asked.n_examples} prompt{'s' * (asked.n_examples > 1)}"
-    lead = f"{model.schedule.describe()}. Measured on {count}, the first of which is shown here; up to {asked.n_loops} loops."
+    n = asked.n_examples
+    lead = f"{model.schedule.describe()}. Measured on " + (
+        "the prompt shown here" if n == 1 else f"{n} prompts, the first of which is shown here"
+    )
+    lead += f"; up to {asked.n_loops} loops."
     found = Report(title, lead, " ".join(asked.words(asked.shown[0])))
     names = [name for name in SECTIONS if name != "patching" or asked.pair is not None]
     bar = tqdm(names, desc="report", disable=not verbose)
@@ -182,25 +188,26 @@ def _question(
     if (clean is None) != (corrupted is None):
         raise LoopedError("only one of clean and corrupted was given; patching needs both, or neither.")
     hops, pair = None, None
-    if str(model.cfg.model_name) in pointer_chasing.OTHER and prompts is None:
-        hops, pair = pointer_chasing.example()
-        prompts = hops.tokens
-    elif prompts is None:
-        prompts = [clean] if clean is not None and model.tokenizer is None else list(PROMPTS)
-    if not isinstance(prompts, (str, Tensor)):
-        prompts = list(prompts)
-    if model.tokenizer is None and (
-        isinstance(prompts, str) or any(isinstance(p, str) for p in prompts if not isinstance(prompts, Tensor))
-    ):
+    if str(model.cfg.model_name) in pointer_chasing.OTHER:
+        hops, example = pointer_chasing.example()
+        pair = example if prompts is None else None
+    if prompts is None:
+        usual = list(PROMPTS) if hops is None else [hops.tokens]
+        given = [] if clean is None else [clean]
+        prompts = given if given and model.tokenizer is None else [*given, *usual]
+    prompts = [prompts] if isinstance(prompts, (str, Tensor)) else list(prompts)
+    if model.tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
         raise LoopedError("this model has no tokenizer; pass prompts as tensors of token ids.")
     batches = list(token_batches(model, prompts, verbose=False, what="report"))
+    longest, n_ctx = max(batch.shape[1] for batch in batches), model.looped_cfg.n_ctx
+    if longest > n_ctx:
+        raise LoopedError(f"a prompt has {longest} tokens, but the context of this model is n_ctx={n_ctx}; shorten it.")
     if clean is not None and corrupted is not None:
         (first,), (second,) = (list(token_batches(model, one, verbose=False, what="report")) for one in (clean, corrupted))
         if first.shape != second.shape or len(first) > 1:
             raise LoopedError(
-                f"clean has {tuple(first.shape)} tokens and corrupted {tuple(second.shape)}; patching needs one prompt "
-                "each, of the "
-                "same number of tokens, so that every position has its counterpart."
+                f"clean has {tuple(first.shape)} tokens and corrupted {tuple(second.shape)}; patching needs one prompt each, "
+                "of the same number of tokens, so that every position has its counterpart."
             )
         pair = (first, second)
     if pair is not None:

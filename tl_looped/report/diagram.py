@@ -6,7 +6,7 @@ from html import escape
 
 from ..config import LoopedConfig
 
-_WIDTH, _BOX, _GAP = 340, 210, 26
+_WIDTH, _BOX, _GAP = 380, 210, 26  # room for × 128 beside the box
 
 
 def schedule_diagram(cfg: LoopedConfig) -> str:
@@ -21,11 +21,11 @@ def schedule_diagram(cfg: LoopedConfig) -> str:
     drawing.box("embedding", "the token")
     if cfg.n_prelude:
         drawing.box("prelude", _layers(cfg.n_prelude) + (", norm" if cfg.prelude_norm else ""))
+    source = drawing.bottom - 12
     if cfg.initial_state != "embedding":
         drawing.note(
             {"noise": "the state begins as noise", "learned": "the states begin as a learned vector"}[cfg.initial_state]
         )
-    source = drawing.bottom - 12
     first = drawing.bottom
     if cfg.l_cycles is None:
         drawing.box("looped layers", _layers(cfg.n_core), loop=True)

@@ -55,9 +55,15 @@ def page(title: str, lead: str, prompt: str, sections: Sequence[Section], note: 
 """
 
 
+def in_script(data: str) -> str:
+    """JSON that can stand in a script: a token such as `</script>` or `<!--` would end or swallow what follows."""
+    return data.replace("<", "\\u003c")
+
+
 def _section(section: Section) -> str:
     reading = "".join(f'<p class="reading">{escape(sentence)}</p>' for sentence in section.reading)
     refused = "".join(f'<p class="refused">Not measured: {escape(reason)}</p>' for reason in section.refused)
+    refused += "".join(f'<p class="refused">Failed: {escape(reason)}</p>' for reason in section.failed)
     figures = "".join(map(_figure, section.figures))
     return (
         f'<section id="{section.name}"><h2>{escape(section.title)}</h2>{reading}{refused}'
@@ -66,7 +72,7 @@ def _section(section: Section) -> str:
 
 
 def _figure(figure: Figure) -> str:
-    kind = " ".join((["wide"] if figure.width > 560 else []) + (["on-light"] if figure.is_light else []))
+    kind = " ".join((["wide"] if figure.width > 350 else []) + (["on-light"] if figure.is_light else []))
     content = figure.content if isinstance(figure.content, str) else _plot(figure.content)
     inside = f'<div style="min-width:{figure.width}px">{content}</div>' if figure.width > 320 else content
     return (
@@ -83,7 +89,7 @@ def _plot(figure: Any) -> str:
     layout.setdefault("yaxis", {})
     layout |= {"margin": {"l": 56, "r": 16, "t": 30, "b": 44 if is_below else 10}, "height": layout.get("height", 340)}
     layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "font": {"size": 11}} | layout.get("legend", {})
-    data = json.dumps({"data": found["data"], "layout": layout}, allow_nan=False).replace("</", "<\\/")
+    data = in_script(json.dumps({"data": found["data"], "layout": layout}, allow_nan=False))
     return f'<div class="plotly-figure"><div class="plot"></div><script type="application/json">{data}</script></div>'
 
 

@@ -51,16 +51,31 @@ def _meet(clean: HopPrompts, corrupted: HopPrompts) -> bool:
     return walk[-1] in ends
 
 
-def right_answers(asked: Question, n_loops: int) -> Int[Tensor, "loop pos"]:
-    """The right answers at the queries of the prompt that is shown; -1 elsewhere.
+def right_answers(tokens: Int[Tensor, " pos"], n_loops: int) -> Int[Tensor, "loop pos"] | None:
+    """The right answers at the queries of a prompt such as `A b B a ? A`; -1 elsewhere.
 
     Args:
-        asked: whose `hops` are known.
+        tokens: the prompt.
         n_loops: how many loops.
+
+    Returns:
+        None where the prompt has no right answers: it is no mapping with queries, or a walk from a query leaves the mapping.
     """
-    assert asked.hops is not None
-    right = torch.full((n_loops, asked.shown.shape[1]), -1)
-    right[:, asked.hops.query_pos] = asked.hops.answers(n_loops)[:, 0]
+    words = [WORDS[token] for token in tokens.tolist()][1:]  # without BOS
+    if words.count("?") != 1:
+        return None
+    mark = words.index("?")
+    keys, values, queries = words[:mark:2], words[1:mark:2], words[mark + 1 :]
+    step = {key.lower(): value for key, value in zip(keys, values, strict=False)}
+    is_mapping = len(keys) == len(values) == len(step) and all(map(str.isupper, keys)) and all(map(str.islower, values))
+    if not queries or not is_mapping or not all(query.isupper() and query.lower() in step for query in queries):
+        return None
+    right, at = torch.full((n_loops, len(tokens)), -1), [query.lower() for query in queries]
+    for loop in range(n_loops):
+        if not all(symbol in step for symbol in at):
+            return None
+        at = [step[symbol] for symbol in at]
+        right[loop, -len(at) :] = torch.tensor([WORDS.index(symbol) for symbol in at])
     return right
 
 
@@ -79,12 +94,11 @@ def read_answers(section: Section, answers: Tensor, right: Tensor, trained: int,
     counts = (answers == right)[:, asked].sum(1).tolist()
     n = int(asked.sum())
     section.numbers |= {"queries": n, "right_by_loop": counts}
-    inside = [c for c in counts[:trained]]
-    said = f"all {n} queries in every one" if min(inside) == n else f"{min(inside)} to {max(inside)} of {n} queries in each"
+    least, most = min(counts[:trained]), max(counts[:trained])
+    said = f"{n}" if least == n else f"{least}" if least == most else f"{least} to {most}"
     section.reading.append(
-        "The prompt lists a mapping, then asks for every key; after loop t the model should name hop t + 1 from each. It "
-        "is right at "
-        f"{said} of its {trained} trained loops"
+        "The prompt lists a mapping, then asks for keys; after loop t the model should name hop t + 1 from each. It is right "
+        f"at {said} of {n} queries in each of its {trained} trained loops"
         + (f", and after loop {len(counts) - 1} at {counts[-1]}." if len(counts) > trained else ".")
     )
 
@@ -200,10 +214,16 @@ def transplants(asked: Question, section: Section) -> None:
     after = [changed[t, s] for t in range(n_loops) for s in range(t, n_loops)]
     worst = float(as_the_task_says.min())
     kept = max(map(float, before), default=0.0)
-    section.numbers |= {"changed_before": kept, "changed_after": float(min(after)), "worst_as_the_task_says": worst}
+    section.numbers |= {
+        "transplanted_mappings": batch,
+        "changed_before": kept,
+        "changed_after": float(min(after)),
+        "worst_as_the_task_says": worst,
+    }
+    unmoved = "every one" if kept == 0 else f"at most {share(kept)} change"
     section.reading.append(
-        "With the states that its queries have after loop t in a run of another mapping, a prompt keeps its answers of earlier "
-        f"loops ({'every one' if kept == 0 else f'at most {share(kept)} change'}), while at least {share(min(after))} of the "
+        f"In {batch} mappings drawn for this page: with the states that its queries have after loop t in a run of another "
+        f"mapping, a prompt keeps its answers of earlier loops ({unmoved}), while at least {share(min(after))} of the "
         "later ones change. They are those that the task demands if the state at a query is the symbol it has reached: the "
         "other run's symbol at loop t, then hops from there in the prompt's own mapping, in "
         f"{'all' if worst == 1 else f'at least {share(worst)}'} of the cases for every pair of loops."

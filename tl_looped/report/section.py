@@ -27,7 +27,7 @@ class Question:
         prompts: tokens, each a batch of prompts of one length; the very first prompt is the one that is shown.
         n_loops: how far to loop in the sections that look beyond the model's own number.
         pair: a clean and a corrupted prompt, [1, pos] each, or None.
-        hops: for pointer chasing, the prompts with their answers; `prompts` are their tokens.
+        hops: for a toy of pointer chasing, mappings with their answers; `prompts` are their tokens, unless others were given.
     """
 
     model: LoopedBridge
@@ -45,6 +45,10 @@ class Question:
     def shown(self) -> Int[Tensor, "1 pos"]:
         """The prompt that is shown."""
         return self.prompts[0][:1]
+
+    def of_length(self, least: int) -> list[Int[Tensor, "_ _"]]:
+        """The prompts of at least so many tokens; all where there is none, so that an analysis says what it needs."""
+        return [batch for batch in self.prompts if batch.shape[1] >= least] or self.prompts
 
     @property
     def n_examples(self) -> int:
@@ -93,6 +97,7 @@ class Section:
         figures: what is drawn.
         numbers: all numbers that the readings and figures hold.
         refused: what could not be measured here, and why.
+        failed: errors that no analysis should raise; the rest of the section is there.
     """
 
     name: str
@@ -101,13 +106,16 @@ class Section:
     figures: list[Figure] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
 
     def attempt(self, part: Callable[[], None]) -> None:
-        """Run a part of the section; if it refuses, say so and go on."""
+        """Run a part of the section; if it refuses or breaks, say so and go on."""
         try:
             part()
         except LoopedError as error:
             self.refused.append(str(error))
+        except Exception as error:  # of a model that no test knows: the other sections may still be right
+            self.failed.append(f"{type(error).__name__}: {error}")
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the figures, ready for JSON."""
@@ -116,6 +124,7 @@ class Section:
             "title": self.title,
             "reading": self.reading,
             "refused": self.refused,
+            "failed": self.failed,
             "numbers": plain(self.numbers),
         }
 
@@ -140,9 +149,11 @@ def plain(value: Any) -> Any:
 
 
 def share(x: float | Tensor) -> str:
-    """A share in percent, with a digit more where it is small."""
+    """A share in percent, with a digit more where it is small; what is less than all is never rounded to 100 %."""
     x = float(x)
-    return f"{x:.0%}" if x >= 0.1 or x == 0 else f"{x:.1%}" if x >= 0.001 else f"{100 * x:.1g}%"
+    if 0.995 <= x < 1:
+        return f"{math.floor(1e4 * x) / 1e4:.2%}"
+    return f"{x:.0%}" if abs(x) >= 0.1 or x == 0 else f"{x:.1%}" if abs(x) >= 0.001 else f"{100 * x:.1g}%"
 
 
 def number(x: float | Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from html import escape
 from typing import Any
@@ -20,6 +21,7 @@ from ..analysis import (
     step_geometry,
     trajectories,
 )
+from ..analysis._prompts import check_finite
 from ..analysis.inference_stages import METRICS
 from ..errors import LoopedError
 from ..patching import patch_sweep
@@ -27,12 +29,16 @@ from ..results import Grid
 from ..sizes import human, sizes
 from . import pointer_chasing
 from .diagram import schedule_diagram
+from .page import in_script
 from .section import Figure, Question, Section, listed, measured, number, share
 from .tables import facts, top_answers
 
 SHOWN_POSITIONS = 32  # columns of a heat map over positions
 SHOWN_HEADS = 64  # attention patterns on the page
 SETTLED = 0.01  # of the norm of the state, in one loop
+ONE_DIRECTION = 0.99  # cosine of states that are said to have one direction
+ALIKE = 0.8  # a distance below this share of another one is said to be smaller
+SHOWN_PASSES = 8  # named in a sentence
 REPEATS = 0.8  # concordance of a curve with that of the loop before
 
 
@@ -53,22 +59,24 @@ def the_model(asked: Question, section: Section) -> None:
         "cache_bytes_per_token_and_loop": found.cache_per_loop * model.cfg.dtype.itemsize,
         "d_model": cfg.d_model,
         "n_heads": cfg.n_heads,
+        "n_kv_heads": cfg.n_kv_heads,
+        "d_head": cfg.d_head,
+        "stacks": schedule.stacks,
+        "l_cycles": cfg.l_cycles,
+        "anchor_steps": cfg.anchor_steps if cfg.strategy == "anchored" else None,
         "d_vocab": cfg.d_vocab,
         "examples": asked.n_examples,
         "loops_looked_at": asked.n_loops,
     }
     section.numbers.update(numbers)
-    what = "layer" if cfg.n_physical == 1 else "layers"
     section.reading.append(
-        f"A token passes {schedule.n_layers} layers with the weights of {cfg.n_physical}: {schedule.describe().split(':')[0]}. "
-        f"The model has {human(found.n_parameters)} parameters in these {what} and around them, however often it loops."
+        f"A token passes {schedule.n_layers} layer{'s' * (schedule.n_layers > 1)} with the weights of {cfg.n_physical}: "
+        f"{schedule.describe().split(':')[0]}. The model has {human(found.n_parameters)} parameters, however often it loops."
     )
     section.reading.append(
         f"One loop costs a token {human(found.flops_per_loop, 'FLOP')}, {share(numbers['share_of_one_loop'])} of an answer "
-        "after "
-        f"{_count(cfg.n_loops)}, and {numbers['cache_bytes_per_token_and_loop']:,} bytes of keys and values. Loops are "
-        "numbered "
-        f"from 0 on this page."
+        f"after {_count(cfg.n_loops)}, and {numbers['cache_bytes_per_token_and_loop']:,} bytes of keys and values. Loops are "
+        "numbered from 0 on this page."
     )
     section.figures += [
         Figure("The order in which the layers run.", schedule_diagram(cfg), is_light=False),
@@ -86,6 +94,7 @@ def the_answers(asked: Question, section: Section) -> None:
     k = min(4, deep.cfg.d_vocab)
 
     def keep(loop: int, logits: Tensor) -> None:
+        check_finite(logits, f"the readout after loop {loop}")
         found = logits[0].float().softmax(-1)
         p, token = found[first:].max(-1)
         best.append(token.cpu())
@@ -100,7 +109,7 @@ def the_answers(asked: Question, section: Section) -> None:
     settled = next(t for t in range(trained) if all(token == last[-1] for token in last[t:]))
     loops = [str(t) for t in range(n_loops)]
     positions = [str(p) for p in range(first, n_pos)]
-    right = None if asked.hops is None else pointer_chasing.right_answers(asked, n_loops)
+    right = None if asked.hops is None else pointer_chasing.right_answers(tokens[0], n_loops)
     section.numbers |= {
         "prompt": asked.words(tokens[0]),
         "answers": [asked.words(row) for row in answers],
@@ -123,14 +132,19 @@ def the_answers(asked: Question, section: Section) -> None:
     )
     if trained > 1:
         section.reading.append(
-            f"Between these two loops the most probable token changes at {section.numbers['changed_positions']} of the "
-            f"{len(words)} positions shown."
+            f"Between these two loops the most probable token changes at {section.numbers['changed_positions']} of "
+            f"{len(words)} position{'s' * (len(words) > 1)} shown."
         )
     if n_loops > trained:
         beyond = _answer(asked, answers[-1, -1], certain[-1, -1])
         section.reading.append(f"Looped {n_loops} times, more often than it was made for, it says {beyond}.")
     if right is not None:
         pointer_chasing.read_answers(section, answers, right, trained, first)
+    elif asked.hops is not None:
+        section.reading.append(
+            "This prompt has no right answers to compare with: those have a mapping that leads from each of its queries for as "
+            "many hops as there are loops, such as “A b B c C a ? A”."
+        )
     figure = _over_positions(section.numbers["probabilities"], words, "loop")
     longest = max(len(asked.word(token)) for token in {*answers.flatten().tolist()})
     wrong = torch.zeros_like(answers, dtype=torch.bool) if right is None else (right >= 0) & (right != answers)
@@ -167,7 +181,7 @@ def the_fixed_points(asked: Question, section: Section) -> None:
         rate = (float(moved[-1]) / max(float(moved[half]), 1e-300)) ** (1 / max(1, len(moved) - 1 - half))
         norms = found.norm.values.mean(-1)
         lowest = float(found.degeneracy.values[0])
-        name = "" if stack == "core" else f"{stack}: "
+        name, a_pass = ("", "Loop") if stack == "core" else (f"{stack}: ", "Pass")
         section.numbers[stack] = {
             "successive": found.successive,
             "distance": found.distance,
@@ -180,29 +194,28 @@ def the_fixed_points(asked: Question, section: Section) -> None:
             "trained_loop": trained - 1,
         }
         own = f"loop {trained - 1} by {share(moved[trained - 2])}, " if stack == "core" and 2 < trained < asked.n_loops else ""
+        last = f", {own}{a_pass.lower()} {labels[-1]} by {share(moved[-1])}" if len(moved) > 1 else ""
         section.reading.append(
-            f"{name}Loop {labels[0]} moves the state by {share(moved[0])} of its norm, {own}loop {labels[-1]} by "
-            f"{share(moved[-1])}: "
+            f"{name}{a_pass} {labels[0]} moves the state by {share(moved[0])} of its norm{last}: "
             + ("it has settled" if float(moved[-1]) < SETTLED else "it has not settled")
-            + f" (less than {share(SETTLED)} would count as settled). In the second half of the loops a step is on average "
-            f"{number(rate)} times the one before."
+            + f" (less than {share(SETTLED)} would count as settled)."
+            + (f" In the second half a step is on average {number(rate)} times the one before." if len(moved) > 2 else "")
         )
-        section.reading.append(
-            f"{name}The norm of the state goes from {number(norms[0])} to {number(norms[-1])}. "
-            + (
-                ""
-                if lowest != lowest
-                else f"After the last loop the state leaving another layer has a cosine of {number(lowest)} or more with that "
-                "leaving the first one: "
-                + ("the layers share one place." if lowest > 0.99 else "every layer has its own place.")
+        section.reading.append(f"{name}The norm of the state goes from {number(norms[0])} to {number(norms[-1])}.")
+        if lowest == lowest:  # a loop of one layer has no other layer
+            section.reading[-1] += (
+                f" At the end the state leaving another layer has a cosine of {number(lowest)} or more with that leaving the "
+                f"first one: {'no layer turns it much' if lowest > ONE_DIRECTION else 'some layer turns it'}."
             )
-        )
         section.figures += [
-            Figure(f"{name}How far each loop moves the state, over its norm.", found.plot("successive", "relative")),
             Figure(
-                f"{name}How far the state is from where it is after loop {found.reference}, over the norm there. "
-                "It is 0 in that loop by construction, which is left out.",
-                found.plot("distance", "relative"),
+                f"{name}How far each {a_pass.lower()} moves the state, over its norm.",
+                _linear_if_narrow(found.plot("successive", "relative")),
+            ),
+            Figure(
+                f"{name}How far the state is from where it is after {a_pass.lower()} {found.reference}, over the norm there; "
+                "0 there by construction, which is left out.",
+                _linear_if_narrow(found.plot("distance", "relative")),
             ),
             Figure(f"{name}The norm of the state, which a norm before the answer hides.", found.plot("norm")),
         ]
@@ -235,19 +248,21 @@ def the_trajectories(asked: Question, section: Section) -> None:
         section.figures.append(Figure("The states of all tokens at the ends of the loops, one path for each.", found.plot()))
 
     def steps() -> None:
-        found = step_geometry(asked.deep, asked.prompts, stack=stack, verbose=False)
+        found = step_geometry(asked.deep, asked.of_length(3), stack=stack, verbose=False)
         cosine = found.step_cosine.values
+        cosine = cosine[cosine.isfinite()]
         section.numbers |= {
             name: getattr(found, name) for name in ("step_norm", "step_cosine", "turning_angle", "anisotropy", "cka")
         }
-        mean = float(cosine[cosine.isfinite()].mean())
-        section.numbers["mean_step_cosine"] = mean
-        way = "goes on the same way" if mean > 0.5 else "turns back" if mean < -0.2 else "turns sideways"
-        section.reading.append(
-            f"From one step to the next the state {way}: the mean cosine between successive steps is {number(mean)} (1: "
-            "straight "
-            "on, 0: at a right angle, −1: back)."
-        )
+        if len(cosine):  # a state that stands still has no direction
+            section.numbers["mean_step_cosine"] = mean = float(cosine.mean())
+            way = (
+                "mostly goes on" if mean > 0.5 else "bends" if mean > 0.2 else "turns sideways" if mean > -0.2 else "turns back"
+            )
+            section.reading.append(
+                f"From one step to the next the state {way}: the mean cosine between successive steps is {number(mean)} (1: "
+                "straight on, 0: at a right angle, −1: back)."
+            )
         section.figures.append(
             Figure(
                 "How alike the states of two loops are over the tokens (linear CKA, 1: alike up to rotation and scale).",
@@ -257,16 +272,19 @@ def the_trajectories(asked: Question, section: Section) -> None:
 
     for part in (layers, ends, steps):
         section.attempt(part)
+    _left_out(asked, section, 3)
 
 
 def the_attention(asked: Question, section: Section) -> None:
     """Attention across loops."""
-    model = asked.model
+    model, prompts = asked.model, asked.of_length(2)
+    if prompts[0].shape[1] < 2:
+        raise LoopedError("a prompt of one token was given, which can attend to nothing but itself; attention needs two.")
     stack = model.schedule.core_stacks[-1]
     changes: list[Grid] = []
 
     def distances() -> None:
-        found = attention_distances(model, asked.prompts, verbose=False)
+        found = attention_distances(model, prompts, verbose=False)
         sites = model.schedule.sites
         at = [k for k, site in enumerate(sites) if site.loop is not None]
         same = [float(found.values[a, b]) for a in at for b in at if a < b and sites[a][::2] == sites[b][::2]]
@@ -275,30 +293,30 @@ def the_attention(asked: Question, section: Section) -> None:
         if same and other:
             near, far = sum(same) / len(same), sum(other) / len(other)
             section.numbers |= {"same_layer_other_loop": near, "other_layer": far}
+            how = "more than" if near < ALIKE * far else "less than" if far < ALIKE * near else "about as much as"
             section.reading.append(
                 f"The patterns of one layer in two loops are {number(near)} apart on average, those of two layers "
-                f"{number(far)}: "
-                + ("a layer resembles itself in other loops" if near < 0.8 * far else "layers are not more like themselves")
-                + (" more than it resembles other layers." if near < 0.8 * far else " in other loops than like other layers.")
+                f"{number(far)} (Frobenius, per head and query): a layer resembles itself in other loops {how} it resembles "
+                "other layers."
             )
         section.figures.append(
             Figure(
                 "Distance between the attention patterns of any two executed layers (Frobenius, per head and query).",
                 found.plot(),
-                480,
+                max(480, 200 + 9 * len(model.schedule.sites)),
             )
         )
 
     def changing() -> None:
-        found = attention_stability(asked.deep, asked.prompts, stack=stack, verbose=False)
+        found = attention_stability(asked.deep, prompts, stack=stack, verbose=False)
         changes.append(found.successive)
         mean = found.successive.values.mean((1, 2))
         section.numbers |= {"successive": found.successive, "mean_change_by_loop": mean}
         section.numbers["mean_over_heads"] = found.successive.values.mean(-1)
         section.reading.append(
             f"From loop {int(found.successive.labels['loop'][0]) - 1} to {found.successive.labels['loop'][0]} a pattern "
-            "changes by "
-            f"{number(mean[0])} on average, at the last loop by {number(mean[-1])}."
+            f"changes by {number(mean[0])} on average"
+            + (f", at the last of {_count(len(mean) + 1)} by {number(mean[-1])}." if len(mean) > 1 else ".")
         )
         section.figures.append(
             Figure("How far each pattern is from the one in the loop before, mean over heads.", found.plot())
@@ -321,8 +339,12 @@ def the_attention(asked: Question, section: Section) -> None:
                 tokens, names_filter=[f"{prefix}loops.{t}.blocks.{which}.attn.hook_pattern" for t in loops]
             )
         html = plots.attention_heads(cache, asked.words(tokens[0]), layer=layer, loops=loops, stack=stack).local_src
-        # circuitsvis leaves its div open, which would swallow what follows.
+        # circuitsvis leaves its div open, which would swallow what follows, and writes tokens into a script as they are.
         html = html.replace('15px 0;"/>', '15px 0;"></div>', 1)
+        name = html.split('"', 2)[1]
+        before, call, data = html.partition(f'"{name}",')
+        data, end, after = data.rpartition("</script>")
+        html = before + call + in_script(data) + end + after
         what = "all layers" if layer is None else f"layer {layer}, the one whose patterns change most between loops"
         section.figures.append(
             Figure(
@@ -345,11 +367,12 @@ def the_attention(asked: Question, section: Section) -> None:
 
     for part in (distances, changing, heads):
         section.attempt(part)
+    _left_out(asked, section, 2)
 
 
 def the_stages(asked: Question, section: Section) -> None:
     """Stages of inference in every loop."""
-    found = inference_stages(asked.model, asked.prompts, verbose=False)
+    found = inference_stages(asked.model, asked.of_length(2), verbose=False)
     section.numbers |= {metric: getattr(found, metric) for metric in METRICS} | {"repeats_from": REPEATS}
     titles = {
         "colsum": "how much of the attention goes to few tokens (ColSum concentration)",
@@ -362,6 +385,8 @@ def the_stages(asked: Question, section: Section) -> None:
         name = "" if stack == "core" else f"{stack}: "
 
         def repeats(stack: str = stack, name: str = name) -> None:
+            if asked.model.schedule.n_loops_of(stack) == 1:
+                raise LoopedError("the model loops once, so there are no two loops whose curves could be alike.")
             scores = found.repetition(stack)
             mean = scores.values[..., 1].mean(0)  # concordance by metric
             section.numbers[f"repetition_{stack}"] = scores
@@ -370,13 +395,15 @@ def the_stages(asked: Question, section: Section) -> None:
             no = [m for m, v in zip(METRICS, mean.tolist(), strict=True) if v < REPEATS]
             points = asked.model.schedule.stacks[stack]
             section.reading.append(
-                f"{name}Every loop but the first repeats the curve of the one before (mean concordance of at least {REPEATS}) "
-                f"in {listed(yes) if yes else 'none of the five measures'}"
-                + (f"; in {listed([f'{m} ({number(mean[METRICS.index(m)])})' for m in no])} it does not." if no else ".")
+                f"{name}From one {'loop' if stack == 'core' else 'pass'} to the next, the curve over the layers stays about "
+                f"the same (mean concordance of at least {REPEATS}; 1: the same curve) in "
+                f"{listed(yes) if yes else 'none of the five measures'}"
+                + (f"; it does not in {listed([f'{m} ({number(mean[METRICS.index(m)])})' for m in no])}." if no else ".")
                 + (f" A curve over {points} layers has {points} points, so this says little." if points < 6 else "")
             )
 
         section.attempt(repeats)
+    _left_out(asked, section, 2)
     for metric in METRICS:
         section.figures.append(Figure(f"{metric}: {titles[metric]}, one line per loop.", found.plot(metric, "recurrence")))
 
@@ -386,34 +413,50 @@ def the_stability(asked: Question, section: Section) -> None:
     if asked.hops is not None:
         return pointer_chasing.accuracy_beyond(asked, section)
     trained = asked.model.n_loops
-    found = stability(asked.deep, asked.prompts, n_loops=asked.n_loops, trained=trained, verbose=False)
+    found = stability(asked.deep, asked.of_length(2), n_loops=asked.n_loops, trained=trained, verbose=False)
     names = ("loss", "accuracy", "margin", "kl", "overthinking", "loss_change", "agreement")
     section.numbers |= {name: getattr(found, name) for name in names}
     loss, best = found.loss.values, int(found.loss.values.argmin())
     section.numbers |= {"trained": trained, "best_number_of_loops": best + 1}
-    least = "" if best in (trained - 1, len(loss) - 1) else f"the least, {number(loss[best])}, after {_count(best + 1)}, "
+    costs = [f"{measured(found.loss, trained - 1)} nats each after {_count(trained)}"]
+    if best not in (trained - 1, len(loss) - 1):
+        costs.append(f"the least, {number(loss[best])}, after {_count(best + 1)}")
+    if len(loss) > trained:
+        costs.append(f"{measured(found.loss, -1)} after {_count(len(loss))}")
     section.reading.append(
-        f"Predicting the next tokens of the prompts costs {measured(found.loss, trained - 1)} nats each "
-        f"after {_count(trained)}, {least}and {measured(found.loss, -1)} after {_count(len(loss))} ("
+        f"Predicting the next tokens of the prompts costs {listed(costs)} ("
         + (
             f"mean and standard error over {found.loss.count} prompts)."
             if found.loss.count > 1
             else "one prompt, so no error)."
         )
     )
-    if found.loss.count > 1 and len(loss) > trained:
+    _left_out(asked, section, 2)
+    if len(loss) == trained:
+        section.reading.append(f"{_count(trained)} were asked for, which is what the model was made for; nothing lies beyond.")
+    elif found.loss.count > 1:
         change, error = float(found.loss_change.values[-1]), float(found.loss_change.stderr[-1])
+        verdict = "hurts" if found.overthinks else "helps" if change < -2 * error else "neither clearly hurts nor helps"
         section.reading.append(
             f"The change from {_count(trained)} to {_count(len(loss))} is {change:+.3g} ± {number(error)} nats, prompt by "
-            "prompt: " + ("looping on hurts." if found.overthinks else "looping on does not clearly hurt.")
+            f"prompt: looping on {verdict}."
         )
-    agree = float(found.agreement.values[trained - 1, -1])
-    section.numbers["agreement_trained_last"] = agree
-    section.reading.append(
-        f"After {_count(len(loss))} it gives the same most probable token at {share(agree)} of the positions."
+    if len(loss) > trained:
+        section.numbers["agreement_trained_last"] = agree = float(found.agreement.values[trained - 1, -1])
+        section.reading.append(
+            f"After {_count(len(loss))} the most probable token is that after {_count(trained)} at {share(agree)} of the "
+            "positions."
+        )
+    quality = found.plot()
+    quality.for_each_annotation(
+        lambda note: note.update(text=note.text.replace(" (share that was right before and is wrong)", ""))
     )
     section.figures += [
-        Figure("Quality of the next-token predictions over the number of loops.", found.plot()),
+        Figure(
+            "Quality of the next-token predictions over the number of loops; overthinking is the share that was right after "
+            "fewer loops and is wrong.",
+            quality,
+        ),
         Figure("Share of positions with the same answer after two numbers of loops.", found.agreement.plot("agreement")),
     ]
 
@@ -421,24 +464,36 @@ def the_stability(asked: Question, section: Section) -> None:
 def the_exits(asked: Question, section: Section) -> None:
     """When it could stop."""
     model = asked.model
+    if model.n_loops == 1:
+        raise LoopedError("the model loops once, so there is no earlier loop to stop after.")
     policies: dict[str, exits.ExitPolicy] = {"KL < 5e-4": exits.KL(), "state moves < 3 %": exits.StateChange()}
     if model.looped_cfg.exit_gate:
         policies |= {f"gate ≥ {q}": exits.Gate(q) for q in (0.5, 0.9)}
-    answers = None if asked.hops is None else asked.hops.answers(model.n_loops)[-1, :, -1]
-    found = exit_steps(model, asked.prompts, policies, answers=answers, verbose=False)
+    if asked.hops is None:
+        prompts, answers, what = asked.of_length(2), None, "the next tokens of the prompts"
+        _left_out(asked, section, 2)
+    else:
+        prompts, answers = [asked.hops.tokens], asked.hops.answers(model.n_loops)[-1, :, -1]
+        what = (
+            f"hop {model.n_loops} from the last query of {len(answers)} mappings, which only the last loop is trained to name,"
+        )
+    found = exit_steps(model, prompts, policies, answers=answers, verbose=False)
     section.numbers |= {"cost": found.cost, "accuracy": found.accuracy, "loss": found.loss}
     full = float(found.accuracy.values[-1])
-    what = "the next tokens of the prompts"
-    if asked.hops is not None:
-        what = f"hop {model.n_loops} from the last query, which only the last loop is trained to name,"
+    section.numbers["examples"] = found.accuracy.count
     section.reading.append(f"With all {_count(model.n_loops)} the model names {what} in {share(full)} of the cases.")
     for k, name in enumerate(policies):
+        cost, right = float(found.cost.values[k]), found.accuracy.values[k]
         section.reading.append(
-            f"Leaving when “{name}” takes {number(found.cost.values[k])} loops per token and names "
-            f"{share(found.accuracy.values[k])}."
+            f"Leaving when “{name}” takes {number(cost)} loops per token and is right in {share(right)} of the cases."
+            if cost < model.n_loops
+            else f"“{name}” never leaves before the last loop."
         )
     section.figures.append(
-        Figure("What exit policies cost and keep, against a fixed number of loops for every token.", found.plot())
+        Figure(
+            "What exit policies cost and keep, against a fixed number of loops for every token.",
+            found.plot().update_yaxes(range=(-0.03, 1.03)),
+        )
     )
     if found.pdf:
         words = asked.words(asked.shown[0])[-SHOWN_POSITIONS:]
@@ -467,8 +522,7 @@ def the_patches(asked: Question, section: Section) -> None:
     if right == wrong:
         raise LoopedError(
             f"both prompts are answered with {asked.word(right)!r}, so there is nothing for a patch to move; choose a "
-            "corrupted "
-            "prompt with another answer."
+            "corrupted prompt with another answer."
         )
 
     def metric(logits: Tensor) -> Tensor:
@@ -487,16 +541,21 @@ def the_patches(asked: Question, section: Section) -> None:
         after = patch_sweep(model, corrupted, cache, metric, "out", stack=stack, verbose=False).normalised()
         section.numbers[f"entering_layers_{stack}"], section.numbers[f"leaving_loops_{stack}"] = before, after
         per_loop = after.values.amax(-1)
-        best = [f"loop {t} at {pairs[int(after.values[t].argmax())]!r} ({share(per_loop[t])})" for t in range(len(per_loop))]
+        best = []
+        section.numbers[f"restores_most_{stack}"] = places = after.values.argmax(-1).tolist()
+        for t, at in enumerate(places):
+            best.append(f"{t} at position {at}, {pairs[at]!r} ({share(per_loop[t])})")
+        best = listed(best[:SHOWN_PASSES]) + (", ..." if len(best) > SHOWN_PASSES else "")
         if stack == model.schedule.core_stacks[0]:
             section.reading.append(
-                f"The clean prompt is answered with {asked.word(right)!r}, the corrupted one with {asked.word(wrong)!r}. "
-                "Each cell puts one "
-                "state of the clean run into the corrupted one and reads how far its answer goes from the corrupted one (0) "
-                "to the clean one (1); "
-                "a third answer is about half way."
+                f"The clean prompt is answered with {asked.word(right)!r}, the corrupted one with {asked.word(wrong)!r}. Each "
+                "cell puts one state of the clean run into the corrupted one and reads how far the difference of these two "
+                "logits goes from the corrupted run (0) to the clean one (1). Where a third answer wins, both logits are low "
+                "and the cell is about half way."
             )
-        section.reading.append(f"{name}The position where the state leaving a loop restores most: {listed(best)}.")
+        section.reading.append(
+            f"{name}Where the state leaving a {'loop' if stack == 'core' else 'pass'} restores most: after {best}."
+        )
         section.figures += [
             Figure(
                 f"{name}Patching the state entering each layer.",
@@ -527,6 +586,22 @@ SECTIONS: dict[str, tuple[str, Part]] = {
 
 def _count(n: int) -> str:
     return f"{n} loop{'s' * (n != 1)}"
+
+
+def _left_out(asked: Question, section: Section, least: int) -> None:
+    """Say how many prompts were too short."""
+    n = asked.n_examples - sum(map(len, asked.of_length(least)))
+    if n and section.reading:
+        section.numbers["left_out"] = n
+        section.reading[-1] += f" Left out: {n} prompt{'s' * (n > 1)} of fewer than {least} tokens."
+
+
+def _linear_if_narrow(figure: Any) -> Any:
+    """A logarithmic axis over less than a factor of four would have a label or two."""
+    drawn = [v for trace in figure.data for v in trace.y if v is not None and math.isfinite(v)]
+    if drawn and 0 < max(drawn) < 4 * min(drawn):
+        figure.update_yaxes(type="linear", dtick=None, exponentformat=None, tickformat=None)
+    return figure
 
 
 def _answer(asked: Question, token: Tensor, probability: Tensor) -> str:
