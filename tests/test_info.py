@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import ZOO, random_bridge
 
-from tl_looped import LoopedBridge
+from tl_looped import LoopedBridge, families
 from tl_looped.cli import EXAMPLES, main
 from tl_looped.errors import CheckpointError
 from tl_looped.info import checkpoint_text, hooks_text
@@ -124,6 +124,14 @@ def test_info_reads_no_weights(tmp_path: Path) -> None:
         assert "huginn" in checkpoint_text(tmp_path) or "custom" in checkpoint_text(tmp_path)
     with pytest.raises(CheckpointError):
         checkpoint_text(tmp_path / "none")
+
+
+def test_info_where_the_embedding_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_bridge("ouro", torch.bfloat16).save_pretrained(tmp_path)
+    plain, right = checkpoint_text(tmp_path), families.canonical.sources
+    computed = {"embed.weight": families.Computed(lambda weight: weight, {"embed.weight": (31, 24)})}
+    monkeypatch.setattr(families.canonical, "sources", lambda cfg, shapes: right(cfg, shapes) | computed)
+    assert checkpoint_text(tmp_path) == plain and "as stored (bfloat16)" in plain
 
 
 def test_help_names_every_command_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:

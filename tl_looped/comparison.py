@@ -63,7 +63,14 @@ class CleanRun:
             self.initial_state = self._batched(self.state)
 
     def require(self, names: Iterable[str]) -> None:
-        """Raise an `UnknownNameError` that says which activations the cache lacks."""
+        """Refuse a cache that lacks activations.
+
+        Args:
+            names: the hooks that are needed.
+
+        Raises:
+            UnknownNameError: some are missing; the message says which.
+        """
         missing = [n for n in names if n not in self.cache and self.model.expand_name(n)]  # raises if there is no such hook
         if missing:
             spelled = [self.model.schedule.loop_name(name) for name in missing]
@@ -71,7 +78,15 @@ class CleanRun:
             raise UnknownNameError(f"the clean cache lacks {shown}; name them in names_filter, or cache a whole run.")
 
     def read(self, name: str, like: Tensor) -> Tensor:
-        """An activation, of the shape, on the device and in the dtype of the other run's."""
+        """An activation, on the device and in the dtype of the other run's.
+
+        Args:
+            name: its hook.
+            like: the other run's activation there.
+
+        Raises:
+            LoopedError: the two have different shapes.
+        """
         value = self._batched(name)
         if value.shape != like.shape:
             raise LoopedError(
@@ -81,7 +96,14 @@ class CleanRun:
         return value.detach().to(like.device, like.dtype)
 
     def check_start(self, state: Float[Tensor, "batch pos d_model"]) -> None:
-        """Raise unless the other run, which started from this state, started as this one did; embeddings may differ."""
+        """Refuse another run that did not start as this one did; embeddings may differ.
+
+        Args:
+            state: what the other run started from.
+
+        Raises:
+            LoopedError: this run started from another state.
+        """
         own = self.model.looped_cfg.initial_state != "embedding" or self.is_given
         if own and self.state in self.cache and not torch.equal(self.read(self.state, state), state):
             raise self._another_state()
@@ -144,6 +166,9 @@ class Comparison:
             names: where to take gradients.
             hooks: what to do to the run; called before activations are read.
             also: names of activations to return without a gradient.
+
+        Raises:
+            LoopedError: the metric has no gradient.
         """
         with torch.inference_mode(False), torch.enable_grad():
             value, seen = self._run([*hooks, ("hook_embed", _differentiable)], [*names, *also])
@@ -176,7 +201,15 @@ class Comparison:
 
 
 def check_metric(value: object, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "*example"]:
-    """Raise a `LoopedError` unless a metric returned a scalar tensor, or one number per row of the batch."""
+    """What a metric returned, if it is a scalar tensor or one number per row of the batch.
+
+    Args:
+        value: what the metric returned.
+        logits: what it was given.
+
+    Raises:
+        LoopedError: it is neither.
+    """
     if not isinstance(value, Tensor) or value.shape not in ((), logits.shape[:1]):
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise LoopedError(

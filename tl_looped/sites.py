@@ -82,6 +82,14 @@ def layer_place(model: LoopedBridge, site: str, layer: int) -> Place:
 
 
 def check_site(site: str, known: tuple[str, ...] = (*STREAMS, *HEADS, *PASSES)) -> None:
-    """Raise a `LoopedError` that lists the sites unless this is one of them."""
+    """Refuse a site that does not exist, with a list of those that do.
+
+    Args:
+        site: the site.
+        known: those that exist.
+
+    Raises:
+        LoopedError: it is none of them.
+    """
     if site not in known:
         raise LoopedError(f"site={site!r} was asked; choose one of {', '.join(map(repr, known))}.")
