@@ -69,6 +69,7 @@ def test_lens_takes_text_when_the_checkpoint_has_a_tokenizer(tmp_path: Path, cap
     ("arguments", "says"),
     [
         ([str(GOLDEN / "ouro"), "--prompt", "hello"], "no tokenizer.*--tokens"),
+        ([str(GOLDEN / "ouro"), "--prompt", ""], "empty"),
         (["no/such-model", "--tokens", "1"], "no/such-model.*not a directory"),
         ([str(GOLDEN / "ouro"), "--tokens", "500"], "0..100"),
         ([str(GOLDEN / "ouro"), "--tokens", "5", "--loops", "0"], "n_loops=0"),
@@ -81,6 +82,12 @@ def test_errors_are_one_line_without_a_traceback(
     assert main(["lens", *arguments]) == 1
     err = capsys.readouterr().err
     assert re.search(says, err) and "Traceback" not in err
+
+
+def test_a_place_for_the_table_is_checked_before_the_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep-init", "--layers", "1", "--csv", "/no/such/place/x.csv"]) == 1
+    err = capsys.readouterr().err
+    assert "no directory '/no/such/place'" in err and len(err.strip().splitlines()) == 1
 
 
 def test_the_command_is_installed() -> None:

@@ -276,7 +276,9 @@ def test_what_cannot_be_measured_is_said_and_the_rest_goes_on() -> None:
     (["--out", "/no/such/place/report.html"], "no directory '/no/such/place'"),
     (["--out", "."], "it is a directory"),
     (["--out", "/proc/report.html"], "cannot be written"),
+    (["--json", "/proc/numbers.json"], "'/proc/numbers.json' cannot be written"),
     (["--prompt", ""], "empty"),
+    (["--prompt", " "], "nothing but whitespace"),
     (["--prompt", "A b Z y ? A"], "Z"),
     (["--prompts", "no-such-file"], "no-such-file.*cannot be read"),
     (["--clean", "A b B a ? A"], "only one of clean and corrupted"),
@@ -354,6 +356,10 @@ def evil_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = report(model, text, n_loops=2, clean=text, corrupted=" ".join(reversed(EVIL)), verbose=False)
     assert not [section.failed for section in found.sections if section.failed]
     return found.save(tmp_path_factory.mktemp("evil") / "report.html")
+
+
+def test_long_tokens_are_cut_in_figures_and_quotes_stay() -> None:
+    assert sections._short("a" * 60) == "a" * 15 + "…" and sections._short('<b>"&') == '&lt;b&gt;"&amp;'
 
 
 def test_tokens_that_look_like_code_stay_text(evil_page: Path) -> None:

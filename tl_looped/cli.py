@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--seeds", metavar="N", type=int, default=3, help="how many initialisations (default: 3)")
     sweep.add_argument("--std", type=std, default=0.02, help="of the weights, or fan_in for 1/sqrt(fan_in) (default: 0.02)")
     sweep.add_argument("--embed-std", metavar="X", type=float, default=1.0, help="of the embedding (default: 1)")
-    sweep.add_argument("--csv", metavar="FILE", help="also write every (layout, loop) as a table")
+    sweep.add_argument("--csv", metavar="FILE", type=Path, help="also write every (layout, loop) as a table")
 
     info = command(
         "info", _info, "the families that can be loaded, or the schedule, sizes, cost per loop and hook names of a checkpoint"
@@ -185,12 +185,17 @@ def _check_writable(place: Path | None) -> None:
         raise LoopedError(f"{str(place)!r} cannot be written: there is no directory {str(place.parent)!r}.")
     from .report import write
 
-    write(place.with_name(f".{place.name}.try"), "").unlink()
+    draft = place.with_name(f".{place.name}.try")
+    try:
+        write(draft, "").unlink()
+    except LoopedError as error:
+        raise LoopedError(str(error).replace(draft.name, place.name)) from error
 
 
 def _sweep(args: argparse.Namespace) -> int:
     from .analysis.random_init import random_init_sweep
 
+    _check_writable(args.csv)
     sizes = {"n_layers": args.layers, "d_model": args.width, "n_loops": args.loops}
     found = random_init_sweep(**sizes, seeds=args.seeds, std=args.std, embed_std=args.embed_std)
     print(found.summary())
@@ -234,6 +239,8 @@ def lens_table(model: LoopedBridge, prompt: str | Tensor, top_k: int = 5) -> str
     """For each loop, the most probable next tokens if the model stopped there, by the family's own way to its output."""
     if not 1 <= top_k <= model.cfg.d_vocab:
         raise LoopedError(f"top_k={top_k} was asked; the vocabulary has {model.cfg.d_vocab} tokens.")
+    if isinstance(prompt, str) and not prompt.strip():
+        raise LoopedError("the prompt is empty or holds nothing but whitespace.")
     if isinstance(prompt, str) and model.tokenizer is None:
         raise LoopedError("the checkpoint has no tokenizer; pass the prompt as token ids, such as --tokens 5,17,3.")
     tokens = model.to_tokens(prompt) if isinstance(prompt, str) else prompt.to(model.cfg.device)

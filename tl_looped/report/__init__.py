@@ -184,7 +184,7 @@ def _question(
     least = model.n_loops
     n_loops = max(16, 2 * least) if n_loops is None else check_count("n_loops", n_loops, 2)
     if n_loops < least:
-        raise LoopedError(f"n_loops={n_loops} was asked, but the model has {least}: load it with n_loops={n_loops} instead.")
+        raise LoopedError(f"n_loops={n_loops} was asked, but the model has {least}; ask for as many or more.")
     if (clean is None) != (corrupted is None):
         raise LoopedError("only one of clean and corrupted was given; patching needs both, or neither.")
     hops, pair = None, None
@@ -198,6 +198,8 @@ def _question(
     prompts = [prompts] if isinstance(prompts, (str, Tensor)) else list(prompts)
     if model.tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
         raise LoopedError("this model has no tokenizer; pass prompts as tensors of token ids.")
+    if any(isinstance(text, str) and not text.strip() for text in (*prompts, clean, corrupted)):
+        raise LoopedError("a prompt is empty or holds nothing but whitespace; leave it out.")
     batches = list(token_batches(model, prompts, verbose=False, what="report"))
     longest, n_ctx = max(batch.shape[1] for batch in batches), model.looped_cfg.n_ctx
     if longest > n_ctx:

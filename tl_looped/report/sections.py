@@ -34,6 +34,7 @@ from .section import Figure, Question, Section, listed, measured, number, share
 from .tables import facts, top_answers
 
 SHOWN_POSITIONS = 32  # columns of a heat map over positions
+LONGEST = 16  # characters of a token in a figure
 SHOWN_HEADS = 64  # attention patterns on the page
 SETTLED = 0.01  # of the norm of the state, in one loop
 ONE_DIRECTION = 0.99  # cosine of states that are said to have one direction
@@ -149,7 +150,7 @@ def the_answers(asked: Question, section: Section) -> None:
     longest = max(len(asked.word(token)) for token in {*answers.flatten().tolist()})
     wrong = torch.zeros_like(answers, dtype=torch.bool) if right is None else (right >= 0) & (right != answers)
     text = [
-        [escape(asked.word(t)) + (" ✗" if w else "") for t, w in zip(*rows, strict=True)]
+        [_short(asked.word(t)) + (" ✗" if w else "") for t, w in zip(*rows, strict=True)]
         for rows in zip(answers.tolist(), wrong.tolist(), strict=True)
     ]
     hover = "loop %{y}, position %{x}<br>%{text} %{z:.1%}<extra></extra>"
@@ -448,9 +449,7 @@ def the_stability(asked: Question, section: Section) -> None:
             "positions."
         )
     quality = found.plot()
-    quality.for_each_annotation(
-        lambda note: note.update(text=note.text.replace(" (share that was right before and is wrong)", ""))
-    )
+    quality.for_each_annotation(lambda note: note.update(text=note.text.split(" (share")[0]))
     section.figures += [
         Figure(
             "Quality of the next-token predictions over the number of loops; overthinking is the share that was right after "
@@ -608,6 +607,11 @@ def _answer(asked: Question, token: Tensor, probability: Tensor) -> str:
     return f"{asked.word(int(token))!r} ({share(probability)})"
 
 
+def _short(word: str) -> str:
+    """A token as plotly may show it in a cell: not too long, and no markup."""
+    return escape(word if len(word) <= LONGEST else f"{word[: LONGEST - 1]}…", quote=False)
+
+
 def _over_positions(grid: Grid, words: list[str], down: str) -> Any:
     """A heat map with the tokens below the positions."""
     figure = plots.heat_map(grid, " ")
@@ -615,6 +619,6 @@ def _over_positions(grid: Grid, words: list[str], down: str) -> Any:
     figure.update_traces(x=list(range(len(words))))
     angle = 0 if max(map(len, words)) < 4 else -60
     figure.update_xaxes(
-        tickvals=list(range(len(words))), ticktext=[*map(escape, words)], title=None, side="top", tickangle=angle
+        tickvals=list(range(len(words))), ticktext=[*map(_short, words)], title=None, side="top", tickangle=angle
     )
     return figure.update_yaxes(title=down)
