@@ -236,7 +236,16 @@ def token_list(text: str) -> Tensor:
 
 
 def lens_table(model: LoopedBridge, prompt: str | Tensor, top_k: int = 5) -> str:
-    """For each loop, the most probable next tokens if the model stopped there, by the family's own way to its output."""
+    """For each loop, the most probable next tokens if the model stopped there, by the family's own way to its output.
+
+    Args:
+        model: the model.
+        prompt: a text, or tokens [1, pos].
+        top_k: how many tokens.
+
+    Raises:
+        LoopedError: text without a tokenizer, or more tokens than the vocabulary has.
+    """
     if not 1 <= top_k <= model.cfg.d_vocab:
         raise LoopedError(f"top_k={top_k} was asked; the vocabulary has {model.cfg.d_vocab} tokens.")
     if isinstance(prompt, str) and not prompt.strip():
