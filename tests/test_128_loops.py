@@ -27,6 +27,8 @@ from tl_looped.analysis import (
 )
 from tl_looped.analysis._one_loop import OneLoop
 
+pytestmark = pytest.mark.slow  # many loops
+
 TOKENS = random_tokens(2, 32)
 N_LOOPS, N_LAYERS = 128, 130  # one of prelude and coda each
 POLICIES = [exits.KL(1e-9), exits.StateChange(1e-9), exits.TwoHitAcceleration(1e-9)]

@@ -79,6 +79,7 @@ def one_layer_and_all_passes(bridge: LoopedBridge, cache: LoopedCache) -> list[s
     return [n for n in chosen if cache[n].is_floating_point()]
 
 
+@pytest.mark.slow
 @FAMILIES
 def test_own_cache_is_a_no_op_with_gradients_too(name: str) -> None:
     bridge = random_bridge(name)
@@ -90,6 +91,7 @@ def test_own_cache_is_a_no_op_with_gradients_too(name: str) -> None:
             assert torch.equal(patched, logits), hook_name
 
 
+@pytest.mark.slow
 @FAMILIES
 def test_an_edit_in_place_equals_an_edit_returned(name: str) -> None:
     bridge = random_bridge(name)
@@ -121,6 +123,7 @@ def test_an_edit_in_place_leaves_the_cache_of_earlier_layers_alone() -> None:
             assert torch.equal(clean[early], edited[early]), (hook_name, early)
 
 
+@pytest.mark.slow
 @FAMILIES
 def test_an_edit_reaches_later_layers_only(name: str) -> None:
     bridge = random_bridge(name)
@@ -491,6 +494,7 @@ def test_embeddings_as_input_reproduce_the_run(name: str) -> None:
     assert torch.equal(bridge(cache["hook_embed"], **extra), logits)
 
 
+@pytest.mark.slow
 @FAMILIES
 def test_transformer_lens_patching_equals_a_patch_by_hand(name: str) -> None:
     bridge = random_bridge(name)

@@ -29,6 +29,7 @@ def run(name: str, tokens: torch.Tensor = TOKENS, **kwargs: object) -> LoopedCac
     return cache
 
 
+@pytest.mark.slow
 @FAMILIES
 def test_a_view_of_every_layer(name: str) -> None:
     cache = run(name)
@@ -145,6 +146,7 @@ def test_state_space_methods_are_refused() -> None:
             method()
 
 
+@pytest.mark.slow
 @FAMILIES
 def test_stacks_of_passes_and_of_layers(name: str) -> None:
     cache = run(name)

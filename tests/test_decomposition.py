@@ -117,6 +117,7 @@ def frozen(bridge: LoopedBridge, cache: LoopedCache, edits: dict[str, Tensor], f
     return final[0]
 
 
+@pytest.mark.slow
 @FAMILIES
 def test_each_component_equals_a_run_without_it(name: str) -> None:
     bridge = random_bridge(name, torch.float64)

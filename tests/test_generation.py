@@ -77,6 +77,7 @@ def brute_force(bridge: LoopedBridge, policy: exits.ExitPolicy, text: torch.Tens
     return bridge.n_loops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ouro", "huginn", "hrm_text", "anchored"])
 def test_policies_leave_where_their_formulas_say(name: str) -> None:
     bridge = deep(name)

@@ -82,6 +82,7 @@ def test_the_rule_equals_its_docstring() -> None:
         assert set(got) >= {"orbit", "slider", "unknown"}
 
 
+@pytest.mark.slow
 def test_planted_behaviours() -> None:
     def label(state: torch.Tensor, injection: torch.Tensor | None = None) -> tuple[set[str], TokenBehaviour]:
         bridge = linear_loop(state, injection, n_loops=48)

@@ -370,7 +370,10 @@ def test_tokens_that_look_like_code_stay_text(evil_page: Path) -> None:
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SETTINGS = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")]
+SETTINGS = [
+    (390, "dark"),
+    *(pytest.param(*at, marks=pytest.mark.slow) for at in ((390, "light"), (1280, "light"), (1280, "dark"))),
+]
 LOOK = """() => {
   const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
   const linear = (v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;

@@ -14,6 +14,7 @@ from tl_looped.analysis import injection_effect, stability
 MEASURES = ["loss", "accuracy", "margin", "kl", "overthinking", "loss_change", "agreement"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "with_answers"), [*((name, False) for name in ZOO), ("hrm_text", True), ("huginn", True)])
 def test_every_count_is_what_the_model_with_so_many_loops_answers(name: str, with_answers: bool) -> None:
     bridge, tokens = random_bridge(name, torch.float64, n_loops=2), random_tokens(3, 5)

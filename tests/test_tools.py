@@ -104,6 +104,7 @@ def test_patching_equals_a_patch_by_hand(name: str, sweep: str) -> None:
                 torch.testing.assert_close(scores[(layer, *index)], by_hand)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hrm_text", "looped_qwen"])
 def test_combined_sweeps_are_the_single_ones(name: str) -> None:
     bridge = short(name)

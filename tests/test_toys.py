@@ -184,6 +184,7 @@ def test_the_full_training_learns_six_hops(unchecked: None, tmp_path: Path) -> N
     assert hop_accuracy(model, hop_prompts(512, seed=41)).min() >= 0.995
 
 
+@pytest.mark.slow
 def test_the_command_trains_saves_and_measures(unchecked: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With two seeds, of which the table shows the mean and its standard error."""
     assert training.main(["hop-noinject", "--steps", "1", "--seeds", "2", "--out", str(tmp_path / "toy")]) == 0
