@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -140,7 +140,7 @@ def _loss_of(loss_fn: Loss, tokens: Tensor, logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def _weights_of_their_own(model: LoopedBridge) -> Iterator[dict[str, list[nn.Parameter]]]:
+def _weights_of_their_own(model: LoopedBridge) -> Generator[dict[str, list[nn.Parameter]], None, None]:
     """While it lasts, every use of a looped parameter holds a view of its own; they come by canonical name, in run order."""
     looped: Any = model.original_model
     assert isinstance(looped, LoopedModel)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 
@@ -132,7 +132,7 @@ class GeneratingBridge(TransformerBridge):
         return self.__dict__.get("_run_arguments", {})
 
     @contextmanager
-    def _every_run_gets(self, arguments: dict[str, Any]) -> Iterator[None]:
+    def _every_run_gets(self, arguments: dict[str, Any]) -> Generator[None, None, None]:
         """While this is open, every run of the model is part of a generation and gets these arguments."""
         before = self._given
         self.__dict__["_run_arguments"] = arguments

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -756,7 +756,7 @@ class LoopedBridge(GeneratingBridge):
 
 
 @contextmanager
-def _no_collections() -> Iterator[None]:
+def _no_collections() -> Generator[None, None, None]:
     """Without garbage collections, each of which would scan all virtual layers made so far; what is made here stays alive."""
     was_enabled = gc.isenabled()
     gc.disable()

@@ -13,8 +13,10 @@ TIED = ("transformer.wte.weight", "lm_head.weight")
 # A value embedding acts only where a layer has both the table and the gate; published checkpoints hold some without partner.
 IGNORED = ("freqs_cis", "value_embeds.*.weight", "*.attn.ve_gate.weight")
 
-_BLOCK = {"ln1": "norm_1", "ln2": "norm_2", "mlp.up": "mlp.fc", "mlp.down": "mlp.proj"}
-_BLOCK |= {"attn.q": "attn.c_q", "attn.k": "attn.c_k", "attn.v": "attn.c_v", "attn.o": "attn.c_proj"}
+_BLOCK = {
+    **{"ln1": "norm_1", "ln2": "norm_2", "mlp.up": "mlp.fc", "mlp.down": "mlp.proj"},
+    **{"attn.q": "attn.c_q", "attn.k": "attn.c_k", "attn.v": "attn.c_v", "attn.o": "attn.c_proj"},
+}
 _STACKS = {"prelude": "prelude", "core": "core_block", "coda": "coda"}
 
 

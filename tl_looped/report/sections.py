@@ -47,6 +47,8 @@ def the_model(asked: Question, section: Section) -> None:
     """What the model is."""
     model, cfg = asked.model, asked.model.looped_cfg
     schedule, found = cfg.schedule, sizes(cfg)
+    cache_bytes = found.cache_per_loop * model.cfg.dtype.itemsize
+    share_of_one_loop = found.flops_per_loop / found.flops(cfg.n_loops)
     numbers = {
         "family": cfg.family,
         "n_loops": cfg.n_loops,
@@ -56,8 +58,8 @@ def the_model(asked: Question, section: Section) -> None:
         "parameters": found.parameters,
         "flops_per_token": found.flops(cfg.n_loops),
         "flops_per_token_and_loop": found.flops_per_loop,
-        "share_of_one_loop": found.flops_per_loop / found.flops(cfg.n_loops),
-        "cache_bytes_per_token_and_loop": found.cache_per_loop * model.cfg.dtype.itemsize,
+        "share_of_one_loop": share_of_one_loop,
+        "cache_bytes_per_token_and_loop": cache_bytes,
         "d_model": cfg.d_model,
         "n_heads": cfg.n_heads,
         "n_kv_heads": cfg.n_kv_heads,
@@ -75,8 +77,8 @@ def the_model(asked: Question, section: Section) -> None:
         f"{schedule.describe().split(':')[0]}. The model has {human(found.n_parameters)} parameters, however often it loops."
     )
     section.reading.append(
-        f"One loop costs a token {human(found.flops_per_loop, 'FLOP')}, {share(numbers['share_of_one_loop'])} of an answer "
-        f"after {_count(cfg.n_loops)}, and {numbers['cache_bytes_per_token_and_loop']:,} bytes of keys and values. Loops are "
+        f"One loop costs a token {human(found.flops_per_loop, 'FLOP')}, {share(share_of_one_loop)} of an answer "
+        f"after {_count(cfg.n_loops)}, and {cache_bytes:,} bytes of keys and values. Loops are "
         "numbered from 0 on this page."
     )
     section.figures += [

@@ -28,11 +28,9 @@ from . import TOYS
 from .hop import N_SYMBOLS, WORDS, hop_accuracy, hop_prompts, hop_tokenizer
 from .text import WINDOW, corpus, encode, loss_by_loop, text_tokenizer, windows
 
-_WIDTHS = {"d_model": 64, "n_heads": 4, "d_mlp": 128, "family": "toy"}
-_HOP = LoopedConfig(
-    **_WIDTHS, d_vocab=len(WORDS), n_ctx=32, n_prelude=1, n_core=2, n_loops=6, injection="concat", rope_theta=100.0
-)
-_TEXT = LoopedConfig(**_WIDTHS, d_vocab=1024, n_ctx=WINDOW, n_prelude=1, n_core=3, n_loops=4, n_coda=1, tied=True)
+_TOY = LoopedConfig(family="toy", d_model=64, n_heads=4, d_mlp=128, d_vocab=len(WORDS), n_prelude=1, n_core=2)
+_HOP = _TOY.replace(n_ctx=32, n_loops=6, injection="concat", rope_theta=100.0)
+_TEXT = _TOY.replace(d_vocab=1024, n_ctx=WINDOW, n_core=3, n_loops=4, n_coda=1, tied=True)
 CONFIGS = {
     "hop": _HOP,
     "hop-noinject": _HOP.replace(injection="none"),
