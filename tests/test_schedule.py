@@ -220,7 +220,7 @@ def test_loops_and_layers_out_of_range() -> None:
 
 
 def test_description_counts_everything() -> None:
-    assert ONE_STACK.describe() == "4 loops over one stack of 3 layers, 2 prelude and 1 coda layers: 15 virtual layers"
+    assert ONE_STACK.describe() == "4 loops over one stack of 3 layers, 2 prelude and 1 coda layer: 15 virtual layers"
     assert TWO_STACKS.describe().startswith("2 loops over stacks L (3 x per loop) and H of 2 layers")
     assert TWO_STACKS.n_layers == 2 * (3 + 1) * 2
 

@@ -97,7 +97,7 @@ class Patcher:
 
     def score(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "*example"]:
         """The metric, checked."""
-        return check_metric(torch.as_tensor(self.metric(logits)), logits).detach()
+        return check_metric(self.metric(logits), logits).detach()
 
     @property
     def initial_state(self) -> Float[Tensor, "batch pos d_model"]:

@@ -35,6 +35,11 @@ class CleanRun:
     """
 
     def __init__(self, model: LoopedBridge, cache: LoopedCache | Mapping[str, Tensor], initial_state: InitialState = None):
+        if not hasattr(cache, "items"):
+            raise LoopedError(
+                f"a {type(cache).__name__} was given for the clean cache; run the clean prompt first: "
+                "_, clean_cache = model.run_with_cache(clean_prompt)."
+            )
         if not isinstance(cache, LoopedCache):
             cache = LoopedCache(dict(cache.items()), model, getattr(cache, "has_batch_dim", True))
         if cache.model.schedule != model.schedule:
@@ -91,7 +96,7 @@ class CleanRun:
         if value.shape != like.shape:
             raise LoopedError(
                 f"the clean {self.model.schedule.loop_name(name)} has the shape {tuple(value.shape)}, the corrupted one "
-                f"{tuple(like.shape)}: the prompts must have equally many rows and positions."
+                f"{tuple(like.shape)}: the prompts must have equally many rows and tokens (see model.to_str_tokens)."
             )
         return value.detach().to(like.device, like.dtype)
 
@@ -201,7 +206,7 @@ class Comparison:
 
 
 def check_metric(value: object, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "*example"]:
-    """What a metric returned, if it is a scalar tensor or one number per row of the batch.
+    """What a metric returned, as a tensor, if it is a number or one number per row of the batch.
 
     Args:
         value: what the metric returned.
@@ -210,10 +215,11 @@ def check_metric(value: object, logits: Float[Tensor, "batch pos d_vocab"]) -> F
     Raises:
         LoopedError: it is neither.
     """
+    value = torch.tensor(value) if isinstance(value, (int, float)) else value
     if not isinstance(value, Tensor) or value.shape not in ((), logits.shape[:1]):
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise LoopedError(
-            f"the metric returned {found}; from logits {tuple(logits.shape)} it must return a scalar tensor, or one number per "
+            f"the metric returned {found}; from logits {tuple(logits.shape)} it must return one number, or one per "
             f"row, [batch={logits.shape[0]}]."
         )
     return value

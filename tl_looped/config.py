@@ -11,6 +11,9 @@ from .errors import LoopedError
 from .schedule import Schedule, check_count
 
 Projection = Literal["q", "k", "v", "o", "gate", "in", "out", "attn_gate"]
+# Scaling rules whose frequencies do not depend on the length of the prompt. The others would make an activation depend on how
+# much text follows it.
+STATIC_SCALING = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class LoopedConfig:
         mlp: "gated", `down(act(gate(x)) * up(x))`, or "relu_squared", `down(relu(up(x))^2 / 2)`.
         act_fn: activation of the gated MLP.
         biases: which projections have a bias.
-        windows: for every physical layer, the number of positions it may look at, its own included; None for all. Empty for
-            all in every layer.
+        windows: for every physical layer, the number of positions it may look at, its own included; None for all. Empty: every
+            layer sees all positions.
         value_embed_layers: physical layers whose values get a gated embedding of the token added (Parcae).
         value_gate_width: how many leading entries of the attention's input that gate reads.
         rope_layout: rotary pairs: entry i with entry i + d_head / 2 ("half"), neighbours ("pairs"), or no positions ("none").
@@ -54,17 +57,17 @@ class LoopedConfig:
         rope_scaling: transformers' description of scaled frequencies.
         injection: what enters every pass beside the state: nothing, a sum with it ("add"), a linear map of state and injection
             side by side ("concat"), or Parcae's decay ("decay").
-        prelude_norm: a norm of what is injected.
+        prelude_norm: whether what is injected is normed first.
         initial_state: the state before the first pass: the prelude's output ("embedding"), truncated noise ("noise"), or a
             vector that is learned ("learned").
-        noise_std: standard deviation of the noise; it is cut at three of them.
+        noise_std: standard deviation of the noise, which is truncated at three standard deviations.
         noise_scale: factor on the noise.
         pass_norm: a norm of the state after every pass.
         after_loop: what the state goes through after the last pass: nothing, the last norm ("final_norm"), a map ("linear").
         final_norm: a norm before the unembedding; False where that of the last pass is the last.
         exit_gate: a linear gate reads the state after every pass (Ouro).
-        strategy: "naive", or "anchored" (arXiv 2605.23872): every pass moves the state by `1 / anchor_steps` of the way, and
-            the output of the loop is `beta * first pass + (1 - beta) * state`.
+        strategy: "naive", or "anchored" (arXiv 2605.23872): every pass moves the state `1 / anchor_steps` of the way from
+            what entered it to what its layers return, and the output of the loop is `beta * first pass + (1 - beta) * state`.
         anchor_steps: passes that an anchored loop would need to go all the way.
         beta: weight of the first pass in the output of an anchored loop.
         embed_scale: factor on the embedding.
@@ -91,13 +94,9 @@ class LoopedConfig:
     d_mlp: int = 0
     n_ctx: int = 2048
     family: str = "custom"
-
-    # The schedule.
     n_prelude: int = 0
     n_coda: int = 0
     l_cycles: int | None = None
-
-    # A block.
     norm: Literal["pre", "branch", "sandwich", "stream"] = "pre"
     norm_eps: float = 1e-6
     norm_weight: bool = True
@@ -110,13 +109,9 @@ class LoopedConfig:
     windows: tuple[int | None, ...] = ()
     value_embed_layers: tuple[int, ...] = ()
     value_gate_width: int = 0
-
-    # Positions.
     rope_layout: Literal["half", "pairs", "none"] = "half"
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None
-
-    # The loop.
+    rope_scaling: dict[str, Any] | None = dataclasses.field(default=None, hash=False)
     injection: Literal["none", "add", "concat", "decay"] = "none"
     prelude_norm: bool = False
     initial_state: Literal["embedding", "noise", "learned"] = "embedding"
@@ -129,8 +124,6 @@ class LoopedConfig:
     strategy: Literal["naive", "anchored"] = "naive"
     anchor_steps: int = 1
     beta: float = 0.5
-
-    # Input and output.
     embed_scale: float = 1.0
     logit_softcap: float | None = None
     tied: bool = False
@@ -139,8 +132,7 @@ class LoopedConfig:
     def __post_init__(self) -> None:
         for name in ("d_model", "n_heads", "d_vocab", "n_core", "n_loops", "n_ctx", "anchor_steps"):
             check_count(name, getattr(self, name))
-        usual = {"n_kv_heads": self.n_heads, "d_head": self.d_model // self.n_heads, "d_mlp": 4 * self.d_model}
-        for name, default in usual.items():
+        for name, default in self._usual_widths().items():
             object.__setattr__(self, name, getattr(self, name) or default)
             check_count(name, getattr(self, name))
         hints = get_type_hints(type(self))
@@ -151,15 +143,28 @@ class LoopedConfig:
                     f"{field.name}={getattr(self, field.name)!r} was asked; choose one of {', '.join(map(repr, choices))}."
                 )
         numbers = ["norm_eps", "rope_theta", "noise_std", "noise_scale", "beta", "embed_scale"]
-        for name in numbers if self.qk_norm_eps is None else [*numbers, "qk_norm_eps"]:
+        numbers += [name for name in ("qk_norm_eps", "logit_softcap") if getattr(self, name) is not None]
+        for name in numbers:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise LoopedError(f"{name}={value!r} was asked, but {name} must be a finite number >= 0.")
+        if self.logit_softcap == 0:
+            self._refuse("logit_softcap=0 would make every logit 0; None is no cap")
+        if self.initial_state == "noise" and self.noise_std == 0:
+            self._refuse('initial_state="noise" needs noise_std > 0')
+        if self.beta > 1:
+            self._refuse(f"beta={self.beta} is no weight of the first pass; it lies between 0 and 1")
+        if self.mlp == "relu_squared" and "gate" in self.biases:
+            self._refuse('biases names "gate", which mlp="relu_squared" does not have')
         _ = self.schedule  # checks its own counts
         if self.n_heads % self.n_kv_heads:
             self._refuse(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.d_model % self.n_heads and self.d_head == self.d_model // self.n_heads:
             self._refuse(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; give d_head")
+        scaling = self.rope_scaling or {}
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        if kind not in STATIC_SCALING:
+            raise LoopedError(f"rope scaling {kind!r} was asked; supported are {', '.join(STATIC_SCALING)}.")
         if self.rope_layout != "none" and self.d_head % 2:
             self._refuse(f"rotary positions need an even d_head, got {self.d_head}")
         two_stacks = self.l_cycles is not None
@@ -207,8 +212,26 @@ class LoopedConfig:
         return self.pass_norm and not self.final_norm and not self.n_coda and self.after_loop == "none"
 
     def replace(self, **changes: Any) -> LoopedConfig:
-        """A copy with some fields changed, validated again."""
-        return dataclasses.replace(self, **changes)
+        """A copy with some fields changed, validated again.
+
+        `n_kv_heads`, `d_head` and `d_mlp` follow `n_heads` and `d_model` where they have the values that follow from those.
+
+        Args:
+            **changes: fields and their new values.
+
+        Raises:
+            LoopedError: as for a new config.
+
+        Example:
+            >>> cfg = LoopedConfig(d_model=64, n_heads=4, d_vocab=100, n_core=2, n_loops=3)
+            >>> cfg.replace(d_model=128).d_head
+            32
+        """
+        following = {name: 0 for name, usual in self._usual_widths().items() if getattr(self, name) == usual}
+        return dataclasses.replace(self, **{**following, **changes})
+
+    def _usual_widths(self) -> dict[str, int]:
+        return {"n_kv_heads": self.n_heads, "d_head": self.d_model // self.n_heads, "d_mlp": 4 * self.d_model}
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-ready values."""

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .errors import LoopedError
+from .model.layers import wide
 
 
 @dataclass
@@ -38,7 +39,7 @@ class LoopHistory:
         """Log-probabilities of the readout after a loop, in fp32 or wider."""
         if loop not in self._log_probs:
             logits = self.readout(loop)
-            self._log_probs[loop] = torch.log_softmax(logits, -1, torch.promote_types(logits.dtype, torch.float32))
+            self._log_probs[loop] = wide(logits).log_softmax(-1)
         return self._log_probs[loop]
 
     def forget(self, loop: int, n_states: int) -> None:
@@ -126,7 +127,7 @@ class StateChange:
 
     def __call__(self, history: LoopHistory) -> Bool[Tensor, "*rows"]:
         """Which rows need no further loop."""
-        before, now = history.states[-2:]
+        before, now = map(wide, history.states[-2:])  # squares of half-precision states overflow
         return (now - before).norm(dim=-1) < self.threshold * now.norm(dim=-1)
 
 
@@ -150,8 +151,7 @@ class TwoHitAcceleration:
         """Which rows need no further loop."""
         if len(history.states) < 4:
             return _nobody(history)
-        s = history.states[-4:]
-        steps = [after - before for before, after in pairwise(s)]
+        steps = [after - before for before, after in pairwise(map(wide, history.states[-4:]))]
         first, second = ((b - a).norm(dim=-1) < self.threshold for a, b in pairwise(steps))
         return first & second
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
@@ -214,9 +215,15 @@ def _download(name: str, revision: str | None) -> Path:
         ) from error
 
 
+def _listing(directory: Path) -> str:
+    """What a directory holds, for an error; of many entries the first."""
+    names = sorted(p.name for p in directory.iterdir())
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") or "nothing"
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        found = ", ".join(sorted(p.name for p in file.parent.iterdir())) or "nothing"
+        found = _listing(file.parent)
         raise CheckpointError(
             f"{file.parent} has no {file.name}; it has {found}. Pass the directory that holds the checkpoint."
         )
@@ -244,7 +251,7 @@ def _weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
                     f"{path} lacks {len(missing)} of the {len(names)} files in its index: {', '.join(missing)}. Download them."
                 )
             return [path / name for name in names], index
-    found = ", ".join(sorted(p.name for p in path.iterdir()))
+    found = _listing(path)
     raise CheckpointError(
         f"{path} holds no weights: model.safetensors or pytorch_model.bin, or the index of either, was looked for; "
         f"it has {found}. Download them, or rename the file that holds them."
@@ -442,7 +449,15 @@ def _check_tensors(
 ) -> None:
     """Compare names and shapes with what the config asks for, before any data is read."""
     expected: dict[str, tuple[tuple[int, ...], list[str]]] = {}
-    for name, parameter in model.canonical_parameters().items():
+    parameters = model.canonical_parameters()
+    if unknown := [name for name in sources if name not in parameters]:
+        near = difflib.get_close_matches(unknown[0], parameters, n=3)
+        hint = f" Nearest: {', '.join(near)}." if near else ""
+        raise CheckpointError(
+            f"sources() of the family {model.cfg.family} names {', '.join(map(repr, unknown[:4]))}, for which this model has "
+            f"no parameter.{hint} All: LoopedModel(cfg).canonical_parameters()."
+        )
+    for name, parameter in parameters.items():
         for stored, shape in _stored(sources.get(name, Source(name)), tuple(parameter.shape)).items():
             fields = expected.setdefault(stored, (shape, []))[1]
             fields += [field for field in _shape_fields(name) if field not in fields]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -18,8 +18,11 @@ from torch import Tensor
 from ._patcher import Cell, Edit, Patcher, position_axis
 from .bridge.cache import LoopedCache
 from .bridge.looped_bridge import LoopedBridge
+from .bridge.processing import check_pass_norms
+from .bridge.run import Run
 from .comparison import CleanRun, Metric
 from .errors import LoopedError
+from .model import LoopedModel
 from .model.initial_state import InitialState
 from .results import Grid
 from .schedule import Indices, LoopSelector, select_indices
@@ -38,7 +41,7 @@ class PatchSweep(Grid):
         values: one dimension per axis; a last axis "example" if the metric gives one number per row of the batch.
         baseline_corrupted: the metric of the run that was patched, without a patch; a scalar or [example].
         baseline_clean: the metric of the run that the patches came from; None if that run cannot be repeated, because its cache
-            was not made by `LoopedBridge.run_with_cache` from a whole run without other hooks.
+            was not made by `LoopedBridge.run_with_cache` from a whole run without other hooks, or because the model has hooks.
     """
 
     baseline_corrupted: Tensor | None = None
@@ -53,7 +56,8 @@ class PatchSweep(Grid):
         if self.baseline_clean is None or self.baseline_corrupted is None:
             raise LoopedError(
                 "normalised() was called, but the metric of the clean run is not known: its cache was not made by "
-                "LoopedBridge.run_with_cache from a whole run without other hooks. Make it so, or scale `values` yourself."
+                "LoopedBridge.run_with_cache from a whole run without other hooks, or hooks were on the model in the sweep. "
+                "Make the cache so and take the hooks off, or scale `values` yourself."
             )
         span = self.baseline_clean - self.baseline_corrupted
         if bool((span == 0).any()):
@@ -151,7 +155,7 @@ def patch_sweep(
     values = patcher.run(cells, verbose, f"patching {site}")
 
     labels = {axis: list(dict.fromkeys(key[k] for key in groups)) for k, axis in enumerate(outer)}
-    labels |= {axis: _inner_labels(model, corrupted_tokens, axis, inner[axis]) for axis in swept}
+    labels |= {axis: _inner_labels(patcher, axis, inner[axis]) for axis in swept}
     values = values.unflatten(0, [len(labels[axis]) for axis in (*outer, *swept)])
     order = [(*outer, *swept).index(axis) for axis in names]
     values = values.permute(*order, *range(len(names), values.ndim))
@@ -188,7 +192,7 @@ def patch_between_loops(
         site: as in `patch_sweep`.
         layer: which layer of the loop, for sites that layers have.
         source_tokens: the run the activations come from; None for the run itself.
-        onwards: write into the destination loop and every later one, rather than into it alone.
+        onwards: write into the destination loop and every later one of the run, rather than into it alone.
         loops: which loops, as sources and as destinations.
         positions: which positions are written; None for all.
         heads: which heads are written; None for all.
@@ -220,20 +224,23 @@ def patch_between_loops(
         )
     check_site(site)
     places = select_places(model, site, loops, layer, stack)
+    if site == "out":
+        check_pass_norms(cast(LoopedModel, model.original_model), "a patch of states leaving one pass into another")
     hooks = [place.hook for place in places]
-    patcher = Patcher(model, tokens, metric, hooks, initial_state, inputs, max_batch)
+    targets = select_places(model, site, "all", layer, stack) if onwards else places
+    patcher = Patcher(model, tokens, metric, [place.hook for place in targets], initial_state, inputs, max_batch)
     baseline, values = None, {hook: patcher.base[hook] for hook in hooks}
     if source_tokens is not None:
         with torch.no_grad():
             logits, cache = model.run_with_cache(source_tokens, names_filter=hooks, **patcher.run_arguments())
-        source = CleanRun(model, cache)
-        baseline, values = patcher.score(logits), {hook: source.read(hook, patcher.base[hook]) for hook in hooks}
+        clean = CleanRun(model, cache)
+        baseline, values = patcher.score(logits), {hook: clean.read(hook, patcher.base[hook]) for hook in hooks}
     inner = _inner_axes(patcher, places[0].hook, positions, heads)
     where = _where(patcher.base[places[0].hook], inner)
     cells = []
     for source in places:
         for destination in places:
-            written = [p for p in places if p.entry >= destination.entry] if onwards else [destination]
+            written = [place for place in targets if place.entry >= destination.entry] if onwards else [destination]
             edits = [Edit(place.hook, values[source.hook], where) for place in written]
             cells.append(Cell(edits, destination.entry, min(inner["pos"])))
     found = patcher.run(cells, verbose, f"patching {site} between loops").unflatten(0, (len(places), len(places)))
@@ -273,7 +280,7 @@ def _places(
         if loops != "all" or stack is not None:
             raise LoopedError('the axis "virtual_layer" goes without loops= and stack=; choose virtual layers by layers=.')
         chosen = select_indices(layers, model.schedule.n_layers, "virtual layers")
-        return [((model.schedule.name(i, "hook").removesuffix(".hook"),), layer_place(model, site, i)) for i in chosen]
+        return [((model.schedule.layer_name(i),), layer_place(model, site, i)) for i in chosen]
     places = select_places(model, site, loops, layers, stack)
     labels = [{"loop": place.loop, "layer": str(place.site.layer)} for place in places]
     return [(tuple(label[axis] for axis in label if axis in names), place) for label, place in zip(labels, places, strict=True)]
@@ -302,10 +309,12 @@ def _where(activation: Tensor, at: dict[str, list[int]]) -> Tensor:
     return where if "src_pos" in at else where[..., None]
 
 
-def _inner_labels(model: LoopedBridge, tokens: Tokens, axis: str, indices: list[int]) -> list[str]:
+def _inner_labels(patcher: Patcher, axis: str, indices: list[int]) -> list[str]:
+    model, run = patcher.model, cast(Run, patcher.base.run)
     if axis == "head" or model.tokenizer is None:
         return [str(i) for i in indices]
-    ids = model.to_tokens(tokens) if not isinstance(tokens, Tensor) else tokens
+    made = {name: run.inputs[name] for name in ("prepend_bos", "padding_side") if name in run.inputs}
+    ids = run.input if isinstance(run.input, Tensor) else model.to_tokens(run.input, **made)
     rows = ids[None] if ids.ndim == 1 else ids
     if len(rows) > 1:
         return [str(i) for i in indices]

@@ -61,6 +61,7 @@ def edge_sweep(
     A score is the first-order term of `path_patch`: the change (clean - corrupted) of what the source writes, carried to the
     receiver exactly and multiplied with the gradient of the metric at the receiver's input (edge attribution patching, Syed et
     al., arXiv 2310.10348). A source that runs after the receiver has a score of exactly 0. Scores of several sources add up.
+    What a source sends through the gates of attention (HRM-Text) and of value embeddings (Parcae) has no receiver.
 
     Args:
         model: the model.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from .errors import LoopedError
-from .schedule import LoopSelector, Site
+from .schedule import LoopSelector, Site, check_index
 
 if TYPE_CHECKING:
     from .bridge.cache import LoopedCache
@@ -46,9 +46,11 @@ def heat_map(grid: Grid, title: str = "") -> Any:
         title: above the figure; the name of the grid if empty.
 
     Raises:
-        LoopedError: plotly is not installed.
+        LoopedError: plotly is not installed; a single number, without axes.
     """
     go, values = plotly(), grid.values.detach().float().cpu()
+    if not grid.axes:
+        raise LoopedError(f"a figure of {grid.name} was asked, which is a single number, {float(values):.4g}.")
     *down, across = grid.axes
     x = grid.labels[across]
     figure = go.Figure(layout={"title": title or _words(grid.name), "xaxis_title": _words(across), "template": "plotly_white"})
@@ -153,18 +155,15 @@ def grouped(
     return figure
 
 
-def rank_trajectories(
-    ranks: Mapping[str, Sequence[float]], sites: Sequence[Site], title: str = "", name: str = "rank (0 is the top)"
-) -> Any:
+def rank_trajectories(ranks: Mapping[str, Sequence[float]], sites: Sequence[Site], title: str = "") -> Any:
     """Ranks of tokens over the virtual layers in the order of the run, with a mark where a new pass begins.
 
     Args:
         ranks: 0-based ranks, one per site, for every token by its name.
         sites: where they were read.
         title: above the figure.
-        name: what the numbers are.
     """
-    figure = plotly().Figure(layout={"title": title, "yaxis_title": name, "template": "plotly_white"})
+    figure = plotly().Figure(layout={"title": title, "yaxis_title": "rank (0 is the top)", "template": "plotly_white"})
     for token, values in ranks.items():
         # A logarithm has no place for rank 0, so ranks from 1 are drawn, under ticks that say those from 0.
         y = [value + 1 for value in values]
@@ -256,8 +255,16 @@ def floorplan(grid: Grid, sites: Sequence[Site], title: str = "") -> Any:
         grid: axes (layer, query, key), as from `tl_looped.analysis.looped_floorplan`.
         sites: of its layers; `model.unroll(n_loops).schedule.sites`.
         title: above the figure.
+
+    Raises:
+        LoopedError: plotly is not installed; the sites are not those of the grid.
     """
     go = plotly()
+    if len(sites) != len(grid.values):
+        raise LoopedError(
+            f"floorplan was asked of {len(grid.values)} layers and {len(sites)} sites; pass the sites of the run that the grid "
+            "is of, such as model.unroll(n_loops).schedule.sites."
+        )
     rows: list[list[int]] = []
     for i, site in enumerate(sites):
         if i and sites[i - 1][:2] == site[:2]:
@@ -315,10 +322,11 @@ def attention_heads(
         raise LoopedError("this figure needs circuitsvis, which is not installed; pip install 'tl-looped[viz]'.") from error
     schedule = cache.model.schedule
     chosen, looped = schedule.select_loops(loops, stack), schedule.looped_stack(stack)
-    layers = list(range(schedule.stacks[looped])) if layer is None else [range(schedule.stacks[looped])[layer]]
+    layers = list(range(schedule.stacks[looped])) if layer is None else [check_index(layer, schedule.stacks[looped], "layer")]
     patterns = [cache.stack_loops("pattern", j, loops, stack) for j in layers]  # [loop, batch, head, query, key] each
     if len(tokens) != patterns[0].shape[-1]:
         raise LoopedError(f"{len(tokens)} tokens were given for patterns over {patterns[0].shape[-1]} positions.")
+    example = check_index(example, patterns[0].shape[1], "example")
     prefix = "" if looped == "core" else f"{looped} "
     names = [f"{prefix}loop {t}, layer {j}, head {h}" for t in chosen for j in layers for h in range(patterns[0].shape[2])]
     heads = [pattern[k, example] for k in range(len(chosen)) for pattern in patterns]

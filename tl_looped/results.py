@@ -49,7 +49,8 @@ class Grid:
         """A pandas DataFrame with one row per number and one column per axis."""
         import pandas as pd
 
-        index = torch.cartesian_prod(*(torch.arange(n) for n in self.values.shape)).reshape(-1, len(self.axes))
+        ranges = [torch.arange(n) for n in self.values.shape]
+        index = torch.cartesian_prod(*ranges).reshape(-1, len(ranges)) if ranges else torch.empty(1, 0, dtype=torch.long)
         columns: dict[str, Any] = {a: [self.labels[a][i] for i in index[:, k].tolist()] for k, a in enumerate(self.axes)}
         return pd.DataFrame({**columns, self.name: self.values.detach().cpu().flatten().tolist()})
 
@@ -57,10 +58,10 @@ class Grid:
         """A plotly figure: a heat map with the last axis across and the others down, or a line if there is one axis.
 
         Args:
-            title: above the figure; None for the name of the numbers.
+            title: above the figure; the name of the numbers if empty.
 
         Raises:
-            LoopedError: plotly is not installed.
+            LoopedError: plotly is not installed; a single number, without axes.
         """
         from .plots import heat_map
 

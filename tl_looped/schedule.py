@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
+from ._words import counted
 from .errors import LoopedError, OutOfRangeError, UnknownNameError
 
 _INDEX = r"(\*|-?\d+|(?:-?\d+)?:(?:-?\d+)?)"
@@ -239,8 +240,16 @@ class Schedule:
         return next(p for p in self.passes if p.stack == self.core_stacks[-1] and p.loop == wanted)
 
     def pass_of_layer(self, index: int) -> Pass | None:
-        """The pass that virtual layer `index` belongs to, or None in prelude and coda."""
-        return next((p for p in self.passes if index in p.layers), None)
+        """The pass that a virtual layer belongs to, or None in prelude and coda.
+
+        Args:
+            index: a virtual layer; negative ones count from the end.
+
+        Raises:
+            OutOfRangeError: there is no such layer.
+        """
+        layer = self.layer(index)
+        return next((p for p in self.passes if layer in p.layers), None)
 
     def site(self, index: int) -> Site:
         """The site of a virtual layer."""
@@ -278,10 +287,20 @@ class Schedule:
         Raises:
             OutOfRangeError: there is no such layer.
         """
+        return f"{self.layer_name(index)}.{hook}"
+
+    def layer_name(self, index: int) -> str:
+        """The loop-indexed name of a virtual layer, such as "loops.2.blocks.5".
+
+        Args:
+            index: a virtual layer; negative ones count from the end.
+
+        Raises:
+            OutOfRangeError: there is no such layer.
+        """
         site = self.site(index)
-        stack = self._stack_prefix(site.stack)
         loop = "" if site.loop is None else f"loops.{site.loop}."
-        return f"{stack}{loop}blocks.{site.layer}.{hook}"
+        return f"{self._stack_prefix(site.stack)}{loop}blocks.{site.layer}"
 
     def loop_name(self, name: str) -> str:
         """The loop-indexed spelling of a TransformerLens hook name; other names come back as they are."""
@@ -320,10 +339,10 @@ class Schedule:
 
     def describe(self) -> str:
         """One line: what runs in this model."""
-        loops = f"{self.n_loops} loop" + "s" * (self.n_loops > 1)
         core = "one stack" if self.l_cycles is None else f"stacks L ({self.l_cycles} x per loop) and H"
-        edges = f"{self.n_prelude} prelude and {self.n_coda} coda layers"
-        return f"{loops} over {core} of {self.n_core} layers, {edges}: {self.n_layers} virtual layers"
+        edges = f"{self.n_prelude} prelude and {counted(self.n_coda, 'coda layer')}"
+        loops, layers = counted(self.n_loops, "loop"), counted(self.n_core, "layer")
+        return f"{loops} over {core} of {layers}, {edges}: {counted(self.n_layers, 'virtual layer')}"
 
 
 def virtual_layer(name: str) -> int | None:
@@ -348,6 +367,20 @@ def select_indices(asked: Indices, n: int, what: str) -> list[int]:
     if not chosen:
         raise OutOfRangeError(f"{asked!r} selects nothing: there are {n} {what}{_span(n)}.")
     return chosen
+
+
+def check_index(index: int, n: int, what: str) -> int:
+    """Check an index and make it non-negative.
+
+    Args:
+        index: the index; negative ones count from the end.
+        n: how many there are.
+        what: what they are, in the singular, for the error.
+
+    Raises:
+        OutOfRangeError: there is no such entry.
+    """
+    return _pick_one(index, n, what, f"{what}s")
 
 
 def is_pattern(name: str) -> bool:

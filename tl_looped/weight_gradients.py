@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .bridge.looped_bridge import LoopedBridge
+from .bridge.processing import check_pass_norms
 from .comparison import Metric
 from .errors import LoopedError
 from .model import LoopedModel
@@ -24,7 +25,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def weight_gradients_by_pass(
-    model: LoopedBridge, tokens: Int[Tensor, "*batch pos"], metric: Metric | None = None, **run: Any
+    model: LoopedBridge, tokens: str | Int[Tensor, "*batch pos"], metric: Metric | None = None, **run: Any
 ) -> dict[str, Float[Tensor, "loop ..."]]:
     """The gradient of every looped parameter, split by the pass that used it; the sum over passes is autograd's gradient.
 
@@ -33,7 +34,7 @@ def weight_gradients_by_pass(
 
     Args:
         model: the model; its hooks act as in any run.
-        tokens: the prompts.
+        tokens: text or tokens.
         metric: from logits [batch, pos, d_vocab] to a number, such as a loss; None for the mean next-token cross-entropy.
         **run: what `model.forward` takes, such as `initial_state` or `attention_mask`.
 
@@ -43,7 +44,7 @@ def weight_gradients_by_pass(
         pass in the order of the run; a pass norm that is also the model's last norm counts there for the last pass.
 
     Raises:
-        LoopedError: the metric is no scalar, or has no gradient.
+        LoopedError: the metric is no scalar, or has no gradient; passes whose norms differ (weight processing).
 
     Example:
         >>> from tl_looped import LoopedConfig
@@ -55,7 +56,7 @@ def weight_gradients_by_pass(
     with torch.inference_mode(False), torch.enable_grad(), _weights_of_their_own(model) as views:
         run = {name: x.clone() if isinstance(x, Tensor) else x for name, x in run.items()}
         asked = {"return_type": "loss" if metric is None else "logits", **run}
-        output = model(tokens.clone(), **asked)
+        output = model(tokens if isinstance(tokens, str) else tokens.clone(), **asked)
         value = output if metric is None else metric(output)
         if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
             found = f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -86,8 +87,8 @@ def influence(
 
     Step-Decomposed Influence (arXiv 2602.10097): the inner product of the training example's gradient of the looped weights
     with the query's gradient in one loop. The sum over loops is TracIn's (arXiv 2002.08484) at this checkpoint, for a learning
-    rate of 1; positive numbers mean that the step helps. Gradients are exact; those of all queries, loop by loop, are held at
-    once (the paper's sketches are for more than that).
+    rate of 1, in units of the loss; positive numbers mean that the step helps. Gradients are exact; those of all queries, loop
+    by loop, are held at once (the paper's sketches are for more than that).
 
     Args:
         model: the model.
@@ -144,6 +145,7 @@ def _weights_of_their_own(model: LoopedBridge) -> Generator[dict[str, list[nn.Pa
     """While it lasts, every use of a looped parameter holds a view of its own; they come by canonical name, in run order."""
     looped: Any = model.original_model
     assert isinstance(looped, LoopedModel)
+    check_pass_norms(looped, "a gradient for every pass")
     prefixes = (*(f"{stack}." for stack in model.schedule.core_stacks), *PASS_PARAMETERS)
     slots = {name: holders for name, holders in looped.parameter_slots.items() if name.startswith(prefixes)}
     shared = {name: getattr(*holders[0]) for name, holders in slots.items()}

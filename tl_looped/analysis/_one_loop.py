@@ -11,25 +11,35 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..bridge.looped_bridge import LoopedBridge
+from ..errors import LoopedError
 from ..model import LoopedModel
 from ..model.initial_state import InitialState
 from ..model.layers import Inputs
 from ..model.looped_model import Stream
+from ._prompts import first_hooked
 
 
 class OneLoop:
     """The map from the states entering a loop to those leaving it, for one batch of prompts.
 
     A state has one part per looped stack, HRM-Text's [L, H] two and all others one. Applied again and again to `start` it gives
-    the states that the model has after every loop (`hook_out` of its passes). Hooks of the model do not act.
+    the states that the model has after every loop (`hook_out` of its passes).
 
     Args:
         model: the model.
         tokens: what it runs on.
         initial_state: as in `LoopedBridge.forward`.
+
+    Raises:
+        LoopedError: the model has hooks, which would silently not act.
     """
 
     def __init__(self, model: LoopedBridge, tokens: Int[Tensor, "batch pos"], initial_state: InitialState = None):
+        if hooked := first_hooked(model):
+            raise LoopedError(
+                f"one loop as a function of the state was asked of a model that has hooks, such as at {hooked}, which would "
+                "not act on it; take them off (model.reset_hooks())."
+            )
         # A second loop, so that the first one is not the last, which may end otherwise.
         twin: Any = model.unroll(2).original_model
         self.twin: LoopedModel = twin

@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..model.looped_model import check_tokens
+from ..schedule import check_count
 
 Prompt = str | Int[Tensor, "..."]  # [pos] or [batch, pos]; lengths may differ from prompt to prompt
 Prompts = Prompt | Iterable[Prompt]
@@ -58,16 +59,21 @@ def at_depth(model: LoopedBridge, n_loops: int | None) -> LoopedBridge:
         n_loops: the number asked for.
 
     Raises:
-        LoopedError: the model has hooks, which would silently not act on the unroll.
+        LoopedError: `n_loops` is no positive int; the model has hooks, which would silently not act on the unroll.
     """
-    if n_loops in (None, model.n_loops):
+    if n_loops is None or check_count("n_loops", n_loops) == model.n_loops:
         return model
-    if hooked := [name for name, point in model.hook_dict.items() if point.has_hooks(including_permanent=True)]:
+    if hooked := first_hooked(model):
         raise LoopedError(
-            f"{n_loops} loops were asked of a model of {model.n_loops} that has hooks, such as at {hooked[0]}; they would not "
-            f"act on the longer run. Hook deeper = model.unroll({n_loops}) and ask that."
+            f"{n_loops} loops were asked of a model of {model.n_loops} that has hooks, such as at {hooked}; they would not act "
+            f"on the longer run. Hook deeper = model.unroll({n_loops}) and ask that."
         )
     return model.unroll(n_loops)
+
+
+def first_hooked(model: LoopedBridge) -> str | None:
+    """The name of a hook point of the model that has a hook; None if none has."""
+    return next((name for name, point in model.hook_dict.items() if point.has_hooks(including_permanent=True)), None)
 
 
 def check_finite(values: Float[Tensor, ...], name: str) -> None:

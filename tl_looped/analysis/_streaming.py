@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.processing import check_pass_norms
 from ..errors import LoopedError
+from ..model import LoopedModel
 from ..model.initial_state import InitialState
 from ..schedule import Pass, Schedule
 from ._prompts import check_finite
@@ -50,8 +52,10 @@ def visit(
         initial_state: as in `LoopedBridge.forward`.
 
     Raises:
-        LoopedError: an activation that is not finite, named.
+        LoopedError: an activation that is not finite, named; states leaving passes whose norms differ (weight processing).
     """
+    if any(name.endswith(".hook_out") and ".blocks." not in name for name in hooks):  # states leaving passes
+        check_pass_norms(cast(LoopedModel, model.original_model), "an analysis of the states leaving the loops")
 
     def reader(name: str, key: Key) -> Callable[..., None]:
         def read(value: Tensor, hook: object) -> None:
@@ -70,7 +74,12 @@ def last_norm(model: LoopedBridge, x: Float[Tensor, "... d_model"]) -> Float[Ten
     Args:
         model: the model.
         x: states, [..., d_model].
+
+    Raises:
+        LoopedError: the norm has given its weight to the unembedding (weight processing).
     """
+    if model._weights_processed:
+        raise LoopedError("after_norm=True was asked, but the weights were processed (compatibility mode); ask before that.")
     norm: Any = model.ln_final.original_component
     return norm.unhooked(x)
 

@@ -18,7 +18,7 @@ from ..model.initial_state import InitialState
 from ..model.layers import is_observed
 from ..plots import GroupBy, grouped
 from ..results import Estimate, Grid, Result, table
-from ..schedule import Site, check_count
+from ..schedule import Site
 from ._prompts import Prompts, at_depth, token_batches
 from ._streaming import layer_hooks, need_loops, visit
 from .fixed_points import PATTERN, compare_loops, frobenius_per_head
@@ -90,7 +90,7 @@ def attention_stability(
         >>> tuple(found.successive.values.shape), found.successive.labels["loop"]
         ((4, 2, 2), ['1', '2', '3', '4'])
     """
-    deep = at_depth(model, None if n_loops is None else check_count("n_loops", n_loops))
+    deep = at_depth(model, n_loops)
     passes = deep.schedule.passes_of("all", stack)
     need_loops(len(passes), 2, "attention_stability", "a distance between loops")
 
@@ -158,9 +158,9 @@ def attention_distances(
         >>> attention_distances(model, torch.tensor([[1, 2, 3]]), verbose=False).values.shape
         torch.Size([6, 6])
     """
-    deep = at_depth(model, None if n_loops is None else check_count("n_loops", n_loops))
+    deep = at_depth(model, n_loops)
     schedule, cfg = deep.schedule, deep.looped_cfg
-    names = [schedule.name(i, "hook").removesuffix(".hook") for i in range(schedule.n_layers)]
+    names = [schedule.layer_name(i) for i in range(schedule.n_layers)]
     hooks = {f"{name}.attn.hook_pattern": i for i, name in enumerate(names)}
     causal = not any(is_observed(hook) for hook in deep.hook_dict.values())  # hooks may let a query look ahead
 
@@ -244,7 +244,7 @@ def attention_bound(
             f"attention_bound was asked of a {cfg.family} model with {' and '.join(broken)}: its scores are not "
             "X W_Q W_K^T X^T, so proposition 4.2 does not apply in its literal form."
         )
-    deep = at_depth(model, None if n_loops is None else check_count("n_loops", n_loops))
+    deep = at_depth(model, n_loops)
     passes = deep.schedule.passes_of("all", stack)
     need_loops(len(passes), 2, "attention_bound", "a change between loops")
     kappas = [_kappa(deep, i) for i in passes[0].layers]
@@ -308,15 +308,15 @@ def looped_floorplan(
         >>> looped_floorplan(model, torch.tensor([1, 2, 3])).values.shape
         torch.Size([6, 3, 3])
     """
-    deep = at_depth(model, None if n_loops is None else check_count("n_loops", n_loops))
+    deep = at_depth(model, n_loops)
     batches = list(token_batches(deep, tokens, verbose=False, what="looped_floorplan"))
-    if len(batches[0]) > 1:
-        raise LoopedError(f"looped_floorplan of {len(batches[0])} prompts was asked; pass one.")
+    if (n_prompts := sum(map(len, batches))) > 1:
+        raise LoopedError(f"looped_floorplan of {n_prompts} prompts was asked; pass one.")
     n_heads = deep.looped_cfg.n_heads
     if head is not None and not 0 <= head < n_heads:
         raise LoopedError(f"head={head} was asked, but this model has the heads 0..{n_heads - 1}.")
     schedule, patterns = deep.schedule, []
-    names = [schedule.name(i, "hook").removesuffix(".hook") for i in range(schedule.n_layers)]
+    names = [schedule.layer_name(i) for i in range(schedule.n_layers)]
 
     def keep(key: int, pattern: Tensor) -> None:
         patterns.append((pattern[0].mean(0) if head is None else pattern[0, head]).cpu())

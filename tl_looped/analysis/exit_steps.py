@@ -12,16 +12,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._words import counted
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..exits import ExitPolicy, LoopHistory
 from ..model.initial_state import InitialState
 from ..results import Estimate, Result, table
-from ..schedule import check_count
 from ._prompts import Prompts, at_depth, check_finite, token_batches
 from ._targets import Answers, Targets
 
-Policies = Sequence[ExitPolicy] | Mapping[str, ExitPolicy]
+Policies = ExitPolicy | Sequence[ExitPolicy] | Mapping[str, ExitPolicy]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,8 @@ def exit_steps(
     Args:
         model: the model.
         prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; every row is an example.
-        policies: exit policies, or names for them; without names they are called what they are, as in "Gate(threshold=0.5)".
+        policies: one exit policy or several, or a dict of names for them; without names they are called what they are, as in
+            "Gate(threshold=0.5)".
         n_loops: loops that a token can spend (H cycles for HRM-Text); None for the model's own.
         answers: the right next token after every example, in their order, and only the last position is scored; None to score
             every next token of the prompts.
@@ -138,12 +139,13 @@ def exit_steps(
         >>> found.cost.labels["policy"]
         ['Gate(threshold=0.6)', '1 loop', '2 loops', '3 loops']
     """
-    named = dict(policies) if isinstance(policies, Mapping) else {repr(policy): policy for policy in policies}
-    if len(named) < len(policies):
-        raise LoopedError(f"policies of the same name were given: {[repr(p) for p in policies]}; pass a dict of names.")
-    deep = at_depth(model, None if n_loops is None else check_count("n_loops", n_loops))
+    given = [policies] if isinstance(policies, ExitPolicy) else policies
+    named = dict(given) if isinstance(given, Mapping) else {repr(policy): policy for policy in given}
+    if len(named) < len(given):
+        raise LoopedError(f"policies of the same name were given: {[repr(p) for p in given]}; pass a dict of names.")
+    deep = at_depth(model, n_loops)
     schedule, n_loops = deep.schedule, deep.n_loops
-    fixed = [f"{t + 1} loop{'s' * (t > 0)}" for t in range(n_loops)]
+    fixed = [counted(t + 1, "loop") for t in range(n_loops)]
     if clash := set(fixed) & set(named):
         raise LoopedError(f"a policy is called {clash.pop()!r}, which is the name of a baseline; choose another.")
     labels = {"policy": [*named, *fixed]}

@@ -149,11 +149,22 @@ class InferenceStages(Result):
 
         Returns:
             Axes (loop, metric, score).
+
+        Raises:
+            LoopedError: stages measured with another `tau`, unit or centring; a model of one layer.
         """
+        for what, mine, other in (
+            ("tau", self.tau, feed_forward.tau),
+            ("the entropy", self.entropy.name, feed_forward.entropy.name),
+        ):
+            if mine != other:
+                raise LoopedError(f"stages with {what} {mine} and {other} were compared; measure both alike.")
 
         def pair(metric: str) -> tuple[Tensor, Tensor]:
             reference = getattr(feed_forward, metric).values[None]
             ours = self.curves(metric, stack, edges=True)
+            if min(ours.shape[-1], reference.shape[-1]) < 2:  # resampled, a point would look like a curve
+                return ours, reference
             return _resample(ours), _resample(reference).expand(len(ours), -1)
 
         return self._scores(pair, 0, "similarity", stack)
@@ -182,8 +193,8 @@ class InferenceStages(Result):
         rows = []
         for metric in METRICS:
             a, b = pair(metric)
-            if a.shape[-1] < 2:
-                raise LoopedError(f"{name} compares curves over layers, but this loop has one layer; there is no curve.")
+            if min(a.shape[-1], b.shape[-1]) < 2:
+                raise LoopedError(f"{name} compares curves over layers, but one of them is over one layer and no curve.")
             rows.append(torch.stack([_correlation(a, b), _concordance(a, b)], -1))
         n_loops = self.schedule.n_loops_of(self.schedule.looped_stack(stack))
         labels = {
@@ -221,7 +232,8 @@ def inference_stages(
         verbose: show a progress bar.
 
     Raises:
-        LoopedError: no prompts, a prompt of one token, an activation that is not finite, `n_loops` for a feed-forward model.
+        LoopedError: no prompts, a prompt of one token, an activation that is not finite; `n_loops` or `initial_state` for a
+            feed-forward model.
 
     Example:
         >>> from tl_looped import LoopedBridge, LoopedConfig
@@ -240,9 +252,11 @@ def inference_stages(
     if isinstance(model, LoopedBridge):
         model = at_depth(model, n_loops)
         schedule, options = model.schedule, {"stop": model.schedule.n_layers, "initial_state": initial_state}
-        names = [schedule.name(i, "hook").removesuffix(".hook") for i in range(schedule.n_layers)]
+        names = [schedule.layer_name(i) for i in range(schedule.n_layers)]
     elif n_loops is not None:
         raise LoopedError(f"n_loops={n_loops} was asked of a {type(model).__name__}, which does not loop; leave it out.")
+    elif initial_state is not None:
+        raise LoopedError(f"initial_state was given for a {type(model).__name__}, which has none; leave it out.")
     else:
         schedule = Schedule(model.cfg.n_layers, 1)
         names = [f"blocks.{i}" for i in range(schedule.n_layers)]

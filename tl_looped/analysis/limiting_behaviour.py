@@ -65,8 +65,8 @@ class BehaviourRule:
     def __post_init__(self) -> None:
         for name in ("tau", "rho"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not 0 < value <= 1:
-                raise LoopedError(f"{name}={value!r} was asked, but {name} lies between 0 and 1.")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+                raise LoopedError(f"{name}={value!r} was asked, but {name} is a number between 0 and 1.")
         check_count("warm_up", 0 if self.warm_up is None else self.warm_up, 0)
         check_count("returns", self.returns)
 
@@ -241,6 +241,8 @@ def limiting_behaviour(
         >>> found.counts.values.tolist(), found.counts.labels["label"]
         ([[3, 0, 0, 0]], ['fixed', 'orbit', 'slider', 'unknown'])
     """
+    if isinstance(settle, bool) or not isinstance(settle, (int, float)) or settle <= 0:
+        raise LoopedError(f"settle={settle!r} was asked; it is the length of a step, a number above 0.")
     rule, deep = checked(model, n_loops, rule, period, window, stack)
     looped = deep.schedule.looped_stack(stack)
 

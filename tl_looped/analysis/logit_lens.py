@@ -17,7 +17,7 @@ from ..model import LoopedModel
 from ..model.initial_state import InitialState
 from ..model.looped_model import check_tokens
 from ..model.passes import PassEnds
-from ..schedule import Indices, LoopSelector, Schedule, Site, check_count, select_indices
+from ..schedule import Indices, LoopSelector, Schedule, Site, check_count, check_index, select_indices
 
 __all__ = ["Readout", "LogitLensResult", "logit_lens"]
 
@@ -117,9 +117,12 @@ class LogitLensResult(Readout):
 
         Raises:
             LoopedError: plotly is not installed.
+            OutOfRangeError: an example or a position that was not decoded.
         """
         from ..plots import rank_trajectories
 
+        example = check_index(example, self.ranks.shape[1], "example")
+        pos = check_index(pos, self.ranks.shape[2], "decoded position")
         ranks = self.ranks[:, example, pos].tolist()  # [row, target]
         names = self.target_names or [f"token {token}" for token in self.targets[example, pos].tolist()]
         lines = {str(name): [float(row[k]) for row in ranks] for k, name in enumerate(names)}
@@ -321,10 +324,7 @@ class Decoder:
         self.tokens: Int[Tensor, "batch pos"] = tokens
         self.inputs: dict[str, Tensor] = inputs
         self.schedule: Schedule = model.schedule
-        with torch.device("meta"):
-            self.twin: LoopedModel = LoopedModel(model.looped_cfg.replace(n_loops=1))
-        for name, parameter in cast(LoopedModel, model.original_model).canonical_parameters().items():
-            self.twin.set_parameter(name, parameter)
+        self.twin: LoopedModel = cast(LoopedModel, model.original_model).unrolled(1)
         # What the current pass began with: in an anchored loop its state, in HRM-Text's L passes the state of the H stack.
         self.entering: Tensor | None = None
         self.anchor: Tensor | None = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._words import counted
 from ..bridge.looped_bridge import LoopedBridge
 from ..config import LoopedConfig
 from ..errors import LoopedError
@@ -102,8 +103,8 @@ class RandomInitSweep(Result):
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         std = "1/sqrt(fan_in)" if self.std == "fan_in" else self.std
-        size = f"{self.n_layers} layers of width {self.d_model}, {n_loops} loops"
-        title = f"{size}, {self.distance.count} seeds, weights of std {std}, embedding of std {self.embed_std:g}"
+        size = f"{counted(self.n_layers, 'layer')} of width {self.d_model}, {counted(n_loops, 'loop')}"
+        title = f"{size}, {counted(self.distance.count, 'seed')}, weights of std {std}, embedding of std {self.embed_std:g}"
         return "\n".join([title, "", *lines])
 
     def plot(self) -> Any:

@@ -232,9 +232,10 @@ def injection_effect(
 ) -> InjectionEffect:
     """What happens to states and answers when the injection is dropped, or replaced by that of another prompt, from a loop on.
 
-    The untouched run, the edited one and that of the other prompt go side by side as rows of one batch: a loop that depends
-    on its injection leaves its course, one that has settled on the answer does not. Swapping the injection in mid-run is the
-    experiment of Varaksin et al. (2026).
+    The untouched run, the edited one and that of the other prompt go side by side as rows of one batch: the states
+    of a loop that depends on its injection move away from the untouched run; those of a loop that has settled on its answer
+    stay. Swapping the injection in mid-run is the
+    experiment of Varaksin et al. (2026, code at github.com/Shtirmann/Geometry-of-Reasoning-Trajectories).
 
     Args:
         model: a model that injects (Huginn, retrofits, Parcae, HRM-Text).
@@ -269,6 +270,8 @@ def injection_effect(
         raise LoopedError("initial_state is a generator, which would give the compared rows different states; pass a seed.")
     deep = at_depth(model, n_loops)
     schedule, stack = deep.schedule, deep.schedule.looped_stack(stack)
+    if not isinstance(from_loop, int):
+        raise LoopedError(f"from_loop={from_loop!r} was asked; pass one loop, an int.")
     (first,) = schedule.select_loops(from_loop, stack)
     edited = [f"{schedule.pass_prefix(p)}.hook_injection" for p in schedule.passes_of(slice(first, None), stack)]
     ends = {f"{schedule.pass_prefix(schedule.pass_of_loop(t))}.hook_out": t for t in range(schedule.n_loops)}

@@ -193,15 +193,15 @@ def step_geometry(
 def _turn(
     step: Float[Tensor, "batch pos d_model"], before: Float[Tensor, "batch pos d_model"], resolution: Float[Tensor, "batch pos"]
 ) -> dict[str, Float[Tensor, "batch pos"]]:
-    """How a step differs from the one before it."""
-    cosine = cosine_similarity(step, before, dim=-1).clamp(-1, 1)
-    change = (step - before).norm(dim=-1)
-    shortest = resolution.clamp_min(torch.finfo(step.dtype).tiny)
+    """How a step differs from the one before it; the direction of a step that is all rounding is NaN."""
+    change, length = (step - before).norm(dim=-1), step.norm(dim=-1)
+    moves = length.minimum(before.norm(dim=-1)) > 8 * resolution
+    cosine = cosine_similarity(step, before, dim=-1).clamp(-1, 1).where(moves, torch.nan)
     return {
         "step_cosine": cosine,
         "turning_angle": cosine.arccos(),
         "acceleration": change,
-        "normalised_acceleration": change / step.norm(dim=-1).maximum(shortest),
+        "normalised_acceleration": (change / length).where(moves, torch.nan),
     }
 
 
@@ -219,7 +219,7 @@ def _curvature(x: Float[Tensor, "batch pos d_model"], eps: float) -> Float[Tenso
 def _anisotropy(x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch 1"]:
     """The mean cosine over all pairs of different tokens.
 
-    It is had from the squared norm of the sum of all directions, without the n cosines of a token with itself.
+    Computed from the squared norm of the sum of all directions, without the n cosines of a token with itself.
     """
     n = x.shape[1]
     directions = torch.nn.functional.normalize(x, dim=-1)

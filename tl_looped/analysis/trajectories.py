@@ -18,7 +18,7 @@ from ..errors import LoopedError
 from ..model.initial_state import InitialState
 from ..plots import paths
 from ..results import Estimate, Grid, Result
-from ..schedule import check_count
+from ..schedule import check_count, check_index
 from ._prompts import Prompts, at_depth, token_batches
 from ._streaming import last_norm, visit
 
@@ -90,8 +90,14 @@ class Trajectories(Result):
         Args:
             example: which one.
             components: the components across and upwards, 0-based.
+
+        Raises:
+            LoopedError: plotly is not installed.
+            OutOfRangeError: an example or a component that there is not.
         """
-        path = self.paths[example]
+        path = self.paths[check_index(example, len(self.paths), "example")]
+        for component in components:
+            check_index(component, self.n_components, "component")
         grid, share = path.coordinates, path.explained.tolist()
         values = grid.values[..., list(components)].tolist()
         across, upwards = (f"{grid.labels['component'][c]} ({share[c]:.0%})" for c in components)
@@ -159,6 +165,8 @@ def trajectories(
     """
     if over not in get_args(Over):
         raise LoopedError(f'over={over!r} was asked; choose "layers" or "loop_ends".')
+    if over == "loop_ends" and pos != -1:
+        raise LoopedError(f'pos={pos} was asked of over="loop_ends", which takes every token; leave pos out.')
     check_count("n_components", n_components)
     deep = at_depth(model, n_loops)
     schedule = deep.schedule

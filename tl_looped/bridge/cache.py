@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -51,23 +51,29 @@ class LoopedCache(ActivationCache):
 
     model: Any  # a LoopedBridge; TransformerLens's own annotation knows less
     run: Run | None = None  # what made these activations, where a whole run did
-    _streams: Callable[[], Tensor | None] = staticmethod(lambda: None)
+    _streams: Sequence[Callable[[], Tensor | None]] = ()
 
     def __getitem__(self, key: Any) -> Tensor:
         if not isinstance(key, (str, tuple)) or not key:
             raise LoopedError(
                 f'cache[{key!r}] was asked; pass a name, or a short name and a virtual layer: cache["pattern", 3].'
             )
+        asked = key
         if isinstance(key, tuple):
             short, layer, *more = (*key, None) if len(key) == 1 else key
+            if any(isinstance(part, int) for part in more):
+                raise LoopedError(
+                    f"cache[{key!r}] was asked; a short name goes with one virtual layer, cache[{short!r}, {layer!r}]. A loop "
+                    f"and a layer: cache.at(loop={layer!r}, layer={more[0]!r})[{short!r}]."
+                )
             key = get_act_name(short, None if layer is None else self.model.schedule.layer(layer), *more)
         name = key if key in self.cache_dict else self._one_name(key)
         if name in self.cache_dict:
             return self.cache_dict[name]
         if name.removesuffix("_grad") not in self.model.hook_dict:
-            raise self.model.unknown_name(name)
+            raise self.model.unknown_name(asked if isinstance(asked, str) else name)
         raise UnknownNameError(
-            f"{name!r} exists, but was not cached in this run; name it in names_filter, and run that far. "
+            f"{asked!r} exists, but was not cached in this run; name it in names_filter, and run that far. "
             f"The cache holds {len(self.cache_dict)} entries."
         )
 
@@ -87,8 +93,6 @@ class LoopedCache(ActivationCache):
         point = self.model.hook_dict.get(name.removesuffix("_grad"))  # which may be cached under its other name only
         other = name if point is None else f"{point.name}{'_grad' * name.endswith('_grad')}"
         return other if other in self.cache_dict else name
-
-    # Reading by loop.
 
     def at(self, loop: int | None = None, layer: int | None = None, stack: str | None = None) -> CacheView:
         """The activations of one layer or of one pass, under names without indices.
@@ -173,8 +177,6 @@ class LoopedCache(ActivationCache):
         selected = LoopedCache(entries, self.model, self.has_batch_dim)
         selected.run = self.run
         return selected
-
-    # Decomposing the residual stream.
 
     def decompose_resid(
         self,
@@ -271,7 +273,7 @@ class LoopedCache(ActivationCache):
                 stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim, recompute_ln=recompute
             )
         elif not carried:
-            self._streams = weakref.ref(stack)
+            self._streams = [*(ref for ref in self._streams if ref() is not None), weakref.ref(stack)]
         return (stack, [self._stream_label(name) for name in names]) if return_labels else stack
 
     def stack_head_results(
@@ -466,9 +468,11 @@ class LoopedCache(ActivationCache):
             has_batch_dim: whether the stack has a batch axis.
 
         Raises:
-            LoopedError: the stack is one of streams as they are, which contribute no such thing.
+            LoopedError: the stack is one of streams as they are (`accumulated_resid` made it, or it is a slice of such), which
+                contribute no such thing.
         """
-        if residual_stack is self._streams():
+        whole = residual_stack if residual_stack._base is None else residual_stack._base  # of which it may be a slice
+        if any(whole is streams() for streams in self._streams):
             raise LoopedError(
                 "logit_attrs was asked of streams as they are, which in a looped model are no parts of the final one; use "
                 "accumulated_resid(carried=True) for parts, or cache.logit_lens for a lens."
@@ -540,12 +544,13 @@ class LoopedCache(ActivationCache):
                     "they must have the same shape."
                 )
             direction = direction - other
+        n_pos = self[self._cached_stream(FINAL)].shape[-2]
+        if direction.ndim == 2 + self.has_batch_dim and direction.shape[-2] == n_pos:  # one token for each position
+            direction = _slice(pos).apply(direction, dim=-2)
         if like.ndim == 3 and direction.ndim == 2 and self.has_batch_dim and direction.shape[0] == like.shape[0]:
             direction = direction.unsqueeze(-2)  # one token for each row of the batch
         direction = direction.detach().to(like.device, like.dtype).expand_as(like)
         return self.apply_ln_to_stack(direction[None], pos_slice=pos, has_batch_dim=self.has_batch_dim)[0]
-
-    # What these have in common.
 
     def _layer(self, layer: int | None) -> int:
         n_layers = self.model.cfg.n_layers

@@ -261,11 +261,6 @@ class Decomposition(Reader):
         self._require(needed)
         self.like: Tensor = self.get("hook_embed")
 
-    @property
-    def labels(self) -> list[str]:
-        """The label of every component, in the order of the run."""
-        return [at.label for at in self.writes]
-
     def _require(self, names: list[str]) -> None:
         missing = [name for name in dict.fromkeys(names) if name not in self.cache]
         if missing:

@@ -88,8 +88,6 @@ class LoopedBridge(GeneratingBridge):
         """Number of loops (of H cycles for HRM-Text)."""
         return self.looped_cfg.n_loops
 
-    # Making one.
-
     @classmethod
     def from_pretrained(
         cls,
@@ -165,7 +163,7 @@ class LoopedBridge(GeneratingBridge):
         n_loops: int | None = None,
         *,
         strategy: str = "naive",
-        beta: float = 0.5,
+        beta: float | None = None,
         K: int | None = None,
         tokenizer: Any = None,
     ) -> LoopedBridge:
@@ -179,7 +177,7 @@ class LoopedBridge(GeneratingBridge):
             strategy: "naive" feeds the output of the range back into it. "anchored" (arXiv 2605.23872, `block_anchored`) moves
                 the state by 1/K of the way in every pass and returns `beta * first pass + (1 - beta) * last state`. The paper
                 loops the prompt only; here every position is looped, so that a cached run equals a full one.
-            beta: weight of the first pass ("anchored").
+            beta: weight of the first pass ("anchored"); default: the paper's 0.5.
             K: number of steps ("anchored"); default `n_loops`, or the paper's 6.
             tokenizer: its tokenizer.
 
@@ -189,8 +187,8 @@ class LoopedBridge(GeneratingBridge):
         """
         if strategy not in ("naive", "anchored"):
             raise LoopedError(f"strategy={strategy!r} was asked; choose 'naive' or 'anchored'.")
-        if strategy == "naive" and (K is not None or n_loops is None):
-            raise LoopedError("strategy='naive' needs n_loops= and has no K; K belongs to strategy='anchored'.")
+        if strategy == "naive" and (K is not None or beta is not None or n_loops is None):
+            raise LoopedError("strategy='naive' needs n_loops= and has no K and no beta; they belong to strategy='anchored'.")
         steps = check_count("K", K) if K is not None else check_count("n_loops", n_loops) if n_loops is not None else 6
         checkpoint = _in_memory(hf_model)
         cfg = families.llama.looped_config(
@@ -200,7 +198,7 @@ class LoopedBridge(GeneratingBridge):
             stop=stop,
             n_loops=steps if n_loops is None else n_loops,
             strategy=strategy,
-            beta=beta,
+            beta=0.5 if beta is None else beta,
             anchor_steps=steps if strategy == "anchored" else 1,
         )
         return cls(loading.load_model(checkpoint, cfg=cfg), tokenizer, f"looped {type(hf_model).__name__}")
@@ -231,10 +229,8 @@ class LoopedBridge(GeneratingBridge):
         """
         if self._weights_processed:
             raise LoopedError("the weights of this model were processed (compatibility mode); unroll the model before that.")
-        with torch.device("meta"), _no_collections():
-            model = LoopedModel(self.looped_cfg.replace(n_loops=n_loops))
-        for name, parameter in self._model.canonical_parameters().items():
-            model.set_parameter(name, parameter)
+        with _no_collections():
+            model = self._model.unrolled(n_loops)
         unrolled = LoopedBridge(model, None, self.cfg.model_name)
         unrolled._tokenizer = self.tokenizer
         unrolled.exit_policy = self.exit_policy
@@ -259,8 +255,6 @@ class LoopedBridge(GeneratingBridge):
         loading.save_model(self._model, Path(directory))
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
-
-    # Running it.
 
     def forward(
         self,
@@ -347,8 +341,16 @@ class LoopedBridge(GeneratingBridge):
             if type(error) is not Exception:
                 raise
             raise LoopedError(  # what a tokenizer without an unknown token raises has no class of its own
-                f"the tokenizer has no token for a part of {input!r} ({error}); see model.tokenizer.get_vocab()."
+                f"the tokenizer has no token for a part of {input!r}{self._unknown_words(input)} ({error}); see "
+                "model.tokenizer.get_vocab()."
             ) from error
+
+    def _unknown_words(self, input: str | list[str]) -> str:
+        """Which words of a text the tokenizer cannot read, for an error."""
+        vocabulary = self.tokenizer.get_vocab()
+        words = " ".join([input] if isinstance(input, str) else input).split()
+        unknown = list(dict.fromkeys(word for word in words if word not in vocabulary))
+        return f": {', '.join(map(repr, unknown[:8]))}" if unknown else ""
 
     def _refresh_cfg(self) -> None:
         """Say in `cfg` where the parameters are; another unroll of them may have been moved."""
@@ -384,8 +386,6 @@ class LoopedBridge(GeneratingBridge):
         set_mode(self, mode)
         self._model.train(mode)
         return self
-
-    # Weights.
 
     @property
     def core_weights(self) -> dict[str, nn.Parameter]:
@@ -509,8 +509,6 @@ class LoopedBridge(GeneratingBridge):
         check_running_sum(self.looped_cfg, range(self.schedule.n_layers), "all_composition_scores")
         return super().all_composition_scores(mode)
 
-    # Hooks under both names.
-
     def expand_name(self, name: str, check: bool = True) -> list[str]:
         """The TransformerLens names of all hook points that a name or pattern in either spelling stands for.
 
@@ -539,10 +537,13 @@ class LoopedBridge(GeneratingBridge):
         Args:
             name: the name that was asked.
         """
-        near = difflib.get_close_matches(name, self._all_spellings, n=4, cutoff=0.5)
+        known, last = self._all_spellings, name.rsplit(".", 1)[-1]
+        # Somebody who names a layer may have left out "attn."; one who names a pass, the layer.
+        same = [n for n in known if n.rsplit(".", 1)[-1].removeprefix("hook_") == last.removeprefix("hook_")]
+        near = difflib.get_close_matches(name, same, n=4, cutoff=0.5) or difflib.get_close_matches(name, known, n=4, cutoff=0.5)
         if not near:  # the right layer, but a hook that is nothing like the one asked for
             stem = name.rsplit(".", 1)[0]
-            near = [n for n in self._all_spellings if n.startswith(f"{stem}.")][:4]
+            near = [n for n in known if n.startswith(f"{stem}.")][:4]
         hint = f" Nearest: {', '.join(near)}." if near else ""
         if "*" in name.rsplit(".", 1)[-1]:
             hint = " A * stands for an index only; name the hook, or pass a function of names." + hint
@@ -558,12 +559,26 @@ class LoopedBridge(GeneratingBridge):
         for name, function in hooks:
             if not isinstance(name, str) and not callable(name):
                 raise LoopedError(f"hook name {name!r} was given; pass a name, a pattern or a function of names.")
-            expanded += [(n, function) for n in self.expand_name(name)] if isinstance(name, str) else [(name, function)]
+            expanded += [(n, function) for n in (self.expand_name(name) if isinstance(name, str) else self._matching(name))]
         return expanded
 
-    def _expand_filter(self, names_filter: NamesFilter) -> list[str] | Callable[[str], bool] | None:
-        if names_filter is None or callable(names_filter):
-            return names_filter
+    def _matching(self, accepts: Callable[[str], bool]) -> list[str]:
+        """The TransformerLens names of the hook points that a function of names accepts.
+
+        It may be written for either spelling. Where it accepts no hook of a layer by its TransformerLens name, loop-indexed
+        names are meant; passes have those alone.
+        """
+        names = list(self.hook_dict)
+        plain = [n for n in names if accepts(n)]
+        if any(n.startswith("blocks.") for n in plain):
+            return plain
+        return [n for n in names if n in plain or accepts(self.schedule.loop_name(n))]
+
+    def _expand_filter(self, names_filter: NamesFilter) -> list[str] | None:
+        if names_filter is None:
+            return None
+        if callable(names_filter):
+            return self._matching(names_filter)
         names = (
             list(names_filter) if isinstance(names_filter, Iterable) and not isinstance(names_filter, str) else [names_filter]
         )
@@ -575,14 +590,14 @@ class LoopedBridge(GeneratingBridge):
         """Add a hook as in TransformerBridge; a name may be loop-indexed and may be a pattern.
 
         Args:
-            name: a name or pattern in either spelling, or a function of TransformerLens names.
+            name: a name or pattern in either spelling, or a function of names (see `hooks`).
             *args: the function to call, and more as in TransformerBridge.
             **kwargs: as in TransformerBridge.
 
         Raises:
             LoopedError: no such hook; a loop or layer that this run does not have.
         """
-        for n in self.expand_name(name) if isinstance(name, str) else [name]:
+        for n in self.expand_name(name) if isinstance(name, str) else self._matching(name):
             super().add_hook(n, *args, **kwargs)
 
     def hooks(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -591,8 +606,9 @@ class LoopedBridge(GeneratingBridge):
         """Context manager with hooks, as in TransformerBridge; names may be loop-indexed and may be patterns.
 
         Args:
-            fwd_hooks: pairs of where and what to call: a name or pattern in either spelling, or a function of TransformerLens
-                names; and a function of the activation and the hook point, `fn(tensor, hook)`.
+            fwd_hooks: pairs of where and what to call: a name or pattern in either spelling, or a function of names; and a
+                function of the activation and the hook point, `fn(tensor, hook)`. A function of names is asked about
+                TransformerLens's, and about loop-indexed ones if it accepts no layer by its TransformerLens name.
             bwd_hooks: such pairs for the gradients of activations.
             **kwargs: as in TransformerBridge.
 
@@ -658,7 +674,7 @@ class LoopedBridge(GeneratingBridge):
             input: as in `forward`.
             return_cache_object: False for a plain dict under TransformerLens names.
             remove_batch_dim: drop a batch dimension of 1 from the cache.
-            names_filter: a name, names or patterns in either spelling, or a function of TransformerLens names.
+            names_filter: a name, names or patterns in either spelling, or a function of names (see `hooks`).
             stop_at_layer: as in `forward`.
             *args: as in TransformerBridge.
             **kwargs: as in TransformerBridge, and what `forward` takes.

@@ -171,6 +171,24 @@ class LoopedEmbedding(EmbeddingBridge):
         return embed.weight * embed.unfold if hasattr(embed, "unfold") else embed.weight
 
 
+def check_pass_norms(model: LoopedModel, what: str) -> None:
+    """Refuse a model whose last pass has another norm than the passes before it, as `fold_ln` makes it in some families.
+
+    Args:
+        model: the canonical model of a bridge.
+        what: what was asked.
+
+    Raises:
+        LoopedError: the last pass's norm has lost its weight.
+    """
+    if model.cfg.pass_norm_is_final and "ln_final.weight" in model.parameter_slots:
+        raise LoopedError(
+            f"{what} was asked, which compares passes, but the weights were processed (compatibility mode): the norm of the "
+            "last pass has given its weight to the unembedding, those of the passes before have not. Ask a model without "
+            "weight processing, or use fold_ln=False."
+        )
+
+
 def stream_break(cfg: LoopedConfig, layer: int) -> str | None:
     """Why what a virtual layer writes is not simply added to the stream that all later layers read; None if it is.
 
@@ -207,7 +225,7 @@ def check_running_sum(cfg: LoopedConfig, layers: range, asked: str) -> None:
         if (why := stream_break(cfg, layer)) is not None:
             raise RunningSumError(
                 f"{asked} was asked, which takes the residual stream for one running sum; in this {cfg.family} model, "
-                f"from layer {layer} ({cfg.schedule.name(layer, '')[:-1]}) on, {why}. Patch activations instead, or decompose "
+                f"from layer {layer} ({cfg.schedule.layer_name(layer)}) on, {why}. Patch activations instead, or decompose "
                 "a cache, which follows the stream through the loops."
             )
 

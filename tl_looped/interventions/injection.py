@@ -18,7 +18,7 @@ Value = Float[Tensor, "batch pos d_model"] | Float[Tensor, " d_model"]
 
 
 def freeze_injection(model: LoopedBridge, from_loop: int, *, stack: str | None = None) -> Hooks:
-    """Let all passes after `from_loop` read what that pass was injected.
+    """Give every pass after `from_loop` the injection of that pass.
 
     In a model with one looped stack every pass is injected the same, so this carries an edit of one pass on to the later ones
     and does nothing in an unedited run. In HRM-Text the injection is the other stack's state, and later passes are cut off from
@@ -52,7 +52,7 @@ def replace_injection(
     positions: Positions = None,
     stack: str | None = None,
 ) -> Hooks:
-    """Inject something else in chosen passes, such as what another prompt's run was injected in the same loop.
+    """Replace the injection of chosen passes, for example by that of another prompt's run at the same loop.
 
     Args:
         model: the model.
@@ -112,7 +112,7 @@ def set_initial_state(
         model: the model.
         state: [batch, pos, d_model]; or [d_model], for every row and position; or "zero".
         positions: at which positions; None for all.
-        stack: "L" or "H" for HRM-Text.
+        stack: "L" or "H" for HRM-Text. The state of H is also what the passes of L before the first one of H are injected.
 
     Raises:
         LoopedError: another width; when the hooks run, another shape.
@@ -128,14 +128,16 @@ def set_initial_state(
     if not isinstance(value, Tensor):
         raise LoopedError(f'state={state!r} was given; pass a tensor or "zero" (seeds: initial_state= of forward, generate).')
     _check_value("state", value, model.cfg.d_model)
-    first = model.schedule.passes_of(0, stack)[0]
-    return [(f"{model.schedule.pass_prefix(first)}.hook_state", _write(value, positions))]
+    schedule = model.schedule
+    first = schedule.passes_of(0, stack)[0]
+    names = [f"{schedule.pass_prefix(p)}.hook_injection" for p in schedule.passes[: schedule.passes.index(first)]]
+    return [(name, _write(value, positions)) for name in [*names, f"{schedule.pass_prefix(first)}.hook_state"]]
 
 
 def _names(model: LoopedBridge, passes: list[Pass]) -> list[str]:
     if model.looped_cfg.injection == "none":
         raise LoopedError(
-            f"the passes of this {model.looped_cfg.family} model are injected nothing: they read the state alone; "
+            f"the passes of this {model.looped_cfg.family} model have no injection: they read the state alone; "
             "set_initial_state and steer change it."
         )
     return list(dict.fromkeys(f"{model.schedule.pass_prefix(p)}.hook_injection" for p in passes))

@@ -173,6 +173,21 @@ class LoopedModel(nn.Module):
         """Every distinct parameter once, by canonical name."""
         return {name: getattr(*holders[0]) for name, holders in self.parameter_slots.items()}
 
+    def unrolled(self, n_loops: int) -> LoopedModel:
+        """The same model with another number of loops, holding the same parameters.
+
+        Args:
+            n_loops: how often to loop (H cycles for HRM-Text).
+
+        Raises:
+            LoopedError: `n_loops` is no positive int.
+        """
+        with torch.device("meta"):
+            model = LoopedModel(self.cfg.replace(n_loops=n_loops))
+        for name, parameter in self.canonical_parameters().items():
+            model.set_parameter(name, parameter)
+        return model
+
     def forward(
         self,
         input_ids: Int[Tensor, "batch pos"] | None = None,
@@ -486,7 +501,6 @@ class Part:
 
     start: int | None
     stop: int | None
-    n_layers: int
 
     @property
     def first(self) -> int:
@@ -499,7 +513,7 @@ class Part:
         stop = stop if stop is None or stop == schedule.n_layers else schedule.layer(stop)
         if stop is not None and stop < (start or 0):
             raise LoopedError(f"start={start} and stop={stop} were asked, but a run goes forward; choose start <= stop.")
-        return cls(start, stop, schedule.n_layers)
+        return cls(start, stop)
 
     @property
     def is_restart(self) -> bool:

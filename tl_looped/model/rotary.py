@@ -7,19 +7,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..config import LoopedConfig
-from ..errors import LoopedError
-
-# Scaling rules whose frequencies do not depend on the length of the prompt. The others would make an activation depend on how
-# much text follows it.
-STATIC_SCALING = ("default", "linear", "llama3", "yarn")
 
 
 def inverse_frequencies(cfg: LoopedConfig) -> tuple[Float[Tensor, " half"], float]:
     """Frequencies [d_head / 2] and the factor on cos and sin, by transformers' own rules for scaled ones."""
     scaling = {k: v for k, v in (cfg.rope_scaling or {}).items() if v is not None}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in STATIC_SCALING:
-        raise LoopedError(f"rope scaling {kind!r} was asked; supported are {', '.join(STATIC_SCALING)}.")
     if kind == "default":
         exponent = torch.arange(0, cfg.d_head, 2, dtype=torch.float32, device="cpu") / cfg.d_head
         return 1.0 / cfg.rope_theta**exponent, 1.0

@@ -130,7 +130,7 @@ def report(
             short sentences, or for a toy of pointer chasing `clean` and 32 mappings.
         n_loops: how far to loop where the report looks beyond the model's own number; None for twice that, at least 16.
         clean: a prompt whose activations are patched into that of `corrupted`, of the same number of tokens.
-        corrupted: see `clean`. A toy of pointer chasing has both.
+        corrupted: see `clean`. A toy of pointer chasing has both where `prompts` is None; without them there is no patching.
         on_section: called after each section, with what there is.
         verbose: show a progress bar.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from .._words import counted
 from ..config import LoopedConfig
 
 _WIDTH, _BOX, _GAP = 380, 210, 26  # room for × 128 beside the box
@@ -50,7 +51,7 @@ def schedule_diagram(cfg: LoopedConfig) -> str:
 
 
 def _layers(n: int) -> str:
-    return f"{n} layer{'s' * (n > 1)}"
+    return counted(n, "layer")
 
 
 class _Drawing:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import exits, plots
+from .._words import counted
 from ..analysis import (
     attention_distances,
     attention_stability,
@@ -73,16 +74,16 @@ def the_model(asked: Question, section: Section) -> None:
     }
     section.numbers.update(numbers)
     section.reading.append(
-        f"A token passes {schedule.n_layers} layer{'s' * (schedule.n_layers > 1)} with the weights of {cfg.n_physical}: "
+        f"A token passes {counted(schedule.n_layers, 'layer')} with the weights of {cfg.n_physical}: "
         f"{schedule.describe().split(':')[0]}. The model has {human(found.n_parameters)} parameters, however often it loops."
     )
     section.reading.append(
         f"One loop costs a token {human(found.flops_per_loop, 'FLOP')}, {share(share_of_one_loop)} of an answer "
-        f"after {_count(cfg.n_loops)}, and {cache_bytes:,} bytes of keys and values. Loops are "
+        f"after {counted(cfg.n_loops, 'loop')}, and {cache_bytes:,} bytes of keys and values. Loops are "
         "numbered from 0 on this page."
     )
     section.figures += [
-        Figure("The order in which the layers run.", schedule_diagram(cfg), is_light=False),
+        Figure("The order in which the layers run.", schedule_diagram(cfg)),
         Figure("Sizes and costs.", facts(model, found)),
     ]
 
@@ -136,7 +137,7 @@ def the_answers(asked: Question, section: Section) -> None:
     if trained > 1:
         section.reading.append(
             f"Between these two loops the most probable token changes at {section.numbers['changed_positions']} of "
-            f"{len(words)} position{'s' * (len(words) > 1)} shown."
+            f"{counted(len(words), 'position')} shown."
         )
     if n_loops > trained:
         beyond = _answer(asked, answers[-1, -1], certain[-1, -1])
@@ -235,7 +236,7 @@ def the_trajectories(asked: Question, section: Section) -> None:
         section.numbers["explained_by_two"] = float(path.explained.sum())
         section.reading.append(
             f"Two directions hold {share(path.explained.sum())} of the variance of the last token's states over "
-            f"{_count(loops)}."
+            f"{counted(loops, 'loop')}."
         )
         section.figures.append(
             Figure(
@@ -319,7 +320,7 @@ def the_attention(asked: Question, section: Section) -> None:
         section.reading.append(
             f"From loop {int(found.successive.labels['loop'][0]) - 1} to {found.successive.labels['loop'][0]} a pattern "
             f"changes by {number(mean[0])} on average"
-            + (f", at the last of {_count(len(mean) + 1)} by {number(mean[-1])}." if len(mean) > 1 else ".")
+            + (f", at the last of {counted(len(mean) + 1, 'loop')} by {number(mean[-1])}." if len(mean) > 1 else ".")
         )
         section.figures.append(
             Figure("How far each pattern is from the one in the loop before, mean over heads.", found.plot())
@@ -421,11 +422,12 @@ def the_stability(asked: Question, section: Section) -> None:
     section.numbers |= {name: getattr(found, name) for name in names}
     loss, best = found.loss.values, int(found.loss.values.argmin())
     section.numbers |= {"trained": trained, "best_number_of_loops": best + 1}
-    costs = [f"{measured(found.loss, trained - 1)} nats each after {_count(trained)}"]
+    made_for, at_most = counted(trained, "loop"), counted(len(loss), "loop")
+    costs = [f"{measured(found.loss, trained - 1)} nats each after {made_for}"]
     if best not in (trained - 1, len(loss) - 1):
-        costs.append(f"the least, {number(loss[best])}, after {_count(best + 1)}")
+        costs.append(f"the least, {number(loss[best])}, after {counted(best + 1, 'loop')}")
     if len(loss) > trained:
-        costs.append(f"{measured(found.loss, -1)} after {_count(len(loss))}")
+        costs.append(f"{measured(found.loss, -1)} after {at_most}")
     section.reading.append(
         f"Predicting the next tokens of the prompts costs {listed(costs)} ("
         + (
@@ -436,19 +438,18 @@ def the_stability(asked: Question, section: Section) -> None:
     )
     _left_out(asked, section, 2)
     if len(loss) == trained:
-        section.reading.append(f"{_count(trained)} were asked for, which is what the model was made for; nothing lies beyond.")
+        section.reading.append(f"{made_for} were asked for, which is what the model was made for; nothing lies beyond.")
     elif found.loss.count > 1:
         change, error = float(found.loss_change.values[-1]), float(found.loss_change.stderr[-1])
         verdict = "hurts" if found.overthinks else "helps" if change < -2 * error else "neither clearly hurts nor helps"
         section.reading.append(
-            f"The change from {_count(trained)} to {_count(len(loss))} is {change:+.3g} ± {number(error)} nats, prompt by "
+            f"The change from {made_for} to {at_most} is {change:+.3g} ± {number(error)} nats, prompt by "
             f"prompt: looping on {verdict}."
         )
     if len(loss) > trained:
         section.numbers["agreement_trained_last"] = agree = float(found.agreement.values[trained - 1, -1])
         section.reading.append(
-            f"After {_count(len(loss))} the most probable token is that after {_count(trained)} at {share(agree)} of the "
-            "positions."
+            f"After {at_most} the most probable token is that after {made_for} at {share(agree)} of the positions."
         )
     quality = found.plot()
     quality.for_each_annotation(lambda note: note.update(text=note.text.split(" (share")[0]))
@@ -482,7 +483,7 @@ def the_exits(asked: Question, section: Section) -> None:
     section.numbers |= {"cost": found.cost, "accuracy": found.accuracy, "loss": found.loss}
     full = float(found.accuracy.values[-1])
     section.numbers["examples"] = found.accuracy.count
-    section.reading.append(f"With all {_count(model.n_loops)} the model names {what} in {share(full)} of the cases.")
+    section.reading.append(f"With all {counted(model.n_loops, 'loop')} the model names {what} in {share(full)} of the cases.")
     for k, name in enumerate(policies):
         cost, right = float(found.cost.values[k]), found.accuracy.values[k]
         section.reading.append(
@@ -585,16 +586,12 @@ SECTIONS: dict[str, tuple[str, Part]] = {
 }
 
 
-def _count(n: int) -> str:
-    return f"{n} loop{'s' * (n != 1)}"
-
-
 def _left_out(asked: Question, section: Section, least: int) -> None:
     """Say how many prompts were too short."""
     n = asked.n_examples - sum(map(len, asked.of_length(least)))
     if n and section.reading:
         section.numbers["left_out"] = n
-        section.reading[-1] += f" Left out: {n} prompt{'s' * (n > 1)} of fewer than {least} tokens."
+        section.reading[-1] += f" Left out: {counted(n, 'prompt')} of fewer than {least} tokens."
 
 
 def _linear_if_narrow(figure: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._words import counted
 from ..analysis import InferenceStages, inference_stages
 from ..bridge.looped_bridge import LoopedBridge
 from ..model import LoopedModel
@@ -125,7 +126,7 @@ def _pairs(runs: Runs, others: Runs) -> Float[Tensor, "seed other order loop met
 def _print_losses(looped: Sequence[LoopedBridge], plain: Sequence[LoopedBridge], tokens: Tensor) -> None:
     n_loops = 4 * looped[0].n_loops
     losses = torch.stack([loss_by_loop(model.unroll(n_loops), tokens).mean(1) for model in looped])
-    rows = {f"{n} loop{'s' * (n > 1)}": [_cell(losses[:, n - 1])] for n in (1, 2, 3, 4, 5, 6, 8, 12, 16)}
+    rows = {counted(n, "loop"): [_cell(losses[:, n - 1])] for n in (1, 2, 3, 4, 5, 6, 8, 12, 16)}
     last = torch.stack([loss_by_loop(model, tokens)[-1].mean() for model in plain])
     _table("Loss, nats per token", ["loss"], {**rows, "feed-forward": [_cell(last)]})
 

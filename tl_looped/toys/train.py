@@ -28,8 +28,8 @@ from . import TOYS
 from .hop import N_SYMBOLS, WORDS, hop_accuracy, hop_prompts, hop_tokenizer
 from .text import WINDOW, corpus, encode, loss_by_loop, text_tokenizer, windows
 
-_TOY = LoopedConfig(family="toy", d_model=64, n_heads=4, d_mlp=128, d_vocab=len(WORDS), n_prelude=1, n_core=2)
-_HOP = _TOY.replace(n_ctx=32, n_loops=6, injection="concat", rope_theta=100.0)
+_TOY = LoopedConfig(family="toy", d_model=64, n_heads=4, d_mlp=128, d_vocab=len(WORDS), n_prelude=1, n_core=2, n_loops=6)
+_HOP = _TOY.replace(n_ctx=32, injection="concat", rope_theta=100.0)
 _TEXT = _TOY.replace(d_vocab=1024, n_ctx=WINDOW, n_core=3, n_loops=4, n_coda=1, tied=True)
 CONFIGS = {
     "hop": _HOP,
