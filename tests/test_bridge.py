@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -638,3 +639,24 @@ def test_registered_with_transformer_lens() -> None:
 def test_made_from_config_is_reproducible() -> None:
     one, two, other = (LoopedBridge.from_config(ZOO["ouro"], seed=s) for s in (0, 0, 1))
     assert torch.equal(one(TOKENS), two(TOKENS)) and not torch.equal(one(TOKENS), other(TOKENS))
+
+
+def test_functions_of_names_may_be_written_for_either_spelling() -> None:
+    bridge = random_bridge("huginn")
+    schedule = bridge.schedule
+
+    def chosen(accepts: Any) -> list[str]:
+        seen: list[str] = []
+        _, cache = bridge.run_with_cache(TOKENS, names_filter=accepts)
+        bridge.run_with_hooks(TOKENS, fwd_hooks=[(accepts, lambda x, hook: seen.append(hook.name))])
+        assert seen and {*seen} <= {*cache.cache_dict}  # which holds a point of two names under both
+        return [schedule.loop_name(name) for name in cache.cache_dict if not name.endswith("attn.o.hook_in")]
+
+    inside = chosen(lambda name: name.startswith("loops.1.") and name.endswith("hook_z"))
+    assert inside == [f"loops.1.blocks.{j}.attn.hook_z" for j in range(schedule.n_core)]
+    ends = chosen(lambda name: name.startswith("loops.1.") and name.endswith(("hook_out", "hook_resid_post")))
+    assert {"loops.1.hook_out", "loops.1.blocks.0.hook_resid_post"} < set(ends)  # passes have no other name
+    # A virtual layer of TransformerLens is not one of the same number inside a loop.
+    assert chosen(lambda name: "blocks.1.attn.hook_z" in name) == [f"{schedule.layer_name(1)}.attn.hook_z"]
+    n_layers = schedule.n_layers
+    assert len(chosen(lambda name: name.endswith("hook_resid_pre"))) == n_layers

@@ -230,3 +230,40 @@ def test_what_is_no_name() -> None:
     for key in (5, None, (), slice(1)):
         with pytest.raises(LoopedError, match="pass a name"):
             cache[key]
+
+
+def test_errors_quote_what_was_asked_and_suggest_its_spelling() -> None:
+    bridge = random_bridge("huginn")
+    _, cache = bridge.run_with_cache(random_tokens(), names_filter="loops.*.hook_out")
+    for asked, why in (
+        ("loops.1.blocks.0.hook_z", r"'loops.1.blocks.0.hook_z' was asked.* Nearest: loops.1.blocks.0.attn.hook_z"),
+        ("loops.0.hook_resid_pre", r"'loops.0.hook_resid_pre' was asked.* Nearest: loops.0.blocks.\d.hook_resid_pre"),
+        ("loops.1.blocks.0.attn.hook_z", r"'loops.1.blocks.0.attn.hook_z' exists, but was not cached"),
+        (("resid_pre", 0, 1), r"cache.at\(loop=0, layer=1\)\['resid_pre'\]"),
+    ):
+        with pytest.raises(LoopedError, match=why):
+            cache[asked]
+
+
+def test_slices_and_earlier_stacks_of_streams_are_no_contributions() -> None:
+    bridge = random_bridge("ouro")
+    _, cache = bridge.run_with_cache(random_tokens())
+    first, second = cache.accumulated_resid(layer=None), cache.accumulated_resid(layer=None, incl_mid=True)
+    for streams in (first, second, first[:3], second[1:, :, -1]):
+        with pytest.raises(LoopedError, match="no parts of the final one"):
+            cache.logit_attrs(streams, 1)
+    cache.logit_attrs(cache.accumulated_resid(carried=True), 1)
+
+
+@pytest.mark.parametrize("batch", [True, False])
+def test_a_token_for_every_position(batch: bool) -> None:
+    bridge = random_bridge("ouro")
+    tokens = random_tokens(2 if batch else 1)
+    logits, cache = bridge.run_with_cache(tokens, remove_batch_dim=not batch)
+    wanted = tokens.roll(-1, 1) if batch else tokens[0].roll(-1)
+    logits = logits if batch else logits[0]
+    expected = logits.gather(-1, wanted[..., None])[..., 0]
+    torch.testing.assert_close(cache.attribute_logits(wanted, pos=None).values.sum(0), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(cache.attribute_logits(wanted).values.sum(0), expected[..., -1], atol=1e-4, rtol=0)
+    found = cache.attribute_logits(wanted, pos=[1, 3]).values.sum(0)
+    torch.testing.assert_close(found, expected[..., [1, 3]], atol=1e-4, rtol=0)

@@ -106,3 +106,29 @@ def test_a_config_cannot_change() -> None:
 def test_examples_in_the_module_run() -> None:
     results = doctest.testmod(config_module)
     assert results.attempted and not results.failed
+
+
+def test_widths_that_follow_from_others_follow_them() -> None:
+    cfg = LoopedConfig(d_model=64, n_heads=4, d_vocab=10, n_core=1, n_loops=2)
+    fresh = LoopedConfig(d_model=32, n_heads=2, d_vocab=10, n_core=1, n_loops=2)
+    assert cfg.replace(d_model=32, n_heads=2) == fresh and hash(cfg.replace(n_loops=2)) == hash(cfg)
+    own = LoopedConfig(d_model=64, n_heads=4, d_vocab=10, n_core=1, n_loops=2, n_kv_heads=2, d_head=8, d_mlp=100)
+    assert own.replace(n_loops=5).replace(d_model=32).to_dict() == {**own.to_dict(), "n_loops": 5, "d_model": 32}
+    scaled = cfg.replace(rope_scaling={"rope_type": "linear", "factor": 2.0})
+    assert hash(scaled) == hash(cfg) and scaled != cfg
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"logit_softcap": 0.0}, "would make every logit 0"),
+        ({"logit_softcap": -1.0}, "logit_softcap=-1.0 was asked"),
+        ({"initial_state": "noise", "injection": "add", "noise_std": 0.0}, "needs noise_std > 0"),
+        ({"beta": 7.0}, "between 0 and 1"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' was asked"),
+        ({"mlp": "relu_squared", "biases": ("gate",)}, "does not have"),
+    ],
+)
+def test_values_that_would_fail_later_or_silently_fail_at_once(changes: dict[str, object], why: str) -> None:
+    with pytest.raises(LoopedError, match=why):
+        LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=1, n_loops=2, **changes)  # pyright: ignore[reportArgumentType]

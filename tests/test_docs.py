@@ -69,9 +69,12 @@ def test_nnsight_agrees_too(tmp_path: Path) -> None:
     pytest.importorskip("nnsight", reason="nnsight is in the extra `bench`")
     found = run("coming_from.md", ("tl_looped", "nnsight"), tmp_path)
     torch.testing.assert_close(found["third_call"], found["third"], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(torch.stack(list(found["calls"])), found["states"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.stack([layers[1] for layers in found["calls"]]), found["states"], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found["patched_logits"], found["patched"], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found["cell"](2, 1, -1), found["patched"], atol=1e-5, rtol=1e-4)
+    for loop, layer, pos in ((0, 1, 4), (2, 0, 4), (5, 1, 2)):
+        cell = found["metric"](found["cell"](loop, layer, pos))
+        torch.testing.assert_close(cell, found["sweep"].values[loop, layer, pos], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("page", ["index.md", "concepts.md"])

@@ -128,3 +128,14 @@ def test_refusals() -> None:
     with pytest.raises(LoopedError, match="no next token"):
         exit_steps(bridge, tokens[:, :1], verbose=False)
     assert exit_steps(bridge, tokens[:, :1], answers=[3, 4], verbose=False).cost.values.tolist() == [1, 2, 3]
+
+
+def test_half_precision_states_do_not_overflow_and_one_policy_needs_no_list() -> None:
+    state = torch.full((1, 4096), 1000.0)
+    history = exits.LoopHistory([x.half() for x in (state, 2 * state, 4 * state, 8 * state)], [], lambda loop: state)
+    assert not exits.StateChange(0.03)(history).any() and not exits.TwoHitAcceleration(1e4)(history).any()
+    history.states.append(8 * state.half())
+    assert exits.StateChange(0.03)(history).all()
+    bridge = random_bridge("ouro")
+    one, listed = (exit_steps(bridge, random_tokens(), p, verbose=False) for p in (exits.KL(), [exits.KL()]))
+    assert torch.equal(one.cost.values, listed.cost.values) and one.cost.labels == listed.cost.labels

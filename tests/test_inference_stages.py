@@ -219,3 +219,14 @@ def test_refusals() -> None:
     bridge.add_hook("loops.1.blocks.1.hook_mlp_out", lambda x, hook: x * torch.nan, is_permanent=True)
     with pytest.raises(LoopedError, match=r"loops\.1\.blocks\.1\.hook_resid_post holds NaN"):
         inference_stages(bridge, random_tokens(), verbose=False)
+
+
+def test_stages_measured_differently_are_not_compared() -> None:
+    bridge, tokens = random_bridge("looped_qwen"), random_tokens()
+    stages = inference_stages(bridge, tokens, verbose=False)
+    for other in ({"unit": "bits"}, {"tau": 0.5}, {"centred": True}):
+        with pytest.raises(LoopedError, match="measure both alike"):
+            stages.compare(inference_stages(bridge, tokens, verbose=False, **other))  # pyright: ignore[reportArgumentType]
+    one_layer = LoopedBridge.from_config(bridge.looped_cfg.replace(n_core=1, n_loops=1, n_prelude=0, n_coda=0, windows=()))
+    with pytest.raises(LoopedError, match="over one layer"):
+        stages.compare(inference_stages(one_layer, tokens, verbose=False))

@@ -663,3 +663,14 @@ def test_what_does_not_fit_the_run_is_refused() -> None:
     _, cache = huginn.run_with_cache(TOKENS)
     with huginn.hooks(fwd_hooks=skip_loop(huginn, 1)), pytest.raises(LoopedError, match="start_at_layer"):
         huginn(cache["resid_pre", middle], start_at_layer=middle, injection=cache["loops.1.hook_injection"])
+
+
+def test_the_state_of_h_is_what_its_passes_and_those_of_l_before_it_get() -> None:
+    bridge = random_bridge("hrm_text")
+    zero = set_initial_state(bridge, "zero", stack="H")
+    watched = [f"L.loops.{t}.hook_injection" for t in range(bridge.looped_cfg.l_cycles or 0)] + ["H.loops.0.hook_state"]
+    with bridge.hooks(fwd_hooks=zero):
+        _, cache = bridge.run_with_cache(TOKENS)
+    assert all(not cache[name].any() for name in watched)
+    later = f"L.loops.{bridge.looped_cfg.l_cycles}.hook_injection"
+    assert cache[later].any() and torch.equal(cache[later], cache["H.loops.0.hook_out"])

@@ -163,3 +163,11 @@ def test_refusals() -> None:
     bridge.original_model.canonical_parameters()["core.0.mlp.down.weight"].data[:] = torch.nan
     with pytest.raises(LoopedError, match="the state leaving loop 0 holds NaN"):
         local_stability(bridge, tokens, n_loops=4, verbose=False)
+
+
+def test_hooks_that_would_not_act_are_refused() -> None:
+    bridge = random_bridge("huginn")
+    with bridge.hooks(fwd_hooks=[("loops.*.hook_injection", lambda x, hook: 0 * x)]):
+        with pytest.raises(LoopedError, match=r"has hooks, such as at loops.0.hook_injection"):
+            local_stability(bridge, random_tokens(1), verbose=False)
+    local_stability(bridge, random_tokens(1), verbose=False)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_cli import word_tokenizer
 from zoo import ZOO, random_bridge, random_tokens
 
-from tl_looped import LoopedBridge, LoopedError, _patcher
+from tl_looped import LoopedBridge, LoopedConfig, LoopedError, _patcher
 from tl_looped.interventions import freeze_attention, skip_loop
 from tl_looped.patching import patch_between_loops, patch_sweep
 from tl_looped.sites import HEADS, PASSES, STREAMS
@@ -359,3 +359,32 @@ def test_a_batch_needs_no_more_memory_than_estimated(name: str) -> None:
         with PeakMemory(bridge) as live:
             patcher.run([_patcher.Cell([edit], 0, 0)] * rows, False, "")
     assert rows * patcher._row_bytes(5) / 4 < live.nbytes <= rows * patcher._row_bytes(5)
+
+
+def test_onwards_reaches_the_end_of_the_run_whatever_loops_are_swept() -> None:
+    bridge = zoo("looped_qwen")
+    every = patch_between_loops(bridge, CORRUPTED, metric, source_tokens=CLEAN, onwards=True, verbose=False)
+    some = patch_between_loops(bridge, CORRUPTED, metric, source_tokens=CLEAN, onwards=True, loops=[0, 1], verbose=False)
+    assert torch.equal(some.values, every.values[:2, :2])
+    alone = patch_between_loops(bridge, CORRUPTED, metric, source_tokens=CLEAN, loops=[0, 1], verbose=False)
+    assert not torch.allclose(alone.values, some.values)
+
+
+def test_positions_are_called_by_the_tokens_that_ran() -> None:
+    cfg = LoopedConfig(d_model=8, n_heads=2, d_vocab=31, n_core=1, n_loops=2)
+    model = LoopedBridge.from_config(cfg, tokenizer=word_tokenizer())
+    text, other = "t3 t4", "t5 t6"
+    for prepend_bos in (True, False):
+        _, cache = model.run_with_cache(text, prepend_bos=prepend_bos)
+        sweep = patch_sweep(model, other, cache, lambda x: x[0, -1, 0], verbose=False, prepend_bos=prepend_bos)
+        ran = model.to_str_tokens(model.to_tokens(other, prepend_bos=prepend_bos)[0])
+        assert sweep.labels["pos"] == [f"{word} {i}" for i, word in enumerate(ran)]
+
+
+def test_a_number_of_python_is_a_metric_and_text_is_no_cache(unchecked: None) -> None:
+    bridge = zoo("looped_qwen")
+    found = patch_sweep(bridge, CORRUPTED, clean_cache("looped_qwen"), lambda x: float(x[0, -1, 0]), verbose=False)
+    same = patch_sweep(bridge, CORRUPTED, clean_cache("looped_qwen"), lambda x: x[0, -1, 0], verbose=False)
+    torch.testing.assert_close(found.values.double(), same.values.double(), atol=1e-6, rtol=0)
+    with pytest.raises(LoopedError, match="a str was given for the clean cache; run the clean prompt first"):
+        patch_sweep(bridge, CORRUPTED, "some text", metric, verbose=False)  # pyright: ignore[reportArgumentType]

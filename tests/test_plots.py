@@ -9,10 +9,10 @@ import pytest
 import torch
 from zoo import random_bridge, random_tokens
 
-from tl_looped import exits
-from tl_looped.analysis import exit_steps, logit_lens, stability
-from tl_looped.plots import grouped, heat_map, panels, rank_trajectories
-from tl_looped.results import Grid
+from tl_looped import LoopedError, exits
+from tl_looped.analysis import exit_steps, logit_lens, looped_floorplan, stability, trajectories
+from tl_looped.plots import attention_heads, floorplan, grouped, heat_map, panels, rank_trajectories
+from tl_looped.results import Estimate, Grid
 from tl_looped.schedule import Schedule
 
 pytest.importorskip("plotly")
@@ -102,3 +102,27 @@ def test_labels_are_text_and_no_tags() -> None:
     """Plotly would take `<s>`, the first token of many prompts, for a tag that strikes text through."""
     found = Grid(torch.rand(1, 2), ("loop", "pos"), {"loop": ["0"], "pos": ["<s>", "a"]}).plot()
     assert found.layout.xaxis.ticktext == ("&lt;s&gt;", "a") and "&lt;s&gt;" in found.data[0].customdata[0][0]
+
+
+def test_what_is_not_there_is_not_drawn(unchecked: None) -> None:
+    bridge = random_bridge("looped_qwen")
+    lens = logit_lens(bridge, random_tokens(), targets=1)
+    _, cache = bridge.run_with_cache(random_tokens())
+    drawings = [
+        (lambda: lens.plot(9), "example 9 is out of range"),
+        (lambda: lens.plot(0, 9), "decoded position 9"),
+        (lambda: floorplan(looped_floorplan(bridge, random_tokens(1)), bridge.unroll(2).schedule.sites), "layers and .* sites"),
+        (lambda: attention_heads(cache, ["a"] * 7, layer=9), "layer 9 is out of range"),
+        (lambda: attention_heads(cache, ["a"] * 7, example=9), "example 9 is out of range"),
+        (lambda: trajectories(bridge, random_tokens(), verbose=False).plot(9), "example 9"),
+        (lambda: trajectories(bridge, random_tokens(), verbose=False).plot(0, (0, 9)), "component 9"),
+        (lambda: Estimate.of(torch.ones(2), (), {}, "one").plot(), "single number, 1"),
+        (lambda: trajectories(bridge, random_tokens(), over="loop_ends", pos=3, verbose=False), "leave pos out"),
+        (lambda: looped_floorplan(bridge, [torch.tensor([1, 2]), torch.tensor([1, 2])]), "2 prompts"),
+    ]
+    for draw, why in drawings:
+        with pytest.raises(LoopedError, match=why):
+            draw()
+    assert Estimate.of(torch.tensor([1.0, 3.0]), (), {}, "one").to_dataframe().to_dict("records") == [
+        {"one": 2.0, "one_stderr": 1.0, "count": 2}
+    ]

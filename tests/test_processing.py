@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from torch.nn.functional import log_softmax
 from zoo import ZOO, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
+from tl_looped.analysis import step_geometry, trajectories
+from tl_looped.patching import patch_between_loops
+from tl_looped.weight_gradients import weight_gradients_by_pass
 
 TOKENS = random_tokens()
 FAMILIES = pytest.mark.parametrize("name", ZOO)
@@ -295,3 +299,26 @@ def test_processed_weights_do_not_load_into_a_raw_model() -> None:
     two.process_weights()
     two.load_state_dict(one.state_dict())
     assert torch.equal(one(TOKENS), two(TOKENS))
+
+
+@pytest.mark.parametrize("name", ["ouro", "hrm_text", "nanbeige"])
+def test_passes_whose_norms_differ_are_not_compared(name: str) -> None:
+    def asks(model: LoopedBridge) -> list[Any]:
+        stack = "H" if name == "hrm_text" else None
+        return [
+            lambda: step_geometry(model, TOKENS, n_loops=model.n_loops, stack=stack, verbose=False),
+            lambda: trajectories(model, TOKENS, over="loop_ends", n_components=2, stack=stack, verbose=False),
+            lambda: patch_between_loops(model, TOKENS, lambda x: x[:, -1, 0], "out", stack=stack, verbose=False),
+            lambda: weight_gradients_by_pass(model, TOKENS),
+        ]
+
+    folded, unfolded = (random_bridge(name, n_loops=3, norm_weight=True) for _ in range(2))
+    folded.enable_compatibility_mode()
+    for ask in asks(folded):
+        with pytest.raises(LoopedError, match="compares passes, but the weights were processed"):
+            ask()
+    unfolded.enable_compatibility_mode(fold_ln=False)
+    for ask in asks(unfolded):
+        ask()
+    with pytest.raises(LoopedError, match="after_norm=True was asked, but the weights were processed"):
+        trajectories(processed("huginn"), TOKENS, after_norm=True, verbose=False)

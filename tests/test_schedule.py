@@ -249,3 +249,12 @@ def test_loop_selectors() -> None:
 def test_what_is_no_loop_selector_is_refused(wrong: object) -> None:
     with pytest.raises(LoopedError, match="was asked"):
         Schedule(n_core=2, n_loops=3).select_loops(wrong)
+
+
+def test_an_index_of_a_layer_may_be_negative_and_must_exist() -> None:
+    assert ONE_STACK.pass_of_layer(-2) is ONE_STACK.passes[-1] and ONE_STACK.pass_of_layer(-1) is None
+    with pytest.raises(OutOfRangeError, match="layer 99"):
+        ONE_STACK.pass_of_layer(99)
+    assert ONE_STACK.layer_name(-2) == "loops.3.blocks.2" and Schedule(1, 1).describe() == (
+        "1 loop over one stack of 1 layer, 0 prelude and 0 coda layers: 1 virtual layer"
+    )

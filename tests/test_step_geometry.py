@@ -208,3 +208,10 @@ def test_figures() -> None:
     assert [line.name for line in figure.data][:2] == ["norm", "step_norm"] and len(figure.data) == 8
     assert list(figure.data[2].x) == [2, 3] and figure.layout.title.text == "loops.*.hook_out"
     assert found.cka.plot().data[0].type == "heatmap"
+
+
+def test_what_has_settled_has_no_direction() -> None:
+    found = step_geometry(linear_loop(0.5 * torch.eye(D), torch.eye(D)), TOKENS, n_loops=80, verbose=False)
+    assert found.step_cosine.values[:30].isfinite().all() and found.step_norm.values[-1] < 1e-12
+    for name in ("step_cosine", "turning_angle", "normalised_acceleration"):
+        assert getattr(found, name).values[-1].isnan(), name

@@ -537,9 +537,12 @@ class LoopedBridge(GeneratingBridge):
         Args:
             name: the name that was asked.
         """
-        known, last = self._all_spellings, name.rsplit(".", 1)[-1]
+        plain = list(self.hook_dict)
+        known = plain if name.startswith("blocks.") else [self.schedule.loop_name(n) for n in plain]
+        last = name.rsplit(".", 1)[-1]
         # Somebody who names a layer may have left out "attn."; one who names a pass, the layer.
         same = [n for n in known if n.rsplit(".", 1)[-1].removeprefix("hook_") == last.removeprefix("hook_")]
+        same = [n for n in same if n.startswith(name.rpartition(".")[0] + ".")] or same
         near = difflib.get_close_matches(name, same, n=4, cutoff=0.5) or difflib.get_close_matches(name, known, n=4, cutoff=0.5)
         if not near:  # the right layer, but a hook that is nothing like the one asked for
             stem = name.rsplit(".", 1)[0]
@@ -549,32 +552,28 @@ class LoopedBridge(GeneratingBridge):
             hint = " A * stands for an index only; name the hook, or pass a function of names." + hint
         return UnknownNameError(f"hook {name!r} was asked, but this model has no such hook point.{hint} All: model.hook_dict.")
 
-    @property
-    def _all_spellings(self) -> list[str]:
-        names = list(self.hook_dict)
-        return names + [n for n in map(self.schedule.loop_name, names) if n not in self.hook_dict.keys()]
-
     def _expand_hooks(self, hooks: Iterable[Hook]) -> list[Hook]:
         expanded: list[Hook] = []
         for name, function in hooks:
             if not isinstance(name, str) and not callable(name):
                 raise LoopedError(f"hook name {name!r} was given; pass a name, a pattern or a function of names.")
-            expanded += [(n, function) for n in (self.expand_name(name) if isinstance(name, str) else self._matching(name))]
+            where = self.expand_name(name) if isinstance(name, str) else [self._matching(name)]
+            expanded += [(place, function) for place in where]
         return expanded
 
-    def _matching(self, accepts: Callable[[str], bool]) -> list[str]:
-        """The TransformerLens names of the hook points that a function of names accepts.
+    def _matching(self, accepts: Callable[[str], bool]) -> Callable[[str], bool]:
+        """A function of TransformerLens names from one that may be written for either spelling.
 
-        It may be written for either spelling. Where it accepts no hook of a layer by its TransformerLens name, loop-indexed
+        Where it accepts no hook of a layer by its TransformerLens name, loop-indexed
         names are meant; passes have those alone.
         """
         names = list(self.hook_dict)
         plain = [n for n in names if accepts(n)]
         if any(n.startswith("blocks.") for n in plain):
-            return plain
-        return [n for n in names if n in plain or accepts(self.schedule.loop_name(n))]
+            return frozenset(plain).__contains__
+        return frozenset(n for n in names if n in plain or accepts(self.schedule.loop_name(n))).__contains__
 
-    def _expand_filter(self, names_filter: NamesFilter) -> list[str] | None:
+    def _expand_filter(self, names_filter: NamesFilter) -> list[str] | Callable[[str], bool] | None:
         if names_filter is None:
             return None
         if callable(names_filter):
@@ -597,7 +596,7 @@ class LoopedBridge(GeneratingBridge):
         Raises:
             LoopedError: no such hook; a loop or layer that this run does not have.
         """
-        for n in self.expand_name(name) if isinstance(name, str) else self._matching(name):
+        for n in self.expand_name(name) if isinstance(name, str) else [self._matching(name)]:
             super().add_hook(n, *args, **kwargs)
 
     def hooks(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -102,7 +102,10 @@ _FAMILIES: list[Family] = [canonical, ouro, huginn, retrofit, hrm_text, nanbeige
 
 
 def register(family: Family) -> None:
-    """Make a family known to `from_pretrained`, `from_hf` and the command, before those that are known already.
+    """Make a family known to `from_pretrained` and `from_hf` of this process, before those that are known already.
+
+    The command is a process of its own and does not know it; what it shows is `tl_looped.report.report` and
+    `tl_looped.analysis.logit_lens` here.
 
     Args:
         family: a module or an object with `matches`, `looped_config`, `sources`, `TIED` and `IGNORED`.

@@ -215,17 +215,25 @@ def modules(cfg: LoopedConfig, table: Mapping[str, str]) -> dict[str, Source]:
     return sources
 
 
-def fused(stored: str, width: int, parts: Mapping[str, int]) -> dict[str, Source]:
+def fused(stored: str, width: int, parts: Mapping[str, int], bias: bool = False) -> dict[str, Source]:
     """Sources of modules stored as one matrix.
 
     Args:
         stored: the name of the fused module.
         width: its number of columns.
         parts: rows of each canonical module, in the stored order.
+        bias: it has a bias too.
+
+    Example:
+        >>> found = fused("h.0.qkv", 8, {"core.0.attn.q": 8, "core.0.attn.k": 4, "core.0.attn.v": 4})
+        >>> found["core.0.attn.v.weight"].first, found["core.0.attn.v.weight"].shape
+        (12, (16, 8))
     """
-    sources, first = {}, 0
+    sources, first, total = {}, 0, sum(parts.values())
     for ours, rows in parts.items():
-        sources[f"{ours}.weight"] = Source(f"{stored}.weight", first, (sum(parts.values()), width))
+        sources[f"{ours}.weight"] = Source(f"{stored}.weight", first, (total, width))
+        if bias:
+            sources[f"{ours}.bias"] = Source(f"{stored}.bias", first, (total,))
         first += rows
     return sources
 
