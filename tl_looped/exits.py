@@ -23,6 +23,16 @@ class LoopHistory:
         states: the state before the first loop, then the one leaving every loop so far.
         exit_logits: of every loop so far, in models with an exit gate.
         readout: loop -> what the model would answer if it stopped there.
+
+    Example:
+        >>> from tl_looped import LoopedBridge
+        >>> def is_sure(history):  # a policy of one's own: most of the probability is on one token
+        ...     return history.log_probs(history.loop).exp().amax(-1) > 0.9
+        >>> model = LoopedBridge.from_pretrained("toy:hop", device="cpu")
+        >>> model.exit_policy = is_sure
+        >>> _ = model.generate("A b B c C a ? A", max_new_tokens=1, verbose=False)
+        >>> model.generation_report.passes_per_token.tolist()
+        [[1]]
     """
 
     states: list[Float[Tensor, "*rows d_model"]]
@@ -69,6 +79,14 @@ class Gate:
 
     Args:
         threshold: cumulative exit probability, from 0 to 1.
+
+    Example:
+        >>> history = LoopHistory([], exit_logits=[torch.zeros(1), torch.zeros(1)], readout=lambda loop: None)
+        >>> Gate(0.7)(history).tolist(), Gate(0.8)(history).tolist()  # 0.5 + 0.25
+        ([True], [False])
+
+    Raises:
+        LoopedError: a threshold outside 0 to 1; when it is asked, a model without an exit gate.
     """
 
     threshold: float
@@ -94,6 +112,11 @@ class KL:
 
     Args:
         threshold: in nats; the default is the paper's.
+
+    Example:
+        >>> states = [torch.zeros(1, 2)] * 3
+        >>> KL()(LoopHistory(states, [], readout=lambda loop: torch.tensor([[1.0, 2.0]]))).tolist()  # nothing changed
+        [True]
     """
 
     threshold: float = 5e-4
@@ -117,7 +140,12 @@ class StateChange:
     `s_t` is `loops.{t}.hook_out`; before the first loop it is the state that enters it.
 
     Args:
-        threshold: relative L2 distance; the default is that of the published code.
+        threshold: relative L2 distance; the default is that of the published code. It is computed in fp32 or wider.
+
+    Example:
+        >>> history = LoopHistory([torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.1]])], [], readout=lambda loop: None)
+        >>> StateChange(0.2)(history).tolist(), StateChange(0.03)(history).tolist()
+        ([True], [False])
     """
 
     threshold: float = 0.03
@@ -140,6 +168,11 @@ class TwoHitAcceleration:
 
     Args:
         threshold: L2 distance in the units of the state; the paper gives none.
+
+    Example:
+        >>> steady = [torch.tensor([[float(t), 0.0]]) for t in range(4)]
+        >>> TwoHitAcceleration(0.1)(LoopHistory(steady, [], readout=lambda loop: None)).tolist()
+        [True]
     """
 
     threshold: float

@@ -46,7 +46,7 @@ class Grid:
             )
 
     def to_dataframe(self) -> Any:
-        """A pandas DataFrame with one row per number and one column per axis."""
+        """A pandas DataFrame with one row per number and one column per axis (needs pandas, which TransformerLens installs)."""
         import pandas as pd
 
         ranges = [torch.arange(n) for n in self.values.shape]
@@ -110,7 +110,11 @@ class Estimate(Grid):
         return cls(mean, axes, labels, name, len(examples), (wide - mean).square().sum(0))
 
     def __add__(self, other: Estimate) -> Estimate:
-        """The estimate over the examples of both (Chan et al. 1979), the same whichever way they were split."""
+        """The estimate over the examples of both (Chan et al. 1979), the same whichever way they were split.
+
+        Raises:
+            LoopedError: other axes, labels or quantities.
+        """
         if (self.axes, self.labels, self.name) != (other.axes, other.labels, other.name):
             raise LoopedError(
                 f"{other.name} over {other.axes} cannot be added to {self.name} over {self.axes}: the axes, their labels and "
@@ -161,7 +165,12 @@ def _merge(name: str, a: Any, b: Any) -> Any:
 
 
 def table(first: Grid, *others: Grid) -> Any:
-    """One pandas DataFrame for several grids: a row per entry of the first, a column for each; missing entries are NaN."""
+    """One pandas DataFrame for several grids: a row per entry of the first, a column for each; missing entries are NaN.
+
+    Args:
+        first: whose entries are the rows.
+        *others: grids over some or all of its axes.
+    """
     frame = first.to_dataframe()
     for grid in others:
         frame = frame.merge(grid.to_dataframe().drop(columns="count", errors="ignore"), how="left", on=list(grid.axes))

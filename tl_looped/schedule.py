@@ -156,11 +156,18 @@ class Schedule:
         return tuple(offset[site.stack] + site.layer for site in self.sites)
 
     def n_loops_of(self, stack: str) -> int:
-        """How often a looped stack runs."""
+        """How often a looped stack runs.
+
+        Args:
+            stack: "core", or "L" or "H" for HRM-Text.
+        """
         return sum(p.stack == stack for p in self.passes)
 
     def looped_stack(self, stack: str | None = None) -> str:
         """Check the name of a looped stack; None for the only one.
+
+        Args:
+            stack: "L" or "H" for HRM-Text; None or "core" elsewhere.
 
         Raises:
             LoopedError: there is no such stack, or None was given and there are two.
@@ -221,6 +228,9 @@ class Schedule:
     def layer(self, index: int) -> int:
         """Check a virtual index and make it non-negative.
 
+        Args:
+            index: a virtual layer; negative ones count from the end.
+
         Raises:
             OutOfRangeError: there is no such layer.
         """
@@ -229,13 +239,23 @@ class Schedule:
     def loop(self, index: int) -> int:
         """Check a loop index (of the H stack for HRM-Text) and make it non-negative.
 
+        Args:
+            index: a loop; negative ones count from the end.
+
         Raises:
             OutOfRangeError: there is no such loop.
         """
         return _pick_one(index, self.n_loops, "loop", "loops", more_loops=True)
 
     def pass_of_loop(self, loop: int) -> Pass:
-        """The pass that ends loop `loop` (the H pass for HRM-Text)."""
+        """The pass that ends a loop (the H pass for HRM-Text).
+
+        Args:
+            loop: which loop; negative ones count from the end.
+
+        Raises:
+            OutOfRangeError: there is no such loop.
+        """
         wanted = self.loop(loop)
         return next(p for p in self.passes if p.stack == self.core_stacks[-1] and p.loop == wanted)
 
@@ -252,11 +272,21 @@ class Schedule:
         return next((p for p in self.passes if layer in p.layers), None)
 
     def site(self, index: int) -> Site:
-        """The site of a virtual layer."""
+        """The site of a virtual layer.
+
+        Args:
+            index: a virtual layer; negative ones count from the end.
+
+        Raises:
+            OutOfRangeError: there is no such layer.
+        """
         return self.sites[self.layer(index)]
 
     def virtual(self, site: Site) -> int:
-        """The virtual index of a site; negative indices count from the end.
+        """The virtual index of a site.
+
+        Args:
+            site: stack, loop and layer; negative indices count from the end.
 
         Raises:
             OutOfRangeError: this run has no such site.
@@ -271,7 +301,11 @@ class Schedule:
         return found
 
     def pass_prefix(self, p: Pass) -> str:
-        """The loop-indexed name of a pass, without a hook."""
+        """The loop-indexed name of a pass, without a hook, such as "loops.2".
+
+        Args:
+            p: one of `passes`.
+        """
         return f"{self._stack_prefix(p.stack)}loops.{p.loop}"
 
     def _stack_prefix(self, stack: str) -> str:
@@ -303,7 +337,14 @@ class Schedule:
         return f"{self._stack_prefix(site.stack)}{loop}blocks.{site.layer}"
 
     def loop_name(self, name: str) -> str:
-        """The loop-indexed spelling of a TransformerLens hook name; other names come back as they are."""
+        """The loop-indexed spelling of a TransformerLens hook name; other names come back as they are.
+
+        Args:
+            name: such as "blocks.3.hook_mlp_out".
+
+        Raises:
+            OutOfRangeError: there is no such layer.
+        """
         match = _BLOCK.fullmatch(name)
         return self.name(int(match[1]), match[2]) if match and match[1].lstrip("-").isdigit() else name
 

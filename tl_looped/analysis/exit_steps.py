@@ -17,6 +17,7 @@ from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..exits import ExitPolicy, LoopHistory
 from ..model.initial_state import InitialState
+from ..model.layers import wide
 from ..results import Estimate, Result, table
 from ._prompts import Prompts, at_depth, check_finite, token_batches
 from ._targets import Answers, Targets
@@ -89,9 +90,13 @@ def gate_pdf(exit_logits: Float[Tensor, "loop ..."]) -> Float[Tensor, "loop ..."
     It is `p_t = lambda_t prod_{s<t} (1 - lambda_s)` with `lambda = sigmoid(exit logit)`; the last loop gets all that is left.
 
     Args:
-        exit_logits: [loop, ...].
+        exit_logits: the gate's logits, such as `cache.stack_loops("hook_exit_logit")`, [loop, ...].
+
+    Example:
+        >>> gate_pdf(torch.zeros(3)).tolist()  # a gate that always says 0.5
+        [0.5, 0.25, 0.25]
     """
-    leave = torch.sigmoid(exit_logits.to(torch.promote_types(exit_logits.dtype, torch.float32)))
+    leave = torch.sigmoid(wide(exit_logits))
     stay = torch.cat((torch.ones_like(leave[:1]), (1 - leave[:-1]).cumprod(0)))
     return torch.cat((leave[:-1] * stay[:-1], stay[-1:]))
 

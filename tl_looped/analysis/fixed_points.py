@@ -41,10 +41,10 @@ RESID, PATTERN = "hook_resid_post", "attn.hook_pattern"
 
 @dataclass(frozen=True, eq=False)
 class FixedPoints(Result):
-    """What `fixed_points` found: estimates over the examples, axes (loop, layer) if nothing else is said. `a + b` merges.
+    """What `fixed_points` found: estimates over the examples, axes (loop, layer) unless stated otherwise. `a + b` merges.
 
     Args:
-        norm: norm of the residual stream. An RMS norm before the readout hides growth, so look at it beside every distance.
+        norm: L2 norm of the residual stream. An RMS norm before the readout hides growth, so look at it beside every distance.
         successive: from each loop but the first to the loop before, under "l2", "relative" (l2 over the norm of the later
             state) and "cosine" (the similarity, 1 for no change of direction).
         distance: from each loop to the reference X*, under the same names; "relative" is over the norm of X*. If the reference

@@ -130,6 +130,9 @@ class InferenceStages(Result):
             metric: "colsum", "sink_rate", "mixing", "entropy" or "norm".
             stack: "L" or "H" for HRM-Text; not needed elsewhere.
             edges: put the layers of prelude and coda around those of every pass, as the paper's plots by recurrence do.
+
+        Raises:
+            LoopedError: an unknown metric; a stack that does not exist.
         """
         values, schedule = self._metric(metric).values, self.schedule
         before, after = values[: schedule.n_prelude], values[schedule.first_coda_layer :]

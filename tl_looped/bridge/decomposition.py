@@ -50,7 +50,11 @@ class LogitAttribution:
     unit: str
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
-        """The `k` components of the largest magnitude with their values, averaged over batch and positions."""
+        """The components of the largest magnitude, with their values in logits, averaged over batch and positions.
+
+        Args:
+            k: how many.
+        """
         mean = self.values.flatten(1).mean(-1) if self.values.ndim > 1 else self.values
         chosen = mean.abs().topk(min(k, len(self.labels))).indices.tolist()
         return [(self.labels[i], mean[i].item()) for i in chosen]

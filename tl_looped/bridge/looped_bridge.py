@@ -44,6 +44,11 @@ class LoopedBridge(GeneratingBridge):
     come in two spellings, `blocks.{i}.{hook}` and `loops.{t}.blocks.{j}.{hook}`, and both work wherever a name is accepted.
     Use `from_pretrained`, `from_hf`, `from_config` or `loop_layers` to make one.
 
+    Args:
+        model: the canonical model; it is wrapped, not copied.
+        tokenizer: its tokenizer.
+        model_name: what errors and reports call it.
+
     Example:
         >>> import torch
         >>> from tl_looped import LoopedBridge, LoopedConfig
@@ -114,6 +119,12 @@ class LoopedBridge(GeneratingBridge):
 
         Raises:
             CheckpointError: not found, not a looped checkpoint, or tensors and config that do not fit.
+
+        Example:
+            >>> from tl_looped import LoopedBridge
+            >>> model = LoopedBridge.from_pretrained("toy:hop", device="cpu")
+            >>> model.to_string(model.readout("A b B c C a ? A", loop=1)[0, -1].argmax())  # A leads to b, b to c
+            'c'
         """
         checkpoint = loading.open_checkpoint(name_or_dir, revision)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -137,6 +148,15 @@ class LoopedBridge(GeneratingBridge):
         Raises:
             CheckpointError: the model is of no known looped family.
             LoopedError: it has no config, or a TransformerBridge has wrapped it.
+
+        Example:
+            >>> from transformers import HrmTextConfig, HrmTextForCausalLM
+            >>> config = HrmTextConfig(
+            ...     vocab_size=10, hidden_size=8, intermediate_size=8, num_layers_per_stack=1, num_attention_heads=2,
+            ...     num_key_value_heads=2, head_dim=4, H_cycles=2, L_cycles=3,
+            ... )
+            >>> LoopedBridge.from_hf(HrmTextForCausalLM(config)).schedule.describe()
+            '2 loops over stacks L (3 x per loop) and H of 1 layer, 0 prelude and 0 coda layers: 8 virtual layers'
         """
         checkpoint = _in_memory(hf_model)
         return cls(loading.load_model(checkpoint, n_loops=n_loops, l_cycles=l_cycles), tokenizer, type(hf_model).__name__)
@@ -184,6 +204,13 @@ class LoopedBridge(GeneratingBridge):
         Raises:
             LoopedError: a range or strategy that does not fit the model; a model without a config, or already in a bridge.
             CheckpointError: the model is not a decoder of a known shape.
+
+        Example:
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> sizes = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+            >>> llama = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **sizes))
+            >>> LoopedBridge.loop_layers(llama, start=1, stop=3, n_loops=2).schedule.describe()
+            '2 loops over one stack of 2 layers, 1 prelude and 1 coda layer: 6 virtual layers'
         """
         if strategy not in ("naive", "anchored"):
             raise LoopedError(f"strategy={strategy!r} was asked; choose 'naive' or 'anchored'.")
@@ -226,6 +253,13 @@ class LoopedBridge(GeneratingBridge):
 
         Raises:
             LoopedError: `n_loops` is no positive int; the weights were processed, and belong to this unroll only.
+
+        Example:
+            >>> from tl_looped import LoopedBridge, LoopedConfig
+            >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
+            >>> deeper = model.unroll(16)
+            >>> deeper.n_loops, deeper.blocks[5].attn.q.weight is model.blocks[1].attn.q.weight
+            (16, True)
         """
         if self._weights_processed:
             raise LoopedError("the weights of this model were processed (compatibility mode); unroll the model before that.")
@@ -276,7 +310,10 @@ class LoopedBridge(GeneratingBridge):
             stop_at_layer: run up to this virtual layer, exclusive, and return the residual stream entering it,
                 [batch, pos, d_model]; `n_layers` for the one leaving the last layer.
             **kwargs: `initial_state` (tensor [batch, pos, d_model], int seed, torch.Generator or "zero"), `attention_mask`,
-                `position_ids`, `token_type_ids` (HRM-Text's prefix), `past_key_values`, and the rest of TransformerBridge's.
+                `position_ids`, `token_type_ids` (HRM-Text's prefix), `past_key_values`, and the rest of TransformerBridge's;
+                `loop` (an int) to stop and read out after that loop, or `on_loop`, called as `on_loop(loop, logits)` with the
+                readout after every loop of one run; with `start_at_layer` also `injection` [batch, pos, d_model] and
+                `input_ids` [batch, pos].
 
         Raises:
             LoopedError: inputs that do not fit the model; layers out of range.
@@ -309,6 +346,21 @@ class LoopedBridge(GeneratingBridge):
             input: text or tokens.
             loop: which loop, 0-based; negative counts from the end.
             initial_state: as in `forward`.
+
+        Returns:
+            Logits, [batch, pos, d_vocab].
+
+        Raises:
+            OutOfRangeError: a loop that the run does not have.
+            LoopedError: the weights were processed, in families where earlier readouts then differ.
+
+        Example:
+            >>> import torch
+            >>> from tl_looped import LoopedBridge, LoopedConfig
+            >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
+            >>> tokens = torch.tensor([[1, 2, 3]])
+            >>> torch.equal(model.readout(tokens, loop=-1), model(tokens))
+            True
         """
         return self.forward(input, loop=self.schedule.loop(loop), initial_state=initial_state)
 
@@ -677,6 +729,10 @@ class LoopedBridge(GeneratingBridge):
             stop_at_layer: as in `forward`.
             *args: as in TransformerBridge.
             **kwargs: as in TransformerBridge, and what `forward` takes.
+
+        Raises:
+            UnknownNameError: a name that no hook point has; the message has the nearest ones.
+            OutOfRangeError: a loop or layer that this run does not have.
         """
         if stop_at_layer is not None:  # the model stops by itself; TransformerLens would unwind with an exception
             kwargs |= {"stop": self._stop(stop_at_layer), "return_type": "logits"}

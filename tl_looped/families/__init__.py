@@ -112,6 +112,10 @@ def register(family: Family) -> None:
 
     Raises:
         LoopedError: it lacks one of them.
+
+    Example:
+        >>> from tl_looped import families
+        >>> families.register(families.ouro)  # known already; it is now asked first
     """
     wanted = ("matches", "looped_config", "sources", "TIED", "IGNORED")
     if missing := [name for name in wanted if not hasattr(family, name)]:

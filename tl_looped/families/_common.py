@@ -114,7 +114,7 @@ def kind(config: Mapping[str, Any]) -> str:
 
 
 def only(config: Mapping[str, Any], **implemented: Any) -> None:
-    """Refuse a config.json in which an option has another value than the implemented one; a missing option or null is none.
+    """Refuse a config.json in which an option has another value than the implemented one; a missing or null option passes.
 
     Args:
         config: the content of config.json.

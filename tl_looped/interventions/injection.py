@@ -95,6 +95,12 @@ def drop_injection(
 
     Raises:
         LoopedError: a family without injection; loops that do not exist.
+
+    Example:
+        >>> from tl_looped import LoopedBridge, LoopedConfig
+        >>> cfg = LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3, n_prelude=1, injection="concat")
+        >>> [name for name, _ in drop_injection(LoopedBridge.from_config(cfg), loops=slice(1, None))]
+        ['loops.1.hook_injection', 'loops.2.hook_injection']
     """
     zero = torch.zeros(model.cfg.d_model)
     return [(name, _write(zero, positions)) for name in _names(model, model.schedule.passes_of(loops, stack))]
