@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tl_looped import LoopedBridge
 from tl_looped.config import LoopedConfig
 from tl_looped.errors import CheckpointError, LoopedError
 from tl_looped.loading import MemoryCheckpoint, load_model, load_tokenizer, open_checkpoint, save_model
@@ -360,6 +361,25 @@ def test_tokenizer(tmp_path: Path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[UNK]", "tokenizer_class": "Unknown"}))
     found = load_tokenizer(tmp_path)
     assert found("again")["input_ids"] == [2] and found.pad_token == "[UNK]"
+
+
+def test_code_that_lies_beside_a_checkpoint_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from test_cli import word_tokenizer
+
+    checkpoint, ran = copy("ouro", tmp_path), tmp_path / "ran"
+    word_tokenizer().save_pretrained(checkpoint)
+    edit_config(
+        checkpoint,
+        auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.T", None]},
+    )
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["evil.Tokenizer", None]}
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
+    (checkpoint / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Config: ...\nModel = T = Tokenizer = Config\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers asks before it runs such code
+    model = LoopedBridge.from_pretrained(checkpoint)
+    assert model.to_tokens("t5 t6").tolist() == [[1, 5, 6]] and model.tokenizer.name_or_path == str(checkpoint)
+    assert not ran.exists()
 
 
 MEASURE = """

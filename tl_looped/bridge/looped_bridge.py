@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import gc
+import json
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -841,13 +842,18 @@ def _no_collections() -> Generator[None, None, None]:
 def _configured(tokenizer: Any, cfg: TransformerBridgeConfig) -> Any:
     """The tokenizer with TransformerLens's settings.
 
-    It reloads one from where it came from, so one that has no such place, or one on the Hub, gets a place.
+    TransformerLens loads a tokenizer again from where it came from, and would run code that lies there. So it gets a place of
+    its own, which holds the files of the tokenizer and does not name any code.
     """
-    if Path(tokenizer.name_or_path or "/nowhere").is_dir():
-        return configure_tokenizer(tokenizer, cfg)
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return configure_tokenizer(AutoTokenizer.from_pretrained(folder), cfg)
+        file = Path(folder) / "tokenizer_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings.pop("auto_map", None)
+        file.write_text(json.dumps(settings), encoding="utf-8")
+        configured = configure_tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), cfg)
+    configured.name_or_path = tokenizer.name_or_path
+    return configured
 
 
 def _in_memory(hf_model: nn.Module) -> loading.MemoryCheckpoint:
