@@ -21,8 +21,9 @@
 # **Question.** A looped model is trained on its answers only. When it has learnt to answer, what does its state do from loop
 # to loop: does it settle, does it drift, or does it go round?
 #
-# We train a model with two looped layers on a task whose right behaviour we know, look at it every 50 steps, and see the
-# answer appear. It takes about a minute on a CPU.
+# **Experiment.** We train a model with two looped layers on a task whose right behaviour we know. Every 50 steps we measure its
+# answers, its states and the roles of its layers. In the end we put a model beside it that was trained for longer. It takes
+# about a minute on a CPU.
 
 # %%
 try:
@@ -158,7 +159,7 @@ for step in range(N_STEPS + 1):
     n_active = train_step(step, n_active)
 
 # %% [markdown]
-# ## Lookups come one after the other
+# ## Answers: lookups come one after the other
 
 # %%
 figure = go.Figure(layout={"template": "plotly_white", "xaxis_title": "training step"})
@@ -169,8 +170,8 @@ for loop in (0, 1, 2, 3, 5, 7, 11):
 figure.update_yaxes(title="accuracy")
 
 # %% [markdown]
-# The first lookup takes longest: for about 150 steps the model learns to attend from a query to the right pair. The other
-# three follow within 100 steps, because they are the same lookup by the same weights. At the end the model is right in more
+# **What it shows.** The first lookup takes longest: for about 150 steps the model learns to attend from a query to the right
+# pair. The other three, the same lookup by the same weights, follow within 100 steps. At the end the model is right in more
 # than 99 % of the cases after each of its four trained loops, and in more than 90 % after eight, for which it was never
 # trained.
 
@@ -194,17 +195,19 @@ figure.update_xaxes(title="lag (loops)").update_yaxes(title="|X[23] - X[23 - lag
 # %% tags=["remove-cell"]
 start, end = history[0]["queries"], final["queries"]
 others = torch.cat((end[:3], end[4:7]))
-assert end[3] < 0.45 * others.min() and end[7] < 0.6 * others.min()
+assert end[3] < 0.45 * others.min() and end[7] < 0.6 * others.min() and 0.15 < end[3] < 0.35
+assert final["accuracy"][8:].max() < final["accuracy"][:4].min() - 0.05
 assert start.std() < 0.3 * start.mean()
 
 # %% [markdown]
-# Before training all lags look much alike. After training the state comes close to where it was four and eight loops before,
-# and to none of the states between: the distance at lag 4 is less than half of that at lags 1, 2, 3, 5, 6 and 7. So this model
-# has no fixed point at a query. It has an *orbit*, whose period is that of the mapping. The paper on cyclic fixed points
-# (arXiv 2604.11791, appendix C) sorts tokens into such kinds; `tl_looped.analysis.limiting_behaviour` does it for any model.
+# **What it shows.** Before training all lags look much alike. After training the state comes close to where it was four and
+# eight loops before, and to none of the states between: the distance at lag 4 is less than half of that at lags 1, 2, 3, 5, 6
+# and 7. So this model has no fixed point at a query. It has an *orbit*, whose period is that of the mapping. The paper on
+# cyclic fixed points (arXiv 2604.11791, appendix C) sorts tokens into such kinds; `tl_looped.analysis.limiting_behaviour` does
+# it for any model.
 #
-# The distance at lag 4 is not 0: the orbit is only approximate after this short training, which is why the accuracy falls as
-# loops are added.
+# The distance at lag 4 is not 0 but about a quarter: after this short training the orbit is only approximate. The accuracy
+# falls as loops are added, too. Whether the one is the cause of the other is not tested here.
 #
 # ## Each layer takes a role, and repeats it in every loop
 
@@ -219,15 +222,19 @@ for layer, colour in enumerate(("#2166ac", "#d95f0e")):
 figure.update_xaxes(title="training step").update_yaxes(title="entropy of attention (nats)", rangemode="tozero")
 
 # %% [markdown]
-# At first the layers do not differ. From step 200 on, layer 0 looks at few places (about 0.5 nats) and layer 1 at many (about
-# 1.4 nats), in every loop. The loss names no layer and no role. But mind two things. The weights are the same in every loop,
-# so that a role which the weights cause must come back in every loop as long as the states are alike. And at step 150, when
-# the loss had reached two loops at most, only loop 0 had the roles clearly.
+# **What it shows.** At first the layers do not differ. From step 200 on, layer 0 looks at few places and layer 1 at many, in
+# every loop. At step 200 the entropies of layer 0 are 0.5 to 0.7 nats, at step 500 they are 0.4 to 0.5; those of layer 1 stay
+# between 1.3 and 1.5. The loss names no layer and no role. But mind two things. The weights are the same in every loop, so that
+# a role which the weights cause must come back in every loop as long as the states are alike. And at step 150, when the loss
+# had reached two loops at most, only loop 0 had the roles clearly.
 
 # %% tags=["remove-cell"]
 untrained, middle, roles = history[0]["mixing"], history[3]["mixing"], final["mixing"]
 assert (untrained[:, 1] - untrained[:, 0]).abs().max() < 0.05
-assert roles[:, 0].max() < 0.7 and roles[:, 1].min() > 1.2
+at_200 = history[4]["mixing"]
+assert history[4]["step"] == 200 and 0.4 < at_200[:, 0].min() and at_200[:, 0].max() < 0.75
+assert 0.35 < roles[:, 0].min() and roles[:, 0].max() < 0.55
+assert all(1.25 < at["mixing"][:, 1].min() and at["mixing"][:, 1].max() < 1.55 for at in history[4:])
 gap = middle[:, 1] - middle[:, 0]
 assert history[3]["step"] == 150 and gap[0] > 0.3 and gap[1:].max() < 0.1
 
@@ -238,13 +245,13 @@ assert history[3]["step"] == 150 and gap[0] > 0.3 and gap[1:].max() < 0.1
 # at the last token of a text.
 
 # %%
-other = LoopedBridge.from_pretrained(MODEL)
+other = LoopedBridge.from_pretrained(MODEL, device="cpu" if MODEL.startswith("toy:") else None)  # else a GPU, if there is one
 if MODEL.startswith("toy:hop"):
     prompts = hop_prompts(64, N_SYMBOLS, seed=97)
     tokens, positions = prompts.tokens, prompts.query_pos
 else:
     tokens, positions = other.to_tokens("The square root of 16 is"), slice(-1, None)
-lags = come_back(other, tokens, positions)
+lags = come_back(other, tokens.to(other.cfg.device), positions).cpu()
 figure = go.Figure(layout={"template": "plotly_white", "title": MODEL})
 figure.add_scatter(x=list(range(1, 9)), y=lags.tolist(), mode="lines+markers")
 figure.update_xaxes(title="lag (loops)").update_yaxes(title="|X[23] - X[23 - lag]| / |X[23]|", rangemode="tozero")
@@ -254,48 +261,61 @@ if MODEL == "toy:hop":
     assert lags[3] < 0.05 and lags[7] < 0.05 and torch.cat((lags[:3], lags[4:7])).min() > 1.4
 
 # %% [markdown]
-# The bundled toy returns to within 5 % of where it was four loops before. Between these visits it is as far away as unrelated
-# states are ($\sqrt 2$ for states of equal norm).
+# **What it shows.** The bundled toy returns to within 5 % of where it was four loops before. Between these visits it is as far
+# away as unrelated states are ($\sqrt 2$ for states of equal norm).
 #
-# ## What this shows, and what it does not
+# So a state may settle at one position and not at another (exercise 2). Where the answers must go on moving, a model that does
+# not settle is right not to.
 #
-# - It shows that "does it settle?" depends on the task and on the position. A model that must go on moving does not settle,
-#   and is right not to.
-# - It shows roles of layers that no loss asked for, in one training run. Another seed may exchange or mix the roles; nothing
-#   here says how often.
-# - The loss here is on every loop. A language model such as Ouro is trained differently, and nothing here says what its states
-#   do. Set `MODEL`, and look.
+# ## What this does not show
+#
+# - How often layers take these roles. No loss asked for them, but this is one training run: another seed may exchange or mix
+#   them.
+# - Why the accuracy falls beyond eight loops. The inexact orbit is one candidate.
+# - What the states of a language model do. The loss here is on every loop, and one such as Ouro is trained differently. Set
+#   `MODEL`, and look.
 #
 # ## Exercises
 #
-# 1. Train without injection (`injection="none"`). Is the state at the queries still an orbit after 24 loops?
+# **1.** Train without injection (`injection="none"`). Is the state at the queries still an orbit after 24 loops?
 #
 # <details><summary>Answer</summary>
+#
 # Set it in `config` and run all cells; the asserted claims may fail then. For the bundled pair it is measured:
-# `"toy:hop-noinject"` is as good as `"toy:hop"` in its six trained loops, and at chance after 12. Its state drifts: the
-# distance grows steadily with the lag and has no dip. Try `MODEL = "toy:hop-noinject"`.
+# `"toy:hop-noinject"` is as good as `"toy:hop"` in its six trained loops, and right in about one answer of ten from loop 12 on,
+# at or below chance. Its state drifts: the distance grows with every lag and has no dip. Try `MODEL = "toy:hop-noinject"`.
+#
 # </details>
 #
-# 2. Look at the pairs instead of the queries: `come_back(model, test.tokens[:64], slice(1, 2 * N_SYMBOLS + 1))`. What do you
-#    expect?
+# **2.** Look at the pairs instead of the queries: `come_back(model, test.tokens[:64], slice(1, 2 * N_SYMBOLS + 1))`. What do
+# you expect?
 #
 # <details><summary>Answer</summary>
+#
 # Nothing has to move there: a pair is read, and stays. The distance is small at every lag (0.1 to 0.2 where the queries have
 # 0.8), without a clear period. Of the same model, some positions nearly settle and others go round. That is why one number for
 # a whole prompt can mislead.
+#
 # </details>
 #
-# 3. What is the dip for cycles of three symbols? And of two?
+# **3.** What is the dip for cycles of three symbols? And of two?
 #
 # <details><summary>Answer</summary>
+#
 # `three = hop_prompts(64, 3, seed=97)` and `come_back(model, three.tokens, three.query_pos)`. Although it was trained on four
 # symbols only, the dips are at lags 3 and 6, and for two symbols at 2, 4, 6 and 8. The period belongs to the prompt, not to
 # the weights.
+#
 # </details>
 
 # %% tags=["remove-cell"]
+bare = LoopedBridge.from_pretrained("toy:hop-noinject", device="cpu")
+cycles = hop_prompts(64, N_SYMBOLS, seed=97)
+assert come_back(bare, cycles.tokens, cycles.query_pos).diff().min() > 0.03
+accuracy = hop_accuracy(bare.unroll(16), hop_prompts(400, seed=97))
+assert accuracy[:6].min() > 0.99 and accuracy[12:].max() < 1 / 8 and abs(accuracy[12:].mean() - 0.1) < 0.015
 pairs = come_back(model, test.tokens[:64], slice(1, 2 * N_SYMBOLS + 1))
-assert pairs.max() < 0.3 < 0.6 < others.min()
+assert 0.05 < pairs.min() and pairs.max() < 0.25 and others.min() > 0.7
 for n_symbols in (2, 3):
     shorter = hop_prompts(64, n_symbols, seed=97)
     lags = come_back(model, shorter.tokens, shorter.query_pos)
