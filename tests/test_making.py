@@ -150,7 +150,7 @@ def test_an_instantiated_looped_model(h_cycles: int, l_cycles: int) -> None:
         (lambda: LoopedBridge.loop_layers(llama(), 1, 3, 0), "n_loops=0"),
         (lambda: LoopedBridge.loop_layers(llama(), 1, 3, 2, strategy="ema"), "'naive' or 'anchored'"),
         (lambda: LoopedBridge.loop_layers(llama(), 1, 3), "needs n_loops"),
-        (lambda: LoopedBridge.loop_layers(llama(), 1, 3, 2, K=4), "K belongs to strategy='anchored'"),
+        (lambda: LoopedBridge.loop_layers(llama(), 1, 3, 2, K=4), "no K and no beta; they belong to strategy='anchored'"),
         (lambda: LoopedBridge.from_hf(llama()), "loop_layers"),
         (lambda: LoopedBridge.from_hf(torch.nn.Linear(2, 2)), "without a config"),
         (lambda: LoopedBridge.loop_layers(random_bridge("ouro").original_model, 0, 1, 2), "has wrapped"),
