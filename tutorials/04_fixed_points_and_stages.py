@@ -372,7 +372,7 @@ if TOY:
 floorplan(looped_floorplan(model, tokens[0, :6]), schedule.sites, "Attention, mean over heads").update_layout(height=460)
 
 # %% [markdown]
-# ## Stages of inference (figures 7 to 9 and 11)
+# ## Stages of inference (figures 8 and 9)
 #
 # An ordinary model goes through stages from its first layer to its last, which show in a few numbers: how much of the
 # attention goes to few tokens (`colsum`), how widely it is spread (`mixing`, in nats), the share of heads that are sinks, that
@@ -454,11 +454,11 @@ if TOY:
     assert 0.56 < apart[1] < 0.59 and (apart[2:] < apart_before[:, 2:].amin(0)).all() and swapped.min() > 0.975
 
 # %% [markdown]
-# ## Are they the stages of a feed-forward model? (figure 10)
+# ## Are they the stages of a feed-forward model? (figures 7 and 10)
 #
-# We lay every pass, with prelude and coda, over the curve of `toy:text-feedforward`, which has as many layers as `toy:text`
-# executes and was trained on the same text. Then we correlate, on relative depth. As a control we pretend that the layers of
-# each pass had run in one of the five other orders.
+# We lay every pass, with prelude and coda, over the curve of `toy:text-feedforward` (dotted), which has as many layers as
+# `toy:text` executes and was trained on the same text. Then we correlate, on relative depth. As a control we pretend that the
+# layers of each pass had run in one of the five other orders.
 
 # %%
 figure = stages.plot("colsum", "recurrence")
@@ -620,8 +620,8 @@ if TOY:
 # | 3, 4 | *Does the state settle?* |
 # | 5, 26 to 28 | *The path of one token* |
 # | 6, 29 to 31 | *What decides it*: at 4 layers; the run at 12 as a table. 16 layers: `random_init_sweep(n_layers=16)` |
-# | 7, 8, 9, 11 | *Stages of inference*; the entropy is printed only: `stages.plot("entropy")` |
-# | 10 | *Are they the stages of a feed-forward model?* |
+# | 8, 9 | *Stages of inference*; not drawn: `stages.plot("entropy")`, and the sink rate, which is 0 |
+# | 7, 10, 11 | *Are they the stages of a feed-forward model?*; by layer: `longer.plot("colsum", "layer")` |
 # | 22, 24 | *In which direction does it go?* |
 # | 23, 25 | *Does attention settle?* |
 # | 41 | *Do the stages depend on an early MLP?* |
@@ -638,7 +638,7 @@ if TOY:
 #
 # - That language models of this kind behave so. `toy:text` has 271 thousand parameters and three looped layers; this is one
 #   training seed. [Stages on text](../docs/stages_on_text.md) has a second one, all held-out windows and standard errors.
-# - That `X*` exists where a curve falls: every distance to the last state ends at 0.
+# - That there is a fixed point where a curve falls: every distance to the last state ends at 0.
 # - That stages of a feed-forward model arise in the loop. The evidence is three points per pass.
 # - That the stages *do* anything. Zeroing an early MLP breaks the model as a whole. For finer interventions see the
 #   [second tutorial](02_activation_patching_across_loops.ipynb).
