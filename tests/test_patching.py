@@ -283,7 +283,7 @@ def test_what_cannot_be_patched_is_refused(unchecked: None) -> None:
         _, few = bridge.run_with_cache(CLEAN, names_filter="loops.0.blocks.*.hook_resid_pre")
         _, deeper = bridge.unroll(5).run_with_cache(CLEAN)
         refused: list[tuple[str, dict[str, Any]]] = [
-            ("equally many rows and positions", {"clean_cache": short}),
+            ("equally many rows and tokens", {"clean_cache": short}),
             (r"lacks loops\.1\.blocks\.0\.hook_resid_pre", {"clean_cache": few}),
             ("5 loops over one stack", {"clean_cache": deeper}),
             (r"returned \(2, 5\)", {"metric": lambda logits: logits[..., 0]}),

@@ -213,6 +213,6 @@ def test_bad_input_is_explained(unchecked: None) -> None:
         edge_sweep(bridge, CORRUPTED[:, :3], clean, total)
     with pytest.raises(LoopedError, match="another initial state"):
         path_patch(bridge, CORRUPTED, clean, total, "embed", "logits", initial_state=1)
-    with pytest.raises(LoopedError, match="one number per row"):
+    with pytest.raises(LoopedError, match="one number, or one per row"):
         edge_sweep(bridge, CORRUPTED, clean, lambda logits: logits[0])
     assert not any(hook.fwd_hooks for hook in bridge.hook_dict.values())

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .bridge.cache import LoopedCache
     from .results import Grid
 
+__all__ = ["GroupBy", "attention_heads", "floorplan", "grouped", "heat_map", "panels", "paths", "rank_trajectories"]
+
 GroupBy = Literal["depth", "recurrence", "layer"]
 # The colours of arXiv 2604.11791: first and last line of a figure by recurrence, and by layer.
 RECURRENCE_COLOURS = ((26, 152, 80), (254, 224, 60))

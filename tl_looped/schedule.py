@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple
 from ._words import counted
 from .errors import LoopedError, OutOfRangeError, UnknownNameError
 
+__all__ = ["Indices", "LoopSelector", "Pass", "Schedule", "Site"]
+
 _INDEX = r"(\*|-?\d+|(?:-?\d+)?:(?:-?\d+)?)"
 _BLOCK = re.compile(rf"blocks\.{_INDEX}\.(.+)")
 _EDGE = re.compile(rf"(prelude|coda)\.blocks\.{_INDEX}\.(.+)")

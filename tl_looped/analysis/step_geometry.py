@@ -37,15 +37,16 @@ PER_LOOP = (
 
 @dataclass(frozen=True, eq=False)
 class StepGeometry(Result):
-    """What `step_geometry` found: estimates over the examples, axis (loop) if nothing else is said. `a + b` merges.
+    """What `step_geometry` found: estimates over the examples, axis (loop) unless stated otherwise. `a + b` merges.
 
     With the state `x[t]` and the step `D[t] = x[t] - x[t-1]` of every token, each a mean over tokens:
 
     Args:
         norm: `|x[t]|`.
         step_norm: `|D[t]|`, from the second loop on.
-        step_cosine: `cos(D[t], D[t-1])`, from the third loop on; 0 where a step is 0.
-        turning_angle: the angle between `D[t]` and `D[t-1]`, in radians.
+        step_cosine: `cos(D[t], D[t-1])`, from the third loop on. A step of less than 8 times the resolution of the dtype is
+            rounding and has no direction: such tokens are left out, and if all of an example are, the mean is NaN.
+        turning_angle: the angle between `D[t]` and `D[t-1]`, in radians; NaN as above.
         acceleration: `|D[t] - D[t-1]|`.
         normalised_acceleration: `|D[t] - D[t-1]| / |D[t]|`; a step shorter than the resolution of the dtype counts as that.
         curvature: the mean angle, in radians, between the steps from one token to the next (arXiv 2602.11451), without steps
@@ -197,11 +198,12 @@ def _turn(
     change, length = (step - before).norm(dim=-1), step.norm(dim=-1)
     moves = length.minimum(before.norm(dim=-1)) > 8 * resolution
     cosine = cosine_similarity(step, before, dim=-1).clamp(-1, 1).where(moves, torch.nan)
+    shortest = resolution.clamp_min(torch.finfo(step.dtype).tiny)
     return {
         "step_cosine": cosine,
         "turning_angle": cosine.arccos(),
         "acceleration": change,
-        "normalised_acceleration": (change / length).where(moves, torch.nan),
+        "normalised_acceleration": change / length.maximum(shortest),
     }
 
 
