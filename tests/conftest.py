@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time, on small matrices: more threads only wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"  # which commands that a test starts inherit
 
 import jaxtyping
 import pytest
 import torch
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
