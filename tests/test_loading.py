@@ -363,6 +363,24 @@ def test_tokenizer(tmp_path: Path):
     assert found("again")["input_ids"] == [2] and found.pad_token == "[UNK]"
 
 
+def test_sources_of_no_parameter_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from tl_looped.families import Source, ouro
+
+    stored = ouro.sources
+    monkeypatch.setattr(ouro, "sources", lambda cfg, shapes: {**stored(cfg, shapes), "core.0.attn.oo.weight": Source("x")})
+    with pytest.raises(CheckpointError, match=r"ouro names 'core.0.attn.oo.weight'.* Nearest: core.0.attn.o.weight"):
+        load_model(open_checkpoint(copy("ouro", tmp_path)))
+
+
+def test_errors_show_a_part_of_a_long_listing_and_the_words_that_no_token_has(tmp_path: Path):
+    for k in range(30):
+        (tmp_path / f"file{k:02}").touch()
+    with pytest.raises(CheckpointError, match=r"file09 and 20 more"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(LoopedError, match=r"no token for a part of 'A z \? A': 'z' "):
+        LoopedBridge.from_pretrained("toy:hop", device="cpu").to_tokens("A z ? A")
+
+
 def test_code_that_lies_beside_a_checkpoint_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from test_cli import word_tokenizer
 

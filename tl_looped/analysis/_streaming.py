@@ -54,7 +54,7 @@ def visit(
     Raises:
         LoopedError: an activation that is not finite, named; states leaving passes whose norms differ (weight processing).
     """
-    if any(name.endswith(".hook_out") and ".blocks." not in name for name in hooks):  # states leaving passes
+    if not hooks.keys().isdisjoint(f"{model.schedule.pass_prefix(p)}.hook_out" for p in model.schedule.passes):
         check_pass_norms(cast(LoopedModel, model.original_model), "an analysis of the states leaving the loops")
 
     def reader(name: str, key: Key) -> Callable[..., None]:

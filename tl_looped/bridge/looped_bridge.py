@@ -27,7 +27,7 @@ from ..errors import LoopedError, UnknownNameError
 from ..model import LoopedModel
 from ..model.initial_state import InitialState
 from ..model.looped_model import initialise, set_mode
-from ..schedule import Schedule, check_count, is_pattern
+from ..schedule import Schedule, check_count, is_pattern, virtual_layer
 from .adapter import LoopedArchitectureAdapter, bridge_config
 from .cache import LoopedCache
 from .generation import GeneratingBridge
@@ -622,7 +622,7 @@ class LoopedBridge(GeneratingBridge):
         """
         names = list(self.hook_dict)
         plain = [n for n in names if accepts(n)]
-        if any(n.startswith("blocks.") for n in plain):
+        if any(virtual_layer(n) is not None for n in plain):
             return frozenset(plain).__contains__
         return frozenset(n for n in names if n in plain or accepts(self.schedule.loop_name(n))).__contains__
 

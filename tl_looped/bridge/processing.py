@@ -171,6 +171,11 @@ class LoopedEmbedding(EmbeddingBridge):
         return embed.weight * embed.unfold if hasattr(embed, "unfold") else embed.weight
 
 
+def last_norm_is_folded(model: LoopedModel) -> bool:
+    """Whether the norm of the last pass has given its weight to the unembedding, and those of earlier passes have not."""
+    return model.cfg.pass_norm_is_final and "ln_final.weight" in model.parameter_slots
+
+
 def check_pass_norms(model: LoopedModel, what: str) -> None:
     """Refuse a model whose last pass has another norm than the passes before it, as `fold_ln` makes it in some families.
 
@@ -181,7 +186,7 @@ def check_pass_norms(model: LoopedModel, what: str) -> None:
     Raises:
         LoopedError: the last pass's norm has lost its weight.
     """
-    if model.cfg.pass_norm_is_final and "ln_final.weight" in model.parameter_slots:
+    if last_norm_is_folded(model):
         raise LoopedError(
             f"{what} was asked, which compares passes, but the weights were processed (compatibility mode): the norm of the "
             "last pass has given its weight to the unembedding, those of the passes before have not. Ask a model without "

@@ -136,7 +136,7 @@ def set_initial_state(
     _check_value("state", value, model.cfg.d_model)
     schedule = model.schedule
     first = schedule.passes_of(0, stack)[0]
-    names = [f"{schedule.pass_prefix(p)}.hook_injection" for p in schedule.passes[: schedule.passes.index(first)]]
+    names = [f"{schedule.pass_prefix(p)}.hook_injection" for p in schedule.passes[: first.index]]
     return [(name, _write(value, positions)) for name in [*names, f"{schedule.pass_prefix(first)}.hook_state"]]
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.processing import last_norm_is_folded
 from ..errors import LoopedError
+from ..model import LoopedModel
 from ..schedule import Indices, LoopSelector, Pass, Schedule, check_count, select_indices
 from ..sites import select_layers
 from ._hooks import Hooks, Seen, passes_from, unit_mask
@@ -70,9 +72,7 @@ def skip_loop(model: LoopedBridge, loops: LoopSelector, *, stack: str | None = N
     """
     schedule = model.schedule
     chosen = schedule.passes_of(loops, stack)
-    slots: Any = model.original_model.parameter_slots
-    folded = model.looped_cfg.pass_norm_is_final and "ln_final.weight" in slots
-    if folded and schedule.passes[-1] in chosen:
+    if schedule.passes[-1] in chosen and last_norm_is_folded(cast(LoopedModel, model.original_model)):
         raise LoopedError(
             f"loops={loops!r} skips the last loop, but the unembedding has absorbed the weight of its norm (compatibility "
             "mode), which the state of earlier loops still has; use a model without weight processing, or fold_ln=False."
