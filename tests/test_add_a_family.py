@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError, families
+from tl_looped.checkpoints import MemoryCheckpoint, load_model
 from tl_looped.errors import CheckpointError
 from tl_looped.families import Computed
-from tl_looped.loading import MemoryCheckpoint, load_model
 
 PAGE = (Path(__file__).parent.parent / "docs" / "add_a_family.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python([^\n]*)\n(.*?)```", PAGE, flags=re.DOTALL)

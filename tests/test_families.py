@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tl_looped import LoopedError, families
+from tl_looped.checkpoints import Checkpoint, MemoryCheckpoint, load_model, open_checkpoint
 from tl_looped.config import LoopedConfig
 from tl_looped.errors import CheckpointError
 from tl_looped.families import huginn, llama, ouro
-from tl_looped.loading import Checkpoint, MemoryCheckpoint, load_model, open_checkpoint
 from tl_looped.model import LoopedModel
 from tl_looped.schedule import Site
 

@@ -120,7 +120,7 @@ def test_info_reads_no_weights(tmp_path: Path) -> None:
     bridge = random_bridge("huginn")
     bridge.save_pretrained(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tl_looped.loading._InSafetensors.read", lambda *_: pytest.fail("a tensor was read"))
+        patch.setattr("tl_looped.checkpoints.files.InSafetensors.read", lambda *_: pytest.fail("a tensor was read"))
         assert "huginn" in checkpoint_text(tmp_path) or "custom" in checkpoint_text(tmp_path)
     with pytest.raises(CheckpointError):
         checkpoint_text(tmp_path / "none")

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tl_looped import LoopedBridge
+from tl_looped.checkpoints import MemoryCheckpoint, load_model, load_tokenizer, open_checkpoint, save_model
 from tl_looped.config import LoopedConfig
 from tl_looped.errors import CheckpointError, LoopedError
-from tl_looped.loading import MemoryCheckpoint, load_model, load_tokenizer, open_checkpoint, save_model
 from tl_looped.model import LoopedModel
 from tl_looped.model.looped_model import initialise
 
@@ -402,7 +402,7 @@ def test_code_that_lies_beside_a_checkpoint_is_never_run(tmp_path: Path, monkeyp
 
 MEASURE = """
 import sys, torch, transformers
-from tl_looped.loading import load_model, open_checkpoint
+from tl_looped.checkpoints import load_model, open_checkpoint
 
 def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))

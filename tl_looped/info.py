@@ -10,8 +10,8 @@ import torch
 
 from . import families
 from .bridge.looped_bridge import LoopedBridge
+from .checkpoints import open_checkpoint, stored_dtype
 from .config import LoopedConfig
-from .loading import open_checkpoint, stored_dtype
 from .model import LoopedModel
 from .schedule import Pass, virtual_layer
 from .sizes import human, sizes

@@ -21,7 +21,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.sources._bridge_builder import configure_tokenizer
 from transformers import AutoTokenizer
 
-from .. import families, loading
+from .. import checkpoints, families
 from ..config import LoopedConfig
 from ..errors import LoopedError, UnknownNameError
 from ..model import LoopedModel
@@ -127,11 +127,11 @@ class LoopedBridge(GeneratingBridge):
             >>> model.to_string(model.readout("A b B c C a ? A", loop=1)[0, -1].argmax())  # A leads to b, b to c
             'c'
         """
-        checkpoint = loading.open_checkpoint(name_or_dir, revision)
+        checkpoint = checkpoints.open_checkpoint(name_or_dir, revision)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = loading.load_model(checkpoint, device=device, dtype=dtype, n_loops=n_loops, l_cycles=l_cycles)
+        model = checkpoints.load_model(checkpoint, device=device, dtype=dtype, n_loops=n_loops, l_cycles=l_cycles)
         if tokenizer is None and checkpoint.path is not None:
-            tokenizer = loading.load_tokenizer(checkpoint.path)
+            tokenizer = checkpoints.load_tokenizer(checkpoint.path)
         return cls(model, tokenizer, str(name_or_dir))
 
     @classmethod
@@ -160,7 +160,7 @@ class LoopedBridge(GeneratingBridge):
             '2 loops over stacks L (3 x per loop) and H of 1 layer, 0 prelude and 0 coda layers: 8 virtual layers'
         """
         checkpoint = _in_memory(hf_model)
-        return cls(loading.load_model(checkpoint, n_loops=n_loops, l_cycles=l_cycles), tokenizer, type(hf_model).__name__)
+        return cls(checkpoints.load_model(checkpoint, n_loops=n_loops, l_cycles=l_cycles), tokenizer, type(hf_model).__name__)
 
     @classmethod
     def from_config(cls, cfg: LoopedConfig, *, seed: int = 0, tokenizer: Any = None) -> LoopedBridge:
@@ -229,7 +229,7 @@ class LoopedBridge(GeneratingBridge):
             beta=0.5 if beta is None else beta,
             anchor_steps=steps if strategy == "anchored" else 1,
         )
-        return cls(loading.load_model(checkpoint, cfg=cfg), tokenizer, f"looped {type(hf_model).__name__}")
+        return cls(checkpoints.load_model(checkpoint, cfg=cfg), tokenizer, f"looped {type(hf_model).__name__}")
 
     @staticmethod
     def boot_transformers(*args: Any, **kwargs: Any) -> NoReturn:
@@ -287,7 +287,7 @@ class LoopedBridge(GeneratingBridge):
         """
         if self._weights_processed:
             raise LoopedError("the weights of this model were processed (compatibility mode); save the model before that.")
-        loading.save_model(self._model, Path(directory))
+        checkpoints.save_model(self._model, Path(directory))
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
 
@@ -856,7 +856,7 @@ def _configured(tokenizer: Any, cfg: TransformerBridgeConfig) -> Any:
     return configured
 
 
-def _in_memory(hf_model: nn.Module) -> loading.MemoryCheckpoint:
+def _in_memory(hf_model: nn.Module) -> checkpoints.MemoryCheckpoint:
     """The config and tensors of an instantiated model."""
     if any(isinstance(module, GeneralizedComponent) for module in hf_model.modules()):
         raise LoopedError(
@@ -869,7 +869,7 @@ def _in_memory(hf_model: nn.Module) -> loading.MemoryCheckpoint:
         raise LoopedError(
             f"a {type(hf_model).__name__} without a config was given; pass a model that has one, as in transformers."
         )
-    return loading.MemoryCheckpoint({"_class_name": type(config).__name__, **values}, hf_model.state_dict())
+    return checkpoints.MemoryCheckpoint({"_class_name": type(config).__name__, **values}, hf_model.state_dict())
 
 
 class HookDict(dict[str, HookPoint]):

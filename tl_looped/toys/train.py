@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..bridge.looped_bridge import LoopedBridge
+from ..checkpoints import save_model
 from ..config import LoopedConfig
-from ..loading import save_model
 from ..model import LoopedModel
 from ..model.looped_model import initialise
 from . import TOYS
