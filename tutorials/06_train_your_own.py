@@ -170,17 +170,21 @@ for loop in (0, 1, 2, 3, 5, 7, 11):
 figure.update_yaxes(title="accuracy")
 
 # %% [markdown]
-# **What it shows.** The first lookup takes longest: for about 150 steps the model learns to attend from a query to the right
-# pair. The other three, the same lookup by the same weights, follow within 100 steps. At the end the model is right in more
-# than 99 % of the cases after each of its four trained loops, and in more than 90 % after eight, for which it was never
+# **What it shows.** The first lookup takes longest: for 150 to 200 steps the model learns to attend from a query to the right
+# pair. The other three, the same lookup by the same weights, follow within 50 steps. At the end the model is right in more
+# than 99 % of the cases after each of its four trained loops, and in about 90 % or more after eight, for which it was never
 # trained.
+#
+# Rounding differs between processors, and 500 steps amplify it: your curves will differ from these as those of another seed do.
+# So every range in this notebook is that of ten runs: seeds 0 to 7, and seed 0 with two other sets of vector instructions.
 
 # %% tags=["remove-cell"]
 final = history[-1]
 first = next(at["step"] for at in history if at["accuracy"][0] > 0.8)
 fourth = next(at["step"] for at in history if at["accuracy"][3] > 0.8)
-assert final["accuracy"][:4].min() > 0.99 and final["accuracy"][7] > 0.9
-assert 100 <= first <= 200 and fourth - first <= 100
+# Of ten runs (seeds 0 to 7; seed 0 with AVX2 and without vector instructions): 1.00, 0.89 to 0.98, 150 to 200, 50.
+assert final["accuracy"][:4].min() > 0.99 and final["accuracy"][7] > 0.8
+assert 100 <= first <= 300 and fourth - first <= 100
 
 # %% [markdown]
 # ## The state does not settle: it goes round
@@ -195,19 +199,20 @@ figure.update_xaxes(title="lag (loops)").update_yaxes(title="|X[23] - X[23 - lag
 # %% tags=["remove-cell"]
 start, end = history[0]["queries"], final["queries"]
 others = torch.cat((end[:3], end[4:7]))
-assert end[3] < 0.45 * others.min() and end[7] < 0.6 * others.min() and 0.15 < end[3] < 0.35
-assert final["accuracy"][8:].max() < final["accuracy"][:4].min() - 0.05
-assert start.std() < 0.3 * start.mean()
+# Of ten runs: 0.10 to 0.60 of the mean at lag 4, 0.18 to 0.85 at lag 8; the accuracy falls by 0.03 to 0.21.
+assert end[3] < 0.8 * others.mean() and end[7] < others.mean()
+assert final["accuracy"][8:].max() < final["accuracy"][:4].min()
+assert start.std() < 0.3 * start.mean()  # not trained: the same everywhere
 
 # %% [markdown]
-# **What it shows.** Before training all lags look much alike. After training the state comes close to where it was four and
-# eight loops before, and to none of the states between: the distance at lag 4 is less than half of that at lags 1, 2, 3, 5, 6
-# and 7. So this model has no fixed point at a query. It has an *orbit*, whose period is that of the mapping. The paper on
+# **What it shows.** Before training all lags look much alike. After training the state comes closer to where it was four and
+# eight loops before than to the states between: at lag 4 the distance is 0.1 to 0.6 of the mean over lags 1, 2, 3, 5, 6 and 7
+# (ten runs). So this model has no fixed point at a query. It has an *orbit*, whose period is that of the mapping. The paper on
 # cyclic fixed points (arXiv 2604.11791, appendix C) sorts tokens into such kinds; `tl_looped.analysis.limiting_behaviour` does
 # it for any model.
 #
-# The distance at lag 4 is not 0 but about a quarter: after this short training the orbit is only approximate. The accuracy
-# falls as loops are added, too. Whether the one is the cause of the other is not tested here.
+# The distance at lag 4 is not 0 but 0.1 to 0.4: after this short training the orbit is only approximate. The accuracy falls as
+# loops are added, too. Whether the one is the cause of the other is not tested here.
 #
 # ## Each layer takes a role, and repeats it in every loop
 
@@ -222,21 +227,20 @@ for layer, colour in enumerate(("#2166ac", "#d95f0e")):
 figure.update_xaxes(title="training step").update_yaxes(title="entropy of attention (nats)", rangemode="tozero")
 
 # %% [markdown]
-# **What it shows.** At first the layers do not differ. From step 200 on, layer 0 looks at few places and layer 1 at many, in
-# every loop. At step 200 the entropies of layer 0 are 0.5 to 0.7 nats, at step 500 they are 0.4 to 0.5; those of layer 1 stay
-# between 1.3 and 1.5. The loss names no layer and no role. But mind two things. The weights are the same in every loop, so that
-# a role which the weights cause must come back in every loop as long as the states are alike. And at step 150, when the loss
-# had reached two loops at most, only loop 0 had the roles clearly.
+# **What it shows.** At first the layers do not differ. From step 250 on, layer 0 looks at few places and layer 1 at many, in
+# every loop. At step 500 the entropies of layer 0 are 0.4 to 0.7 nats, and those of layer 1 are 1.0 to 1.5 (ten runs). The
+# loss names no layer and no role. But mind two things. The weights are the same in every loop, so that a role which the weights
+# cause must come back in every loop as long as the states are alike. And at step 150, when the loss has reached two loops at
+# most, layer 0 has its role in loop 0 only.
 
 # %% tags=["remove-cell"]
-untrained, middle, roles = history[0]["mixing"], history[3]["mixing"], final["mixing"]
-assert (untrained[:, 1] - untrained[:, 0]).abs().max() < 0.05
-at_200 = history[4]["mixing"]
-assert history[4]["step"] == 200 and 0.4 < at_200[:, 0].min() and at_200[:, 0].max() < 0.75
-assert 0.35 < roles[:, 0].min() and roles[:, 0].max() < 0.55
-assert all(1.25 < at["mixing"][:, 1].min() and at["mixing"][:, 1].max() < 1.55 for at in history[4:])
-gap = middle[:, 1] - middle[:, 0]
-assert history[3]["step"] == 150 and gap[0] > 0.3 and gap[1:].max() < 0.1
+middle = history[3]["mixing"]
+gaps = torch.stack([at["mixing"][:, 1] - at["mixing"][:, 0] for at in history])  # [step, loop]
+assert gaps[0].abs().max() < 0.05  # not trained: the same everywhere
+# Of ten runs: layer 1 is above layer 0 by 0.33 or more from step 250 on and by 0.49 or more in the end, in every loop; at step
+# 150 layer 0 is lower in loop 0 than in the others by 0.40 to 0.70.
+assert history[5]["step"] == 250 and gaps[5:].min() > 0.15 and gaps[-1].min() > 0.3
+assert history[3]["step"] == 150 and middle[1:, 0].min() - middle[0, 0] > 0.2
 
 # %% [markdown]
 # ## Beside a model that was trained for longer
@@ -269,8 +273,8 @@ if MODEL == "toy:hop":
 #
 # ## What this does not show
 #
-# - How often layers take these roles. No loss asked for them, but this is one training run: another seed may exchange or mix
-#   them.
+# - Why the layers take these roles and not each other's. No loss asked for them, yet layer 0 looked at few places and layer 1
+#   at many in all of ten runs.
 # - Why the accuracy falls beyond eight loops. The inexact orbit is one candidate.
 # - What the states of a language model do. The loss here is on every loop, and one such as Ouro is trained differently. Set
 #   `MODEL`, and look.
@@ -292,9 +296,9 @@ if MODEL == "toy:hop":
 #
 # <details><summary>Answer</summary>
 #
-# Nothing has to move there: a pair is read, and stays. The distance is small at every lag (0.1 to 0.2 where the queries have
-# 0.8), without a clear period. Of the same model, some positions nearly settle and others go round. That is why one number for
-# a whole prompt can mislead.
+# Nothing has to move there: a pair is read, and stays. The distance is small at every lag (at most 0.2 to 0.4 of what it is at
+# the queries), without a clear period. Of the same model, some positions nearly settle and others go round. That is why one
+# number for a whole prompt can mislead.
 #
 # </details>
 #
@@ -315,10 +319,10 @@ assert come_back(bare, cycles.tokens, cycles.query_pos).diff().min() > 0.03
 accuracy = hop_accuracy(bare.unroll(16), hop_prompts(400, seed=97))
 assert accuracy[:6].min() > 0.99 and accuracy[12:].max() < 1 / 8 and abs(accuracy[12:].mean() - 0.1) < 0.015
 pairs = come_back(model, test.tokens[:64], slice(1, 2 * N_SYMBOLS + 1))
-assert 0.05 < pairs.min() and pairs.max() < 0.25 and others.min() > 0.7
+assert pairs.max() < 0.6 * others.min()  # of ten runs: 0.19 to 0.38
 for n_symbols in (2, 3):
     shorter = hop_prompts(64, n_symbols, seed=97)
     lags = come_back(model, shorter.tokens, shorter.query_pos)
     dips = lags[n_symbols - 1 :: n_symbols]
     rest = torch.stack([lags[k] for k in range(8) if (k + 1) % n_symbols])
-    assert dips.max() < 0.5 * rest.min()
+    assert dips.max() < 0.8 * rest.mean()  # of ten runs: 0.06 to 0.63

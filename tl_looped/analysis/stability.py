@@ -232,10 +232,10 @@ def injection_effect(
 ) -> InjectionEffect:
     """What happens to states and answers when the injection is dropped, or replaced by that of another prompt, from a loop on.
 
-    The untouched run, the edited one and that of the other prompt go side by side as rows of one batch: the states
-    of a loop that depends on its injection move away from the untouched run; those of a loop that has settled on its answer
-    stay. Swapping the injection in mid-run is the
-    experiment of Varaksin et al. (2026, code at github.com/Shtirmann/Geometry-of-Reasoning-Trajectories).
+    The untouched run, the edited one and that of the other prompt go side by side as rows of one batch. The edited run goes on
+    from the untouched one's states, so both are exactly 0 in the loops before. The states of a loop that depends on its
+    injection move away from the untouched run; those of a loop that has settled on its answer stay. Swapping the injection in
+    mid-run is the experiment of Varaksin et al. (2026, code at github.com/Shtirmann/Geometry-of-Reasoning-Trajectories).
 
     Args:
         model: a model that injects (Huginn, retrofits, Parcae, HRM-Text).
@@ -274,6 +274,9 @@ def injection_effect(
         raise LoopedError(f"from_loop={from_loop!r} was asked; pass one loop, an int.")
     (first,) = schedule.select_loops(from_loop, stack)
     edited = [f"{schedule.pass_prefix(p)}.hook_injection" for p in schedule.passes_of(slice(first, None), stack)]
+    onwards = schedule.passes[schedule.passes_of(first, stack)[0].index :]
+    entrances = [f"{schedule.pass_prefix(p)}.hook_state" for p in {p.stack: p for p in reversed(onwards)}.values()]
+    untouched = {t for t in range(schedule.n_loops) if schedule.pass_of_loop(t).index < onwards[0].index}
     ends = {f"{schedule.pass_prefix(schedule.pass_of_loop(t))}.hook_out": t for t in range(schedule.n_loops)}
     labels = {"loop": [str(t) for t in range(schedule.n_loops)]}
 
@@ -286,7 +289,11 @@ def injection_effect(
                     "pass tokens [pos] or [batch, pos] of the same length."
                 )
             rows.append(replacement.to(tokens.device).expand_as(tokens))
-        changes, kls = torch.full((n, schedule.n_loops), torch.nan), torch.full((n, schedule.n_loops), torch.nan)
+        changes, kls = torch.zeros(n, schedule.n_loops), torch.zeros(n, schedule.n_loops)
+
+        def fork(state: Tensor, hook: object) -> Tensor:
+            # Until here the edited rows computed what the untouched ones did, in other rows of the batch: equal up to rounding.
+            return torch.cat((state[:n], state[:n], state[2 * n :]))
 
         def edit(injection: Tensor, hook: object) -> Tensor:
             if isinstance(replacement, Tensor):
@@ -299,18 +306,24 @@ def injection_effect(
         def read(state: Tensor, hook: Any) -> None:
             loop = ends[schedule.loop_name(hook.name)]
             check_finite(state, hook.name)
-            clean, other = wide(state[:n]), wide(state[n : 2 * n])
-            changes[:, loop] = ((other - clean).norm(dim=-1) / clean.norm(dim=-1)).mean(-1)
+            if loop not in untouched:
+                clean, other = wide(state[:n]), wide(state[n : 2 * n])
+                changes[:, loop] = ((other - clean).norm(dim=-1) / clean.norm(dim=-1)).mean(-1)
 
         def on_loop(loop: int, logits: Tensor) -> None:
             check_finite(logits, f"the readout after loop {loop}")
-            clean, other = (wide(part).log_softmax(-1) for part in (logits[:n], logits[n : 2 * n]))
-            kls[:, loop] = (clean.exp() * (clean - other)).sum(-1).mean(-1)
+            if loop not in untouched:
+                clean, other = (wide(part).log_softmax(-1) for part in (logits[:n], logits[n : 2 * n]))
+                kls[:, loop] = (clean.exp() * (clean - other)).sum(-1).mean(-1)
 
         state = initial_state.repeat(len(rows), 1, 1) if isinstance(initial_state, Tensor) else initial_state
         run: Any = deep.run_with_hooks
         with torch.no_grad():
-            hooks = [*((name, edit) for name in edited), *((name, read) for name in ends)]
+            hooks = [
+                *((name, fork) for name in entrances),
+                *((name, edit) for name in edited),
+                *((name, read) for name in ends),
+            ]
             run(torch.cat(rows), hooks, on_loop=on_loop, initial_state=state)
         return InjectionEffect(
             state_change=Estimate.of(changes, ("loop",), labels, "state_change"),

@@ -20,7 +20,7 @@ class NoiseTable:
     """Truncated normal states, one row per position, that depend on nothing but the seed and the position.
 
     Published Huginn-like models draw a fresh state in every forward. Here position `p` always starts from the same row, so two
-    calls return the same bits, a cached run equals a full one, and a padded row equals the row alone.
+    calls start from the same bits, and so do a cached run and a full one, a padded row and the row alone.
     """
 
     def __init__(self, cfg: LoopedConfig):
