@@ -477,7 +477,7 @@ def test_huginn_and_retrofits_from_their_formulas(block: str, sizes: dict[str, A
         "rope_theta": 700.0,
         "qk_bias": biased,
         "tie_embeddings": block == "huginn",
-        "init_values": {"std": 0.01, "embed_scale": 1.0},
+        "init_values": None if block == "huginn" else {"std": 0.01, "embed_scale": 1.0},
     }
 
     def run(h: Tensor, at: str) -> Tensor:

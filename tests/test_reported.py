@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import json
 import math
 import os
 import re
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from zoo import ZOO, random_bridge, random_tokens
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
-from tl_looped.analysis import injection_effect
+from tl_looped.analysis import exit_steps, injection_effect
+from tl_looped.checkpoints import MemoryCheckpoint, load_model, make_plan
 from tl_looped.errors import CheckpointError
+from tl_looped.exits import Gate
+from tl_looped.info import checkpoint_text
+from tl_looped.model import LoopedModel
+from tl_looped.model.parameters import parameter_shapes
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -54,6 +71,383 @@ def test_rows_that_round_differently_have_no_effect_before_the_edit(name: str, s
 
 
 # --- Configs: keys, kinds, counts ---
+
+CHECKPOINTS = sorted(path.name for path in GOLDEN.iterdir())
+LOOP_COUNTS = {"ouro": "total_ut_steps", "nanbeige": "num_loops", "hrm_text": "H_cycles"}  # elsewhere mean_recurrence
+
+
+@functools.cache
+def golden_tensors(checkpoint: str) -> dict[str, Tensor]:
+    return load_file(GOLDEN / checkpoint / "model.safetensors")
+
+
+def with_config(checkpoint: str, **changes: Any) -> MemoryCheckpoint:
+    """A golden checkpoint with some keys of its config.json changed."""
+    config = json.loads((GOLDEN / checkpoint / "config.json").read_text())
+    return MemoryCheckpoint(config | changes, golden_tensors(checkpoint))
+
+
+@torch.no_grad()
+def config_logits(checkpoint: MemoryCheckpoint) -> Tensor:
+    return load_model(checkpoint)(torch.tensor([[3, 1, 4, 1, 5]])).logits
+
+
+def test_ouro_reads_the_last_loop_or_refuses() -> None:
+    for threshold in (0.3, 0.999, 0, -1.0):
+        with pytest.raises(
+            CheckpointError, match=rf"early_exit_threshold={threshold:g}, .*Set 1.0 .*Gate\({max(threshold, 0):g}\)"
+        ):
+            load_model(with_config("ouro", early_exit_threshold=threshold))
+    for step in (0, 1, 3):
+        with pytest.raises(CheckpointError, match=rf"early_exit_step={step}, .*n_loops={step + 1}"):
+            load_model(with_config("ouro", early_exit_step=step))
+    # The published forward's own logits, with the released threshold and with none, are those of the last loop in fp32.
+    golden = load_file(GOLDEN / "ouro" / "golden.safetensors")
+    for changes in ({}, {"early_exit_threshold": None}, {"early_exit_threshold": 1.5, "early_exit_step": -1}):
+        model = load_model(with_config("ouro", **changes))
+        with torch.no_grad():
+            found = model(golden["input_ids"]).logits
+        torch.testing.assert_close(found, golden["R4/logits"], rtol=1e-5, atol=2e-4)
+    # Where the sum rounds to 1, as the module says: half-way between 1 and the number below it, 2^-8 away in bf16, 2^-24 in fp32.
+    assert torch.tensor(1 - 2**-9).bfloat16() == 1 and torch.tensor(1 - 2**-9 - 2**-12).bfloat16() < 1
+    assert (
+        torch.tensor(1 - 2**-25, dtype=torch.float64).float() == 1 and torch.tensor(1 - 2**-24, dtype=torch.float64).float() < 1
+    )
+
+
+def test_the_policy_that_ouros_refusal_names_reads_the_loops_that_the_published_forward_reads() -> None:
+    golden = load_file(GOLDEN / "ouro" / "golden.safetensors")
+    at_loop = torch.stack([golden[f"R4/logits_exit_at_step{t}"] for t in range(4)])
+    distance = (
+        (at_loop - golden["R4/logits_exit_threshold0.3"]).abs().amax(-1)
+    )  # [loop, batch, pos]; 0 at the loop that was read
+    assert distance.amin(0).max() == 0 and (distance == 0).sum() == 24
+    found = exit_steps(LoopedBridge.from_pretrained(GOLDEN / "ouro"), golden["input_ids"], Gate(0.3), verbose=False)
+    assert (found.passes[0][0] - 1).tolist() == distance.argmin(0).tolist()
+
+
+# Arithmetic that another decoder has under the key, and the value that means: none.
+OTHER_ARITHMETIC = [
+    ("logit_scale", 0.5, 1.0),
+    ("logits_scaling", 8, 1),
+    ("embedding_multiplier", 12.0, 1.0),
+    ("residual_multiplier", 0.2, 1.0),
+    ("attention_multiplier", 0.01, None),
+    ("final_logit_softcapping", 30.0, None),
+    ("attn_logit_softcapping", 50.0, 0),
+    ("query_pre_attn_scalar", 256, None),
+    ("partial_rotary_factor", 0.5, 1.0),
+    ("is_causal", False, True),
+    ("num_local_experts", 8, 0),
+    ("attention_sinks", True, False),
+    ("layer_types", ["sliding_attention"] * 3, ["full_attention"] * 3),
+    ("no_rope_layers", [1, 0, 1], []),
+    ("attention_chunk_size", 64, None),
+    ("quantization_config", {"quant_method": "bitsandbytes"}, None),
+    ("use_parallel_residual", True, False),
+]
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_arithmetic_that_no_family_has_is_refused_in_every_family(checkpoint: str) -> None:
+    for key, value, _ in OTHER_ARITHMETIC:
+        with pytest.raises(CheckpointError, match=rf"{key}=.*not implemented"):
+            make_plan(with_config(checkpoint, **{key: value}))
+    off = {key: neutral for key, _, neutral in OTHER_ARITHMETIC}
+    assert torch.equal(config_logits(with_config(checkpoint, **off)), config_logits(with_config(checkpoint)))
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "changes"),
+    [
+        ("huginn", {"init_values": {"std": 0.3}}),
+        ("huginn", {"init_values": {"embed_scale": 1.0}}),
+        *[(name, {key: "other"}) for name in ("huginn", "retrofit_olmo") for key in ("state_init", "injection_type")],
+        *[(name, {key: "Other"}) for name in ("huginn", "retrofit_llama") for key in ("block_class_name", "norm_class_name")],
+        ("huginn", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ("parcae", {"state_init": "normal"}),
+        ("parcae", {"simple_ops": True}),
+        ("parcae", {"logit_scale": 2.0}),
+        ("parcae", {"mup_model_scaling_factor": True}),
+        ("parcae", {"model_class_name": "Other"}),
+        ("parcae", {"test_time_noise": 0.1}),
+        ("ouro", {"use_weighted_exit": True}),
+        ("ouro", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ("nanbeige", {"enable_hyper_connection": True}),
+    ],
+)  # fmt: skip
+def test_options_of_the_published_classes_are_implemented_or_refused(checkpoint: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=next(iter(changes))):
+        make_plan(with_config(checkpoint, **changes))
+
+
+def test_options_of_the_published_classes_that_are_implemented_count() -> None:
+    """The numbers of a retrofit's state, by the fields that they become; those of Huginn follow from the width (48)."""
+    cfg = make_plan(with_config("retrofit_llama", init_values={"std": 0.3, "embed_scale": 2.0})).cfg
+    assert (cfg.noise_std, cfg.noise_scale, cfg.embed_scale) == (0.3, 2.0, 2.0)
+    cfg = make_plan(with_config("huginn", init_values={"std": math.sqrt(2 / 240), "embed_scale": math.sqrt(48)})).cfg
+    assert (cfg.noise_std, cfg.noise_scale) == (math.sqrt(2 / 240), math.sqrt(48))
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_a_key_that_nobody_knows_is_named_and_a_note_is_not(checkpoint: str) -> None:
+    with pytest.warns(UserWarning, match=r"frobnicate=3.*does not read"):
+        make_plan(with_config(checkpoint, frobnicate=3))
+    make_plan(
+        with_config(checkpoint, unsloth_version="2026.1", _commit_hash="0", use_cache=True, eos_token_id=[1, 2], dtype="x")
+    )
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "adapters.safetensors"])
+def test_an_adapter_beside_the_weights_is_refused(file: str, tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "ouro", tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    for load in (LoopedBridge.from_pretrained, checkpoint_text):
+        with pytest.raises(CheckpointError, match=rf"an adapter \({file}\).*merge_and_unload"):
+            load(tmp_path)
+
+
+WRONG_KINDS = [
+    ("nanbeige", "skip_loop_final_norm", ["false", 0, 1]),
+    ("nanbeige", "loop_loss_weights", [3, ["a"], {}]),
+    ("huginn", "rope_base", [0, True, "7", -1.0, math.inf, math.nan]),
+    ("huginn", "qk_bias", ["false", 1]),
+    ("parcae", "rope_settings", [{"rope_base": 0}, {"rope_base": True}, {"rope_base": "7"}, {"use_rope": "no"}, 7, []]),
+    ("parcae", "logit_softcap", [0, -1.0, True, "9"]),
+    ("parcae", "qk_norm", ["no", 2]),
+    ("retrofit_llama", "init_values", [{"std": True, "embed_scale": 1.0}, {"std": 0, "embed_scale": 1.0}, "x", [1]]),
+    ("retrofit_llama", "rope_scaling", [{"rope_type": "linear", "factor": "2"}, {"rope_type": "llama3", "factor": 8.0}, "llama3"]),
+    ("ouro", "rope_scaling", [{"rope_type": "linear", "factor": 0}, {"rope_type": "yarn", "factor": 2.0, "mscal": 1.0}, [2.0]]),
+    ("ouro", "rms_norm_eps", [10**400, 10**5000, "1e-6", True, -1e-6, math.nan, [1e-6]]),
+    ("ouro", "tie_word_embeddings", ["false", 0]),
+    ("ouro", "total_ut_steps", [0, -1, 2.0, "4", True, [4], 10**30, 10**5000]),
+    ("hrm_text", "prefix_lm", ["false", 1]),
+    ("hrm_text", "embedding_scale", ["7", True, 10**400]),
+    ("hrm_text", "initializer_range", [0, "a"]),
+    *[(name, "norm_eps", [10**400, True, "0"]) for name in ("huginn", "parcae", "retrofit_olmo")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("checkpoint", "key", "values"), WRONG_KINDS)
+def test_a_value_of_the_wrong_kind_is_refused(checkpoint: str, key: str, values: list[Any]) -> None:
+    named = {"init_values": "std|init_values|embed_scale", "rope_settings": "rope_base|use_rope|rope_settings"}.get(key, key)
+    for value in values:
+        changes = {"embedding_scale": None} if key == "initializer_range" else {}
+        with pytest.raises(CheckpointError, match=rf"({named}|mscal).*(must be|does not have)") as error:
+            make_plan(with_config(checkpoint, **changes, **{key: value}))
+        assert len(str(error.value)) < 500
+
+
+WRONG = [None, True, 0, -1, 1.5, 10**400, 10**5000, math.nan, math.inf, "false", "x", [], ["x"], [-1], {}, {"rope_type": []}]
+ACCEPTED = {
+    **dict.fromkeys("norm_weight prelude_norm pass_norm final_norm exit_gate attn_gate tied prefix_lm".split(), [True]),
+    **dict.fromkeys("n_prelude n_coda n_kv_heads d_head d_mlp value_gate_width".split(), [0]),
+    **dict.fromkeys("norm_eps noise_std noise_scale embed_scale".split(), [0, 1.5]),
+    **dict.fromkeys("biases windows value_embed_layers".split(), [[]]),
+    "qk_norm_eps": [None, 0, 1.5],
+    "logit_softcap": [None, 1.5],
+    "rope_theta": [1.5],
+    "rope_scaling": [None, {}],
+    "l_cycles": [None],
+    "beta": [0],
+    "family": ["false", "x"],
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(LoopedConfig)])
+def test_every_field_of_a_config_has_a_kind(field: str, unchecked: None) -> None:
+    """What a field accepts is written down here; everything else in the list is refused, with the field's name."""
+    base = {"d_model": 16, "n_heads": 4, "d_vocab": 20, "n_core": 2, "n_loops": 3}
+    for value in WRONG:
+        if any(value == right and type(value) is type(right) for right in ACCEPTED.get(field, [])):
+            LoopedConfig(**{**base, field: value})
+            continue
+        with pytest.raises(LoopedError, match=f"{field}|rope scaling"):
+            LoopedConfig(**{**base, field: value})
+        with pytest.raises(LoopedError, match=f"{field}|rope scaling"):
+            LoopedConfig.from_dict({**base, field: value})
+
+
+def test_numpys_numbers_are_numbers(unchecked: None) -> None:
+    plain = LoopedConfig(d_model=16, n_heads=4, d_vocab=20, n_core=2, n_loops=3, norm_eps=0.5, tied=True, windows=(4, None))
+    made = LoopedConfig(
+        d_model=np.int64(16), n_heads=np.int32(4), d_vocab=20, n_core=np.uint8(2), n_loops=3,
+        norm_eps=np.float32(0.5), tied=np.bool_(True), windows=[np.int64(4), None],
+    )  # fmt: skip
+    assert made == plain and json.loads(json.dumps(made.to_dict())) == json.loads(json.dumps(plain.to_dict()))
+
+
+COUNTS = {
+    "ouro": "num_hidden_layers total_ut_steps hidden_size head_dim intermediate_size vocab_size num_attention_heads",
+    "nanbeige": "num_hidden_layers num_loops hidden_size head_dim num_key_value_heads num_attention_heads",
+    "hrm_text": "num_layers_per_stack num_hidden_layers H_cycles L_cycles head_dim intermediate_size vocab_size",
+    "huginn": "mean_recurrence n_layers_in_prelude n_layers_in_recurrent_block n_layers_in_coda n_embd head_dim",
+    "retrofit_llama": "mean_recurrence n_layers_in_prelude n_layers_in_recurrent_block n_layers_in_coda head_dim",
+    "retrofit_olmo": "mean_recurrence n_layers_in_prelude n_layers_in_recurrent_block n_layers_in_coda n_embd",
+    "parcae": "mean_recurrence n_layers_in_prelude n_layers_in_recurrent_block n_layers_in_coda n_embd padded_vocab_size",
+}  # fmt: skip
+
+
+@contextmanager
+def few_resources() -> Iterator[None]:
+    """2 seconds of the processor and 200 MB."""
+    started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        yield
+    finally:
+        assert time.process_time() - started < 2
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes on Linux
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_counts_are_compared_with_the_tensors_before_anything_is_built(checkpoint: str) -> None:
+    for key in COUNTS[checkpoint].split():
+        for value in (1000, 2**31 - 1):
+            if (key, value) == ("num_hidden_layers", value) and checkpoint == "hrm_text":
+                continue  # counts attention invocations there, and decides nothing beside num_layers_per_stack
+            with few_resources(), pytest.raises(CheckpointError) as error:
+                load_model(with_config(checkpoint, **{key: value}))
+            assert "cannot be understood" not in str(error.value) and len(str(error.value)) < 5000
+    loops = LOOP_COUNTS.get(checkpoint, "mean_recurrence")
+    changes = {loops: 10**9} | ({"L_cycles": 10**9} if checkpoint == "hrm_text" else {})
+    asked = {"n_loops": 2} | ({"l_cycles": 2} if checkpoint == "hrm_text" else {})
+    with pytest.raises(CheckpointError, match=r"n_loops=1000000000.* virtual layers.* Pass n_loops="), few_resources():
+        load_model(with_config(checkpoint, **changes))
+    with few_resources():
+        assert load_model(with_config(checkpoint, **changes), **asked).cfg.n_loops == 2
+        assert (
+            make_plan(with_config(checkpoint, **changes)).cfg.schedule.n_loops_of("H" if "L_cycles" in changes else "core")
+            == 10**9
+        )
+    if checkpoint == "hrm_text":
+        with pytest.raises(CheckpointError, match="l_cycles=1000000000"), few_resources():
+            load_model(with_config(checkpoint, **changes), n_loops=2)
+
+
+def test_a_list_of_a_million_loops_and_a_config_that_says_so_are_described_at_once(tmp_path: Path) -> None:
+    for length, says in ((1000, "n_loops=1001"), (10**6, "loop_loss_weights=.*at most")):
+        with pytest.raises(CheckpointError, match=says), few_resources():
+            load_model(with_config("nanbeige", loop_loss_weights=[0.5] * length))
+    shutil.copytree(GOLDEN / "ouro", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"total_ut_steps": 10**9}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with few_resources():  # 3 layers each
+        assert "3000000000 virtual layers" in (found := checkpoint_text(tmp_path)) and "loops.{0..999999999}.blocks" in found
+    schedule = LoopedConfig(d_model=8, n_heads=2, d_vocab=9, n_core=7, n_loops=10**9, n_prelude=3, n_coda=2).schedule
+    with few_resources():
+        assert schedule.n_layers == 7 * 10**9 + 5 and schedule.first_coda_layer == 7 * 10**9 + 3
+
+
+def test_own_format_and_looped_decoders_count_too() -> None:
+    model = random_bridge("huginn")
+    tensors = {name: p.detach() for name, p in model.original_model.canonical_parameters().items()}
+    for field in ("n_core", "n_prelude", "n_coda", "n_loops", "d_model", "d_head", "d_mlp", "d_vocab"):
+        config = {"model_type": "tl_looped", "looped_config": model.looped_cfg.to_dict() | {field: 10**9}}
+        with pytest.raises(CheckpointError), few_resources():
+            load_model(MemoryCheckpoint(config, tensors))
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=10, hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=3)
+    )
+    for key in ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "head_dim"):
+        before = getattr(llama.config, key)
+        setattr(llama.config, key, 10**9)
+        with pytest.raises(CheckpointError), few_resources():
+            LoopedBridge.loop_layers(llama, start=1, stop=2, n_loops=2)
+        setattr(llama.config, key, before)
+    llama.config.logit_scale = 0.5
+    with pytest.raises(CheckpointError, match="logit_scale=0.5"):
+        LoopedBridge.loop_layers(llama, start=1, stop=2, n_loops=2)
+
+
+@pytest.mark.parametrize("structure", ZOO)
+def test_the_shapes_that_are_compared_are_those_of_the_model(structure: str) -> None:
+    for changes in ({}, {"biases": ("q", "k", "v", "o", "in", "out")}):
+        cfg = ZOO[structure].replace(**changes)
+        built = {name: tuple(p.shape) for name, p in LoopedModel(cfg).canonical_parameters().items()}
+        assert dict(parameter_shapes(cfg)) == built
+
+
+@pytest.mark.parametrize("total", [4, 2, 16, None])  # 2 layers in each of two stacks; 2 H and 3 L cycles
+@pytest.mark.parametrize("file", ["model.safetensors", "model_unfused.safetensors"])
+def test_hrm_text_counts_the_layers_in_the_tensors(total: int | None, file: str) -> None:
+    config = json.loads((GOLDEN / "hrm_text" / "config.json").read_text()) | {"num_hidden_layers": total}
+    del config["num_layers_per_stack"]
+    golden = load_file(GOLDEN / "hrm_text" / "golden.safetensors")
+    with torch.no_grad():
+        found = load_model(MemoryCheckpoint(config, load_file(GOLDEN / "hrm_text" / file)))(golden["input_ids"]).logits
+    torch.testing.assert_close(found, golden["H2L3/logits"], rtol=1e-5, atol=2e-4)
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers=7.*2 layers in model.L_module.*num_layers_per_stack"):
+        load_model(MemoryCheckpoint(config | {"num_hidden_layers": 7}, load_file(GOLDEN / "hrm_text" / file)))
+
+
+WRAPPERS = {
+    "_orig_mod.{}": r"'_orig_mod.' is left .* by torch.compile.*model._orig_mod",
+    "module.{}": "DistributedDataParallel.*model.module",
+    "module._orig_mod.{}": "torch.compile",
+    "base_model.model.{}": "PEFT.*merge_and_unload",
+    "_fsdp_wrapped_module.{}": "FullyShardedDataParallel",
+    "net.{}": r"names begin with 'net.'.* wraps the model",
+}
+
+
+@pytest.mark.parametrize("checkpoint", ["ouro", "hrm_text", "huginn", "parcae"])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_names_that_a_wrapper_left_are_explained(name: str, checkpoint: str) -> None:
+    tensors = {name.format(at): tensor for at, tensor in golden_tensors(checkpoint).items()}
+    config = json.loads((GOLDEN / checkpoint / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=WRAPPERS[name]):
+        load_model(MemoryCheckpoint(config, tensors))
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A.default"])
+def test_the_names_of_an_adapter_that_is_not_merged_are_explained(part: str) -> None:
+    config = json.loads((GOLDEN / "ouro" / "config.json").read_text())
+    at = "model.layers.0.self_attn.q_proj"
+    tensors = golden_tensors("ouro") | {f"{at}.{part}.weight": torch.zeros(32, 32)}
+    with pytest.raises(CheckpointError, match=r"q_proj.*by PEFT.*merge_and_unload"):
+        load_model(MemoryCheckpoint(config, tensors))
+
+
+ANY_VALUE = st.one_of(
+    st.none(), st.booleans(), st.sampled_from([0, 1, -1, 2, 3, 7, 1000, 10**6, 2**31 - 1, 2**63, 10**30, 10**400, 10**5000]),
+    st.floats(), st.sampled_from(["", "7", "false", "silu", "linear", "x" * 5000]),
+    st.lists(st.one_of(st.none(), st.integers(-2, 5), st.floats(), st.just("full_attention")), max_size=4),
+    st.dictionaries(
+        st.sampled_from("rope_type type factor rope_theta std embed_scale rope_base use_rope original_max_position_embeddings".split()),
+        st.one_of(st.integers(-1, 10**30), st.floats(), st.sampled_from(["yarn", "linear", "llama3"]), st.booleans(), st.none()),
+        max_size=4,
+    ),
+)  # fmt: skip
+MORE_KEYS = (
+    "early_exit_step rope_parameters rope_scaling enable_double_loop_split embedding_scale partial_rotary_factor layer_types "
+    "logit_scale frobnicate num_local_experts quantization_config"
+).split()
+
+
+@pytest.mark.parametrize("checkpoint", [*CHECKPOINTS, *ZOO])
+@pytest.mark.filterwarnings("ignore:config.json has")
+def test_any_config_loads_or_is_refused_in_time(checkpoint: str) -> None:
+    if checkpoint in CHECKPOINTS:
+        config = json.loads((GOLDEN / checkpoint / "config.json").read_text())
+        keys, tensors = [*config, *MORE_KEYS], golden_tensors(checkpoint)
+    else:
+        config = ZOO[checkpoint].to_dict()
+        keys = list(config)
+        tensors = {name: torch.ones(shape) for name, shape in parameter_shapes(ZOO[checkpoint])}
+
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @given(st.dictionaries(st.sampled_from(keys), ANY_VALUE, min_size=1, max_size=2))
+    def mutate(changes: dict[str, Any]) -> None:
+        changed = config | changes
+        if checkpoint in ZOO:
+            changed = {"model_type": "tl_looped", "looped_config": changed}
+        with few_resources():
+            try:
+                load_model(MemoryCheckpoint(changed, tensors))
+            except CheckpointError as error:
+                assert "cannot be understood" not in str(error) and len(str(error)) < 6000
+
+    mutate()
 
 
 # (end: Configs: keys, kinds, counts)

@@ -5,15 +5,60 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import LoopedError
+from .kinds import Kind, choice, count, flag, number, optional, several, shown, table, text
 from .schedule import Schedule, check_count
 
 Projection = Literal["q", "k", "v", "o", "gate", "in", "out", "attn_gate"]
-# Scaling rules whose frequencies do not depend on the length of the prompt. The others would make an activation depend on how
-# much text follows it.
-STATIC_SCALING = ("default", "linear", "llama3", "yarn")
+# Scaling rules whose frequencies do not depend on the length of the prompt, and their parameters. The other rules would make an
+# activation depend on how much text follows it.
+_FACTOR = number(above=True)
+_SCALING: dict[str, dict[str, Kind[Any]]] = {
+    "default": {},
+    "linear": {"factor": _FACTOR},
+    "llama3": {
+        **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), _FACTOR),
+        "original_max_position_embeddings": count(),
+    },
+    "yarn": {
+        "factor": _FACTOR,
+        **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow"), optional(_FACTOR)),
+        **dict.fromkeys(("mscale", "mscale_all_dim"), optional(number())),
+        "original_max_position_embeddings": optional(count()),
+        "truncate": optional(flag),
+    },
+}
+
+
+def scaling(name: str, value: object) -> dict[str, Any]:
+    """Check transformers' description of scaled rotary frequencies.
+
+    Args:
+        name: what the error calls it.
+        value: the description.
+
+    Raises:
+        LoopedError: a rule that is not implemented; parameters that it does not have or lacks, or of the wrong kind.
+    """
+    given = table(name, value)
+    rule = next((given[key] for key in ("rope_type", "type") if given.get(key) is not None), "default")
+    if not isinstance(rule, str) or rule not in _SCALING:
+        raise LoopedError(f"rope scaling {shown(rule)} was asked; supported are {', '.join(_SCALING)}.")
+    parameters = {key: value for key, value in given.items() if key not in ("rope_type", "type") and value is not None}
+    if unknown := [key for key in parameters if key not in _SCALING[rule]]:
+        raise LoopedError(
+            f"{name} has {unknown[0]}={shown(parameters[unknown[0]])}, which the rule {rule!r} does not have and is not "
+            f"implemented; it has {', '.join(_SCALING[rule]) or 'no parameter'}."
+        )
+    checked = {key: kind(f"{name}[{key!r}]", parameters.get(key)) for key, kind in _SCALING[rule].items()}
+    if rule == "llama3" and checked["high_freq_factor"] <= checked["low_freq_factor"]:
+        raise LoopedError(
+            f"{name} has low_freq_factor={checked['low_freq_factor']} and "
+            f"high_freq_factor={checked['high_freq_factor']}; the second must be the greater one."
+        )
+    return {"rope_type": rule, **{key: value for key, value in checked.items() if value is not None}}
 
 
 @dataclass(frozen=True)
@@ -76,7 +121,7 @@ class LoopedConfig:
         prefix_lm: `token_type_ids` may mark a prefix whose positions look at each other both ways.
 
     Raises:
-        LoopedError: a value that is none of the choices, or fields that contradict each other.
+        LoopedError: a value of the wrong kind or outside its range, or fields that contradict each other.
 
     Example:
         >>> cfg = LoopedConfig(d_model=64, n_heads=4, d_vocab=100, n_core=2, n_loops=3)
@@ -130,30 +175,15 @@ class LoopedConfig:
     prefix_lm: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_heads", "d_vocab", "n_core", "n_loops", "n_ctx", "anchor_steps"):
-            check_count(name, getattr(self, name))
+        for name, kind in _FIELDS.items():
+            object.__setattr__(self, name, kind(name, getattr(self, name)))
         for name, default in self._usual_widths().items():
             object.__setattr__(self, name, getattr(self, name) or default)
             check_count(name, getattr(self, name))
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            choices = get_args(hints[field.name])
-            if choices and isinstance(choices[0], str) and getattr(self, field.name) not in choices:
-                raise LoopedError(
-                    f"{field.name}={getattr(self, field.name)!r} was asked; choose one of {', '.join(map(repr, choices))}."
-                )
-        numbers = ["norm_eps", "rope_theta", "noise_std", "noise_scale", "beta", "embed_scale"]
-        numbers += [name for name in ("qk_norm_eps", "logit_softcap") if getattr(self, name) is not None]
-        for name in numbers:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise LoopedError(f"{name}={value!r} was asked, but {name} must be a finite number >= 0.")
         if self.logit_softcap == 0:
             self._refuse("logit_softcap=0 would make every logit 0; None is no cap")
         if self.initial_state == "noise" and self.noise_std == 0:
             self._refuse('initial_state="noise" needs noise_std > 0')
-        if self.beta > 1:
-            self._refuse(f"beta={self.beta} is no weight of the first pass; it lies between 0 and 1")
         if self.mlp == "relu_squared" and "gate" in self.biases:
             self._refuse('biases names "gate", which mlp="relu_squared" does not have')
         _ = self.schedule  # checks its own counts
@@ -161,10 +191,6 @@ class LoopedConfig:
             self._refuse(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.d_model % self.n_heads and self.d_head == self.d_model // self.n_heads:
             self._refuse(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; give d_head")
-        scaling = self.rope_scaling or {}
-        kind = scaling.get("rope_type") or scaling.get("type") or "default"
-        if kind not in STATIC_SCALING:
-            raise LoopedError(f"rope scaling {kind!r} was asked; supported are {', '.join(STATIC_SCALING)}.")
         if self.rope_layout != "none" and self.d_head % 2:
             self._refuse(f"rotary positions need an even d_head, got {self.d_head}")
         two_stacks = self.l_cycles is not None
@@ -184,13 +210,9 @@ class LoopedConfig:
             )
         if self.windows and len(self.windows) != self.n_physical:
             self._refuse(f"windows has {len(self.windows)} entries for {self.n_physical} physical layers")
-        for window in self.windows:
-            check_count("a window", 1 if window is None else window)
-        if wrong := sorted(set(self.biases) - set(get_args(Projection))):
-            self._refuse(f"biases names {wrong}; choose from {get_args(Projection)}")
         if self.value_embed_layers and not 0 < self.value_gate_width <= self.d_model:
             self._refuse(f"value embeddings need 0 < value_gate_width <= d_model, got {self.value_gate_width}")
-        if wrong := [i for i in self.value_embed_layers if not 0 <= i < self.n_physical]:
+        if wrong := [i for i in self.value_embed_layers if i >= self.n_physical]:
             self._refuse(f"value_embed_layers names {wrong}, but the physical layers are 0..{self.n_physical - 1}")
 
     def _refuse(self, why: str) -> None:
@@ -242,13 +264,36 @@ class LoopedConfig:
         """Inverse of `to_dict`.
 
         Raises:
-            LoopedError: a field that this version does not know, or values that contradict each other.
+            LoopedError: a field that this version does not know or that is missing, or values of the wrong kind or that
+                contradict each other.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise LoopedError(f"unknown LoopedConfig fields {unknown}; this version knows {sorted(known)}.")
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields)
+        fields = table("the fields of a LoopedConfig", values)
+        if unknown := sorted(set(fields) - set(_FIELDS)):
+            raise LoopedError(f"unknown LoopedConfig fields {shown(unknown)}; this version knows {sorted(_FIELDS)}.")
+        needed = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
+        if missing := [name for name in needed if name not in fields]:
+            raise LoopedError(f"a LoopedConfig needs {', '.join(missing)}, which these fields lack: {shown(sorted(fields))}.")
+        return cls(**{name: _FIELDS[name](name, value) for name, value in fields.items()})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoopedConfig:
         return self  # immutable
+
+
+# What every field may be. A choice is declared by its annotation alone.
+_FIELDS: dict[str, Kind[Any]] = {
+    **{name: choice(*get_args(hint)) for name, hint in get_type_hints(LoopedConfig).items() if get_origin(hint) is Literal},
+    **dict.fromkeys("d_model n_heads d_vocab n_core n_loops n_ctx anchor_steps".split(), count()),
+    **dict.fromkeys("n_kv_heads d_head d_mlp n_prelude n_coda value_gate_width".split(), count(0)),
+    **dict.fromkeys("norm_weight attn_gate prelude_norm pass_norm final_norm exit_gate tied prefix_lm".split(), flag),
+    **dict.fromkeys("norm_eps noise_std noise_scale embed_scale".split(), number()),
+    "family": text,
+    "l_cycles": optional(count()),
+    "qk_norm_eps": optional(number()),
+    "logit_softcap": optional(number()),
+    "beta": number(0.0, 1.0),
+    "rope_theta": number(1.0, above=True),
+    "rope_scaling": optional(scaling),
+    "biases": several(choice(*get_args(Projection))),
+    "windows": several(optional(count())),
+    "value_embed_layers": several(count(0)),
+}

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from . import families
 from .bridge.looped_bridge import LoopedBridge
-from .checkpoints import open_checkpoint, stored_dtype
+from .checkpoints import make_plan, open_checkpoint, stored_dtype
 from .config import LoopedConfig
 from .model import LoopedModel
 from .schedule import Pass, virtual_layer
@@ -51,12 +50,11 @@ def checkpoint_text(name_or_dir: str | Path, revision: str | None = None) -> str
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or no family knows it.
+        CheckpointError: there is no such checkpoint, no family knows it, or its config.json and tensors do not fit together.
     """
     checkpoint = open_checkpoint(name_or_dir, revision)
-    family = families.detect(checkpoint.config, checkpoint.shapes)
-    cfg = family.looped_config(checkpoint.config, checkpoint.shapes)
-    dtype = stored_dtype(checkpoint, family.sources(cfg, checkpoint.shapes))
+    _, cfg, sources = make_plan(checkpoint)
+    dtype = stored_dtype(checkpoint, sources)
     found = sizes(cfg)
     loop_share = found.flops_per_loop / found.flops(cfg.n_loops)
     rows = [
@@ -120,7 +118,7 @@ def _split(bridge: LoopedBridge, name: str, cfg: LoopedConfig) -> tuple[str, int
     schedule = bridge.schedule
 
     def all_loops(p: Pass) -> str:
-        return f"{schedule.pass_prefix(p).rpartition('.')[0]}.{_indices(list(range(cfg.schedule.n_loops_of(p.stack))))}"
+        return f"{schedule.pass_prefix(p).rpartition('.')[0]}.{_indices(range(cfg.schedule.n_loops_of(p.stack)))}"
 
     if (layer := virtual_layer(name)) is not None:
         site, p = schedule.site(layer), schedule.pass_of_layer(layer)
@@ -132,11 +130,11 @@ def _split(bridge: LoopedBridge, name: str, cfg: LoopedConfig) -> tuple[str, int
     return "", None, name
 
 
-def _indices(found: list[int]) -> str:
-    """Indices as in "3", "{0..5}" or "{1,3}"."""
+def _indices(found: Sequence[int]) -> str:
+    """Ascending indices as in "3", "{0..5}" or "{1,3}"."""
     if len(found) == 1:
         return str(found[0])
-    is_range = found == list(range(found[0], found[-1] + 1))
+    is_range = len(found) == found[-1] + 1 - found[0]
     return f"{{{found[0]}..{found[-1]}}}" if is_range else f"{{{','.join(map(str, found))}}}"
 
 

@@ -15,9 +15,11 @@ from typing import Literal, NamedTuple
 
 from ._words import counted
 from .errors import LoopedError, OutOfRangeError, UnknownNameError
+from .kinds import count
 
 __all__ = ["Indices", "LoopSelector", "Pass", "Schedule", "Site"]
 
+_MAX_INT64 = 2**63 - 1
 _INDEX = r"(\*|-?\d+|(?:-?\d+)?:(?:-?\d+)?)"
 _BLOCK = re.compile(rf"blocks\.{_INDEX}\.(.+)")
 _EDGE = re.compile(rf"(prelude|coda)\.blocks\.{_INDEX}\.(.+)")
@@ -64,9 +66,7 @@ def check_count(name: str, value: object, minimum: int = 1) -> int:
     Raises:
         LoopedError: it is no int, or too small.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise LoopedError(f"{name}={value!r} was asked, but {name} must be an int >= {minimum}.")
-    return value
+    return count(minimum, _MAX_INT64)(name, value)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ class Schedule:
     @property
     def n_layers(self) -> int:
         """Number of virtual layers."""
-        return self.n_prelude + len(self.passes) * self.n_core + self.n_coda
+        n_passes = self.n_loops * (1 if self.l_cycles is None else self.l_cycles + 1)
+        return self.n_prelude + n_passes * self.n_core + self.n_coda
 
     @property
     def first_coda_layer(self) -> int:
@@ -163,7 +164,9 @@ class Schedule:
         Args:
             stack: "core", or "L" or "H" for HRM-Text.
         """
-        return sum(p.stack == stack for p in self.passes)
+        if stack not in self.core_stacks:
+            return 0
+        return self.n_loops * self.l_cycles if stack == "L" and self.l_cycles is not None else self.n_loops
 
     def looped_stack(self, stack: str | None = None) -> str:
         """Check the name of a looped stack; None for the only one.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import torch
-
 from .config import LoopedConfig
-from .model import LoopedModel
+from .model.parameters import parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -56,25 +55,25 @@ def sizes(cfg: LoopedConfig) -> Sizes:
         >>> found.parameters["core"], found.flops_per_loop  # the norms' 32 weights are no matrices
         (1312, 2560)
     """
-    with torch.device("meta"):
-        parameters = LoopedModel(cfg.replace(n_loops=1)).canonical_parameters()
+    parameters = dict(parameter_shapes(cfg))
     stacks = [name for name, n_layers in cfg.schedule.stacks.items() if n_layers]
     runs = {stack: cfg.l_cycles if stack == "L" else 1 for stack in cfg.schedule.core_stacks}
     counts, per_loop, outside = dict.fromkeys(["embed", *stacks, "between", "unembed"], 0), 0, 0
-    for name, parameter in parameters.items():
+    for name, shape in parameters.items():
         first = name.split(".")[0]
+        n = math.prod(shape)
         part = first if first in counts else "embed" if first == "value_embeds" else "between"
-        counts[part] += parameter.numel()
-        if parameter.ndim < 2 or part == "embed":
+        counts[part] += n
+        if len(shape) < 2 or part == "embed":
             continue
         if part in runs:
-            per_loop += (runs[part] or 1) * parameter.numel()
+            per_loop += (runs[part] or 1) * n
         elif first in ("inject", "exit_gate"):
-            per_loop += sum(runs[stack] or 1 for stack in runs) * parameter.numel() if first == "inject" else parameter.numel()
+            per_loop += sum(runs[stack] or 1 for stack in runs) * n if first == "inject" else n
         else:
-            outside += parameter.numel()
+            outside += n
     if cfg.tied:
-        outside += parameters["embed.weight"].numel()
+        outside += math.prod(parameters["embed.weight"])
     layers_per_loop = sum((runs[stack] or 1) * cfg.n_core for stack in runs)
     return Sizes(
         {part: n for part, n in counts.items() if n},

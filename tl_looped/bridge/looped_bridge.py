@@ -219,7 +219,8 @@ class LoopedBridge(GeneratingBridge):
             raise LoopedError("strategy='naive' needs n_loops= and has no K and no beta; they belong to strategy='anchored'.")
         steps = check_count("K", K) if K is not None else check_count("n_loops", n_loops) if n_loops is not None else 6
         checkpoint = _in_memory(hf_model)
-        cfg = families.llama.looped_config(
+        cfg = families.read(
+            families.llama,
             checkpoint.config,
             checkpoint.shapes,
             start=start,

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 from collections.abc import Mapping
-from fnmatch import fnmatch
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import families
 from ..config import LoopedConfig
 from ..errors import CheckpointError, LoopedError
-from ..families import Computed, Family, Source
+from ..families import Computed, Source
 from ..model import LoopedModel
-from ..schedule import check_count
 from .open import Checkpoint
+from .plan import check_depth, make_plan, stored
 
 _SHOW_PROGRESS_FROM = 1_000_000_000  # bytes
 _BUFFER = 1 << 20  # elements
@@ -47,25 +43,12 @@ def load_model(
         CheckpointError: config.json, names, shapes or values that do not fit together.
         LoopedError: `n_loops`, `l_cycles` or `dtype` that this model cannot have.
     """
-    device = _usable(device)
-    family = families.detect(checkpoint.config, checkpoint.shapes)
-    try:
-        cfg = cfg or family.looped_config(checkpoint.config, checkpoint.shapes)
-        with torch.device("meta"):
-            model = LoopedModel(cfg)
-    except LoopedError as error:
-        raise CheckpointError(f"{checkpoint} cannot be loaded: {error}") from error
-    except (TypeError, ValueError, KeyError, AttributeError) as error:  # values of the wrong kind
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(
-            f"the config.json of {checkpoint} cannot be understood ({reason}). Restore the published one."
-        ) from error
-    if n_loops is not None or l_cycles is not None:
-        cfg = _with_counts(cfg, n_loops, l_cycles)
-        with torch.device("meta"):
-            model = LoopedModel(cfg)
-    sources = family.sources(cfg, checkpoint.shapes)
-    _check_tensors(checkpoint, family, model, sources)
+    device, is_given = _usable(device), cfg is not None
+    family, cfg, sources = make_plan(checkpoint, n_loops, l_cycles, cfg)
+    if not is_given:
+        check_depth(checkpoint, cfg, n_loops, l_cycles)
+    with torch.device("meta"):
+        model = LoopedModel(cfg)
     dtype = dtype or stored_dtype(checkpoint, sources)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise LoopedError(f"dtype={dtype!r} was asked; pass a floating-point torch.dtype such as torch.bfloat16.")
@@ -87,7 +70,7 @@ def load_model(
             else:
                 tensor = checkpoint.read(source.name, source.first * math.prod(shape[1:]), shape).to(device)
             if tensor.min().isnan():
-                broken += _stored(source)
+                broken += stored(source)
             model.set_parameter(name, nn.Parameter(tensor))
             bar.update(tensor.nbytes)
     if broken:
@@ -104,12 +87,7 @@ def stored_dtype(checkpoint: Checkpoint, sources: Mapping[str, Source | Computed
         checkpoint: a checkpoint.
         sources: where its family finds every parameter.
     """
-    return checkpoint.dtypes[next(iter(_stored(sources["embed.weight"])))]
-
-
-def _stored(source: Source | Computed, shape: tuple[int, ...] = ()) -> Mapping[str, tuple[int, ...]]:
-    """The stored tensors that a parameter of some shape is read from, and their shapes."""
-    return source.stored if isinstance(source, Computed) else {source.name: source.shape or shape}
+    return checkpoint.dtypes[next(iter(stored(sources["embed.weight"])))]
 
 
 @torch.no_grad()
@@ -122,7 +100,7 @@ def _compute(
     dtype: torch.dtype,
 ) -> Tensor:
     """A parameter that is computed from stored tensors, converted first: a reference computes in the dtype it runs in."""
-    tensor = source.compute(*(checkpoint.read(stored).to(device, dtype) for stored in source.stored)).contiguous()
+    tensor = source.compute(*(checkpoint.read(name).to(device, dtype) for name in source.stored)).contiguous()
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise CheckpointError(
             f"the family computes {name} from {', '.join(source.stored)} as {list(tensor.shape)} of {tensor.dtype}; "
@@ -151,63 +129,6 @@ def _usable(device: torch.device | str | None) -> torch.device | None:
     if asked.type == "meta":
         raise LoopedError("device='meta' holds no values; choose a device to compute on.")
     return asked
-
-
-def _with_counts(cfg: LoopedConfig, n_loops: int | None, l_cycles: int | None) -> LoopedConfig:
-    if l_cycles is not None and cfg.l_cycles is None:
-        raise LoopedError(
-            f"l_cycles={l_cycles!r} was asked, but a {cfg.family} model has one looped stack; n_loops= says how often it runs."
-        )
-    changes = {"n_loops": n_loops, "l_cycles": l_cycles}
-    return cfg.replace(**{name: check_count(name, count) for name, count in changes.items() if count is not None})
-
-
-def _check_tensors(
-    checkpoint: Checkpoint, family: Family, model: LoopedModel, sources: Mapping[str, Source | Computed]
-) -> None:
-    """Compare names and shapes with what the config asks for, before any data is read."""
-    expected: dict[str, tuple[tuple[int, ...], list[str]]] = {}
-    parameters = model.canonical_parameters()
-    if unknown := [name for name in sources if name not in parameters]:
-        near = difflib.get_close_matches(unknown[0], parameters, n=3)
-        hint = f" Nearest: {', '.join(near)}." if near else ""
-        raise CheckpointError(
-            f"sources() of the family {model.cfg.family} names {', '.join(map(repr, unknown[:4]))}, for which this model has "
-            f"no parameter.{hint} All: LoopedModel(cfg).canonical_parameters()."
-        )
-    for name, parameter in parameters.items():
-        for stored, shape in _stored(sources.get(name, Source(name)), tuple(parameter.shape)).items():
-            fields = expected.setdefault(stored, (shape, []))[1]
-            fields += [field for field in _shape_fields(name) if field not in fields]
-    problems = [f"missing: {name} {list(shape)}" for name, (shape, _) in expected.items() if name not in checkpoint.shapes]
-    known = {*expected, *(family.TIED if model.cfg.tied else ())}
-    for name, found in checkpoint.shapes.items():
-        if name not in known and not any(fnmatch(name, pattern) for pattern in family.IGNORED):
-            problems.append(f"unexpected: {name} {list(found)}")
-        if name in expected and found != expected[name][0]:
-            shape, fields = expected[name]
-            follows = ", ".join(f"{field}={getattr(model.cfg, field)}" for field in fields)
-            problems.append(f"wrong shape: {name} should be {list(shape)} from {follows}, but is {list(found)}")
-        elif name in expected and not checkpoint.dtypes[name].is_floating_point:
-            problems.append(
-                f"not floating point: {name} is {checkpoint.dtypes[name]}; quantised checkpoints are not implemented"
-            )
-    if problems:
-        raise CheckpointError(
-            f"{checkpoint} does not hold the tensors of the {model.cfg.family} model in its config.json "
-            f"({model.cfg.schedule.describe()}):\n  "
-            + "\n  ".join(problems)
-            + "\nUse the config.json these tensors were saved with."
-        )
-
-
-def _shape_fields(name: str) -> list[str]:
-    """The `LoopedConfig` fields that the shape of a parameter follows from."""
-    if re.search(r"embed|unembed", name):
-        return ["d_vocab", *(["n_kv_heads", "d_head"] if "value" in name else ["d_model"])]
-    if match := re.search(r"attn\.(\w+?)(_norm)?\.", name):
-        return ["n_kv_heads" if match[1] in ("k", "v", "value_gate") else "n_heads", "d_head", "d_model"]
-    return ["d_mlp", "d_model"] if ".mlp." in name else ["d_model"]
 
 
 def _check_tied_copies(checkpoint: Checkpoint, copies: tuple[str, str]) -> None:

@@ -88,6 +88,7 @@ def open_checkpoint(name_or_dir: str | Path, revision: str | None = None) -> Che
         raise CheckpointError(
             f"revision={revision!r} was asked of the local directory {path}; revisions belong to Hub ids. Leave it out."
         )
+    _refuse_adapters(path)
     config = _read_json(path / "config.json")
     stored: dict[str, InSafetensors | InPickle] = {}
     files, index = _weight_files(path)
@@ -134,6 +135,17 @@ def _download(name: str, revision: str | None) -> Path:
         ) from error
 
 
+def _refuse_adapters(path: Path) -> None:
+    """Refuse an adapter beside the weights: without it, the model is another one."""
+    patterns = ("adapter_config.json", "adapter_model*", "adapters*.safetensors", "adapters*.npz")
+    if found := sorted(file.name for pattern in patterns for file in path.glob(pattern)):
+        raise CheckpointError(
+            f"{path} holds an adapter ({', '.join(found)}), which is not read: the weights beside it alone are another model. "
+            "Merge it (PEFT: merge_and_unload(), then save_pretrained) and load the result, or move the adapter away to load "
+            "the model without it."
+        )
+
+
 def _listing(directory: Path) -> str:
     """What a directory holds, for an error; of many entries the first."""
     names = sorted(p.name for p in directory.iterdir())
@@ -148,7 +160,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON ({error}). Download it again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, not an object. Download it again.")

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from ..config import LoopedConfig
 from ..errors import CheckpointError, LoopedError
+from ..kinds import choice, count, flag, number, optional, several, shown, table, text
 from . import canonical, hrm_text, huginn, llama, nanbeige, ouro, parcae, retrofit
 from ._common import (
     Computed,
@@ -19,26 +20,34 @@ from ._common import (
     activation,
     attention_rows,
     fused,
-    get,
     layers,
     mlp_rows,
     modules,
-    need,
-    only,
     readout,
     rope,
 )
+from ._read import Recorded, get, need, only, unused
 
 __all__ = [
     "Family",
     "register",
     "detect",
+    "read",
     "Source",
     "Computed",
     "Shapes",
     "need",
     "get",
     "only",
+    "unused",
+    "count",
+    "number",
+    "flag",
+    "text",
+    "choice",
+    "optional",
+    "several",
+    "table",
     "activation",
     "rope",
     "layers",
@@ -85,6 +94,7 @@ class Family(Protocol):
 
         Raises:
             CheckpointError: it has an option that is not implemented.
+            LoopedError: values of the wrong kind.
         """
         ...
 
@@ -141,8 +151,28 @@ def detect(config: Mapping[str, Any], shapes: Shapes) -> Family:
         if family.matches(config, shapes):
             return family
     raise CheckpointError(
-        f"this checkpoint has model_type={config.get('model_type')!r} and architectures={config.get('architectures')!r}, "
+        f"this checkpoint has model_type={shown(config.get('model_type'))} and "
+        f"architectures={shown(config.get('architectures'))}, "
         "which no family knows; known looped families are ouro, huginn, retrofit, hrm_text, parcae, nanbeige and tl_looped's "
         f"own format, and what was given to tl_looped.families.register. The layers of an ordinary decoder "
         f"({', '.join(llama.MODEL_TYPES)}) can be looped with LoopedBridge.loop_layers."
     )
+
+
+def read(family: Family, config: Mapping[str, Any], shapes: Shapes, **options: Any) -> LoopedConfig:
+    """What a checkpoint of a family computes; keys of its config.json that the family did not ask for are judged too.
+
+    Args:
+        family: its family.
+        config: the content of config.json.
+        shapes: the shape of every stored tensor, by its name.
+        **options: passed on to the family.
+
+    Raises:
+        CheckpointError: it has an option that is not implemented.
+        LoopedError: values of the wrong kind.
+    """
+    recorded = Recorded(config)
+    cfg = family.looped_config(recorded, shapes, **options)
+    recorded.check_unread(cfg.family)
+    return cfg

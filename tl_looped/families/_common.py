@@ -1,4 +1,4 @@
-"""What the family files share: where a parameter is stored, and how to read a config.json."""
+"""What the family files share: where a parameter is stored, and what decoders with Llama's keys have in common."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import LoopedConfig
+from ..config import LoopedConfig, scaling
 from ..errors import CheckpointError
+from ..kinds import count, flag, number, shown, table
+from ._read import get, model_kind, need, only
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -78,60 +80,6 @@ class Computed:
     stored: Mapping[str, tuple[int, ...]]
 
 
-def need(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a key that a config.json must have.
-
-    Args:
-        config: the content of config.json.
-        key: the key.
-
-    Raises:
-        CheckpointError: it is missing or null.
-    """
-    if config.get(key) is None:
-        raise CheckpointError(
-            f"config.json has no {key!r}, which a {kind(config)} checkpoint needs; it has {', '.join(sorted(config))}. "
-            "Restore the config.json the checkpoint was published with."
-        )
-    return config[key]
-
-
-def get(config: Mapping[str, Any], key: str, default: Any) -> Any:
-    """The value of an optional key; null counts as missing.
-
-    Args:
-        config: the content of config.json.
-        key: the key.
-        default: the value of a missing key.
-    """
-    value = config.get(key)
-    return default if value is None else value
-
-
-def kind(config: Mapping[str, Any]) -> str:
-    """What a config.json calls its model."""
-    return str(config.get("model_type") or config.get("_class_name") or "checkpoint of unknown type")
-
-
-def only(config: Mapping[str, Any], **implemented: Any) -> None:
-    """Refuse a config.json in which an option has another value than the implemented one; a missing or null option passes.
-
-    Args:
-        config: the content of config.json.
-        **implemented: the values that are implemented, by key.
-
-    Raises:
-        CheckpointError: an option has another value.
-    """
-    for key, value in implemented.items():
-        found = config.get(key)
-        if found is not None and found != value and (found or value):  # False, 0, [] and "" all mean: off
-            raise CheckpointError(
-                f"this {kind(config)} checkpoint has {key}={found!r}, which is not implemented; only {key}={value!r} is. "
-                "Load a checkpoint without this option."
-            )
-
-
 def activation(config: Mapping[str, Any], key: str = "hidden_act") -> Any:
     """The activation function of the MLP, SiLU by default.
 
@@ -143,8 +91,10 @@ def activation(config: Mapping[str, Any], key: str = "hidden_act") -> Any:
         CheckpointError: it is not implemented.
     """
     name = get(config, key, "silu")
-    if name.lower() not in ACTIVATIONS:
-        raise CheckpointError(f"this {kind(config)} checkpoint has {key}={name!r}; implemented are {', '.join(ACTIVATIONS)}.")
+    if not isinstance(name, str) or name.lower() not in ACTIVATIONS:
+        raise CheckpointError(
+            f"this {model_kind(config)} checkpoint has {key}={shown(name)}; implemented are {', '.join(ACTIVATIONS)}."
+        )
     return ACTIVATIONS[name.lower()]
 
 
@@ -157,41 +107,56 @@ def rope(config: Mapping[str, Any], default_theta: float | None) -> dict[str, An
 
     Raises:
         CheckpointError: an option that is not implemented.
+        LoopedError: values of the wrong kind.
     """
-    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if any(isinstance(value, dict) for value in scaling.values()):
+    new, old = (get(config, key, {}, table) for key in ("rope_parameters", "rope_scaling"))
+    if new and old and any(new.get(key, value) != value for key, value in old.items()):
         raise CheckpointError(
-            f"this {kind(config)} checkpoint has rotary parameters per layer type ({', '.join(scaling)}), which are not "
+            f"config.json has rope_parameters={shown(new)} and rope_scaling={shown(old)}, which contradict each other. "
+            "Remove the one that the model was not trained with."
+        )
+    given = new or old
+    if any(isinstance(value, dict) for value in given.values()):
+        raise CheckpointError(
+            f"this {model_kind(config)} checkpoint has rotary parameters per layer type ({', '.join(given)}), which are not "
             "implemented; only one set for all layers is. Load another checkpoint."
         )
-    theta = get(scaling, "rope_theta", get(config, "rope_theta", default_theta))
     only(config, partial_rotary_factor=1.0)
-    only({**config, **scaling}, partial_rotary_factor=1.0)
-    scaling = {key: value for key, value in scaling.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    default = (scaling.get("rope_type") or scaling.get("type") or "default") == "default"
+    only({"model_type": model_kind(config), **given}, partial_rotary_factor=1.0)
+    theta = get(given, "rope_theta", get(config, "rope_theta", default_theta))
+    if theta is None:
+        need(config, "rope_theta")
+    parameters = {key: value for key, value in given.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    checked = scaling("rope_scaling", parameters)
     return {
-        "rope_theta": float(need({**config, "rope_theta": theta}, "rope_theta")),
-        "rope_scaling": None if default else scaling,
+        "rope_theta": number(1.0, above=True)("rope_theta", theta),
+        "rope_scaling": None if checked["rope_type"] == "default" else checked,
     }
 
 
 def decoder_fields(config: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
     """The fields of `LoopedConfig` that a decoder with Llama's config keys determines, whatever is looped."""
-    biases = ("q", "k", "v", "o") if get(config, "attention_bias", False) else ()
+    biases = ("q", "k", "v", "o") if get(config, "attention_bias", False, flag) else ()
     return {
-        "d_model": need(config, "hidden_size"),
-        "n_heads": need(config, "num_attention_heads"),
-        "n_kv_heads": get(config, "num_key_value_heads", 0),
-        "d_head": get(config, "head_dim", 0),
-        "d_mlp": need(config, "intermediate_size"),
-        "d_vocab": need(config, "vocab_size"),
-        "n_ctx": get(config, "max_position_embeddings", 2048),
-        "norm_eps": get(config, "rms_norm_eps", 1e-6),
+        "d_model": need(config, "hidden_size", count()),
+        "n_heads": need(config, "num_attention_heads", count()),
+        "n_kv_heads": get(config, "num_key_value_heads", 0, count()),
+        "d_head": get(config, "head_dim", 0, count()),
+        "d_mlp": need(config, "intermediate_size", count()),
+        "d_vocab": need(config, "vocab_size", count()),
+        "n_ctx": get(config, "max_position_embeddings", 2048, count()),
+        "norm_eps": get(config, "rms_norm_eps", 1e-6, number()),
         "act_fn": activation(config),
-        "biases": biases + (("gate", "in", "out") if get(config, "mlp_bias", False) else ()),
-        "tied": get(config, "tie_word_embeddings", False),
+        "biases": biases + (("gate", "in", "out") if get(config, "mlp_bias", False, flag) else ()),
+        "tied": get(config, "tie_word_embeddings", False, flag),
         **rope(config, default_theta),
     }
+
+
+def stored_layers(shapes: Shapes, prefix: str) -> int:
+    """How many layers are stored under a prefix, such as "model.layers."; numbered from 0, as everywhere."""
+    indices = {name[len(prefix) :].partition(".")[0] for name in shapes if name.startswith(prefix)}
+    return 1 + max((int(index) for index in indices if index.isdecimal() and len(index) < 10), default=-1)
 
 
 def layers(cfg: LoopedConfig) -> Iterator[tuple[str, str, int, int]]:

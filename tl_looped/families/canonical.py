@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import LoopedConfig
-from ._common import Shapes, Source, need
+from ..kinds import table
+from ..model.parameters import parameter_shapes
+from ._common import Shapes, Source
+from ._read import need
 
 TIED = ("embed.weight", "unembed.weight")
 IGNORED = ()
@@ -19,9 +22,9 @@ def matches(config: Mapping[str, Any], shapes: Shapes) -> bool:
 
 def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
     """What the checkpoint computes."""
-    return LoopedConfig.from_dict(need(config, "looped_config"))
+    return LoopedConfig.from_dict(need(config, "looped_config", table))
 
 
 def sources(cfg: LoopedConfig, shapes: Shapes) -> dict[str, Source]:
     """Where every parameter is stored: under its own name."""
-    return {name: Source(name) for name in shapes}
+    return {name: Source(name) for name, _ in parameter_shapes(cfg)}

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from ..config import LoopedConfig
 from ..errors import CheckpointError
-from ._common import (
-    Shapes,
-    Source,
-    activation,
-    attention_rows,
-    fused,
-    get,
-    layers,
-    mlp_rows,
-    modules,
-    need,
-    only,
-    readout,
-    rope,
-)
+from ..kinds import count, flag, number, table
+from ._common import Shapes, Source, activation, attention_rows, fused, layers, mlp_rows, modules, readout
+from ._read import get, need, only, unused
 
 TIED = ("transformer.wte.weight", "lm_head.weight")
 IGNORED = ("freqs_cis",)
 
 _BLOCK = {"ln1": "norm_1", "ln1_stream": "norm_2", "ln2": "norm_3", "ln2_stream": "norm_4"}
+# Keys of the published class that only training or initialisation reads.
+_UNUSED = (
+    "activation_checkpoint_impl architecture_class_name effective_expected_depth init_orthogonal init_strategy "
+    "mean_backprop_depth n_layers num_hidden_layers padding_multiple sampling_scheme test_time_noise_type"
+)
 _STACKS = {"prelude": "prelude", "core": "core_block", "coda": "coda"}
 
 
@@ -37,18 +31,21 @@ def matches(config: Mapping[str, Any], shapes: Shapes) -> bool:
 
 def raven_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that Huginn and the retrofits have in common."""
-    only(config, bias=False, test_time_noise=0, mlp_class_name="GatedMLP")
+    only(config, bias=False, test_time_noise=0, state_init="like-init", injection_type="linear", mlp_class_name="GatedMLP")
+    only(config, block_class_name="SandwichBlock", norm_class_name="RMSNorm_llama")
+    unused(config, _UNUSED)
+    size, heads = get(config, "vocab_size", None, count()), get(config, "num_attention_heads", None, count())
     return {
-        "d_model": need(config, "n_embd"),
-        "n_heads": get(config, "n_heads", config.get("num_attention_heads")) or need(config, "n_heads"),
-        "n_kv_heads": get(config, "num_key_value_heads", 0),
-        "d_head": get(config, "head_dim", 0),
-        "d_mlp": need(config, "intermediate_size"),
-        "d_vocab": get(config, "padded_vocab_size", config.get("vocab_size")) or need(config, "padded_vocab_size"),
-        "n_prelude": need(config, "n_layers_in_prelude"),
-        "n_core": need(config, "n_layers_in_recurrent_block"),
-        "n_coda": need(config, "n_layers_in_coda"),
-        "n_loops": need(config, "mean_recurrence"),
+        "d_model": need(config, "n_embd", count()),
+        "n_heads": get(config, "n_heads", heads, count()) or need(config, "n_heads"),
+        "n_kv_heads": get(config, "num_key_value_heads", 0, count()),
+        "d_head": get(config, "head_dim", 0, count()),
+        "d_mlp": need(config, "intermediate_size", count()),
+        "d_vocab": get(config, "padded_vocab_size", size, count()) or need(config, "padded_vocab_size"),
+        "n_prelude": need(config, "n_layers_in_prelude", count(0)),
+        "n_core": need(config, "n_layers_in_recurrent_block", count()),
+        "n_coda": need(config, "n_layers_in_coda", count(0)),
+        "n_loops": need(config, "mean_recurrence", count()),
         "act_fn": activation(config, "nonlin_name"),
         "injection": "concat",
         "initial_state": "noise",
@@ -58,7 +55,17 @@ def raven_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
     """What the checkpoint computes."""
     fields = raven_fields(config)
-    width, biased = fields["d_model"], get(config, "qk_bias", True)
+    width, biased = fields["d_model"], get(config, "qk_bias", True, flag)
+    noise_std, scale = (2 / (5 * width)) ** 0.5, width**0.5
+    unused(config, "rope_theta")  # the published code reads rope_base
+    # The published class writes these numbers next to the width that they follow from.
+    init = get(config, "init_values", {}, table)
+    for key, follows in (("std", noise_std), ("embed_scale", scale)):
+        if not math.isclose(found := get(init, key, follows, number()), follows, rel_tol=1e-3):
+            raise CheckpointError(
+                f"this huginn_raven checkpoint has init_values[{key!r}]={found:g}, but {follows:g} follows from n_embd="
+                f"{width}; only the number that follows is implemented. Restore the published config.json."
+            )
     if biased and fields["n_kv_heads"] not in (0, fields["n_heads"]):
         raise CheckpointError(
             f"this huginn_raven checkpoint has qk_bias with num_key_value_heads={fields['n_kv_heads']} for "
@@ -66,17 +73,17 @@ def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
         )
     return LoopedConfig(
         family="huginn",
-        n_ctx=get(config, "block_size", 4096),
+        n_ctx=get(config, "block_size", 4096, count()),
         norm="stream",
-        norm_eps=get(config, "norm_eps", 1e-6),
+        norm_eps=get(config, "norm_eps", 1e-6, number()),
         biases=("q", "k") if biased else (),
         rope_layout="pairs",
-        **rope({"rope_theta": config.get("rope_base")}, 50000.0),
-        noise_std=(2 / (5 * width)) ** 0.5,
-        noise_scale=width**0.5,
-        embed_scale=width**0.5,
+        rope_theta=get(config, "rope_base", 50000.0, number(1.0, above=True)),
+        noise_std=noise_std,
+        noise_scale=scale,
+        embed_scale=scale,
         after_loop="final_norm",
-        tied=get(config, "tie_embeddings", True),
+        tied=get(config, "tie_embeddings", True, flag),
         **fields,
     )
 

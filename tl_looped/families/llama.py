@@ -7,13 +7,21 @@ from typing import Any, Literal
 
 from ..config import LoopedConfig
 from ..errors import CheckpointError, LoopedError
+from ..kinds import choice, count, several
 from ..schedule import check_count
-from ._common import LLAMA_BLOCK, Shapes, Source, decoder_fields, kind, llama_sources
+from ._common import LLAMA_BLOCK, Shapes, Source, decoder_fields, llama_sources, stored_layers
+from ._read import get, model_kind
 
 TIED = ("model.embed_tokens.weight", "lm_head.weight")
 IGNORED = ("*.rotary_emb.inv_freq",)
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
+_KEYS = (
+    "model_type hidden_size num_attention_heads num_key_value_heads head_dim intermediate_size vocab_size num_hidden_layers "
+    "max_position_embeddings rms_norm_eps hidden_act attention_bias mlp_bias tie_word_embeddings rope_theta rope_scaling "
+    "rope_parameters partial_rotary_factor use_sliding_window sliding_window max_window_layers layer_types no_rope_layers "
+    "no_rope_layer_interval"
+).split()
 _QK_NORM = {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
 
 
@@ -51,10 +59,10 @@ def looped_config(
     """
     if start is None or stop is None:
         raise CheckpointError(
-            f"a {kind(config)} checkpoint was asked for, but an ordinary decoder has no looped layers; "
+            f"a {model_kind(config)} checkpoint was asked for, but an ordinary decoder has no looped layers; "
             "say which to loop with LoopedBridge.loop_layers(model, start=..., stop=..., n_loops=...)."
         )
-    full = _with_defaults(config)
+    full = _with_defaults(config, shapes)
     n_layers: int = full["num_hidden_layers"]
     if check_count("start", start, 0) >= check_count("stop", stop) or stop > n_layers:
         raise LoopedError(
@@ -83,30 +91,34 @@ def sources(cfg: LoopedConfig, shapes: Shapes) -> dict[str, Source]:
     return llama_sources(cfg, shapes, {**LLAMA_BLOCK, **(_QK_NORM if cfg.qk_norm == "head" else {})})
 
 
-def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with every key present, by transformers' own defaults for the model type."""
+def _with_defaults(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """Every key that decides what the decoder computes, by transformers' own defaults for the model type."""
     from transformers import AutoConfig
 
+    given = {key: config[key] for key in _KEYS if key in config}
+    n_layers, stored = get(given, "num_hidden_layers", None, count()), stored_layers(shapes, "model.layers.")
+    if n_layers is not None and n_layers != stored:  # transformers would fill a list of that length
+        raise CheckpointError(
+            f"config.json has num_hidden_layers={n_layers}, but the tensors are those of {stored} layers. "
+            "Use the config of the model that they belong to."
+        )
     try:
-        return AutoConfig.for_model(**config).to_dict()
+        return AutoConfig.for_model(**given).to_dict()
     except Exception as error:  # transformers validates its configs with several kinds of exception
-        raise CheckpointError(f"transformers does not accept this {kind(config)} config.json: {error}") from error
+        raise CheckpointError(f"transformers does not accept this {model_kind(config)} config.json: {error}") from error
 
 
 def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     """The sliding window of every layer; empty where no layer has one."""
-    n_layers, window = config["num_hidden_layers"], config.get("sliding_window")
-    if not all(config.get("no_rope_layers") or [True]):
+    n_layers, window = config["num_hidden_layers"], get(config, "sliding_window", None, count())
+    if not all(get(config, "no_rope_layers", (1,), several(count(0)))):
         raise CheckpointError(
             f"this {config['model_type']} checkpoint has layers without rotary positions (no_rope_layers), which are not "
             "implemented; loop the layers of another decoder."
         )
     if window is None or config["model_type"] == "llama":
         return ()
-    kinds = ["sliding_attention"] * n_layers if config["model_type"] == "mistral" else config["layer_types"]
-    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
-        raise CheckpointError(
-            f"layer_types {sorted(unknown)} are not implemented; full_attention and sliding_attention are. "
-            "Loop another decoder."
-        )
+    if config["model_type"] == "mistral":
+        return (window,) * n_layers
+    kinds = get(config, "layer_types", (), several(choice("full_attention", "sliding_attention")))
     return tuple(window if layer == "sliding_attention" else None for layer in kinds)

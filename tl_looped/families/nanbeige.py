@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from ..config import LoopedConfig
-from ._common import Shapes, Source, decoder_fields, get, llama_sources, need, only
+from ..kinds import count, flag, number, several
+from ._common import Shapes, Source, decoder_fields, llama_sources
+from ._read import get, need, only, unused
 
 TIED = ("model.embed_tokens.weight", "lm_head.weight")
 IGNORED = ("*.rotary_emb.inv_freq",)
@@ -18,6 +21,10 @@ _OFF = (
 )
 
 
+# Sizes of these options, without effect where they are off.
+_SIZES = "hc_* mhc_* ngram_* emb_* hyper_connection_* depth_attention_*"
+
+
 def matches(config: Mapping[str, Any], shapes: Shapes) -> bool:
     """Whether this is a Nanbeige checkpoint."""
     return config.get("model_type") == "nanbeige"
@@ -26,13 +33,14 @@ def matches(config: Mapping[str, Any], shapes: Shapes) -> bool:
 def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
     """What the checkpoint computes."""
     only(config, **dict.fromkeys(_OFF.split(), False))
-    weights = config.get("loop_loss_weights")
-    n_loops = len(weights) + 1 if weights else get(config, "num_loops", 1)
-    inner_norm = not get(config, "skip_loop_final_norm", False)
+    unused(config, _SIZES)
+    weights = get(config, "loop_loss_weights", (), several(number(-math.inf)))
+    n_loops = get(config, "num_loops", 1, count())
+    inner_norm = not get(config, "skip_loop_final_norm", False, flag)
     return LoopedConfig(
         family="nanbeige",
-        n_core=need(config, "num_hidden_layers"),
-        n_loops=1 if config.get("enable_double_loop_split") else n_loops,
+        n_core=need(config, "num_hidden_layers", count()),
+        n_loops=1 if get(config, "enable_double_loop_split", False, flag) else len(weights) + 1 if weights else n_loops,
         pass_norm=inner_norm,
         final_norm=not inner_norm,
         **decoder_fields(config, default_theta=10000.0),

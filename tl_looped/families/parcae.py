@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import LoopedConfig
-from ._common import Shapes, Source, get, layers, modules, need, only, readout
+from ..kinds import count, flag, number, table
+from ._common import Shapes, Source, layers, modules, readout
+from ._read import get, need, only, unused
 
 TIED = ("transformer.wte.weight", "lm_head.weight")
 # A value embedding acts only where a layer has both the table and the gate; published checkpoints hold some without partner.
@@ -17,6 +19,15 @@ _BLOCK = {
     **{"ln1": "norm_1", "ln2": "norm_2", "mlp.up": "mlp.fc", "mlp.down": "mlp.proj"},
     **{"attn.q": "attn.c_q", "attn.k": "attn.c_k", "attn.v": "attn.c_v", "attn.o": "attn.c_proj"},
 }
+_TABLE = re.compile(r"value_embeds\.(\d{1,9})\.weight")
+_GATE = re.compile(r"transformer\.(prelude|core_block|coda)\.(\d{1,9})\.attn\.ve_gate\.weight")
+# Keys of the published class that only training reads, or that choose between kernels. recurrent_iteration_method samples a
+# depth in a forward that was not given one; generation takes mean_recurrence, as here.
+_UNUSED = (
+    "activation_checkpoint_impl attn_impl curriculum_target hf_config init_orthogonal lockstep_k lockstep_n "
+    "mean_backprop_depth n_layers name padding_multiple recurrent_iteration_method sampling_scheme "
+    "skip_initialization strategy use_fused_head"
+)
 _STACKS = {"prelude": "prelude", "core": "core_block", "coda": "coda"}
 
 
@@ -27,8 +38,10 @@ def matches(config: Mapping[str, Any], shapes: Shapes) -> bool:
 
 def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
     """What the checkpoint computes."""
-    width, d_mlp = need(config, "n_embd"), need(config, "intermediate_size")
-    settings = get(config, "rope_settings", {})
+    width, d_mlp = need(config, "n_embd", count()), need(config, "intermediate_size", count())
+    n_heads, size = need(config, "num_attention_heads", count()), get(config, "vocab_size", None, count())
+    settings = get(config, "rope_settings", {}, table)
+    unused(config, _UNUSED)
     only(
         config,
         injection_type="diagonal",
@@ -36,47 +49,53 @@ def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
         state_init="like-init",
         recurrent_embedding_dimension=width,
         recurrent_intermediation_embedding_dimension=d_mlp,
-        recurrent_num_attention_heads=config.get("num_attention_heads"),
+        recurrent_num_attention_heads=n_heads,
         block_class_name="TransformerPreNormBlock",
         mlp_class_name="BaseMLP",
         nonlin_name="ReLU2",
         norm_class_name="RMSNorm",
         mup_model_scaling_factor=1,
         clip_qkv=None,
-        **dict.fromkeys("bias qk_bias center_attention debias_attention use_abacus".split(), False),
+        logit_scale=1,
+        init_values=None,
+        randomize_positions_from=None,
+        test_time_noise=0,
+        model_class_name="Parcae",
+        **dict.fromkeys("bias qk_bias center_attention debias_attention use_abacus simple_ops".split(), False),
     )
     only(settings, rope_condense_ratio=1)
     fields: dict[str, Any] = {
-        "n_prelude": need(config, "n_layers_in_prelude"),
-        "n_core": need(config, "n_layers_in_recurrent_block"),
-        "n_coda": need(config, "n_layers_in_coda"),
-        "n_loops": need(config, "mean_recurrence"),
+        "n_prelude": need(config, "n_layers_in_prelude", count(0)),
+        "n_core": need(config, "n_layers_in_recurrent_block", count()),
+        "n_coda": need(config, "n_layers_in_coda", count(0)),
+        "n_loops": need(config, "mean_recurrence", count()),
     }
-    tables = [int(match[1]) for name in shapes if (match := re.fullmatch(r"value_embeds\.(\d+)\.weight", name))]
-    gates = {i: shapes.get(f"{at}.attn.ve_gate.weight") for i, at in enumerate(_stored_layers(fields))}
-    gated = tuple(i for i in sorted(tables) if gates.get(i))
+    tables = {int(match[1]) for name in shapes if (match := _TABLE.fullmatch(name))}
+    first = {"prelude": 0, "core_block": fields["n_prelude"], "coda": fields["n_prelude"] + fields["n_core"]}
+    gates = {first[m[1]] + int(m[2]): shape for name, shape in shapes.items() if (m := _GATE.fullmatch(name))}
+    gated = tuple(sorted(tables & gates.keys()))
     return LoopedConfig(
         family="parcae",
         d_model=width,
-        n_heads=need(config, "num_attention_heads"),
-        n_kv_heads=get(config, "num_key_value_heads", 0),
+        n_heads=n_heads,
+        n_kv_heads=get(config, "num_key_value_heads", 0, count()),
         d_mlp=d_mlp,
-        d_vocab=get(config, "padded_vocab_size", config.get("vocab_size")) or need(config, "padded_vocab_size"),
-        n_ctx=get(config, "block_size", 2048),
-        norm_eps=get(config, "norm_eps", 1e-5),
-        qk_norm="after_rope" if get(config, "qk_norm", True) else "none",
+        d_vocab=get(config, "padded_vocab_size", size, count()) or need(config, "padded_vocab_size"),
+        n_ctx=get(config, "block_size", 2048, count()),
+        norm_eps=get(config, "norm_eps", 1e-5, number()),
+        qk_norm="after_rope" if get(config, "qk_norm", True, flag) else "none",
         mlp="relu_squared",
         value_embed_layers=gated,
         value_gate_width=max((shape[-1] for i, shape in gates.items() if shape and i in gated), default=0),
-        rope_layout="pairs" if get(settings, "use_rope", True) else "none",
-        rope_theta=float(get(settings, "rope_base", 50000)),
+        rope_layout="pairs" if get(settings, "use_rope", True, flag) else "none",
+        rope_theta=get(settings, "rope_base", 50000.0, number(1.0, above=True)),
         injection="decay",
-        prelude_norm=get(config, "prelude_norm", True),
+        prelude_norm=get(config, "prelude_norm", True, flag),
         initial_state="noise",
         noise_std=(2 / (5 * width)) ** 0.5,
         after_loop="linear",
-        logit_softcap=config.get("logit_softcap"),
-        tied=get(config, "tie_embeddings", True),
+        logit_softcap=get(config, "logit_softcap", None, number(above=True)),
+        tied=get(config, "tie_embeddings", True, flag),
         **fields,
     )
 
@@ -93,8 +112,3 @@ def sources(cfg: LoopedConfig, shapes: Shapes) -> dict[str, Source]:
         if i in cfg.value_embed_layers:
             table |= {f"value_embeds.{i}": f"value_embeds.{i}", f"{at}.attn.value_gate": f"{stored}.attn.ve_gate"}
     return modules(cfg, table) | {f"inject.{part}": Source(f"transformer.adapter.{part}") for part in ("A_log", "dt_bias", "B")}
-
-
-def _stored_layers(fields: Mapping[str, Any]) -> list[str]:
-    counts = {"prelude": fields["n_prelude"], "core_block": fields["n_core"], "coda": fields["n_coda"]}
-    return [f"transformer.{stack}.{j}" for stack, n in counts.items() for j in range(n)]

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import LoopedConfig
-from ._common import Shapes, Source, get, need, only, rope
+from ..kinds import count, flag, number, table
+from ._common import Shapes, Source, rope
+from ._read import get, need, only
 from .huginn import raven_fields, raven_sources
 
 TIED = ("transformer.wte.weight", "lm_head.weight")
@@ -26,18 +28,19 @@ def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
     only(config, qk_bias=False)
     olmo = any(name.endswith(".attn.q_norm.weight") for name in shapes)
     # Inherited from Huginn and not recomputed for the smaller width, so the stored numbers count.
-    init = need(config, "init_values")
+    init = need(config, "init_values", table)
+    get(config, "rope_base", None)  # the published code reads rope_theta
     return LoopedConfig(
         family="retrofit",
-        n_ctx=get(config, "max_position_embeddings", get(config, "block_size", 4096)),
+        n_ctx=get(config, "max_position_embeddings", get(config, "block_size", 4096, count()), count()),
         norm="branch" if olmo else "pre",
-        norm_eps=get(config, "norm_eps", 1e-5),
+        norm_eps=get(config, "norm_eps", 1e-5, number()),
         qk_norm="flat" if olmo else "none",
         **rope(config, None),
-        noise_std=need(init, "std"),
-        noise_scale=need(init, "embed_scale"),
-        embed_scale=need(init, "embed_scale"),
-        tied=get(config, "tie_embeddings", False),
+        noise_std=need(init, "std", number(above=True)),
+        noise_scale=need(init, "embed_scale", number()),
+        embed_scale=need(init, "embed_scale", number()),
+        tied=get(config, "tie_embeddings", False, flag),
         **raven_fields(config),
     )
 
