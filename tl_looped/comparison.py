@@ -113,6 +113,28 @@ class CleanRun:
         if own and self.state in self.cache and not torch.equal(self.read(self.state, state), state):
             raise self._another_state()
 
+    def check_padding(self, mask: Tensor | None) -> None:
+        """Refuse another run whose rows are padded otherwise: a patch would carry padding to real positions.
+
+        Args:
+            mask: which positions of the other run are real, [batch, pos]; None for all.
+
+        Raises:
+            LoopedError: other positions of this run are.
+        """
+        own = self.cache.attention_mask
+        if self.record is None and own is None:  # not known
+            return
+        one = own if mask is None else mask
+        if one is None:
+            return
+        real = [torch.ones_like(one, dtype=torch.bool) if m is None else m.bool().to(one.device) for m in (own, mask)]
+        if real[0].shape != real[1].shape or not torch.equal(*real):
+            raise LoopedError(
+                "the rows of the clean run are padded otherwise than those of the corrupted one, so that the same position is "
+                "padding in one and real in the other; give both rows of the same lengths."
+            )
+
     def _batched(self, name: str) -> Tensor:
         return self.cache[name] if self.cache.has_batch_dim else self.cache[name][None]
 
@@ -143,7 +165,11 @@ class Comparison:
         self.source: CleanRun = CleanRun(model, clean_cache, run.get("initial_state"))
         self.require: Callable[[Iterable[str]], None] = self.source.require
         self.state: str = self.source.state
-        given = {**run, "initial_state": self.source.initial_state}
+        texts = ("prepend_bos", "padding_side")
+        corrupted_tokens, mask = model._read(corrupted_tokens, *(run.get(name) for name in (*texts, "attention_mask")))
+        run = {name: value for name, value in run.items() if name not in texts}
+        self.source.check_padding(mask)
+        given = {**run, "initial_state": self.source.initial_state, **({} if mask is None else {"attention_mask": mask})}
         with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for the way back
             self.tokens: Any = corrupted_tokens.clone() if isinstance(corrupted_tokens, Tensor) else corrupted_tokens
             self.run: dict[str, Any] = {name: x.clone() if isinstance(x, Tensor) else x for name, x in given.items()}

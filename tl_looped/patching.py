@@ -20,6 +20,7 @@ from .bridge.cache import LoopedCache
 from .bridge.looped_bridge import LoopedBridge
 from .bridge.processing import check_pass_norms
 from .bridge.run import Run
+from .bridge.tokens import counts_from_end
 from .comparison import CleanRun, Metric
 from .errors import LoopedError
 from .model import LoopedModel
@@ -102,7 +103,7 @@ def patch_sweep(
             ("loop", "layer", "head"), for passes ("loop", "pos").
         loops: which loops.
         layers: which layers of the loop, or which virtual layers; None for all.
-        positions: which positions; None for all.
+        positions: which positions, the same in every row; None for all.
         heads: which heads (groups of heads for k and v with grouped keys); None for all.
         stack: "L" or "H" for HRM-Text; "prelude" or "coda" for the layers that run once, whose one loop is called so.
         initial_state: of the corrupted run; default: that of the clean run. Where it is random it must be the same one, or the
@@ -137,6 +138,7 @@ def patch_sweep(
     source.require(hooks)
     patcher = Patcher(model, corrupted_tokens, metric, hooks, source.initial_state, inputs, max_batch)
     source.check_start(patcher.initial_state)
+    source.check_padding(patcher.base.attention_mask)
     clean = {hook: source.read(hook, patcher.base[hook]) for hook in hooks}
     inner = _inner_axes(patcher, hooks[0], positions, heads)
     groups: dict[tuple[str, ...], list[Place]] = {}
@@ -232,8 +234,10 @@ def patch_between_loops(
     baseline, values = None, {hook: patcher.base[hook] for hook in hooks}
     if source_tokens is not None:
         with torch.no_grad():
-            logits, cache = model.run_with_cache(source_tokens, names_filter=hooks, **patcher.run_arguments())
+            start = patcher.run_arguments()["initial_state"]
+            logits, cache = model.run_with_cache(source_tokens, names_filter=hooks, initial_state=start, **inputs)
         clean = CleanRun(model, cache)
+        clean.check_padding(patcher.base.attention_mask)
         baseline, values = patcher.score(logits), {hook: clean.read(hook, patcher.base[hook]) for hook in hooks}
     inner = _inner_axes(patcher, places[0].hook, positions, heads)
     where = _where(patcher.base[places[0].hook], inner)
@@ -289,7 +293,11 @@ def _places(
 def _inner_axes(patcher: Patcher, hook: str, positions: Indices, heads: Indices) -> dict[str, list[int]]:
     """The chosen indices on the axes of an activation, in the order of these axes after the batch."""
     shape = patcher.base[hook].shape
-    pos = select_indices(positions, patcher.n_pos, "positions")
+    pos, mask = select_indices(positions, patcher.n_pos, "positions"), patcher.base.padding()
+    if mask is not None and counts_from_end(positions) and not bool(mask[:, pos].all()):
+        raise LoopedError(
+            f"positions={positions!r} was asked, which is padding in some rows; pad on the left, or count from the beginning."
+        )
     if position_axis(hook):
         return {"head": select_indices(heads, shape[1], "heads"), "pos": pos, "src_pos": list(range(shape[-1]))}
     if ".attn." in hook:
@@ -313,9 +321,7 @@ def _inner_labels(patcher: Patcher, axis: str, indices: list[int]) -> list[str]:
     model, run = patcher.model, cast(Run, patcher.base.run)
     if axis == "head" or model.tokenizer is None:
         return [str(i) for i in indices]
-    made = {name: run.inputs[name] for name in ("prepend_bos", "padding_side") if name in run.inputs}
-    ids = run.input if isinstance(run.input, Tensor) else model.to_tokens(run.input, **made)
-    rows = ids[None] if ids.ndim == 1 else ids
+    rows = run.input[None] if run.input.ndim == 1 else run.input
     if len(rows) > 1:
         return [str(i) for i in indices]
     words: Any = model.to_str_tokens(rows[0])

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from .bridge.looped_bridge import LoopedBridge
 from .bridge.processing import check_pass_norms
+from .bridge.tokens import refuse_unmarked_padding
 from .comparison import Metric
 from .errors import LoopedError
 from .model import LoopedModel
@@ -25,7 +26,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def weight_gradients_by_pass(
-    model: LoopedBridge, tokens: str | Int[Tensor, "*batch pos"], metric: Metric | None = None, **run: Any
+    model: LoopedBridge, tokens: str | list[str] | Int[Tensor, "*batch pos"], metric: Metric | None = None, **run: Any
 ) -> dict[str, Float[Tensor, "loop ..."]]:
     """The gradient of every looped parameter, split by the pass that used it; the sum over passes is autograd's gradient.
 
@@ -34,7 +35,7 @@ def weight_gradients_by_pass(
 
     Args:
         model: the model; its hooks act as in any run.
-        tokens: text or tokens.
+        tokens: text, texts or tokens.
         metric: from logits [batch, pos, d_vocab] to a number, such as a loss; None for the mean next-token cross-entropy.
         **run: what `model.forward` takes, such as `initial_state` or `attention_mask`.
 
@@ -56,7 +57,7 @@ def weight_gradients_by_pass(
     with torch.inference_mode(False), torch.enable_grad(), _weights_of_their_own(model) as views:
         run = {name: x.clone() if isinstance(x, Tensor) else x for name, x in run.items()}
         asked = {"return_type": "loss" if metric is None else "logits", **run}
-        output = model(tokens if isinstance(tokens, str) else tokens.clone(), **asked)
+        output = model(tokens.clone() if isinstance(tokens, Tensor) else tokens, **asked)
         value = output if metric is None else metric(output)
         if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
             found = f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -92,8 +93,8 @@ def influence(
 
     Args:
         model: the model.
-        train_tokens: one example per row.
-        query_tokens: one query per row.
+        train_tokens: one example per row, all of one length.
+        query_tokens: one query per row, all of one length.
         loss_fn: from logits [1, pos, d_vocab] and tokens [1, pos] to the loss of that example, a number; None for the mean
             next-token cross-entropy.
         loops: which loops.
@@ -106,7 +107,7 @@ def influence(
         A `Grid` [train, query, loop], or [train, query, train_loop, loop].
 
     Raises:
-        LoopedError: the loss is no scalar, or a loop is outside the run.
+        LoopedError: the loss is no scalar, or a loop is outside the run; rows that look padded.
 
     Example:
         >>> from tl_looped import LoopedConfig
@@ -115,6 +116,8 @@ def influence(
         >>> found.axes, tuple(found.values.shape)
         (('train', 'query', 'loop'), (2, 1, 3))
     """
+    for rows in (train_tokens, query_tokens):
+        refuse_unmarked_padding(model.tokenizer, rows, "influence")
     chosen = model.schedule.select_loops(loops, stack)
     kept = (f"{model.schedule.looped_stack(stack)}.", *(PASS_PARAMETERS if len(model.schedule.core_stacks) == 1 else ()))
 

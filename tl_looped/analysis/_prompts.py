@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.tokens import refuse_unmarked_padding
 from ..errors import LoopedError
 from ..model.looped_model import check_tokens
 from ..schedule import check_count
@@ -27,12 +28,13 @@ def token_batches(
     Args:
         model: whose tokenizer, vocabulary and device count.
         prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; rows of a batch are examples of their own.
-            Texts are not padded: each is a batch of one.
+            Texts are not padded: each is a batch of one. Every token of a tensor is real.
         verbose: show a progress bar.
         what: the name of the analysis, for the progress bar and errors.
 
     Raises:
-        LoopedError: no prompts; an empty prompt; text without a tokenizer; tokens outside the vocabulary.
+        LoopedError: no prompts; an empty prompt; text without a tokenizer; tokens outside the vocabulary; rows that look
+            padded.
     """
     one = isinstance(prompts, (str, Tensor))
     n_prompts = -1
@@ -46,6 +48,7 @@ def token_batches(
         if not tokens.numel():
             raise LoopedError(f"prompt {n_prompts} of {what} is empty; leave it out.")
         check_tokens(tokens, model.cfg.d_vocab)
+        refuse_unmarked_padding(model.tokenizer, tokens, what)
         yield tokens.to(model.cfg.device)
     if n_prompts < 0:
         raise LoopedError(f"{what} was asked of no prompts; pass at least one.")

@@ -12,12 +12,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.tokens import real_positions, refuse_unmarked_padding
 from ..errors import LoopedError
 from ..model import LoopedModel
 from ..model.initial_state import InitialState
 from ..model.looped_model import check_tokens
 from ..model.passes import PassEnds
-from ..schedule import Indices, LoopSelector, Schedule, Site, check_count, check_index, select_indices
+from ..schedule import Indices, LoopSelector, Schedule, Site, check_count, check_index
 
 __all__ = ["Readout", "LogitLensResult", "logit_lens"]
 
@@ -66,7 +67,9 @@ class LogitLensResult(Readout):
         lens: "logit" or "native".
         schedule: what ran.
         layers: the decoded virtual layers.
-        positions: the decoded positions; the `pos` axis of every tensor follows them.
+        positions: the decoded positions; the `pos` axis of every tensor follows them. Negative where they are other columns in
+            every row, counted from its last real token.
+        real: where a decoded position is no padding.
         targets: the token whose probability and rank is in the same place of `log_probs` and `ranks`.
         target_names: the targets as they were asked for, if they are the same everywhere; None if each position has its own.
     """
@@ -75,6 +78,7 @@ class LogitLensResult(Readout):
     schedule: Schedule
     layers: tuple[int, ...]
     positions: tuple[int, ...]
+    real: Bool[Tensor, "batch pos"]
     targets: Int[Tensor, "batch pos target"]
     target_names: tuple[Target, ...] | None
 
@@ -113,7 +117,7 @@ class LogitLensResult(Readout):
 
         Args:
             example: which row of the batch.
-            pos: which of the decoded positions, by its place in `positions`.
+            pos: which of the decoded positions of this row, by its place among those that are no padding.
 
         Raises:
             LoopedError: plotly is not installed.
@@ -122,7 +126,8 @@ class LogitLensResult(Readout):
         from ..plots import rank_trajectories
 
         example = check_index(example, self.ranks.shape[1], "example")
-        pos = check_index(pos, self.ranks.shape[2], "decoded position")
+        real = self.real[example].nonzero().flatten().tolist()
+        pos = real[check_index(pos, len(real), "decoded position")]
         ranks = self.ranks[:, example, pos].tolist()  # [row, target]
         names = self.target_names or [f"token {token}" for token in self.targets[example, pos].tolist()]
         lines = {str(name): [float(row[k]) for row in ranks] for k, name in enumerate(names)}
@@ -155,7 +160,7 @@ class LogitLensResult(Readout):
         return Readout(*(part[row] for part in parts))
 
     def to_dataframe(self) -> Any:
-        """A pandas DataFrame with one row for every (row, batch, position, target).
+        """A pandas DataFrame with one row for every (row, batch, position, target); padding is left out.
 
         Columns: site, stack, loop, layer, batch, pos, target, prob, log_prob (nats), rank, entropy (nats), top_token, top_prob;
         loop is missing in prelude and coda.
@@ -189,7 +194,7 @@ class LogitLensResult(Readout):
             "top_token": column(self.top_tokens[..., :1]),
             "top_prob": column(self.top_probs[..., :1]),
         }
-        return pd.DataFrame(columns)
+        return pd.DataFrame(columns)[column(self.real[..., None])].reset_index(drop=True)
 
 
 @torch.no_grad()
@@ -230,12 +235,13 @@ def logit_lens(
 
     Args:
         model: the model; weights as loaded, not processed by compatibility mode.
-        tokens: text or tokens. Texts of different lengths are padded on the right.
+        tokens: text or tokens. Texts of different lengths are padded on the right, whatever the tokenizer says.
         targets: whose probabilities and ranks; None for what the model (without hooks after its last layer) predicts at each
             position. A token id, a string that is one token, a list or a 1-D tensor of them for all positions alike, or a
             tensor [batch, pos] with one id for every position of `tokens`.
         lens: "logit" or "native".
-        positions: which positions to decode, in ascending order; None for all.
+        positions: which positions to decode, in ascending order; negative ones count from the last real token of each row. None
+            for all; what is said of padding then means nothing, and `to_dataframe` leaves it out.
         loops: the layers of these loops only (of both stacks in these H cycles for HRM-Text), without prelude and coda: an int,
             a slice, several ints, "all" or "last"; None for all layers, prelude and coda included.
         top_k: how many of the most probable tokens to keep.
@@ -251,6 +257,7 @@ def logit_lens(
         LoopedError: an unknown lens; targets outside the vocabulary or not one token; tokens that do not fit the model;
             processed weights.
         OutOfRangeError: loops or positions that this run does not have.
+            A position that is padding in some row is refused too.
 
     Example:
         >>> from tl_looped import LoopedBridge, LoopedConfig
@@ -270,23 +277,23 @@ def logit_lens(
     if check_count("top_k", top_k) > d_vocab:
         raise LoopedError(f"top_k={top_k} was asked; the vocabulary has {d_vocab} tokens.")
     check_count("chunk_size", chunk_size)
-    ids = _token_ids(model, tokens)
-    chosen = tuple(select_indices(positions, ids.shape[1], "positions"))
+    ids, mask = _token_ids(model, tokens, attention_mask)
+    columns = real_positions(positions, mask, ids.shape[1]).expand(len(ids), -1).to(ids.device)  # [batch, chosen]
     rows = _rows(model.schedule, loops)
     asked = None if targets is None else _target_ids(model, targets, ids)
 
-    inputs = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+    inputs = {"attention_mask": mask, "token_type_ids": token_type_ids}
     decoder = Decoder(model, ids, {name: value for name, value in inputs.items() if value is not None})
     cells: list[tuple[Lens, int]] = [(lens, i) for i in rows]
     if asked is None:  # the last layer, the family's own way, is the model's prediction
         cells.append(("native", model.schedule.n_layers - 1))
-    hidden = decoder.run(cells, chosen, initial_state)  # [cell, batch, pos, d_model]
-    grid = (len(rows), len(ids), len(chosen))
+    hidden = decoder.run(cells, columns, initial_state)  # [cell, batch, pos, d_model]
+    grid = (len(rows), *columns.shape)
     if asked is None:
         none = ids.new_empty((grid[1] * grid[2], 0))
         target_ids, names = decoder.read(hidden[-1], none, 1, chunk_size).top_tokens.view(*grid[1:], 1), None
     else:
-        target_ids, names = asked[0][:, list(chosen)], asked[1]
+        target_ids, names = asked[0].gather(1, columns[..., None].expand(-1, -1, asked[0].shape[-1])), asked[1]
     flat_targets = target_ids.expand(grid[0], *target_ids.shape).flatten(0, 2)
     readout = decoder.read(hidden[: len(rows)], flat_targets, top_k, chunk_size)
     return LogitLensResult(
@@ -294,7 +301,8 @@ def logit_lens(
         lens=lens,
         schedule=model.schedule,
         layers=rows,
-        positions=chosen,
+        positions=tuple(_places(columns, mask)),
+        real=torch.ones_like(columns, dtype=torch.bool) if mask is None else mask.bool().gather(1, columns),
         targets=target_ids,
         target_names=names,
     )
@@ -330,19 +338,19 @@ class Decoder:
         self.anchor: Tensor | None = None
 
     def run(
-        self, cells: Sequence[tuple[Lens, int]], positions: tuple[int, ...], initial_state: InitialState
+        self, cells: Sequence[tuple[Lens, int]], positions: Int[Tensor, "batch chosen"], initial_state: InitialState
     ) -> Float[Tensor, "cell batch pos d_model"]:
         """Run the model once and bring each (lens, virtual layer) to the input of the unembedding, at the chosen positions.
 
         Args:
             cells: which lens to read which virtual layer with.
-            positions: which positions.
+            positions: which positions of every row, [batch, chosen].
             initial_state: as in `LoopedBridge.forward`.
         """
         schedule, weight = self.schedule, self.twin.unembed.weight
-        shape = (len(cells), len(self.tokens), len(positions), self.twin.cfg.d_model)
+        shape = (len(cells), *positions.shape, self.twin.cfg.d_model)
         hidden = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        chosen = torch.tensor(positions, device=weight.device)
+        chosen = (torch.arange(len(positions), device=weight.device)[:, None], positions.to(weight.device))
 
         def decode(layer: int) -> Callable[..., None]:
             def hook(resid: Tensor, hook: object) -> None:
@@ -350,7 +358,7 @@ class Decoder:
                     self.anchor = resid
                 for row, (lens, i) in enumerate(cells):
                     if i == layer:
-                        hidden[row] = (self.native(i, resid) if lens == "native" else self.twin.ln_final(resid))[:, chosen]
+                        hidden[row] = (self.native(i, resid) if lens == "native" else self.twin.ln_final(resid))[chosen]
 
             return hook
 
@@ -459,14 +467,26 @@ class Decoder:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _token_ids(model: LoopedBridge, tokens: str | list[str] | Tensor) -> Int[Tensor, "batch pos"]:
+def _token_ids(
+    model: LoopedBridge, tokens: str | list[str] | Tensor, mask: Tensor | None
+) -> tuple[Int[Tensor, "batch pos"], Tensor | None]:
     if not isinstance(tokens, Tensor):
         _need_tokenizer(model, tokens)
-        # In a causal model padding on the right needs no mask.
-        tokens = model.to_tokens(tokens, padding_side="right")
-    ids = (tokens[None] if tokens.ndim == 1 else tokens).to(model.cfg.device)
+    elif mask is None:
+        refuse_unmarked_padding(model.tokenizer, tokens, "logit_lens")
+    read, mask = model._read(tokens, None, "right", mask)
+    ids: Tensor = (read[None] if read.ndim == 1 else read).to(model.cfg.device)
     check_tokens(ids, model.looped_cfg.d_vocab)
-    return ids.long()
+    if mask is not None and mask.shape != ids.shape:
+        raise LoopedError(f"attention_mask of shape {tuple(mask.shape)} was given for tokens {tuple(ids.shape)}.")
+    return ids.long(), None if mask is None else mask.to(ids.device)
+
+
+def _places(columns: Int[Tensor, "batch chosen"], mask: Tensor | None) -> list[int]:
+    """The columns where they are those of every row; else what they are counted from the last real position."""
+    if mask is None or bool((columns == columns[0]).all()):
+        return columns[0].tolist()
+    return (mask[0].long().cumsum(0)[columns[0]] - 1 - mask[0].long().sum()).tolist()
 
 
 def _need_tokenizer(model: LoopedBridge, text: object) -> None:

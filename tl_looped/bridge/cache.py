@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from dataclasses import replace
+from typing import Any, Literal, NoReturn, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
@@ -18,6 +20,7 @@ from ..model import LoopedModel
 from ..schedule import LoopSelector, Site, is_pattern, virtual_layer
 from .decomposition import FINAL, REMAINDER, Decomposition, LogitAttribution, Reader, Write, branch_inputs
 from .run import Run
+from .tokens import real_positions
 
 Tokens = str | int | Int[Tensor, ""] | Int[Tensor, "batch"] | Int[Tensor, "batch pos"]
 Unit = Literal["component", "layer", "head"]
@@ -51,6 +54,7 @@ class LoopedCache(ActivationCache):
 
     model: Any  # a LoopedBridge; TransformerLens's own annotation knows less
     run: Run | None = None  # what made these activations, where a whole run did
+    attention_mask: Tensor | None = None  # [batch, pos], 1 for real positions; None where all are
     _streams: Sequence[Callable[[], Tensor | None]] = ()
 
     def __getitem__(self, key: Any) -> Tensor:
@@ -175,8 +179,20 @@ class LoopedCache(ActivationCache):
         dropped = tuple(f"blocks.{i}." for p in others for i in p.layers) + tuple(f"{schedule.pass_prefix(p)}." for p in others)
         entries = {name: value for name, value in self.cache_dict.items() if not name.startswith(dropped)}
         selected = LoopedCache(entries, self.model, self.has_batch_dim)
-        selected.run = self.run
+        selected.run, selected.attention_mask = self.run, self.attention_mask
         return selected
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> ActivationCache:
+        """A cache of chosen rows, as in TransformerLens.
+
+        Args:
+            batch_slice: which rows, as a TransformerLens `Slice` or what one is made of.
+        """
+        chosen = super().apply_slice_to_batch_dim(batch_slice)
+        if isinstance(chosen, LoopedCache) and self.attention_mask is not None:
+            mask = _slice(batch_slice).apply(self.attention_mask, dim=0)
+            chosen.attention_mask = mask if mask.ndim == 2 else mask[None]
+        return chosen
 
     def decompose_resid(
         self,
@@ -256,6 +272,7 @@ class LoopedCache(ActivationCache):
         if carried is None:
             carried = not apply_ln and layer is not None
         positions, point = _slice(pos_slice), self._point(layer, mlp_input)
+        self.check_real(positions)
         if carried:
             decomposition = self._decomposition(layer, mlp_input, pos_slice)
             counts = {name: count for name, count in decomposition.read if self._is_shown(name, incl_mid, point)}
@@ -493,7 +510,8 @@ class LoopedCache(ActivationCache):
             tokens: as in `logit_attrs`: one token, [batch], or [batch, pos].
             incorrect_tokens: subtract the logits of these.
             unit: "component" (attention and MLP outputs), "layer" (the two of a layer together) or "head" (and a remainder).
-            pos: positions, as a TransformerLens `Slice` or what one is made of; None for all.
+            pos: positions, as a TransformerLens `Slice` or what one is made of; None for all, where padding has NaN. A negative
+                int counts from the last real token of each row.
             injections: as in `decompose_resid`.
 
         Returns:
@@ -514,6 +532,11 @@ class LoopedCache(ActivationCache):
         """
         if unit not in ("component", "layer", "head"):
             raise LoopedError(f'unit={unit!r} was asked; choose "component", "layer" or "head".')
+        if (mask := self.padding()) is not None and isinstance(pos, int) and pos < 0 and not bool(mask[:, pos:][:, 0].all()):
+            own = real_positions(pos, mask, mask.shape[1]).to(mask.device)
+            whole = self.attribute_logits(self._everywhere(tokens), self._everywhere(incorrect_tokens), unit, None, injections)
+            index = (own if self.has_batch_dim else own[0]).to(whole.values.device)
+            return replace(whole, values=whole.values.gather(-1, index.expand(len(whole.labels), *index.shape))[..., 0])
         inner = branch_inputs(self.model.original_model, self, heads=unit == "head", neurons=False)
         decomposition = Decomposition(self, FINAL, _slice(pos), injections, inner)
         grads = decomposition.pull_back(self._direction(tokens, incorrect_tokens, pos, decomposition.like))
@@ -531,7 +554,42 @@ class LoopedCache(ActivationCache):
             values[label] = values[label] + value if label in values else value
         if unit == "head":
             values[REMAINDER] = values.pop(REMAINDER)
-        return LogitAttribution(torch.stack(list(values.values())), tuple(values), unit)
+        stack = torch.stack(list(values.values()))
+        if mask is not None and _slice(pos).mode == "identity":
+            stack = stack.masked_fill(~(mask if self.has_batch_dim else mask[0]).to(stack.device), math.nan)
+        return LogitAttribution(stack, tuple(values), unit)
+
+    def _everywhere(self, tokens: Any) -> Any:
+        """One token for each row as one for each position of each row."""
+        one_for_each_row = self.has_batch_dim and isinstance(tokens, Tensor) and tokens.ndim == 1
+        return tokens[:, None].expand(cast(Tensor, self.attention_mask).shape) if one_for_each_row else tokens
+
+    def padding(self) -> Bool[Tensor, "batch pos"] | None:
+        """Which positions are real, where some are padding; None where all are real."""
+        mask = None if self.attention_mask is None else self.attention_mask.bool()
+        return None if mask is None or bool(mask.all()) else mask
+
+    def check_real(self, positions: Slice) -> None:
+        """Refuse single positions, and slices that count from the end, which are padding in some row.
+
+        Args:
+            positions: which positions.
+
+        Raises:
+            LoopedError: they are.
+        """
+        if (mask := self.padding()) is None or positions.mode == "identity":
+            return
+        chosen: Any = positions.slice
+        if positions.mode == "slice" and not any(end is not None and end < 0 for end in (chosen.start, chosen.stop)):
+            return
+        found = positions.apply(mask, dim=-1)
+        if not bool(found.all()):
+            padded = ~(found if found.ndim == 2 else found[:, None]).all(-1)
+            raise LoopedError(
+                f"pos_slice={chosen!r} was asked, which is padding in row {int(padded.nonzero()[0])}; take all positions "
+                "(pos_slice=None) and choose each row's own, or cache rows of different lengths one by one."
+            )
 
     def _direction(self, tokens: Any, incorrect_tokens: Any, pos: Any, like: Tensor) -> Tensor:
         """The direction in the stream entering `ln_final` whose product is the logit, broadcastable to `like`."""

@@ -40,7 +40,8 @@ class LogitAttribution:
     """What every component adds to a logit, or to a difference of two.
 
     Args:
-        values: [component, *batch, *pos]; sums to the logit before a soft cap, without a bias of the unembedding.
+        values: [component, *batch, *pos]; sums to the logit before a soft cap, without a bias of the unembedding. Padding has
+            NaN.
         labels: the components, in the order of the run.
         unit: what a component is: "component", "layer" or "head".
     """
@@ -50,12 +51,12 @@ class LogitAttribution:
     unit: str
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
-        """The components of the largest magnitude, with their values in logits, averaged over batch and positions.
+        """The components of the largest magnitude, with their values in logits, averaged over batch and real positions.
 
         Args:
             k: how many.
         """
-        mean = self.values.flatten(1).mean(-1) if self.values.ndim > 1 else self.values
+        mean = self.values.flatten(1).nanmean(-1) if self.values.ndim > 1 else self.values
         chosen = mean.abs().topk(min(k, len(self.labels))).indices.tolist()
         return [(self.labels[i], mean[i].item()) for i in chosen]
 
@@ -178,6 +179,7 @@ class Reader:
     """
 
     def __init__(self, cache: Any, positions: Any):
+        cache.check_real(positions)
         self.cache: Any = cache
         self.positions: Any = positions
         self.bridge: Any = cache.model

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import inspect
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 
@@ -14,6 +15,7 @@ from ..config import LoopedConfig
 from ..errors import LoopedError
 from ..exits import ExitPolicy, Gate, GenerationReport
 from ..model.early_exit import EarlyExit
+from .tokens import encode, refuse_unmarked_padding
 
 # What `generate` takes beside TransformerBridge's own arguments; every step must see it, with and without cache.
 EXTRA = ("initial_state", "token_type_ids")
@@ -66,17 +68,20 @@ class GeneratingBridge(TransformerBridge):
     def generate(self, input: Any = "", max_new_tokens: int = 10, *args: Any, **kwargs: Any) -> Any:
         """Write text, as in TransformerBridge; under `exit_policy`, with as few loops per token as it wants.
 
-        `generation_report` then says how many loops were spent.
+        `generation_report` then says how many loops were spent. Texts of different lengths are padded on the left, and the
+        pads are masked.
 
         Args:
-            input: text, texts or tokens.
+            input: text, texts or tokens. Tokens are all real unless `attention_mask` [batch, pos] says otherwise, or
+                `padding_side="left"` that the pad tokens at their beginning are padding.
             max_new_tokens: how many tokens to write at most.
             *args: as in TransformerBridge.
             **kwargs: as in TransformerBridge; `initial_state` ("zero" or an int seed) and `token_type_ids` (HRM-Text's prefix,
                 [batch, pos] of the prompt), which hold for every token.
 
         Raises:
-            LoopedError: arguments that `generate` does not have.
+            LoopedError: arguments that `generate` does not have; tokens that end with padding, or of which some rows begin or
+                end with pad tokens and nothing says whether these are real.
         """
         extra = {name: kwargs.pop(name) for name in EXTRA if kwargs.get(name) is not None}
         if isinstance(state := extra.get("initial_state"), (Tensor, torch.Generator)):
@@ -84,8 +89,40 @@ class GeneratingBridge(TransformerBridge):
                 f"initial_state was given as a {type(state).__name__}, which does not say where later tokens start; "
                 'pass an int seed or "zero".'
             )
+        arguments = self._prompt(super().generate, (input, max_new_tokens, *args), kwargs)
         with self._every_run_gets(extra):
-            return super().generate(input, max_new_tokens, *args, **kwargs)
+            return super().generate(*arguments.args, **arguments.kwargs)
+
+    def generate_stream(self, *args: Any, **kwargs: Any) -> Generator[Any, None, None]:
+        """Write text piece by piece, as in TransformerBridge; prompts and exit policies are those of `generate`.
+
+        Args:
+            *args: as in TransformerBridge.
+            **kwargs: as in TransformerBridge.
+
+        Raises:
+            LoopedError: as in `generate`.
+        """
+        arguments = self._prompt(super().generate_stream, args, kwargs)
+        return super().generate_stream(*arguments.args, **arguments.kwargs)
+
+    def _prompt(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+        """The arguments of a generation, which say what of the prompts is real."""
+        bound = inspect.signature(generate).bind(*args, **kwargs)
+        given = bound.arguments
+        input, mask, side = given.get("input", ""), given.get("attention_mask"), given.get("padding_side")
+        if isinstance(input, list) and mask is None:
+            tokens, mask = encode(self.tokenizer, self.cfg, input, given.get("prepend_bos"), "left")
+            # TransformerLens would look for pads in any list, and find the beginnings of texts.
+            bound.arguments["attention_mask"] = torch.ones_like(tokens) if mask is None else mask
+        elif isinstance(input, Tensor) and mask is None and side is None:
+            refuse_unmarked_padding(self.tokenizer, input, generate.__name__)
+        ends = mask is not None and not bool(mask.bool()[..., -1].all())
+        if side == "right" and isinstance(input, Tensor) and self.tokenizer is not None:
+            ends = ends or bool((input[..., -1] == self.tokenizer.pad_token_id).any())
+        if ends:
+            raise LoopedError(f"{generate.__name__} was asked of prompts that end with padding; pad them on the left.")
+        return bound
 
     def hf_generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: transformers' generation would need the published code, which is not run here.

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import difflib
 import gc
-import json
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, NoReturn, cast, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent, alias_generation
-from transformer_lens.model_bridge.sources._bridge_builder import configure_tokenizer
-from transformers import AutoTokenizer
 
 from .. import checkpoints, families
 from ..config import LoopedConfig
@@ -33,6 +28,7 @@ from .cache import LoopedCache
 from .generation import GeneratingBridge
 from .processing import check_options, check_running_sum, check_shared, has_output_bias, process_weights
 from .run import Run
+from .tokens import configured, encode, refuse_unmarked_padding
 
 NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
@@ -78,12 +74,12 @@ class LoopedBridge(GeneratingBridge):
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, with TransformerLens's settings whenever it is set; None if there is none."""
+        """The tokenizer, a copy with TransformerLens's settings whenever it is set; None if there is none."""
         return self._tokenizer
 
     @tokenizer.setter
     def tokenizer(self, value: Any) -> None:
-        self._tokenizer = None if value is None else _configured(value, self.cfg)
+        self._tokenizer = None if value is None else configured(value, self.cfg)
 
     @property
     def _model(self) -> LoopedModel:
@@ -296,6 +292,10 @@ class LoopedBridge(GeneratingBridge):
         self,
         input: str | list[str] | Int[Tensor, "*batch pos"] | Float[Tensor, "batch pos d_model"],
         return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        attention_mask: Tensor | None = None,
         *args: Any,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
@@ -303,24 +303,34 @@ class LoopedBridge(GeneratingBridge):
     ) -> Any:
         """Run the model; `TransformerBridge.forward` with loops.
 
+        Texts of different lengths are padded; the pads are masked and do not count in the loss. Tokens are all real unless
+        `attention_mask` says otherwise, whatever their ids.
+
         Args:
             input: text, tokens, scaled embeddings (`hook_embed`), or with `start_at_layer` the residual stream entering it.
             return_type: "logits", "loss", "both", "logits_and_cache" or None.
+            loss_per_token: the loss of every next token, [batch, pos - 1], with 0 where it is padding, rather than their mean.
+            prepend_bos: as in `to_tokens`.
+            padding_side: as in `to_tokens`.
+            attention_mask: [batch, pos], 1 for real tokens, over cached and new positions.
             *args: as in TransformerBridge.
             start_at_layer: first virtual layer to run; the ones before are skipped. For families that inject, later passes need
                 `injection=cache["loops.{t}.hook_injection"]` of that pass, and Parcae needs `input_ids=`.
             stop_at_layer: run up to this virtual layer, exclusive, and return the residual stream entering it,
                 [batch, pos, d_model]; `n_layers` for the one leaving the last layer.
-            **kwargs: `initial_state` (tensor [batch, pos, d_model], int seed, torch.Generator or "zero"), `attention_mask`,
+            **kwargs: `initial_state` (tensor [batch, pos, d_model], int seed, torch.Generator or "zero"),
                 `position_ids`, `token_type_ids` (HRM-Text's prefix), `past_key_values`, and the rest of TransformerBridge's;
                 `loop` (an int) to stop and read out after that loop, or `on_loop`, called as `on_loop(loop, logits)` with the
                 readout after every loop of one run; with `start_at_layer` also `injection` [batch, pos, d_model] and
                 `input_ids` [batch, pos].
 
         Raises:
-            LoopedError: inputs that do not fit the model; layers out of range.
+            LoopedError: inputs that do not fit the model; layers out of range; tokens of which some rows begin with pad tokens
+                (with a loss, or end with them) without `attention_mask`, so that what is padding is not known.
         """
         self._refresh_cfg()
+        attention_mask = kwargs.pop("one_zero_attention_mask", None) if attention_mask is None else attention_mask
+        input, attention_mask = self._read(input, prepend_bos, padding_side, attention_mask)
         kwargs |= self._generation_arguments(input, kwargs)
         if start_at_layer is not None:
             kwargs["start"] = self.schedule.layer(start_at_layer)
@@ -332,29 +342,39 @@ class LoopedBridge(GeneratingBridge):
         if stop_at_layer is not None:
             kwargs["stop"] = self._stop(stop_at_layer)
             return_type = "logits"
-        return super().forward(input, return_type, *args, **kwargs)
+        if attention_mask is None and isinstance(input, Tensor) and not self._given and kwargs.get("past_key_values") is None:
+            has_loss = return_type in ("loss", "both") and kwargs.get("labels") is None
+            sides = ("left", "right") if has_loss else ("left",)
+            refuse_unmarked_padding(self.tokenizer, input, "the loss" if has_loss else "a run", sides)
+        return super().forward(input, return_type, loss_per_token, None, None, attention_mask, *args, **kwargs)
 
     def _stop(self, stop_at_layer: int) -> int:
         return stop_at_layer if stop_at_layer == self.schedule.n_layers else self.schedule.layer(stop_at_layer)
 
     def readout(
-        self, input: str | Int[Tensor, "*batch pos"], loop: int, initial_state: InitialState = None
+        self,
+        input: str | list[str] | Int[Tensor, "*batch pos"],
+        loop: int,
+        initial_state: InitialState = None,
+        attention_mask: Tensor | None = None,
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """What the model would answer if it stopped after one of its loops; the later passes are not run.
 
         Equals `model.unroll(loop + 1)(input)`: the family's own way from the state to the logits.
 
         Args:
-            input: text or tokens.
+            input: text, texts of one length, or tokens.
             loop: which loop, 0-based; negative counts from the end.
             initial_state: as in `forward`.
+            attention_mask: as in `forward`.
 
         Returns:
             Logits, [batch, pos, d_vocab].
 
         Raises:
             OutOfRangeError: a loop that the run does not have.
-            LoopedError: the weights were processed, in families where earlier readouts then differ.
+            LoopedError: the weights were processed, in families where earlier readouts then differ; texts of different lengths,
+                whose last positions would be padding in some.
 
         Example:
             >>> import torch
@@ -364,7 +384,15 @@ class LoopedBridge(GeneratingBridge):
             >>> torch.equal(model.readout(tokens, loop=-1), model(tokens))
             True
         """
-        return self.forward(input, loop=self.schedule.loop(loop), initial_state=initial_state)
+        loop = self.schedule.loop(loop)
+        if not isinstance(input, Tensor) and attention_mask is None:
+            input, mask = self._read(input, None, None, None)
+            if mask is not None:
+                raise LoopedError(
+                    f"texts of {', '.join(map(str, mask.sum(1).tolist()))} tokens were given, some of which would end with "
+                    "padding; read them out one by one, or pass tokens with attention_mask=."
+                )
+        return self.forward(input, loop=loop, initial_state=initial_state, attention_mask=attention_mask)
 
     def to_tokens(
         self,
@@ -386,25 +414,21 @@ class LoopedBridge(GeneratingBridge):
         Raises:
             LoopedError: there is no tokenizer, or it has no token for a part of the text.
         """
-        if self.tokenizer is None:
-            raise LoopedError("text was given, but this model has no tokenizer; pass tokens, or load it with tokenizer=.")
         self._refresh_cfg()
-        try:
-            return super().to_tokens(input, prepend_bos, padding_side, move_to_device, truncate)
-        except Exception as error:
-            if type(error) is not Exception:
-                raise
-            raise LoopedError(  # what a tokenizer without an unknown token raises has no class of its own
-                f"the tokenizer has no token for a part of {input!r}{self._unknown_words(input)} ({error}); see "
-                "model.tokenizer.get_vocab()."
-            ) from error
+        tokens, _ = encode(self.tokenizer, self.cfg, input, prepend_bos, padding_side, truncate)
+        return tokens.to(self.cfg.device) if move_to_device else tokens
 
-    def _unknown_words(self, input: str | list[str]) -> str:
-        """Which words of a text the tokenizer cannot read, for an error."""
-        vocabulary = self.tokenizer.get_vocab()
-        words = " ".join([input] if isinstance(input, str) else input).split()
-        unknown = list(dict.fromkeys(word for word in words if word not in vocabulary))
-        return f": {', '.join(map(repr, unknown[:8]))}" if unknown else ""
+    def _read(
+        self, input: Any, prepend_bos: bool | None, padding_side: str | None, attention_mask: Tensor | None
+    ) -> tuple[Any, Tensor | None]:
+        """Texts as tokens and the mask of those that are real; what is no text as it is, with the mask it came with."""
+        if not isinstance(input, (str, list, tuple)):
+            if isinstance(input, Tensor) and input.ndim == 1 and attention_mask is not None and attention_mask.ndim == 1:
+                attention_mask = attention_mask[None]
+            return input, attention_mask
+        tokens, mask = encode(self.tokenizer, self.cfg, input, prepend_bos, padding_side)
+        mask = mask if attention_mask is None else attention_mask
+        return tokens.to(self.cfg.device), None if mask is None else mask.to(self.cfg.device)
 
     def _refresh_cfg(self) -> None:
         """Say in `cfg` where the parameters are; another unroll of them may have been moved."""
@@ -738,6 +762,9 @@ class LoopedBridge(GeneratingBridge):
         """
         if stop_at_layer is not None:  # the model stops by itself; TransformerLens would unwind with an exception
             kwargs |= {"stop": self._stop(stop_at_layer), "return_type": "logits"}
+        mask = kwargs.pop("attention_mask", kwargs.pop("one_zero_attention_mask", None))
+        input, mask = self._read(input, kwargs.pop("prepend_bos", None), kwargs.pop("padding_side", None), mask)
+        kwargs |= {} if mask is None else {"attention_mask": mask}
         chosen = self._expand_filter(names_filter)
         record = Run.of(self, input, kwargs)
         run: Any = super().run_with_cache
@@ -746,6 +773,7 @@ class LoopedBridge(GeneratingBridge):
             return output, cache
         looped = LoopedCache(cache.cache_dict, self, has_batch_dim=cache.has_batch_dim)
         looped.run = record
+        looped.attention_mask = None if mask is None else mask.clone()
         return output, looped
 
     def get_caching_hooks(self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> Any:
@@ -838,23 +866,6 @@ def _no_collections() -> Generator[None, None, None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _configured(tokenizer: Any, cfg: TransformerBridgeConfig) -> Any:
-    """The tokenizer with TransformerLens's settings.
-
-    TransformerLens loads a tokenizer again from where it came from, and would run code that lies there. So it gets a place of
-    its own, which holds the files of the tokenizer and does not name any code.
-    """
-    with TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        file = Path(folder) / "tokenizer_config.json"
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        settings.pop("auto_map", None)
-        file.write_text(json.dumps(settings), encoding="utf-8")
-        configured = configure_tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), cfg)
-    configured.name_or_path = tokenizer.name_or_path
-    return configured
 
 
 def _in_memory(hf_model: nn.Module) -> checkpoints.MemoryCheckpoint:

@@ -20,7 +20,7 @@ class Run:
     """The arguments of one whole run of a model.
 
     Args:
-        input: text, texts or tokens.
+        input: tokens, or scaled embeddings.
         initial_state: as in `LoopedBridge.forward`; a generator is kept as a copy in the state that it was given in.
         inputs: what else the run was given, such as `attention_mask`.
         hooked: whether hooks were attached that may have changed what the run computed.

@@ -8,8 +8,8 @@ meant.
 
 `positions` are positions of the whole text (columns of the batch, padding included), also while generating, where a run has new
 tokens only: what is done to positions of the prompt reaches later tokens through the keys and values kept, and
-`slice(n_prompt - 1, None)` means every position that a new token is read from. Negative positions count from the end of the
-text, which grows while generating with a KV cache, and are refused there.
+`slice(n_prompt - 1, None)` means every position that a new token is read from. Negative positions count from the last real
+token of each row, which changes while generating with a KV cache, and are refused there.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..bridge.cache import LoopedCache
 from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.tokens import counts_from_end, real_positions
 from ..errors import LoopedError, OutOfRangeError
 from ..model.layers import Inputs, running
 from ..schedule import Pass
@@ -42,21 +43,21 @@ def write(
     units: Bool[Tensor, "unit ..."] | None = None,
 ) -> Float[Tensor, "batch pos ..."]:
     """`x` with `new` at the chosen positions and units."""
-    mask = None if positions is None else _position_mask(positions, x, hook).reshape(-1, *[1] * (x.ndim - 2))
+    mask = None if positions is None else _position_mask(positions, x, hook)[(..., *[None] * (x.ndim - 2))]
     if units is not None:
         mask = units.to(x.device) if mask is None else mask & units.to(x.device)
     return new.expand_as(x).clone() if mask is None else torch.where(mask, new, x)
 
 
-def _position_mask(asked: Positions, x: Tensor, hook: Any) -> Bool[Tensor, " pos"]:
-    """Which positions of this run are meant."""
+def _position_mask(asked: Positions, x: Tensor, hook: Any) -> Bool[Tensor, "*batch pos"]:
+    """Which positions of this run are meant; those of every row where negative ones count from the last real token."""
     inputs = current_run(hook)
     total = inputs.past + x.shape[1]
+    negative = counts_from_end(asked)
     if isinstance(asked, slice):
-        negative, chosen = any(end is not None and end < 0 for end in (asked.start, asked.stop)), list(range(total))[asked]
+        chosen = list(range(total))[asked]
     else:
         numbers = [asked] if isinstance(asked, int) else list(asked or ())
-        negative = any(i < 0 for i in numbers)
         outside = [i for i in numbers if not -total <= i < total]
         if outside and inputs.cache is None:
             raise OutOfRangeError(f"positions={asked!r} was asked, but the text of this run has {total} (0..{total - 1}).")
@@ -67,16 +68,27 @@ def _position_mask(asked: Positions, x: Tensor, hook: Any) -> Bool[Tensor, " pos
             "text that grows; count from the beginning: slice(n_prompt - 1, None) means the last position of the prompt and "
             "all later ones."
         )
+    if negative and inputs.real is not None:
+        columns = real_positions(asked, inputs.real, total)
+        chosen_of_rows = torch.zeros(len(x), total, dtype=torch.bool).scatter_(1, columns.expand(len(x), -1), True)
+        return chosen_of_rows[:, inputs.past :].to(x.device)
     mask = torch.zeros(total, dtype=torch.bool)
     mask[chosen] = True
     return mask[inputs.past :].to(x.device)
 
 
-def here(source: Tensor, x: Tensor, positions: Positions, hook: Any) -> Tensor:
+def here(source: Tensor, x: Tensor, positions: Positions, hook: Any, real: Tensor | None = None) -> Tensor:
     """The part of an activation of a whole text, [batch, pos, ...], that lies at the positions of this run.
 
+    Args:
+        source: the activation.
+        x: what it goes to.
+        positions: which positions are wanted.
+        hook: where.
+        real: which positions of that text are no padding, where this is known.
+
     Raises:
-        LoopedError: other shapes; a text that lacks positions that are wanted.
+        LoopedError: other shapes; a text that lacks positions that are wanted, or is padded where this one is not.
     """
     inputs = current_run(hook)
     total, length = inputs.past + x.shape[1], source.shape[1]
@@ -84,7 +96,7 @@ def here(source: Tensor, x: Tensor, positions: Positions, hook: Any) -> Tensor:
     if positions is None:  # the same text, or with a cache the part of it that was run so far
         fits = fits and (length == total if inputs.cache is None else length >= total)
     elif fits:
-        wanted = _position_mask(positions, x, hook).nonzero()
+        wanted = _position_mask(positions, x, hook).nonzero()[:, -1]
         fits = not len(wanted) or int(wanted.max()) + inputs.past < length
     if not fits:
         raise LoopedError(
@@ -92,6 +104,18 @@ def here(source: Tensor, x: Tensor, positions: Positions, hook: Any) -> Tensor:
             "in this run; give it the same batch and the same number of positions, or choose positions= that both have, such "
             f"as slice(0, {min(length, total)})."
         )
+    if real is not None:
+        own = torch.ones(len(x), total, dtype=torch.bool) if inputs.real is None else inputs.real.cpu()
+        n = min(length, total)
+        differs = (real.bool().cpu()[:, :n] != own[:, :n])[:, inputs.past :]
+        if positions is not None:
+            differs = differs & _position_mask(positions, x, hook).cpu()[..., : differs.shape[1]]
+        if bool(differs.any()):
+            raise LoopedError(
+                f"an activation is to be written to {hook.name} at row {int(differs.nonzero()[0, 0])}, which is padded "
+                "otherwise in the run that it comes from; give both runs rows of the same lengths, or choose positions= that "
+                "are real in both."
+            )
     return source[:, torch.arange(inputs.past, total).clamp(max=length - 1)].to(x.device, x.dtype)
 
 
@@ -100,6 +124,12 @@ def cached(model: LoopedBridge, cache: object, name: str) -> Tensor:
     if not isinstance(cache, LoopedCache) or not cache.has_batch_dim:
         raise LoopedError("a cache was asked for: pass the LoopedCache that run_with_cache returns, with its batch dimension.")
     return cache[name].detach()
+
+
+def real_in(cache: LoopedCache, source: Tensor) -> Tensor:
+    """Which positions of a cached run are no padding, [batch, pos]."""
+    mask = cache.attention_mask
+    return torch.ones(source.shape[:2], dtype=torch.bool) if mask is None else mask
 
 
 def current_run(hook: Any) -> Inputs:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..bridge.cache import LoopedCache
 from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.tokens import real_mean
 from ..errors import LoopedError
 from ..schedule import Indices, LoopSelector, select_indices
 from ..sites import select_layers
-from ._hooks import Hooks, Positions, cached, here, unit_mask, write
+from ._hooks import Hooks, Positions, cached, here, real_in, unit_mask, write
 
 HOOKS: dict[str, tuple[str, ...]] = {
     "attn": ("hook_attn_out",),
@@ -47,8 +48,8 @@ def ablate(
         loops: in which loops.
         layers: layers inside the loop (or inside the prelude or coda); None for all.
         units: heads or neurons; None for all.
-        mode: "zero"; "mean": the mean over all rows and positions of `cache`, separately for every loop; "resample": the values
-            of `cache` at the same loop, row and position, which needs a run of the same shape.
+        mode: "zero"; "mean": the mean over all rows and positions of `cache` but padding, separately for every loop;
+            "resample": the values of `cache` at the same loop, row and position, which needs a run of the same shape.
         cache: another run's cache, for "mean" and "resample".
         positions: at which positions; None for all.
         stack: "L" or "H" for HRM-Text; "prelude" or "coda" (without `loops`).
@@ -85,19 +86,25 @@ def ablate(
     for layer in select_layers(model.schedule, loops, layers, stack):
         for hook_name in HOOKS[part]:
             name = model.schedule.name(layer, hook_name)
-            source = None if mode == "zero" else cached(model, cache, name)
-            if mode == "mean" and source is not None:
-                source = source.mean((0, 1))
-            hooks.append((name, _replace(source, mode == "resample", positions, mask)))
+            source = real = None
+            if cache is not None:
+                source = cached(model, cache, name)
+                if mode == "mean":
+                    source = real_mean(source, cache.attention_mask)
+                else:
+                    real = real_in(cache, source)
+            hooks.append((name, _replace(source, real, positions, mask)))
     return hooks
 
 
-def _replace(source: Tensor | None, resample: bool, positions: Positions, units: Tensor | None) -> Any:
+def _replace(source: Tensor | None, real: Tensor | None, positions: Positions, units: Tensor | None) -> Any:
+    """A hook that writes zeros; a mean; or what another run had, whose real positions are then given."""
+
     def hook_function(x: Tensor, hook: Any) -> Tensor:
         if source is None:
             new = torch.zeros_like(x)
-        elif resample:
-            new = here(source, x, positions, hook)
+        elif real is not None:
+            new = here(source, x, positions, hook, real)
         else:
             new = source.to(x.device, x.dtype)
         return write(x, new, positions, hook, units)

@@ -12,7 +12,7 @@ from ..bridge.cache import LoopedCache
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..schedule import LoopSelector, Pass
-from ._hooks import Hooks, Positions, Seen, cached, here, passes_from, write
+from ._hooks import Hooks, Positions, Seen, cached, here, passes_from, real_in, write
 
 Value = Float[Tensor, "batch pos d_model"] | Float[Tensor, " d_model"]
 
@@ -79,7 +79,8 @@ def replace_injection(
     if isinstance(source, Tensor):
         _check_value("source", source, model.cfg.d_model)
         return [(name, _write(source, positions)) for name in names]
-    return [(name, _write(cached(model, source, name), positions)) for name in names]
+    values = {name: cached(model, source, name) for name in names}
+    return [(name, _write(value, positions, real_in(source, value))) for name, value in values.items()]
 
 
 def drop_injection(
@@ -156,9 +157,9 @@ def _check_value(name: str, value: Tensor, d_model: int) -> None:
         )
 
 
-def _write(value: Tensor, positions: Positions) -> Any:
+def _write(value: Tensor, positions: Positions, real: Tensor | None = None) -> Any:
     def hook_function(x: Tensor, hook: Any) -> Tensor:
-        new = value.to(x.device, x.dtype) if value.ndim == 1 else here(value, x, positions, hook)
+        new = value.to(x.device, x.dtype) if value.ndim == 1 else here(value, x, positions, hook, real)
         return write(x, new, positions, hook)
 
     return hook_function

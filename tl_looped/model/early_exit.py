@@ -141,6 +141,7 @@ class EarlyExit:
                 cache=self.key_values,
                 value_embeds=model._value_embeds(None if input_ids is None else input_ids[:, start:]),
                 past=start,
+                real=None if self._attention_mask is None else self._attention_mask != 0,
             )
         self._inputs[start].enter()
         return self._inputs[start]

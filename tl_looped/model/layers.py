@@ -47,6 +47,7 @@ class Inputs:
     cache: KeyValueCache | None = None
     value_embeds: dict[int, Float[Tensor, "batch pos kv_width"]] = field(default_factory=dict)
     past: int = 0  # positions of the text before the first one that is run
+    real: Bool[Tensor, "batch key"] | None = None  # which positions of the text are no padding; None for all
 
     def enter(self) -> None:
         """What runs from now on reads these inputs."""

@@ -264,6 +264,7 @@ class LoopedModel(nn.Module):
             cache=past_key_values,
             value_embeds=self._value_embeds(input_ids),
             past=past,
+            real=None if attention_mask is None else attention_mask != 0,
         )
 
         stream = Stream(x)
