@@ -271,6 +271,8 @@ def test_padding_that_nothing_says_is_refused() -> None:
         lambda: model.readout(texts, loop=0),
         lambda: logit_lens(model, texts, positions=4),
         lambda: cache.decompose_resid(pos_slice=-1),
+        lambda: cache.accumulated_resid(layer=None, pos_slice=-1),
+        lambda: model.run_with_cache(texts, pos_slice=-1),
         lambda: patch_sweep(model, texts, cache, metric, positions=-1, verbose=False),
         lambda: patch_sweep(model, texts, other, metric, verbose=False),
         lambda: model.run_with_hooks(texts, fwd_hooks=ablate(model, "mlp", mode="resample", cache=other)),

@@ -20,7 +20,7 @@ from ..model import LoopedModel
 from ..schedule import LoopSelector, Site, is_pattern, virtual_layer
 from .decomposition import FINAL, REMAINDER, Decomposition, LogitAttribution, Reader, Write, branch_inputs
 from .run import Run
-from .tokens import real_positions
+from .tokens import check_real, real_positions
 
 Tokens = str | int | Int[Tensor, ""] | Int[Tensor, "batch"] | Int[Tensor, "batch pos"]
 Unit = Literal["component", "layer", "head"]
@@ -570,7 +570,7 @@ class LoopedCache(ActivationCache):
         return None if mask is None or bool(mask.all()) else mask
 
     def check_real(self, positions: Slice) -> None:
-        """Refuse single positions, and slices that count from the end, which are padding in some row.
+        """Refuse positions which are padding in some row (`tokens.check_real`).
 
         Args:
             positions: which positions.
@@ -578,18 +578,7 @@ class LoopedCache(ActivationCache):
         Raises:
             LoopedError: they are.
         """
-        if (mask := self.padding()) is None or positions.mode == "identity":
-            return
-        chosen: Any = positions.slice
-        if positions.mode == "slice" and not any(end is not None and end < 0 for end in (chosen.start, chosen.stop)):
-            return
-        found = positions.apply(mask, dim=-1)
-        if not bool(found.all()):
-            padded = ~(found if found.ndim == 2 else found[:, None]).all(-1)
-            raise LoopedError(
-                f"pos_slice={chosen!r} was asked, which is padding in row {int(padded.nonzero()[0])}; take all positions "
-                "(pos_slice=None) and choose each row's own, or cache rows of different lengths one by one."
-            )
+        check_real(positions, self.padding())
 
     def _direction(self, tokens: Any, incorrect_tokens: Any, pos: Any, like: Tensor) -> Tensor:
         """The direction in the stream entering `ln_final` whose product is the logit, broadcastable to `like`."""

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent, alias_generation
+from transformer_lens.utilities.slice import Slice
 
 from .. import checkpoints, families
 from ..config import LoopedConfig
@@ -28,7 +29,7 @@ from .cache import LoopedCache
 from .generation import GeneratingBridge
 from .processing import check_options, check_running_sum, check_shared, has_output_bias, process_weights
 from .run import Run
-from .tokens import configured, encode, refuse_unmarked_padding
+from .tokens import check_real, configured, encode, refuse_unmarked_padding
 
 NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
@@ -418,6 +419,25 @@ class LoopedBridge(GeneratingBridge):
         tokens, _ = encode(self.tokenizer, self.cfg, input, prepend_bos, padding_side, truncate)
         return tokens.to(self.cfg.device) if move_to_device else tokens
 
+    def input_to_embed(
+        self,
+        input: str | list[str] | Int[Tensor, "*batch pos"],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, None, Tensor | None]:
+        """The stream entering the first layer, the tokens, None, and the mask of those that are real, as in TransformerBridge.
+
+        Args:
+            input: as in `forward`.
+            prepend_bos: as in `to_tokens`.
+            padding_side: as in `to_tokens`.
+            attention_mask: as in `forward`.
+        """
+        tokens, mask = self._read(input, prepend_bos, padding_side, attention_mask)
+        tokens = tokens[None] if tokens.ndim == 1 else tokens
+        return self.forward(tokens, attention_mask=mask, stop_at_layer=0), tokens, None, mask
+
     def _read(
         self, input: Any, prepend_bos: bool | None, padding_side: str | None, attention_mask: Tensor | None
     ) -> tuple[Any, Tensor | None]:
@@ -764,7 +784,13 @@ class LoopedBridge(GeneratingBridge):
             kwargs |= {"stop": self._stop(stop_at_layer), "return_type": "logits"}
         mask = kwargs.pop("attention_mask", kwargs.pop("one_zero_attention_mask", None))
         input, mask = self._read(input, kwargs.pop("prepend_bos", None), kwargs.pop("padding_side", None), mask)
-        kwargs |= {} if mask is None else {"attention_mask": mask}
+        if mask is not None:
+            kwargs["attention_mask"] = mask
+            mask = mask[:, -input.shape[1] :].clone()  # of the positions that are run
+            asked = kwargs.get("pos_slice", args[1] if len(args) > 1 else None)
+            positions = asked if isinstance(asked, Slice) else Slice(asked)
+            check_real(positions, mask)
+            mask = positions.apply(mask, dim=1) if positions.mode in ("identity", "slice") else None
         chosen = self._expand_filter(names_filter)
         record = Run.of(self, input, kwargs)
         run: Any = super().run_with_cache
@@ -773,7 +799,7 @@ class LoopedBridge(GeneratingBridge):
             return output, cache
         looped = LoopedCache(cache.cache_dict, self, has_batch_dim=cache.has_batch_dim)
         looped.run = record
-        looped.attention_mask = None if mask is None else mask.clone()
+        looped.attention_mask = mask
         return output, looped
 
     def get_caching_hooks(self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.utilities.slice import Slice
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import LoopedError
@@ -217,6 +218,30 @@ def real_positions(positions: Indices, mask: Mask, n_pos: int) -> Int[Tensor, "#
             "token), choose positions that every row has, or give rows of different lengths one by one."
         )
     return torch.tensor([chosen])
+
+
+def check_real(positions: Slice, mask: Mask) -> None:
+    """Refuse single positions, and slices that count from the end, which are padding in some row.
+
+    Args:
+        positions: which positions.
+        mask: which of them are real.
+
+    Raises:
+        LoopedError: some are not.
+    """
+    if mask is None or positions.mode == "identity":
+        return
+    chosen: Any = positions.slice
+    if positions.mode == "slice" and not counts_from_end(chosen):
+        return
+    found = positions.apply(mask.bool(), dim=-1)
+    if not bool(found.all()):
+        row = int((~(found if found.ndim == 2 else found[:, None]).all(-1)).nonzero()[0])
+        raise LoopedError(
+            f"pos_slice={chosen!r} was asked, which is padding in row {row}; take all positions (pos_slice=None) and "
+            "choose each row's own, or run rows of different lengths one by one."
+        )
 
 
 def real_mean(values: Float[Tensor, "batch pos *rest"], mask: Mask) -> Float[Tensor, "*rest"]:
