@@ -167,13 +167,7 @@ def only_pickle(content: object) -> Callable[[Path], None]:
 
 
 def eight_bits(path: Path) -> None:
-    file = path / "model.safetensors"
-    raw = file.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + length])
-    header["lm_head.weight"]["dtype"] = "F8_E4M3"
-    encoded = json.dumps(header).encode()
-    file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + raw[8 + length :])
+    edit_tensors(path, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}))
 
 
 UNREADABLE = {
@@ -181,7 +175,7 @@ UNREADABLE = {
     "bad JSON": (replace_file("config.json", b"{"), r"config.json is not valid JSON"),
     "JSON list": (replace_file("config.json", b"[]"), r"list, not an object"),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), r"holds no weights.*config.json"),
-    "truncated": (truncate, r"model.safetensors is truncated.*bytes"),
+    "truncated": (truncate, r"model.safetensors is truncated"),
     "empty": (replace_file("model.safetensors", b""), r"model.safetensors is truncated or not"),
     "not safetensors": (replace_file("model.safetensors", b"x" * 99), r"model.safetensors is truncated or not"),
     "8 bits": (eight_bits, r"lm_head.weight as F8_E4M3"),
@@ -237,7 +231,7 @@ WRONG = {
         r"k_proj.weight should be \[32, 32\] from n_kv_heads=4, d_head=8, d_model=32, but is \[16, 32\]",
     ),
     "several": (several, r"(?s)missing: model.layers.0.mlp.up_proj.*unexpected: model.layers.7.x"),
-    "NaN": (poison, r"NaN in model.norm.weight"),
+    "NaN": (poison, r"NaN or infinity in model.norm.weight"),
     "quantised": (quantise, r"lm_head.weight is torch.int8"),
 }
 

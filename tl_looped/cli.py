@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._writing import checked_place, write_text
 from .bridge.looped_bridge import LoopedBridge
 from .errors import LoopedError
 
@@ -122,7 +123,7 @@ def _lens(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from .report import Report, report, write
+    from .report import Report, report
 
     beside: Path | None = args.out.with_suffix(".json") if args.json is True else args.json
     if beside is not None and beside.resolve() == args.out.resolve():
@@ -143,7 +144,7 @@ def _report(args: argparse.Namespace) -> int:
     def save(found: Report) -> None:
         found.save(args.out)
         if beside is not None:
-            write(beside, found.to_json())
+            write_text(beside, found.to_json())
 
     clean, corrupted = (None if text is None else read(text) for text in (args.clean, args.corrupt))
     found = report(
@@ -179,15 +180,11 @@ def _check_writable(place: Path | None) -> None:
     """Refuse before the work begins rather than after it."""
     if place is None:
         return
-    if place.is_dir():
-        raise LoopedError(f"{str(place)!r} cannot be written: it is a directory. Name a file in it.")
-    if not place.parent.is_dir():
+    if not (place := checked_place(place)).parent.is_dir():
         raise LoopedError(f"{str(place)!r} cannot be written: there is no directory {str(place.parent)!r}.")
-    from .report import write
-
     draft = place.with_name(f".{place.name}.try")
     try:
-        write(draft, "").unlink()
+        write_text(draft, "").unlink()
     except LoopedError as error:
         raise LoopedError(str(error).replace(draft.name, place.name)) from error
 
@@ -200,7 +197,7 @@ def _sweep(args: argparse.Namespace) -> int:
     found = random_init_sweep(**sizes, seeds=args.seeds, std=args.std, embed_std=args.embed_std)
     print(found.summary())
     if args.csv:
-        found.to_dataframe().to_csv(args.csv, index=False)
+        write_text(args.csv, found.to_dataframe().to_csv(index=False))
     return 0
 
 

@@ -129,6 +129,7 @@ class LoopedBridge(GeneratingBridge):
         model = checkpoints.load_model(checkpoint, device=device, dtype=dtype, n_loops=n_loops, l_cycles=l_cycles)
         if tokenizer is None and checkpoint.path is not None:
             tokenizer = checkpoints.load_tokenizer(checkpoint.path)
+            checkpoint.check_unchanged()
         return cls(model, tokenizer, str(name_or_dir))
 
     @classmethod
@@ -277,17 +278,18 @@ class LoopedBridge(GeneratingBridge):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config, tensors (each once) and tokenizer; `from_pretrained` reads them back bit for bit.
 
+        A checkpoint that lies there is replaced as a whole, its tokenizer included: whatever interrupts the save, the
+        directory holds the old one, the new one, or what `from_pretrained` refuses.
+
         Args:
             directory: where to write; made if it does not exist.
 
         Raises:
-            LoopedError: the weights were processed and are no longer the checkpoint's.
+            LoopedError: the weights were processed and are no longer the checkpoint's; the directory cannot be written.
         """
         if self._weights_processed:
             raise LoopedError("the weights of this model were processed (compatibility mode); save the model before that.")
-        checkpoints.save_model(self._model, Path(directory))
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(directory)
+        checkpoints.save_model(self._model, directory, self.tokenizer)
 
     def forward(
         self,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -30,30 +32,98 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class InSafetensors:
-    """A tensor in a safetensors file. Its bytes are read into fresh memory: a memory map would count twice while loading."""
+class SafetensorsFile:
+    """A safetensors file, whose own library says what lies where.
 
-    file: Path
+    The file is opened for every read: while it stays open, the pages that were read count as memory beside what they were
+    copied to.
+
+    Args:
+        path: the file.
+        stamp: which file it is; another one may be put in its place.
+    """
+
+    path: Path
+    stamp: tuple[int, ...]
+
+    @classmethod
+    def at(cls, path: Path) -> SafetensorsFile:
+        """The file that lies there now."""
+        return cls(path, _stamp(path))
+
+    @contextmanager
+    def opened(self) -> Generator[Any, None, None]:
+        """Open the file.
+
+        Raises:
+            CheckpointError: the library refuses it, or it is another file by now.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                if _stamp(self.path) != self.stamp:
+                    raise _changed(self.path)
+                yield file
+        except CheckpointError:
+            raise
+        except FileNotFoundError as error:
+            raise _changed(self.path) from error
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            pointer = ": it is a pointer of Git LFS, not the file itself" if _is_pointer(self.path) else ""
+            raise CheckpointError(
+                f"{self.path} is truncated or not a safetensors file ({error}){pointer}. Download it again."
+            ) from error
+
+
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} has changed while it was read. Load the checkpoint again.")
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Download it again.") from error
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(30).startswith(b"version https://git-lfs")
+    except OSError:
+        return False
+
+
+@dataclass(frozen=True)
+class InSafetensors:
+    """A tensor in a safetensors file."""
+
+    file: SafetensorsFile
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int
+    name: str
     device = torch.device("cpu")
 
+    @property
+    def path(self) -> Path:
+        """The file it lies in."""
+        return self.file.path
+
     def read(self, start: int, count: int) -> Tensor:
-        """Read `count` elements from element `start` on."""
-        out = torch.empty(count, dtype=self.dtype, device="cpu")
-        with self.file.open("rb") as stream:
-            stream.seek(self.offset + start * self.dtype.itemsize)
-            if stream.readinto(out.view(torch.uint8).numpy().data) != out.nbytes:
-                raise CheckpointError(f"{self.file} ended while a tensor was read: it has changed. Load again.")
-        return out
+        """Read `count` elements from element `start` on, into memory of their own."""
+        with self.file.opened() as file:
+            if not self.shape or not count:
+                return file.get_tensor(self.name).reshape(-1)[start : start + count].clone()
+            row = math.prod(self.shape[1:])
+            first, last = start // row, -(-(start + count) // row)
+            return file.get_slice(self.name)[first:last].reshape(-1)[start - first * row :][:count].clone()
 
 
 @dataclass(frozen=True)
 class InPickle:
     """A tensor in a .bin file, mapped anew for every read so that pages do not pile up."""
 
-    file: Path
+    path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     name: str
@@ -61,7 +131,7 @@ class InPickle:
 
     def read(self, start: int, count: int) -> Tensor:
         """Read `count` elements from element `start` on."""
-        return _load_pickle(self.file)[self.name].reshape(-1)[start : start + count].clone()
+        return _load_pickle(self.path)[self.name].reshape(-1)[start : start + count].clone()
 
 
 @dataclass(frozen=True)
@@ -90,34 +160,23 @@ class InMemory:
         return self.tensor.detach().reshape(-1)[start : start + count]
 
 
-def safetensors_header(file: Path) -> dict[str, InSafetensors]:
-    """The tensors of a safetensors file: 8 bytes with the length of a JSON header, the header, the data."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        raw = stream.read(length) if 8 + length <= size else b""
-    try:
-        header: dict[str, Any] = json.loads(raw)
-        header.pop("__metadata__", None)
-        entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
-        end = 8 + length + max((last for _, _, _, last in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{file} is truncated or not a safetensors file: its header cannot be read. Download it again."
-        ) from error
-    if end != size:
-        raise CheckpointError(
-            f"{file} is truncated or damaged: its header describes {end} bytes, it has {size}. Download it again."
-        )
-    tensors = {}
-    for name, (stored_as, shape, first, last) in entries.items():
-        if stored_as not in _DTYPES:
-            raise CheckpointError(f"{file} stores {name} as {stored_as}; readable are {', '.join(_DTYPES)}. Convert it.")
-        dtype = _DTYPES[stored_as]
-        if last - first != math.prod(shape) * dtype.itemsize:
-            raise CheckpointError(f"{file} is damaged: {name} {list(shape)} has {last - first} bytes. Download it again.")
-        tensors[name] = InSafetensors(file, dtype, shape, 8 + length + first)
-    return tensors
+def safetensors_header(path: Path) -> tuple[dict[str, InSafetensors], dict[str, str]]:
+    """The tensors of a safetensors file, and its metadata.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: the library of the format refuses it, or it stores numbers of a kind that is not read here.
+    """
+    file, tensors = SafetensorsFile.at(path), dict[str, InSafetensors]()
+    with file.opened() as content:
+        for name in content.keys():
+            part = content.get_slice(name)
+            if (stored_as := part.get_dtype()) not in _DTYPES:
+                raise CheckpointError(f"{path} stores {name} as {stored_as}; readable are {', '.join(_DTYPES)}. Convert it.")
+            tensors[name] = InSafetensors(file, _DTYPES[stored_as], tuple(part.get_shape()), name)
+        return tensors, content.metadata() or {}
 
 
 def pickle_header(file: Path) -> dict[str, InPickle]:

@@ -69,12 +69,15 @@ def load_model(
                 tensor = _convert(checkpoint, source.name, source.first * math.prod(shape[1:]), converted.pop(name))
             else:
                 tensor = checkpoint.read(source.name, source.first * math.prod(shape[1:]), shape).to(device)
-            if tensor.min().isnan():
+            if not all(bool(end.isfinite()) for end in tensor.aminmax()):
                 broken += stored(source)
             model.set_parameter(name, nn.Parameter(tensor))
             bar.update(tensor.nbytes)
     if broken:
-        raise CheckpointError(f"{checkpoint} holds NaN in {', '.join(dict.fromkeys(broken))}. Download or convert it again.")
+        raise CheckpointError(
+            f"{checkpoint} holds NaN or infinity in {', '.join(dict.fromkeys(broken))}, read as {dtype}. Download or convert "
+            "it again, or choose a dtype that holds larger numbers."
+        )
     if cfg.tied:
         _check_tied_copies(checkpoint, family.TIED)
     return model.eval()

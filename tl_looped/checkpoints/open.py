@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .files import InMemory, InPickle, InSafetensors, pickle_header, safetensors_header
 
+SAVE = "save_id"  # in config.json and in the metadata of weights: which save they are of
 _TOYS = Path(__file__).parents[1] / "toys" / "checkpoints"
 
 
@@ -24,13 +25,19 @@ class Checkpoint:
         config: the content of config.json.
         stored: the tensors.
         path: the directory they lie in, if any.
+        save_id: which save they are of, if that is known.
     """
 
     def __init__(
-        self, config: dict[str, Any], stored: Mapping[str, InSafetensors | InPickle | InMemory], path: Path | None = None
+        self,
+        config: dict[str, Any],
+        stored: Mapping[str, InSafetensors | InPickle | InMemory],
+        path: Path | None = None,
+        save_id: object = None,
     ):
         self.config: dict[str, Any] = config
         self.path: Path | None = path
+        self.save_id: object = save_id
         self._stored = stored
         self.shapes: dict[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in stored.items()}
         self.dtypes: dict[str, torch.dtype] = {name: tensor.dtype for name, tensor in stored.items()}
@@ -51,6 +58,15 @@ class Checkpoint:
             raise CheckpointError(f"tensor {name!r} was asked; {self} has {', '.join(sorted(self._stored))}.")
         shape = self.shapes[name] if shape is None else shape
         return self._stored[name].read(start, math.prod(shape)).view(shape)
+
+    def check_unchanged(self) -> None:
+        """Refuse a directory into which another model has been saved since it was opened.
+
+        Raises:
+            CheckpointError: its config.json is of another save.
+        """
+        if self.path is not None and _read_json(self.path / "config.json").get(SAVE) != self.save_id:
+            raise CheckpointError(f"another model was saved in {self.path} while this one was loaded. Load it again.")
 
     def __str__(self) -> str:
         return f"the checkpoint in {self.path}" if self.path else "the model in memory"
@@ -91,15 +107,30 @@ def open_checkpoint(name_or_dir: str | Path, revision: str | None = None) -> Che
     _refuse_adapters(path)
     config = _read_json(path / "config.json")
     stored: dict[str, InSafetensors | InPickle] = {}
-    files, index = _weight_files(path)
+    files, index, saves = _weight_files(path)
+    save_id = config.pop(SAVE, None)
+    saves["config.json"] = save_id
     for file in files:
-        stored |= safetensors_header(file) if file.suffix == ".safetensors" else pickle_header(file)
-    if lost := sorted(name for name, file in index.items() if name not in stored or stored[name].file.name != file):
+        held, metadata = safetensors_header(file) if file.suffix == ".safetensors" else (pickle_header(file), {})
+        if again := sorted(held.keys() & stored.keys()):
+            raise CheckpointError(
+                f"{', '.join(again[:8])} lies in {stored[again[0]].path.name} and in {file.name}, in {path}. Download the "
+                "checkpoint again."
+            )
+        stored |= held
+        saves[file.name] = metadata.get(SAVE)
+    if len({json.dumps(of) for of in saves.values()}) > 1:
+        raise CheckpointError(
+            f"the files in {path} are not of one save ({', '.join(f'{name}: {of}' for name, of in saves.items())}): a save was "
+            "interrupted or is under way, or a file was replaced. Save the model again; after replacing weights on purpose, "
+            f"delete {SAVE!r} from config.json and save them without metadata."
+        )
+    if lost := sorted(name for name, file in index.items() if name not in stored or stored[name].path.name != file):
         raise CheckpointError(
             f"the index in {path} promises tensors that their files do not hold: {', '.join(lost)} in "
             f"{', '.join(sorted({index[name] for name in lost}))}. Download these files again."
         )
-    return Checkpoint(config, stored, path)
+    return Checkpoint(config, stored, path, save_id)
 
 
 def _toy(name: str | Path) -> Path:
@@ -160,6 +191,8 @@ def _read_json(file: Path) -> dict[str, Any]:
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}. Download it again.") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON ({error}). Download it again.") from error
     if not isinstance(content, dict):
@@ -167,21 +200,23 @@ def _read_json(file: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", content)
 
 
-def _weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files that hold the tensors, and the file each tensor must be in if there is an index."""
+def _weight_files(path: Path) -> tuple[list[Path], dict[str, str], dict[str, object]]:
+    """The files that hold the tensors; if there is an index, the file each tensor must be in, and of which save it is."""
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if (path / whole).is_file():
-            return [path / whole], {}
+            return [path / whole], {}, {}
         if (path / f"{whole}.index.json").is_file():
-            index = _read_json(path / f"{whole}.index.json").get("weight_map")
-            if not isinstance(index, dict) or not index:
+            content = _read_json(path / f"{whole}.index.json")
+            index, metadata = content.get("weight_map"), content.get("metadata")
+            save_id = metadata.get(SAVE) if isinstance(metadata, dict) else None
+            if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
                 raise CheckpointError(f"{path / whole}.index.json has no weight_map. Download it again.")
             names = sorted(set(index.values()))
             if missing := [name for name in names if Path(name).name != name or not (path / name).is_file()]:
                 raise CheckpointError(
                     f"{path} lacks {len(missing)} of the {len(names)} files in its index: {', '.join(missing)}. Download them."
                 )
-            return [path / name for name in names], index
+            return [path / name for name in names], index, {f"{whole}.index.json": save_id}
     found = _listing(path)
     raise CheckpointError(
         f"{path} holds no weights: model.safetensors or pytorch_model.bin, or the index of either, was looked for; "

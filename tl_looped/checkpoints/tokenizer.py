@@ -6,12 +6,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+_ENOUGH = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")  # any of these is a tokenizer
+TOKENIZER_FILES = frozenset(
+    "added_tokens.json additional_chat_templates chat_template.jinja chat_template.json merges.txt sentencepiece.bpe.model "
+    "special_tokens_map.json spiece.model tokenizer.json tokenizer.model tokenizer_config.json vocab.json vocab.txt".split()
+)
 
 
 def load_tokenizer(path: Path) -> Any | None:
     """The tokenizer that lies in a directory, without running code of the repository; None if there is none."""
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+    if not any((path / name).is_file() for name in _ENOUGH):
         return None
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from jaxtyping import Int
@@ -16,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import plots
+from .._writing import write_text
 from ..analysis._prompts import token_batches
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
@@ -61,15 +60,15 @@ class Report:
         return page(self.title, self.lead, self.prompt, self.sections, note)
 
     def save(self, file: str | Path) -> Path:
-        """Write the page; an earlier one is replaced in one step.
+        """Write the page; an earlier one is replaced in one step, its permissions are kept.
 
         Args:
             file: where to.
 
         Raises:
-            LoopedError: the place cannot be written.
+            LoopedError: the place cannot be written, or holds something else than a regular file.
         """
-        return write(file, self.html)
+        return write_text(file, self.html)
 
     def to_dict(self) -> dict[str, Any]:
         """Every number on the page with its name and axes, ready for JSON, and the sentences."""
@@ -84,29 +83,6 @@ class Report:
     def to_json(self) -> str:
         """`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write(file: str | Path, text: str) -> Path:
-    """Write a file in one step, so that a reader never meets half of it.
-
-    Args:
-        file: where to.
-        text: its content.
-
-    Raises:
-        LoopedError: the place cannot be written.
-    """
-    file = Path(file)
-    draft = file.with_name(f".{file.name}.{uuid4().hex[:8]}")
-    try:
-        try:
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, file)
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise LoopedError(f"{str(file)!r} cannot be written: {error.strerror or error}. Choose another place.") from error
-    return file
 
 
 def report(

@@ -122,8 +122,7 @@ def save(trained: Trained, directory: Path) -> LoopedBridge:
     for name, parameter in model.canonical_parameters().items():
         if name != "embed.weight":
             model.set_parameter(name, nn.Parameter(parameter.detach().half()))
-    save_model(model, directory)
-    tokenizer.save_pretrained(directory)
+    save_model(model, directory, tokenizer)
     return LoopedBridge.from_pretrained(directory, device="cpu")
 
 

@@ -1,0 +1,63 @@
+"""Writing a file in one step: it is the old one or the new one, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from uuid import uuid4
+
+from .errors import LoopedError
+
+
+def write_text(file: str | Path, text: str) -> Path:
+    """Write a text file in one step, so that a reader never meets half of it.
+
+    An earlier file is replaced and its permissions are kept; a symbolic link stays, and what it points to is replaced.
+
+    Args:
+        file: where to.
+        text: its content.
+
+    Raises:
+        LoopedError: the place cannot be written, or holds something else than a regular file.
+    """
+    place = checked_place(file)
+    draft = place.with_name(f".{place.name}.{uuid4().hex[:8]}")
+    try:
+        mode = stat.S_IMODE(place.stat().st_mode) if place.exists() else None
+        try:
+            with os.fdopen(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else 0o600), "wb") as out:
+                out.write(text.encode("utf-8"))
+                out.flush()
+                os.fsync(out.fileno())
+            if mode is not None:
+                draft.chmod(mode)
+            os.replace(draft, place)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise LoopedError(f"{str(file)!r} cannot be written: {error.strerror or error}. Choose another place.") from error
+    return Path(file)
+
+
+def checked_place(file: str | Path) -> Path:
+    """Where a file would be written, links followed; refuses what is no regular file.
+
+    Args:
+        file: where to.
+
+    Raises:
+        LoopedError: a directory, a device, a pipe, or a link that leads nowhere.
+    """
+    place = Path(file)
+    try:
+        if place.is_symlink():
+            place = place.resolve(strict=True)
+        if place.exists() and not place.is_file():
+            what = "a directory. Name a file in it" if place.is_dir() else "no regular file. Name another, and copy it there"
+            raise LoopedError(f"{str(file)!r} cannot be written: it is {what}.")
+    except (OSError, RuntimeError) as error:  # a link to nowhere, or to itself
+        reason = getattr(error, "strerror", None) or error
+        raise LoopedError(f"{str(file)!r} cannot be written: it is a link that leads nowhere ({reason}). Remove it.") from error
+    return place
