@@ -116,23 +116,41 @@ class Schedule:
         """Number of physical layers of every stack, in the order of their physical indices."""
         return {"prelude": self.n_prelude, **dict.fromkeys(self.core_stacks, self.n_core), "coda": self.n_coda}
 
+    @property
+    def n_passes(self) -> int:
+        """How often a looped stack runs, all stacks together."""
+        return self.n_loops * (1 if self.l_cycles is None else self.l_cycles + 1)
+
     @cached_property
     def passes(self) -> tuple[Pass, ...]:
         """Every execution of a looped stack, in the order of the run."""
+        return tuple(map(self._pass, range(self.n_passes)))
+
+    def _pass(self, index: int) -> Pass:
+        """The pass at a place in the run, always the same object."""
+        if index not in self._made:
+            stack, loop = "core", index
+            if self.l_cycles is not None:
+                loop, step = divmod(index, self.l_cycles + 1)
+                stack, loop = ("H", loop) if step == self.l_cycles else ("L", loop * self.l_cycles + step)
+            self._made[index] = Pass(index, stack, loop, self.n_prelude + index * self.n_core, self.n_core)
+        return self._made[index]
+
+    @cached_property
+    def _made(self) -> dict[int, Pass]:
+        return {}
+
+    def _pass_of(self, stack: str, loop: int) -> Pass:
+        """The pass that is the execution number `loop` of a stack."""
         if self.l_cycles is None:
-            order = [("core", t) for t in range(self.n_loops)]
-        else:
-            order = []
-            for h in range(self.n_loops):
-                order += [("L", h * self.l_cycles + step) for step in range(self.l_cycles)] + [("H", h)]
-        first = self.n_prelude
-        return tuple(Pass(k, stack, t, first + k * self.n_core, self.n_core) for k, (stack, t) in enumerate(order))
+            return self._pass(loop)
+        h, step = (loop, self.l_cycles) if stack == "H" else divmod(loop, self.l_cycles)
+        return self._pass(h * (self.l_cycles + 1) + step)
 
     @property
     def n_layers(self) -> int:
         """Number of virtual layers."""
-        n_passes = self.n_loops * (1 if self.l_cycles is None else self.l_cycles + 1)
-        return self.n_prelude + n_passes * self.n_core + self.n_coda
+        return self.n_prelude + self.n_passes * self.n_core + self.n_coda
 
     @property
     def first_coda_layer(self) -> int:
@@ -142,13 +160,7 @@ class Schedule:
     @cached_property
     def sites(self) -> tuple[Site, ...]:
         """The site of every virtual layer."""
-        core = [Site(p.stack, p.loop, j) for p in self.passes for j in range(p.n_layers)]
-        edge = {s: [Site(s, None, j) for j in range(n)] for s, n in (("prelude", self.n_prelude), ("coda", self.n_coda))}
-        return tuple(edge["prelude"] + core + edge["coda"])
-
-    @cached_property
-    def _virtual(self) -> dict[Site, int]:
-        return {site: i for i, site in enumerate(self.sites)}
+        return tuple(map(self.site, range(self.n_layers)))
 
     @cached_property
     def physical(self) -> tuple[int, ...]:
@@ -206,7 +218,7 @@ class Schedule:
                 raise LoopedError(f'loops={loops!r} was asked; pass an int, a slice, a list of ints, "all" or "last".')
             return list(range(n)) if loops == "all" else [n - 1]
         if isinstance(loops, slice):
-            chosen = list(range(n))[loops]
+            chosen = list(range(n)[loops])
         else:
             asked = [loops] if isinstance(loops, int) else loops
             if not isinstance(asked, Sequence):
@@ -227,8 +239,7 @@ class Schedule:
             OutOfRangeError: a loop that this run does not have, or no loop at all.
         """
         stack = self.looped_stack(stack)
-        by_loop = {p.loop: p for p in self.passes if p.stack == stack}
-        return [by_loop[t] for t in self.select_loops(loops, stack)]
+        return [self._pass_of(stack, t) for t in self.select_loops(loops, stack)]
 
     def layer(self, index: int) -> int:
         """Check a virtual index and make it non-negative.
@@ -261,8 +272,7 @@ class Schedule:
         Raises:
             OutOfRangeError: there is no such loop.
         """
-        wanted = self.loop(loop)
-        return next(p for p in self.passes if p.stack == self.core_stacks[-1] and p.loop == wanted)
+        return self._pass_of(self.core_stacks[-1], self.loop(loop))
 
     def pass_of_layer(self, index: int) -> Pass | None:
         """The pass that a virtual layer belongs to, or None in prelude and coda.
@@ -273,8 +283,8 @@ class Schedule:
         Raises:
             OutOfRangeError: there is no such layer.
         """
-        layer = self.layer(index)
-        return next((p for p in self.passes if layer in p.layers), None)
+        layer = self.layer(index) - self.n_prelude
+        return self._pass(layer // self.n_core) if 0 <= layer < self.n_passes * self.n_core else None
 
     def site(self, index: int) -> Site:
         """The site of a virtual layer.
@@ -285,7 +295,10 @@ class Schedule:
         Raises:
             OutOfRangeError: there is no such layer.
         """
-        return self.sites[self.layer(index)]
+        layer, p = self.layer(index), self.pass_of_layer(index)
+        if p is not None:
+            return Site(p.stack, p.loop, layer - p.first)
+        return Site("prelude", None, layer) if layer < self.n_prelude else Site("coda", None, layer - self.first_coda_layer)
 
     def virtual(self, site: Site) -> int:
         """The virtual index of a site.
@@ -297,13 +310,15 @@ class Schedule:
             OutOfRangeError: this run has no such site.
         """
         stack, loop, layer = site
-        n_layers = self.stacks.get(stack, 0)
-        if loop is not None and stack in self.core_stacks:
+        is_looped = stack in self.core_stacks
+        if loop is not None and is_looped:
             loop = _pick_one(loop, self.n_loops_of(stack), "loop", "loops", more_loops=stack == "core")
-        layer = _pick_one(layer, n_layers, "layer", f"layers in stack {stack!r}")
-        if (found := self._virtual.get(Site(stack, loop, layer))) is None:
+        layer = _pick_one(layer, self.stacks.get(stack, 0), "layer", f"layers in stack {stack!r}")
+        if (loop is not None) != is_looped:
             raise OutOfRangeError(f"{site} was asked, but this run has {self.describe()}.")
-        return found
+        if loop is not None:
+            return self._pass_of(stack, loop).first + layer
+        return layer if stack == "prelude" else self.first_coda_layer + layer
 
     def pass_prefix(self, p: Pass) -> str:
         """The loop-indexed name of a pass, without a hook, such as "loops.2".
@@ -404,7 +419,7 @@ def select_indices(asked: Indices, n: int, what: str) -> list[int]:
         OutOfRangeError: an index that does not exist, or none at all.
     """
     if asked is None or isinstance(asked, slice):
-        chosen = list(range(n))[asked if isinstance(asked, slice) else slice(None)]
+        chosen = list(range(n)[asked if isinstance(asked, slice) else slice(None)])
     elif isinstance(asked, int) or (isinstance(asked, Sequence) and not isinstance(asked, str)):
         indices = [asked] if isinstance(asked, int) else asked
         chosen = sorted({_pick_one(i, n, what, what) for i in indices})
@@ -439,7 +454,7 @@ def _pick(token: str, n: int, asked: str, what: str, more_loops: bool = False) -
         chosen = list(range(n))
     elif ":" in token:
         start, stop = (int(end) if end else None for end in token.split(":"))
-        chosen = list(range(n))[start:stop]
+        chosen = list(range(n)[start:stop])
     else:
         return [_pick_one(int(token), n, asked, what, more_loops)]
     if not chosen:

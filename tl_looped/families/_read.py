@@ -118,8 +118,8 @@ def need(config: Mapping[str, Any], key: str, kind: Kind[Any] | None = None) -> 
     value = config.get(key)
     if value is None:
         raise CheckpointError(
-            f"config.json has no {key!r}, which a {model_kind(config)} checkpoint needs; it has {', '.join(sorted(map(str, config)))}. "
-            "Restore the config.json the checkpoint was published with."
+            f"config.json has no {key!r}, which a {model_kind(config)} checkpoint needs; it has "
+            f"{', '.join(sorted(map(str, config)))}. Restore the config.json the checkpoint was published with."
         )
     return value if kind is None else kind(key, value)
 

@@ -19,7 +19,7 @@ _BLOCK = {"ln1": "norm_1", "ln1_stream": "norm_2", "ln2": "norm_3", "ln2_stream"
 # Keys of the published class that only training or initialisation reads.
 _UNUSED = (
     "activation_checkpoint_impl architecture_class_name effective_expected_depth init_orthogonal init_strategy "
-    "mean_backprop_depth n_layers num_hidden_layers padding_multiple sampling_scheme test_time_noise_type"
+    "mean_backprop_depth hidden_size n_layers num_hidden_layers padding_multiple sampling_scheme test_time_noise_type"
 )
 _STACKS = {"prelude": "prelude", "core": "core_block", "coda": "coda"}
 
@@ -52,12 +52,19 @@ def raven_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def raven_tied(config: Mapping[str, Any], default: bool) -> bool:
+    """Whether the embeddings are tied; transformers writes its own key beside the one that the published class reads."""
+    tied = get(config, "tie_embeddings", get(config, "tie_word_embeddings", default, flag), flag)
+    only(config, tie_word_embeddings=tied)
+    return tied
+
+
 def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
     """What the checkpoint computes."""
     fields = raven_fields(config)
     width, biased = fields["d_model"], get(config, "qk_bias", True, flag)
     noise_std, scale = (2 / (5 * width)) ** 0.5, width**0.5
-    unused(config, "rope_theta")  # the published code reads rope_base
+    unused(config, "rope_theta max_position_embeddings")  # the published code reads rope_base and block_size
     # The published class writes these numbers next to the width that they follow from.
     init = get(config, "init_values", {}, table)
     for key, follows in (("std", noise_std), ("embed_scale", scale)):
@@ -83,7 +90,7 @@ def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
         noise_scale=scale,
         embed_scale=scale,
         after_loop="final_norm",
-        tied=get(config, "tie_embeddings", True, flag),
+        tied=raven_tied(config, True),
         **fields,
     )
 

@@ -17,7 +17,7 @@ from ..config import LoopedConfig
 from ..errors import CheckpointError
 from ..kinds import MAX_COUNT, count, number
 from ._common import LLAMA_BLOCK, Shapes, Source, decoder_fields, llama_sources, modules
-from ._read import get, need, only
+from ._read import get, need, only, unused
 
 TIED = ("model.embed_tokens.weight", "lm_head.weight")
 IGNORED = ("*.rotary_emb.inv_freq",)
@@ -34,7 +34,7 @@ def matches(config: Mapping[str, Any], shapes: Shapes) -> bool:
 def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
     """What the checkpoint computes."""
     only(config, use_sliding_window=False, use_weighted_exit=False)
-    get(config, "sliding_window", None)  # acts where use_sliding_window or layer_types say so
+    unused(config, "sliding_window max_window_layers chunk_size")  # layer_types, all "full_attention", have the say
     if (threshold := get(config, "early_exit_threshold", 1.0, number(-math.inf))) < 1:
         raise CheckpointError(
             f"this ouro checkpoint has early_exit_threshold={threshold:g}, with which the published forward reads each token "

@@ -9,7 +9,7 @@ from typing import Any
 from ..config import LoopedConfig
 from ..kinds import count, flag, number, table
 from ._common import Shapes, Source, layers, modules, readout
-from ._read import get, need, only, unused
+from ._read import Recorded, get, need, only, unused
 
 TIED = ("transformer.wte.weight", "lm_head.weight")
 # A value embedding acts only where a layer has both the table and the gate; published checkpoints hold some without partner.
@@ -40,7 +40,7 @@ def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
     """What the checkpoint computes."""
     width, d_mlp = need(config, "n_embd", count()), need(config, "intermediate_size", count())
     n_heads, size = need(config, "num_attention_heads", count()), get(config, "vocab_size", None, count())
-    settings = get(config, "rope_settings", {}, table)
+    settings = Recorded(get(config, "rope_settings", {}, table))
     unused(config, _UNUSED)
     only(
         config,
@@ -74,7 +74,7 @@ def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
     first = {"prelude": 0, "core_block": fields["n_prelude"], "coda": fields["n_prelude"] + fields["n_core"]}
     gates = {first[m[1]] + int(m[2]): shape for name, shape in shapes.items() if (m := _GATE.fullmatch(name))}
     gated = tuple(sorted(tables & gates.keys()))
-    return LoopedConfig(
+    cfg = LoopedConfig(
         family="parcae",
         d_model=width,
         n_heads=n_heads,
@@ -98,6 +98,8 @@ def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
         tied=get(config, "tie_embeddings", True, flag),
         **fields,
     )
+    settings.check_unread(cfg.family)
+    return cfg
 
 
 def sources(cfg: LoopedConfig, shapes: Shapes) -> dict[str, Source]:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import LoopedConfig
-from ..kinds import count, flag, number, table
+from ..kinds import count, number, table
 from ._common import Shapes, Source, rope
 from ._read import get, need, only
-from .huginn import raven_fields, raven_sources
+from .huginn import raven_fields, raven_sources, raven_tied
 
 TIED = ("transformer.wte.weight", "lm_head.weight")
 IGNORED = ("*.inv_freq",)
@@ -40,7 +40,7 @@ def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
         noise_std=need(init, "std", number(above=True)),
         noise_scale=need(init, "embed_scale", number()),
         embed_scale=need(init, "embed_scale", number()),
-        tied=get(config, "tie_embeddings", False, flag),
+        tied=raven_tied(config, False),
         **raven_fields(config),
     )
 
