@@ -436,6 +436,7 @@ WRONG_KINDS = [
     ("nanbeige", "skip_loop_final_norm", ["false", 0, 1]),
     ("nanbeige", "loop_loss_weights", [3, ["a"], {}]),
     ("huginn", "rope_base", [0, True, "7", -1.0, math.inf, math.nan]),
+    ("retrofit_olmo", "rope_base", [0, True, "7"]),
     ("huginn", "qk_bias", ["false", 1]),
     ("parcae", "rope_settings", [{"rope_base": 0}, {"rope_base": True}, {"rope_base": "7"}, {"use_rope": "no"}, 7, []]),
     ("parcae", "logit_softcap", [0, -1.0, True, "9"]),

@@ -21,7 +21,7 @@ from ..model.parameters import parameter_shapes
 from ..schedule import check_count
 from .open import Checkpoint
 
-# Unrolling takes some 5 ms and 100 kB per virtual layer. The deepest released model has 264 (8 layers, 32 loops, 8 outside).
+# Unrolling takes some 4 ms and 250 kB per virtual layer. The deepest released model has 264 (8 layers, 32 loops, 8 outside).
 MAX_UNROLLED = 320
 _MANY_LAYERS = 1000  # more than there are tensors are not listed one by one
 _MAX_PROBLEMS = 20  # shown in an error

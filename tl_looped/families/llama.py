@@ -105,7 +105,8 @@ def _with_defaults(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     try:
         return AutoConfig.for_model(**given).to_dict()
     except Exception as error:  # transformers validates its configs with several kinds of exception
-        raise CheckpointError(f"transformers does not accept this {model_kind(config)} config.json: {error}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"transformers does not accept this {model_kind(config)} config.json: {reason}") from error
 
 
 def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:

@@ -29,7 +29,7 @@ def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
     olmo = any(name.endswith(".attn.q_norm.weight") for name in shapes)
     # Inherited from Huginn and not recomputed for the smaller width, so the stored numbers count.
     init = need(config, "init_values", table)
-    get(config, "rope_base", None)  # the published code reads rope_theta
+    get(config, "rope_base", None, number(1.0, above=True))  # the published code reads rope_theta
     return LoopedConfig(
         family="retrofit",
         n_ctx=get(config, "max_position_embeddings", get(config, "block_size", 4096, count()), count()),
