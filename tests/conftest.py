@@ -8,9 +8,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time, on small matrices: more threads only wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"  # which commands that a test starts inherit
 
+import hypothesis
 import jaxtyping
 import pytest
 import torch
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # by default, 200 ms an example
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)

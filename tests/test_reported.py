@@ -664,7 +664,7 @@ def test_any_config_loads_or_is_refused_in_time(checkpoint: str) -> None:
         keys = list(config)
         tensors = {name: torch.ones(shape) for name, shape in parameter_shapes(ZOO[checkpoint])}
 
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=60, derandomize=True, database=None)
     @given(st.dictionaries(st.sampled_from(keys), ANY_VALUE, min_size=1, max_size=2))
     def mutate(changes: dict[str, Any]) -> None:
         changed = config | changes

@@ -160,7 +160,9 @@ class Schedule:
     @cached_property
     def sites(self) -> tuple[Site, ...]:
         """The site of every virtual layer."""
-        return tuple(map(self.site, range(self.n_layers)))
+        core = [Site(p.stack, p.loop, j) for p in self.passes for j in range(p.n_layers)]
+        edge = {s: [Site(s, None, j) for j in range(n)] for s, n in (("prelude", self.n_prelude), ("coda", self.n_coda))}
+        return tuple(edge["prelude"] + core + edge["coda"])
 
     @cached_property
     def physical(self) -> tuple[int, ...]:
@@ -295,10 +297,14 @@ class Schedule:
         Raises:
             OutOfRangeError: there is no such layer.
         """
-        layer, p = self.layer(index), self.pass_of_layer(index)
-        if p is not None:
-            return Site(p.stack, p.loop, layer - p.first)
-        return Site("prelude", None, layer) if layer < self.n_prelude else Site("coda", None, layer - self.first_coda_layer)
+        layer = self.layer(index)
+        if layer < self.n_prelude:
+            return Site("prelude", None, layer)
+        which, j = divmod(layer - self.n_prelude, self.n_core)
+        if which >= self.n_passes:
+            return Site("coda", None, layer - self.first_coda_layer)
+        p = self._pass(which)
+        return Site(p.stack, p.loop, j)
 
     def virtual(self, site: Site) -> int:
         """The virtual index of a site.
