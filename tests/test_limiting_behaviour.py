@@ -123,13 +123,14 @@ def example(labels: list[list[int]]) -> TokenBehaviour:
 def test_counts_fractions_and_co_occurrence() -> None:
     a, b = example([[0, 0, 1], [0, 1, 1]]), example([[0, 3], [2, 3]])
     found = LimitingBehaviour((a, b), BehaviourRule(), 6, 24, 0.1, "core", 128)
-    assert found.counts.values.tolist() == [[3, 1, 0, 1], [1, 2, 1, 1]]
-    expected = torch.tensor([[2 / 3 + 1 / 2, 1 / 3, 0, 1 / 2], [1 / 3, 2 / 3, 1 / 2, 1 / 2]]).double() / 2
+    assert found.counts.values.tolist() == [[3, 1, 0, 1, 0], [1, 2, 1, 1, 0]]
+    expected = torch.tensor([[2 / 3 + 1 / 2, 1 / 3, 0, 1 / 2, 0], [1 / 3, 2 / 3, 1 / 2, 1 / 2, 0]]).double() / 2
     torch.testing.assert_close(found.fractions.values, expected)
     assert found.fractions.count == 2
     # tokens: {fixed}, {fixed, orbit}, {orbit}, {fixed, slider}, {unknown}
     expected = torch.tensor([[1, 1 / 3, 1 / 3, 0], [1 / 2, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]).double()
-    torch.testing.assert_close(found.co_occurrence.values, expected)
+    torch.testing.assert_close(found.co_occurrence.values[:4, :4], expected)
+    assert found.co_occurrence.values[4].isnan().all() and (found.co_occurrence.values[:4, 4] == 0).all()
     only = LimitingBehaviour((example([[0, 0]]),), BehaviourRule(), 6, 24, 0.1, "core", 128)
     assert only.co_occurrence.values[1].isnan().all()
     assert found.to_dataframe()["label"].value_counts().to_dict() == {"fixed": 4, "orbit": 3, "unknown": 2, "slider": 1}

@@ -12,8 +12,8 @@ import re
 import resource
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,23 @@ from tl_looped.model import LoopedModel
 from tl_looped.model.parameters import parameter_shapes
 from tl_looped.report import Report
 from tl_looped.toys.hop import hop_tokenizer
+from linear import linear_loop
+from tl_looped.analysis import (
+    LocalStability,
+    attention_distances,
+    attention_stability,
+    fixed_points,
+    inference_stages,
+    limiting_behaviour,
+    logit_lens,
+    path_independence,
+    step_geometry,
+    trajectories,
+)
+from tl_looped.exits import LoopHistory
+from tl_looped.report.section import Question, Section
+from tl_looped.report.sections import the_answers, the_fixed_points
+from tl_looped.toys.hop import hop_prompts
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -921,6 +938,365 @@ def test_a_report_replaces_regular_files_only_and_keeps_their_permissions(tmp_pa
 
 
 # --- Exit policies, noise, figures ---
+
+
+@contextmanager
+def a_default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def deterministic_and_filled() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # which also fills memory that nothing was written to with NaN
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+GLOBAL_SETTINGS = pytest.mark.parametrize(
+    "setting",
+    [
+        lambda: a_default_dtype(torch.float64),
+        lambda: a_default_dtype(torch.bfloat16),
+        lambda: torch.device("meta"),
+        deterministic_and_filled,
+    ],
+    ids=["float64", "bfloat16", "meta", "deterministic"],
+)
+
+
+@GLOBAL_SETTINGS
+def test_no_global_setting_moves_what_is_drawn_from_a_seed(setting: Callable[[], AbstractContextManager[None]]) -> None:
+    # Drawn here by hand: fp32, a generator for all matrices in the order of their names, and one for each row of noise.
+    cfg = ZOO["retrofit_llama"]
+    model = LoopedBridge.from_config(cfg, seed=3)
+    drawn = torch.Generator().manual_seed(3)
+    matrices = {
+        name: torch.zeros(shape).normal_(0, 0.02, generator=drawn)
+        for name, shape in sorted((n, p.shape) for n, p in model.original_model.canonical_parameters().items())
+        if len(shape) == 2
+    }
+    noise = torch.stack(
+        [
+            torch.nn.init.trunc_normal_(
+                torch.empty(24), std=0.1, a=-0.3, b=0.3, generator=torch.Generator().manual_seed(5 * 1_000_003 + pos)
+            )
+            for pos in range(7)
+        ]
+    )
+    tokens = random_tokens()
+    with setting():
+        made = LoopedBridge.from_config(cfg, seed=3)
+        short = made.original_model.noise(5, torch.arange(3, device="cpu")[None])
+        seeded = made(tokens, initial_state=5)
+    assert torch.equal(short[0], noise[:3])
+    assert torch.equal(made.original_model.noise(5, torch.arange(7)[None])[0], noise)  # grown after the setting, too
+    parameters = made.original_model.canonical_parameters()
+    for name, parameter in parameters.items():
+        assert parameter.dtype == torch.float32 and parameter.device.type == "cpu"
+        assert torch.equal(parameter, matrices[name] if name in matrices else torch.full_like(parameter, 1.0))
+    assert torch.equal(seeded, model(tokens, initial_state=noise.expand(2, 7, 24)))
+
+
+@GLOBAL_SETTINGS
+def test_no_global_setting_moves_prompts_and_measurements(setting: Callable[[], AbstractContextManager[None]]) -> None:
+    # The mapping is the one that hop_prompts documents; all else is measured once without the setting, which is the number
+    # that the tests of every analysis compare with their own formulas.
+    def measured(model: LoopedBridge) -> list[Tensor]:
+        stages = inference_stages(model, tokens, unit="bits", verbose=False)
+        geometry = step_geometry(model, tokens, verbose=False)
+        behaviour = limiting_behaviour(model, tokens, n_loops=6, period=3, window=6, keep_signal=True, verbose=False)
+        effect = injection_effect(model, tokens, 1, verbose=False)
+        exact = LocalStability((0.1,), (0.2,), (0.3,), (0.4,), ((0.7,),), 8, 1, 8)
+        found = [stages.entropy, geometry.cka, geometry.turning_angle, effect.kl, effect.state_change]
+        found += [behaviour.rotation_power, *exact.estimates().values()]
+        return [*(each.values for each in found), *(b.signal for b in behaviour.examples if b.signal is not None)]
+
+    model, tokens = random_bridge("retrofit_llama"), random_tokens()
+    expected = measured(model)
+    with setting():
+        got = measured(model)
+        prompt = hop_prompts(n_symbols=3, seed=1)
+    assert prompt.texts == ["B g E b G e ? G B E"]
+    for one, other in zip(got, expected, strict=True):
+        assert one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+
+
+def test_every_unroll_reads_the_dtype_of_its_parameters() -> None:
+    # Frobenius distances by hand from the cached patterns, in fp64; held in the dtype of before, they were up to 21 % off.
+    model = random_bridge("ouro", torch.bfloat16)
+    deep, tokens = model.unroll(4), random_tokens()
+    model.to(torch.float64)
+    assert deep.cfg.dtype == torch.float64 and deep.cfg.device == "cpu" and deep.accumulated_bias(3).dtype == torch.float64
+    patterns = torch.stack([deep.run_with_cache(tokens)[1][f"blocks.{i}.attn.hook_pattern"] for i in range(8)])
+    assert patterns.dtype == torch.float64
+    by_hand = (patterns[:, None] - patterns[None]).square().sum((-3, -2, -1)).div(3 * 7).sqrt().mean(-1)
+    found = attention_distances(deep, tokens, verbose=False).values
+    assert torch.allclose(found, by_hand, atol=1e-7)  # the root of fp64's resolution: small ones are differences of squares
+    deep.original_model.to(torch.float32)  # by another way than the bridge's own
+    assert model.cfg.dtype == torch.float32 and model.accumulated_bias(2).dtype == torch.float32
+
+
+def halving(n_loops: int) -> tuple[LoopedBridge, Tensor]:
+    """A loop that halves its state and does nothing else, and states of which that of position 2 is zero."""
+    state = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    state[:, 2] = 0
+    return linear_loop(0.5 * torch.eye(24), n_loops=n_loops), state
+
+
+def test_a_state_that_is_zero_has_no_direction_and_is_left_out() -> None:
+    # Every state is 2^-t times the first: cosines are 1, distances from the last loop over its norm are 2^(11 - t) - 1, and
+    # the only thing that can be said of position 2 is that it is zero.
+    model, state = halving(12)
+    tokens, options = random_tokens(), {"n_loops": None, "initial_state": state, "verbose": False}
+    found = fixed_points(model, tokens, **options)
+    expected = torch.tensor([2.0 ** (11 - t) - 1 for t in range(12)], dtype=torch.float64)
+    assert torch.allclose(found.distance["relative"].values[:, 0], expected)
+    assert torch.allclose(found.successive["relative"].values, torch.ones(11, 1, dtype=torch.float64))
+    assert torch.allclose(found.distance["cosine"].values, torch.ones(12, 1, dtype=torch.float64))
+    ends = limiting_behaviour(model, tokens, period=3, window=6, keep_signal=True, **options)
+    assert ends.counts.labels["label"][0] == "fixed" and ends.counts.labels["label"][-1] == "undefined"
+    assert ends.counts.values.tolist() == [[12, 0, 0, 0, 2]]
+    assert torch.allclose(ends.fractions.values[0, [0, -1]], torch.tensor([6 / 7, 1 / 7], dtype=torch.float64))
+    assert ends.to_dataframe().query("label == 'undefined'")["pos"].tolist() == [2, 2]
+    assert ends.plot().data[0].z[0][-1] == pytest.approx(1 / 7)
+    assert ends.examples[0].signal is not None and ends.examples[0].signal[:, 0, 2].isnan().all()
+    geometry = step_geometry(model, tokens, **options)
+    others = [
+        torch.cosine_similarity(state[b, i], state[b, j], 0)
+        for b in (0, 1)
+        for i in range(7)
+        for j in range(i)
+        if 2 not in (i, j)
+    ]
+    assert torch.allclose(geometry.anisotropy.values, torch.stack(others).mean().expand(12))
+    assert torch.allclose(geometry.normalised_acceleration.values, torch.ones(10, dtype=torch.float64))  # |D - 2 D| / |D|
+    again = path_independence(model, tokens, initial_states=[state, -state], n_loops=None, verbose=False)
+    assert again.agreement.values.tolist() == [1.0]  # of the tokens that end somewhere
+    assert torch.allclose(again.spread.values, torch.full((12, 1), 2**0.5, dtype=torch.float64))  # sqrt(2 |s|^2 / |s|^2)
+
+
+def test_small_states_have_a_direction() -> None:
+    # The squares of states of 1e-25 are 0 in fp32; they halve and keep their direction all the same.
+    model, state = halving(8)
+    model.to(torch.float32)
+    options = {"n_loops": None, "initial_state": 1e-25 * state.float(), "verbose": False}
+    found = fixed_points(model, random_tokens(), **options)
+    assert torch.allclose(found.successive["relative"].values, torch.ones(7, 1, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(found.distance["cosine"].values, torch.ones(8, 1, dtype=torch.float64), atol=1e-6)
+    assert limiting_behaviour(model, random_tokens(), period=3, window=6, **options).counts.values.tolist() == [
+        [12, 0, 0, 0, 2]
+    ]
+
+
+def test_what_is_nothing_over_nothing_is_not_a_number() -> None:
+    model, tokens = linear_loop(torch.zeros(24, 24), n_loops=12), random_tokens()
+    zero = {"n_loops": None, "verbose": False}
+    found, geometry = fixed_points(model, tokens, **zero), step_geometry(model, tokens, **zero)
+    assert (found.norm.values == 0).all() and (found.distance["l2"].values == 0).all()
+    for each in (*(d[m] for d in (found.distance, found.successive) for m in ("relative", "cosine")), found.degeneracy):
+        assert each.values.isnan().all()
+    for each in (geometry.anisotropy, geometry.cka, geometry.normalised_acceleration, geometry.step_cosine):
+        assert each.values.isnan().all()
+    assert limiting_behaviour(model, tokens, period=3, window=6, **zero).counts.values.tolist() == [[0, 0, 0, 0, 14]]
+    again = path_independence(model, tokens, **zero)
+    assert again.agreement.values.isnan().all() and again.spread.values.isnan().all() and again.initial_spread.values > 0.5
+    assert injection_effect(model, tokens, 1, **zero).state_change.values[1:].isnan().all()
+    assert inference_stages(model, tokens, verbose=False).entropy.values.isnan().all()
+    with pytest.raises(LoopedError, match="all the same"):
+        trajectories(linear_loop(torch.eye(24), n_loops=4), tokens, verbose=False)  # not zero, but nothing else than rounding
+    section = Section("fixed_points", "")
+    the_fixed_points(Question(model, [tokens], 12, None, None), section)
+    assert section.reading[0] == "The state is zero, so it has no direction, and no step is a share of its norm."
+
+
+@pytest.mark.parametrize(("name", "stack"), [("huginn", None), ("hrm_text", "L"), ("hrm_text", "H"), ("parcae", None)])
+def test_figures_number_virtual_layers_by_their_own_index(name: str, stack: str | None) -> None:
+    # Every figure says of a point which layer it is: that one's activation, fetched by that index, has the number drawn.
+    model, tokens = random_bridge(name, torch.float64, n_loops=3), random_tokens()
+    cache = model.run_with_cache(tokens)[1]
+    resid = [cache[f"blocks.{i}.hook_resid_post"] for i in range(model.schedule.n_layers)]
+    loops = [p for p in model.schedule.passes if p.stack == (stack or "core")]
+    own = [i for p in loops for i in p.layers]  # virtual indices, prelude and the other stack left out
+    options = {"n_loops": None, "stack": stack, "verbose": False}
+    line = fixed_points(model, tokens, **options).plot("norm", group_by="depth").data[0]
+    assert list(line.x) == own and own != list(range(len(own)))
+    assert [float(y) for y in line.y] == pytest.approx([resid[i].norm(dim=-1).mean().item() for i in own])
+    figure = fixed_points(model, tokens, **options).plot("successive", "l2", group_by="depth")
+    moved = [(resid[i] - resid[i - loops[1].first + loops[0].first]).norm(dim=-1).mean().item() for i in loops[1].layers]
+    assert list(figure.data[0].x) == own[loops[0].n_layers :]
+    assert list(figure.data[0].y[: len(moved)]) == pytest.approx(moved)
+    assert [shape.x0 for shape in figure.layout.shapes] == [p.first - 0.5 for p in loops[2:]]  # where a pass begins
+    marks = {note.text.split()[-1]: note.x for note in figure.layout.annotations}
+    assert marks == {str(p.loop): (p.first + p.layers[-1]) / 2 for p in loops[1:]}
+    patterns = attention_stability(model, tokens, **options).plot("depth").data[0]
+    assert list(patterns.x) == own[loops[0].n_layers :]
+    path = trajectories(model, tokens, **{**options, "n_components": 2, "stack": stack or "core"}).plot().data[0]
+    assert list(path.marker.color) == own
+    # a lens on some loops, where the readout of a layer is that of the whole lens
+    lens, whole = logit_lens(model, tokens, targets=3, loops=[-1]), logit_lens(model, tokens, targets=3)
+    drawn = lens.plot(example=1, pos=2).data[0]
+    passes = model.schedule.passes
+    assert list(drawn.x) == [i for p in passes[-len(passes) // 3 :] for i in p.layers]  # a third of the passes is a loop
+    assert [y - 1 for y in drawn.y] == [float(whole.ranks[i, 1, 2, 0]) for i in drawn.x]
+
+
+def test_the_report_numbers_positions_by_their_own_index() -> None:
+    # Of a long prompt the last positions are shown; what the page says of the last one is what the model answers there.
+    model, tokens = random_bridge("ouro", n_ctx=40), random_tokens(1, 40)
+    section = Section("answers", "")
+    the_answers(Question(model, [tokens], 3, None, None), section)
+    heat = section.figures[0].content
+    shown = heat.data[0]
+    assert list(shown.x) == list(range(8, 40)) and list(heat.layout.xaxis.tickvals) == list(shown.x)
+    best = model.readout(tokens, loop=0).softmax(-1).amax(-1)[0]
+    assert [float(z) for z in shown.z[0]] == pytest.approx([best[i].item() for i in shown.x], abs=1e-5)
+
+
+class Recorded:
+    """A policy that keeps what it was shown of the last position at every loop, and leaves at a loop that depends on it."""
+
+    def __init__(self, leaves: Callable[[LoopHistory], Tensor]):
+        self.leaves = leaves
+        self.seen: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, history: LoopHistory) -> Tensor:
+        def last(x: Tensor, dims: int) -> Tensor:  # generate has no axis of positions
+            return x[:, -1] if x.ndim > dims else x
+
+        gate = last(history.exit_logits[-1], 1) if history.exit_logits else torch.zeros(0)
+        readout = last(history.readout(history.loop), 2)
+        states = (last(history.states[0], 2), last(history.states[-1], 2))
+        self.seen.append((history.loop, *states, gate, readout))
+        return self.leaves(history)
+
+
+def has_grown(history: LoopHistory) -> Tensor:
+    """Compares with the first state, however long ago that was."""
+    return history.states[-1].norm(dim=-1) > 1.3 * history.states[0].norm(dim=-1)
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_generate_and_exit_steps_show_a_policy_what_hooks_leave(name: str, cached: bool) -> None:
+    # By hand from the activations of a whole hooked run, and from the readouts of that run after every loop.
+    model, tokens = random_bridge(name, torch.float64, n_loops=6), random_tokens(3, 5)
+    schedule, n_loops = model.schedule, model.n_loops
+    ends = [schedule.pass_prefix(schedule.pass_of_loop(t)) for t in range(n_loops)]
+
+    def add(size: float) -> Callable[[Tensor, object], Tensor]:
+        return lambda x, hook: x + size * torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype) if x.ndim == 3 else x + size
+
+    def overwrite(x: Tensor, hook: object) -> None:  # in place, on the way into a layer: what a loop left is not the layer's
+        x.mul_(0.7)
+
+    hooks: list[Any] = [
+        (f"{ends[0]}.hook_state", add(0.8)),
+        (f"{ends[1]}.hook_out", add(-0.4)),
+        (f"{ends[2]}.hook_state", add(0.3)),
+        (f"{ends[3]}.blocks.0.hook_resid_pre", overwrite),
+    ]
+    if model.looped_cfg.exit_gate:
+        hooks.append((f"{ends[1]}.hook_exit_logit", add(0.5)))
+    first, rest = f"{ends[0]}.hook_state", [f"{end}.hook_out" for end in ends]
+    kept: dict[str, Tensor] = {}
+
+    def keep(x: Tensor, hook: Any) -> None:
+        kept.setdefault(schedule.loop_name(hook.name), x.clone())
+
+    gates = [f"{end}.hook_exit_logit" for end in ends] if model.looped_cfg.exit_gate else []
+    watched = [(hook, keep) for hook in (first, *rest, *gates)]
+    for leaves in (has_grown, lambda h: torch.zeros_like(h.states[-1][..., 0], dtype=torch.bool)):
+        shown, generated = Recorded(leaves), Recorded(leaves)
+        with model.hooks(fwd_hooks=hooks):
+            found = exit_steps(model, tokens, {"mine": shown}, answers=[1, 2, 3], verbose=False)
+            model.exit_policy = generated
+            options = {"do_sample": False, "stop_at_eos": False, "verbose": False, "use_past_kv_cache": cached}
+            model.generate(tokens, 1, **options)
+            model.exit_policy = None
+            kept.clear()
+            model.run_with_hooks(tokens, fwd_hooks=watched)
+            readouts = [model.readout(tokens, loop=t)[:, -1] for t in range(n_loops)]
+        states = [kept[hook][:, -1] for hook in (first, *rest)]
+        for record in (shown, generated):
+            assert leaves is has_grown or [at[0] for at in record.seen] == list(range(n_loops - 1))
+            for loop, start, state, gate, readout in record.seen:
+                assert torch.allclose(start, states[0]) and torch.allclose(state, states[loop + 1])
+                assert torch.allclose(readout, readouts[loop])
+                assert not gates or torch.allclose(gate, kept[gates[loop]][:, -1])
+        leaving = [(states[t + 1].norm(dim=-1) > 1.3 * states[0].norm(dim=-1)).tolist() for t in range(n_loops)]
+        by_hand = [
+            next((t + 1 for t in range(n_loops) if leaving[t][row] and leaves is has_grown), n_loops) for row in range(3)
+        ]
+        assert found.passes[0][0, :, -1].tolist() == by_hand
+        report = model.generation_report
+        assert report is not None and report.passes_per_token[:, 0].tolist() == by_hand
+
+
+def test_a_policy_that_looks_back_leaves_where_its_formula_says() -> None:
+    # The state doubles in every loop: it is above 100 times the first one after 2^7 = 128 times, that is, after 7 loops.
+    model, tokens = linear_loop(2 * torch.eye(24), n_loops=12), random_tokens()
+
+    def far(history: LoopHistory) -> Tensor:
+        return history.states[-1].norm(dim=-1) > 100 * history.states[0].norm(dim=-1)
+
+    assert (exit_steps(model, tokens, far, verbose=False).passes[0] == 7).all()
+    model.exit_policy = far
+    model.generate(tokens, 2, do_sample=False, stop_at_eos=False, verbose=False)
+    report = model.generation_report
+    assert report is not None and (report.passes_per_token == 7).all()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda states: states[1],
+        lambda states: states[-len(states) + 1],
+        lambda states: states[:3],
+        lambda states: list(states),
+        lambda states: torch.stack(states),
+        lambda states: sum(state.norm(dim=-1) for state in states),
+        lambda states: list(reversed(states)),
+    ],
+    ids=["index", "negative", "slice", "iteration", "stack", "sum", "reversed"],
+)
+def test_a_state_that_is_no_longer_kept_is_refused_and_in_generate_it_is_there(use: Callable[[Any], Any]) -> None:
+    model, tokens = random_bridge("nanbeige", n_loops=8), random_tokens()
+    lengths: list[int] = []
+
+    def policy(history: LoopHistory) -> Tensor:
+        lengths.append(len(history.states))
+        if history.loop == 6:
+            use(history.states)
+        return torch.zeros_like(history.states[-1][..., 0], dtype=torch.bool)
+
+    with pytest.raises(LoopedError, match="no longer kept: exit_steps keeps the first state and the last 4"):
+        exit_steps(model, tokens, policy, verbose=False)
+    assert lengths == [2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("ahead", [1, -5])
+def test_a_readout_of_a_loop_that_has_not_run_is_refused(ahead: int) -> None:
+    # Under a cache the states of such a loop are there, of earlier positions: their readout is not that of this token.
+    model, tokens = random_bridge("huginn", n_loops=5), random_tokens()
+
+    def policy(history: LoopHistory) -> Tensor:
+        lengths.append(len(history.states))
+        if len(lengths) > 4:  # the first token looped to the end
+            history.log_probs(history.loop + ahead)
+        return torch.zeros_like(history.states[-1][..., 0], dtype=torch.bool)
+
+    lengths: list[int] = []
+    model.exit_policy = policy
+    with pytest.raises(LoopedError, match=rf"the readout of loop {ahead}; up to now there are those of 0..0"):
+        model.generate(tokens, 2, do_sample=False, stop_at_eos=False, verbose=False)
+    assert lengths == [2, 3, 4, 5, 2]
 
 
 # (end: Exit policies, noise, figures)

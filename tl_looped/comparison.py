@@ -241,7 +241,7 @@ def check_metric(value: object, logits: Float[Tensor, "batch pos d_vocab"]) -> F
     Raises:
         LoopedError: it is neither.
     """
-    value = torch.tensor(value) if isinstance(value, (int, float)) else value
+    value = torch.tensor(value, dtype=torch.float64, device="cpu") if isinstance(value, (int, float)) else value
     if not isinstance(value, Tensor) or value.shape not in ((), logits.shape[:1]):
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise LoopedError(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,8 +19,11 @@ from .model.layers import wide
 class LoopHistory:
     """What a policy may look at after a loop, for rows of tokens that are decided independently.
 
+    All of it is what hooks leave: the state before the first loop is `loops.0.hook_state`, the one leaving loop `t`
+    `loops.{t}.hook_out`, its exit logit `loops.{t}.hook_exit_logit` (in HRM-Text, of the H stack).
+
     Args:
-        states: the state before the first loop, then the one leaving every loop so far.
+        states: the state before the first loop, then the one leaving every loop so far. One that was forgotten raises.
         exit_logits: of every loop so far, in models with an exit gate.
         readout: loop -> what the model would answer if it stopped there.
 
@@ -40,6 +43,9 @@ class LoopHistory:
     readout: Callable[[int], Float[Tensor, "*rows d_vocab"]]
     _log_probs: dict[int, Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.states = _States(self.states)
+
     @property
     def loop(self) -> int:
         """The loop that has just run."""
@@ -53,10 +59,49 @@ class LoopHistory:
         return self._log_probs[loop]
 
     def forget(self, loop: int, n_states: int) -> None:
-        """Drop the log-probabilities of the loops before `loop` and all but the last states, where many loops are run."""
+        """Drop the log-probabilities of the loops before `loop`, and all states but the first and the last ones.
+
+        Args:
+            loop: the first loop whose log-probabilities are kept.
+            n_states: how many of the last states are kept.
+        """
         self._log_probs = {t: kept for t, kept in self._log_probs.items() if t >= loop}
-        for t in range(len(self.states) - n_states):
-            self.states[t] = self.states[t].new_empty(0)
+        states: list[Any] = self.states
+        for t in range(1, len(states) - n_states):
+            states[t] = _Forgotten(t - 1, n_states)
+
+
+class _Forgotten:
+    """In place of a state that is not kept; also what does not ask `_States` for it, such as `torch.stack`, is refused."""
+
+    def __init__(self, loop: int, n_states: int):
+        self.loop, self.n_states = loop, n_states
+
+    def refuse(self) -> NoReturn:
+        raise LoopedError(
+            f"a policy asked for the state leaving loop {self.loop}, which is no longer kept: exit_steps keeps the first state "
+            f"and the last {self.n_states}. Let the policy keep what it needs while it is there; generate keeps all states."
+        )
+
+    def __torch_function__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self.refuse()
+
+
+class _States(list[Any]):
+    """States in the order of the run."""
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        for state in found if isinstance(index, slice) else [found]:
+            if isinstance(state, _Forgotten):
+                state.refuse()
+        return found
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[k] for k in range(len(self)))
+
+    def __reversed__(self) -> Iterator[Any]:
+        return (self[k] for k in reversed(range(len(self))))
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from .errors import LoopedError
-from .schedule import LoopSelector, Site, check_index
+from .schedule import LoopSelector, Schedule, Site, check_index
 
 if TYPE_CHECKING:
     from .bridge.cache import LoopedCache
@@ -97,7 +97,8 @@ def heat_map(grid: Grid, title: str = "") -> Any:
 
 def grouped(
     values: Sequence[float],
-    sites: Sequence[Site],
+    schedule: Schedule,
+    layers: Sequence[int],
     group_by: GroupBy,
     name: str,
     *,
@@ -106,13 +107,14 @@ def grouped(
 ) -> Any:
     """One number per virtual layer, in one of the three groupings of arXiv 2604.11791.
 
-    "depth" is one line over the layers in the order of the run, with a mark where a new pass begins; "recurrence" one line per
-    pass over the depth in the block in percent, green to yellow, prelude and coda in grey; "layer" one line per physical layer
-    over the loops, blue to green.
+    "depth" is one line over the virtual layers, under their own indices, with a mark where a new pass begins; "recurrence" one
+    line per pass over the depth in the block in percent, green to yellow, prelude and coda in grey; "layer" one line per
+    physical layer over the loops, blue to green.
 
     Args:
-        values: one per site; NaN leaves a gap.
-        sites: where they were read.
+        values: one per layer; NaN leaves a gap.
+        schedule: what ran.
+        layers: the virtual layers that the values were read at, in ascending order.
         group_by: "depth", "recurrence" or "layer".
         name: what the numbers are.
         title: above the figure; the name of the numbers if empty.
@@ -128,13 +130,14 @@ def grouped(
     if log_y:
         values = [v if v > 0 else float("nan") for v in values]
         figure.update_yaxes(type="log", **log_ticks(values))
+    sites = [schedule.site(i) for i in layers]
     places = [(site.stack, site.layer) for site in sites]
     physical = list(dict.fromkeys(sorted(places, key=lambda at: (at[0] == "coda") - (at[0] == "prelude"))))
     lines: dict[str, list[tuple[Any, float]]] = {}
-    for k, (site, value) in enumerate(zip(sites, values, strict=True)):
+    for i, site, value in zip(layers, sites, values, strict=True):
         stack = "" if site.stack == "core" else f"{site.stack} "
         if group_by == "depth":
-            line, x = name, k
+            line, x = name, i
         elif group_by == "recurrence":
             line = stack.strip() if site.loop is None else f"{stack}loop {site.loop}"
             x = 100 * physical.index((site.stack, site.layer)) / max(1, len(physical) - 1)
@@ -153,16 +156,17 @@ def grouped(
     across = {"depth": "virtual layer", "recurrence": "depth in the block (%)", "layer": "loop"}
     figure.update_xaxes(title=across[group_by])
     if group_by == "depth":
-        _mark_passes(figure, sites)
+        _mark_passes(figure, schedule, layers)
     return figure
 
 
-def rank_trajectories(ranks: Mapping[str, Sequence[float]], sites: Sequence[Site], title: str = "") -> Any:
-    """Ranks of tokens over the virtual layers in the order of the run, with a mark where a new pass begins.
+def rank_trajectories(ranks: Mapping[str, Sequence[float]], schedule: Schedule, layers: Sequence[int], title: str = "") -> Any:
+    """Ranks of tokens over the virtual layers, under their own indices, with a mark where a new pass begins.
 
     Args:
-        ranks: 0-based ranks, one per site, for every token by its name.
-        sites: where they were read.
+        ranks: 0-based ranks, one per layer, for every token by its name.
+        schedule: what ran.
+        layers: the virtual layers that the ranks were read at, in ascending order.
         title: above the figure.
     """
     figure = plotly().Figure(layout={"title": title, "yaxis_title": "rank (0 is the top)", "template": "plotly_white"})
@@ -170,11 +174,11 @@ def rank_trajectories(ranks: Mapping[str, Sequence[float]], sites: Sequence[Site
         # A logarithm has no place for rank 0, so ranks from 1 are drawn, under ticks that say those from 0.
         y = [value + 1 for value in values]
         text = [f"rank {value:g}" for value in values]
-        figure.add_scatter(x=list(range(len(y))), y=y, name=token, text=text, mode="lines+markers", showlegend=True)
+        figure.add_scatter(x=list(layers), y=y, name=token, text=text, mode="lines+markers", showlegend=True)
     ends = [0, *(10**k for k in range(8))]
     figure.update_yaxes(type="log", autorange="reversed", tickvals=[e + 1 for e in ends], ticktext=[str(e) for e in ends])
     figure.update_xaxes(title="virtual layer")
-    _mark_passes(figure, sites)
+    _mark_passes(figure, schedule, layers)
     return figure
 
 
@@ -345,10 +349,12 @@ def log_ticks(values: Sequence[float]) -> dict[str, Any]:
     return {"tickformat": "~g", "dtick": "D2"} if max(positive) < 100 * min(positive) else {"exponentformat": "power"}
 
 
-def _mark_passes(figure: Any, sites: Sequence[Site]) -> None:
+def _mark_passes(figure: Any, schedule: Schedule, layers: Sequence[int]) -> None:
     """Draw a line where a new pass begins, and say which; of many passes only some."""
+    sites = [schedule.site(i) for i in layers]
     starts = [k for k in range(len(sites)) if k == 0 or sites[k][:2] != sites[k - 1][:2]]
-    middles = [(k + stop - 1) / 2 for k, stop in zip(starts, [*starts[1:], len(sites)], strict=True)]
+    stops = [*starts[1:], len(sites)]
+    middles = [(layers[k] + layers[stop - 1]) / 2 for k, stop in zip(starts, stops, strict=True)]
     every, word = -(-len(starts) // 16), "loop "
     for k, middle in list(zip(starts, middles, strict=True))[::every]:
         stack, loop, _ = sites[k]
@@ -356,7 +362,7 @@ def _mark_passes(figure: Any, sites: Sequence[Site]) -> None:
         word = word if loop is None else ""  # once is enough
         figure.add_annotation(text=name, x=middle, y=1, yref="paper", yanchor="bottom", showarrow=False, font={"size": 10})
         if k:
-            figure.add_vline(x=k - 0.5, line={"width": 1, "color": "#999"})
+            figure.add_vline(x=layers[k] - 0.5, line={"width": 1, "color": "#999"})
     figure.update_xaxes(showgrid=False)
 
 

@@ -49,8 +49,7 @@ class Grid:
         """A pandas DataFrame with one row per number and one column per axis (needs pandas, which TransformerLens installs)."""
         import pandas as pd
 
-        ranges = [torch.arange(n) for n in self.values.shape]
-        index = torch.cartesian_prod(*ranges).reshape(-1, len(ranges)) if ranges else torch.empty(1, 0, dtype=torch.long)
+        index = torch.ones_like(self.values).nonzero()
         columns: dict[str, Any] = {a: [self.labels[a][i] for i in index[:, k].tolist()] for k, a in enumerate(self.axes)}
         return pd.DataFrame({**columns, self.name: self.values.detach().cpu().flatten().tolist()})
 
@@ -86,7 +85,7 @@ class Estimate(Grid):
     """
 
     count: int = 0
-    m2: Tensor = field(default_factory=lambda: torch.zeros(()))
+    m2: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64, device="cpu"))
 
     @classmethod
     def of(

@@ -203,7 +203,7 @@ print("of which fixed at the first position:", sum(int(e.labels[-1, 0] == 0) for
 
 # %% tags=["remove-cell"]
 if TOY:
-    assert counts == {"fixed": 19, "orbit": 0, "slider": 1005, "unknown": 0}
+    assert counts == {"fixed": 19, "orbit": 0, "slider": 1005, "unknown": 0, "undefined": 0}
     assert all(e.labels[-1, 0] == 0 for e in ending.examples) and len(ending.examples) == 8
 
 # %% [markdown]
@@ -238,8 +238,9 @@ if TOY:
 
 # %%
 def by_layer(grid):
-    sites = [Site(found.stack, int(t), int(j)) for t in grid.labels["loop"] for j in grid.labels["layer"]]
-    return grouped(grid.values.flatten().tolist(), sites, "layer", "Frobenius distance", log_y=True)
+    at = [Site(found.stack, int(t), int(j)) for t in grid.labels["loop"] for j in grid.labels["layer"]]
+    layers = [found.schedule.virtual(site) for site in at]
+    return grouped(grid.values.flatten().tolist(), found.schedule, layers, "layer", "Frobenius distance", log_y=True)
 
 
 beside(to_the_loop_before=by_layer(found.pattern_successive), to_the_last_loop=by_layer(found.pattern_distance))

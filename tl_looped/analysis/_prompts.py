@@ -40,7 +40,7 @@ def token_batches(
     n_prompts = -1
     for n_prompts, prompt in enumerate(tqdm([prompts] if one else prompts, desc=what, disable=not verbose)):
         if isinstance(prompt, str):
-            tokens = model.to_tokens(prompt) if prompt else torch.empty(1, 0, dtype=torch.long)
+            tokens = model.to_tokens(prompt) if prompt else torch.empty(1, 0, dtype=torch.long, device="cpu")
         elif isinstance(prompt, Tensor):
             tokens = prompt[None] if prompt.ndim == 1 else prompt
         else:

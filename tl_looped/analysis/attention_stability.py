@@ -18,7 +18,7 @@ from ..model.initial_state import InitialState
 from ..model.layers import is_observed
 from ..plots import GroupBy, grouped
 from ..results import Estimate, Grid, Result, table
-from ..schedule import Site
+from ..schedule import Schedule, Site
 from ._prompts import Prompts, at_depth, token_batches
 from ._streaming import layer_hooks, need_loops, visit
 from .fixed_points import PATTERN, compare_loops, frobenius_per_head
@@ -32,11 +32,13 @@ class AttentionStability(Result):
         successive: Frobenius distance of a head's pattern from that in the loop before, over `sqrt(pos)`; from loop 1 on.
         distance: the same from the pattern in the last loop, where it is 0 by construction.
         stack: the looped stack.
+        schedule: what ran.
     """
 
     successive: Estimate
     distance: Estimate
     stack: str
+    schedule: Schedule
 
     def to_dataframe(self) -> Any:
         """A pandas DataFrame with one row per (loop, layer, head)."""
@@ -52,9 +54,10 @@ class AttentionStability(Result):
             LoopedError: plotly is not installed; an unknown grouping.
         """
         grid = self.successive
-        sites = [Site(self.stack, int(t), int(j)) for t in grid.labels["loop"] for j in grid.labels["layer"]]
+        at = [Site(self.stack, int(t), int(j)) for t in grid.labels["loop"] for j in grid.labels["layer"]]
+        layers = [self.schedule.virtual(site) for site in at]
         values, title = grid.values.mean(-1).flatten().tolist(), "Attention patterns against the loop before, mean over heads"
-        return grouped(values, sites, group_by, "Frobenius distance / sqrt(pos)", title=title)
+        return grouped(values, self.schedule, layers, group_by, "Frobenius distance / sqrt(pos)", title=title)
 
 
 def attention_stability(
@@ -113,6 +116,7 @@ def attention_stability(
             successive=estimate(found.successive, 1, "successive_distance"),
             distance=estimate(found.distance, 0, "distance_to_last"),
             stack=deep.schedule.looped_stack(stack),
+            schedule=deep.schedule,
         )
 
     return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="attention_stability")))
@@ -171,7 +175,7 @@ def attention_distances(
         n_cells = cfg.n_heads * len(cells)
         per_loop = cfg.n_physical * (8 * pos * cfg.d_model + 2 * cfg.n_heads * pos**2)  # numbers of an example
         chunk = min(n_cells, max(1, per_loop // schedule.n_layers))
-        gram = torch.zeros(batch, cfg.n_heads if per_head else 1, len(names), len(names), dtype=torch.float64)
+        gram = torch.zeros(batch, cfg.n_heads if per_head else 1, len(names), len(names), dtype=torch.float64, device="cpu")
         held = torch.empty(batch, len(names), chunk, dtype=deep.cfg.dtype, device=tokens.device)
         for first in range(0, n_cells, chunk):
             parts = _parts(first, min(first + chunk, n_cells), len(cells))
@@ -255,7 +259,7 @@ def attention_bound(
     def examples(tokens: Int[Tensor, "batch pos"]) -> Estimate:
         before: dict[tuple[int, str], Tensor] = {}
         bounds: dict[int, Tensor] = {}
-        ratios = torch.full((len(tokens), len(passes) - 1, passes[0].n_layers), torch.nan, dtype=torch.float64)
+        ratios = torch.full((len(tokens), len(passes) - 1, passes[0].n_layers), torch.nan, dtype=torch.float64, device="cpu")
 
         def measure(key: tuple[tuple[int, int], str], value: Tensor) -> None:
             (loop, layer), kind = key

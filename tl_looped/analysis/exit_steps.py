@@ -115,7 +115,8 @@ def exit_steps(
 
     Every loop is run for every token, and each policy is asked after each loop, as `generate` does with `model.exit_policy`; a
     token leaves at the first yes, or after the last loop. Earlier tokens have looped as far as the token that leaves. A
-    policy sees the last four states and the last two readouts, which is what those of `tl_looped.exits` look at.
+    policy sees what it sees in `generate`, but of states only the first and the last four, and of readouts the last two, which
+    is all that those of `tl_looped.exits` look at; asking for others raises.
 
     Args:
         model: the model.
@@ -165,7 +166,10 @@ def exit_steps(
 
         def readout(loop: int) -> Tensor:
             if loop not in readouts:
-                raise LoopedError(f"a policy asked for the readout of loop {loop}; exit_steps keeps those of {list(readouts)}.")
+                raise LoopedError(
+                    f"a policy asked for the readout of loop {loop}; exit_steps keeps those of {list(readouts)}. Let the "
+                    "policy keep what it needs while it is there; generate keeps all readouts."
+                )
             return readouts[loop]
 
         history = LoopHistory([], [], readout)

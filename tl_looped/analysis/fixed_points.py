@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
@@ -20,7 +19,8 @@ from ..model.initial_state import InitialState
 from ..model.layers import wide
 from ..plots import GroupBy, grouped
 from ..results import Estimate, Result, table
-from ..schedule import Pass, Site, check_count
+from ..schedule import Pass, Schedule, Site, check_count
+from ._directions import cosine, relative_distance
 from ._prompts import Prompts, at_depth, token_batches
 from ._streaming import layer_hooks, need_loops, visit
 
@@ -46,17 +46,19 @@ class FixedPoints(Result):
     Args:
         norm: L2 norm of the residual stream. An RMS norm before the readout hides growth, so look at it beside every distance.
         successive: from each loop but the first to the loop before, under "l2", "relative" (l2 over the norm of the later
-            state) and "cosine" (the similarity, 1 for no change of direction).
+            state) and "cosine" (the similarity, 1 for no change of direction). A state that is zero has no direction, and no
+            distance is relative to it: such tokens are left out of these two, and if all of an example are, the mean is NaN.
         distance: from each loop to the reference X*, under the same names; "relative" is over the norm of X*. If the reference
             is the last loop, the last entry is 0 (cosine 1) by construction and says nothing.
-        layer_cosine: cosine between the references of two layers, axes (layer, other).
+        layer_cosine: cosine between the references of two layers, axes (layer, other); NaN as above.
         degeneracy: lowest cosine between the references of two layers of an example, axis (pairs): "with layer 0" is the
-            paper's, "all" is over all pairs. Near 1 the layers share one fixed point. NaN in a loop of one layer.
+            paper's, "all" is over all pairs. Near 1 the layers share one fixed point. NaN in a loop of one layer, and as above.
         pattern_successive: from each loop but the first to the loop before, of the attention pattern; None if not asked for.
         pattern_distance: from each loop to the reference, of the attention pattern.
         reduction: "token" or "matrix".
         stack: the looped stack.
         reference: the loop that X* was taken from.
+        schedule: what ran.
     """
 
     norm: Estimate
@@ -69,6 +71,7 @@ class FixedPoints(Result):
     reduction: Reduction
     stack: str
     reference: int
+    schedule: Schedule
 
     def to_dataframe(self) -> Any:
         """A pandas DataFrame with a row per (loop, layer): the norm and every distance, with standard errors and the count."""
@@ -90,14 +93,15 @@ class FixedPoints(Result):
             known = f"{', '.join(get_args(Quantity))} in {', '.join(get_args(Metric))}"
             raise LoopedError(f"{quantity!r} in {metric!r} was asked; there are {known}.")
         grid = self.norm if quantity == "norm" else getattr(self, quantity)[metric]
-        sites = [Site(self.stack, int(t), int(j)) for t in grid.labels["loop"] for j in grid.labels["layer"]]
+        at = [Site(self.stack, int(t), int(j)) for t in grid.labels["loop"] for j in grid.labels["layer"]]
+        layers = [self.schedule.virtual(site) for site in at]
         log_y = quantity != "norm" and metric != "cosine"
         values = grid.values.clone()
         if quantity == "distance" and grid.labels["loop"][-1] == str(self.reference):
             values[-1] = torch.nan  # by construction
         title = f"{TITLES[quantity]}, {'mean over tokens' if self.reduction == 'token' else 'of the whole prompt'}"
         name = "L2 norm" if quantity == "norm" else NAMES[metric]
-        return grouped(values.flatten().tolist(), sites, group_by, name, title=title, log_y=log_y)
+        return grouped(values.flatten().tolist(), self.schedule, layers, group_by, name, title=title, log_y=log_y)
 
 
 def fixed_points(
@@ -176,22 +180,23 @@ def fixed_points(
         names: tuple[Metric, ...] = get_args(Metric)
         norm = estimate({at: f["norm"] for at, f in resid.distance.items()}, "norm")
         states = resid.reference.values()
-        cosine = torch.stack([metrics(a, b)["cosine"] for a in states for b in states], 1)
-        cosine = cosine.unflatten(1, (len(layers), len(layers))).cpu()
-        others = cosine.masked_fill(torch.eye(len(layers), dtype=torch.bool), torch.inf)
+        between = torch.stack([metrics(a, b)["cosine"] for a in states for b in states], 1)
+        between = between.unflatten(1, (len(layers), len(layers))).cpu()
+        others = between.masked_fill(torch.eye(len(layers), dtype=torch.bool, device="cpu"), torch.inf)
         lowest = torch.stack([others[:, 0].amin(-1), others.amin((-2, -1))], 1)
         lowest = lowest.masked_fill(lowest.isinf(), torch.nan)
         return FixedPoints(
             norm=norm,
             successive={m: estimate({at: f[m] for at, f in resid.successive.items()}, f"successive_{m}") for m in names},
             distance={m: estimate({at: f[m] for at, f in resid.distance.items()}, f"distance_{m}") for m in names},
-            layer_cosine=Estimate.of(cosine, ("layer", "other"), {"layer": layers, "other": layers}, "cosine"),
+            layer_cosine=Estimate.of(between, ("layer", "other"), {"layer": layers, "other": layers}, "cosine"),
             degeneracy=Estimate.of(lowest, ("pairs",), {"pairs": ["with layer 0", "all"]}, "lowest_cosine"),
             pattern_successive=pattern and estimate(_only(pattern.successive), "pattern_successive"),
             pattern_distance=pattern and estimate(_only(pattern.distance), "pattern_distance"),
             reduction=reduction,
             stack=deep.schedule.looped_stack(stack),
             reference=passes[-1].loop,
+            schedule=deep.schedule,
         )
 
     return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="fixed_points")))
@@ -257,9 +262,8 @@ def _metrics(reduction: Reduction) -> Callable[[Tensor, Tensor], dict[str, Tenso
             x, base = x.flatten(1)[:, None], base.flatten(1)[:, None]
         x, base = wide(x), wide(base)
         l2 = (x - base).norm(dim=-1)
-        relative = l2 / base.norm(dim=-1).clamp_min(torch.finfo(l2.dtype).tiny)
-        parts = {"l2": l2, "relative": relative, "cosine": cosine_similarity(x, base, dim=-1), "norm": x.norm(dim=-1)}
-        return {name: part.mean(1) for name, part in parts.items()}
+        parts = {"l2": l2, "relative": relative_distance(x, base), "cosine": cosine(x, base), "norm": x.norm(dim=-1)}
+        return {name: part.nanmean(1) for name, part in parts.items()}
 
     return compare
 

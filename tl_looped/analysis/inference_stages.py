@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
@@ -35,7 +36,7 @@ def colsum_concentration(pattern: Float[Tensor, "*rows query key"]) -> Float[Ten
         pattern: attention, [..., query, key].
     """
     shares = pattern.sum(-2, dtype=torch.float64) / pattern.shape[-2]
-    return 1 + torch.xlogy(shares, shares).sum(-1) / torch.tensor(pattern.shape[-1], dtype=torch.float64).log()
+    return 1 + torch.xlogy(shares, shares).sum(-1) / math.log(pattern.shape[-1])
 
 
 def sink_score(pattern: Float[Tensor, "*rows query key"]) -> Float[Tensor, "*rows"]:
@@ -59,7 +60,7 @@ def mixing_score(pattern: Float[Tensor, "*rows query key"]) -> Float[Tensor, "*r
 def matrix_entropy(
     resid: Float[Tensor, "*rows pos d_model"], centred: bool = False, unit: Literal["nats", "bits"] = "nats"
 ) -> Float[Tensor, "*rows"]:
-    """Entropy of the squared singular values of a matrix as shares of their sum; 0 for a matrix of rank one (or of zeros).
+    """Entropy of the squared singular values of a matrix as shares of their sum; 0 for a matrix of rank one, NaN of zeros.
 
     Args:
         resid: the states of all positions.
@@ -68,11 +69,13 @@ def matrix_entropy(
     """
     x = resid.double()
     x = x - x.mean(-2, keepdim=True) if centred else x
-    x = x / x.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
+    size = x.square().sum((-2, -1), keepdim=True).sqrt()
+    x = x / size.clamp(min=torch.finfo(x.dtype).tiny)
     gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x  # its eigenvalues are the squared singular values
     shares = torch.linalg.eigvalsh(gram).clamp(min=0)
     entropy = -torch.xlogy(shares, shares).sum(-1)
-    return (entropy / torch.tensor(2.0).log() if unit == "bits" else entropy).clamp(min=0)
+    entropy = (entropy / math.log(2) if unit == "bits" else entropy).clamp(min=0)
+    return entropy.where(size[..., 0, 0] > 0, torch.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +119,7 @@ class InferenceStages(Result):
         """
         grid = self._metric(metric)
         name = {"colsum": "ColSum concentration", "sink_rate": "sink rate", "norm": "residual norm (L2)"}.get(metric, grid.name)
-        return grouped(grid.values.tolist(), self.schedule.sites, group_by, name)
+        return grouped(grid.values.tolist(), self.schedule, range(self.schedule.n_layers), group_by, name)
 
     def _metric(self, metric: str) -> Estimate:
         if metric not in METRICS:
@@ -267,7 +270,9 @@ def inference_stages(
     def examples(tokens: Int[Tensor, "batch pos"]) -> InferenceStages:
         if tokens.shape[1] < 2:
             raise LoopedError("a prompt of one token was given; attention and matrix entropy need at least two.")
-        values = {m: torch.full((len(tokens), schedule.n_layers), torch.nan, dtype=torch.float64) for m in METRICS}
+        values = {
+            m: torch.full((len(tokens), schedule.n_layers), torch.nan, dtype=torch.float64, device="cpu") for m in METRICS
+        }
 
         def read_pattern(i: int) -> Callable[..., None]:
             def hook(pattern: Tensor, hook: object) -> None:
@@ -330,11 +335,13 @@ def output_neurons(model: TransformerBridge, *, kurtosis: float = 10.0) -> Grid:
         layers = {f"blocks.{i}": i for i in range(model.cfg.n_layers)}
     if getattr(model, "_weights_processed", False):
         raise LoopedError("the weights of this model were processed, so its norms hold other weights; use it before that.")
-    unembed = model.W_U.detach().float() * _weight(model, "ln_final")[:, None]
+    unembed = model.W_U.detach().float()
+    unembed = unembed * _weight(model, "ln_final", unembed)[:, None]
     shares = []
     for i in layers.values():
         block: Any = model.blocks[i]
-        writes = block.mlp.W_out.detach().float() * _weight(block, "ln2_post")
+        writes = block.mlp.W_out.detach().float()
+        writes = writes * _weight(block, "ln2_post", writes)
         prediction = suppression = 0
         for some in writes.split(256):  # [neuron, d_model]; a block of neurons at a time has all the vocabulary
             x = some @ unembed
@@ -346,13 +353,13 @@ def output_neurons(model: TransformerBridge, *, kurtosis: float = 10.0) -> Grid:
             suppression += int((sharp & (skew < 0)).sum())
         shares.append([prediction / len(writes), suppression / len(writes)])
     labels = {"kind": ["prediction", "suppression"], "layer": list(layers)}
-    return Grid(torch.tensor(shares, dtype=torch.float64).T, ("kind", "layer"), labels, "share of neurons")
+    return Grid(torch.tensor(shares, dtype=torch.float64, device="cpu").T, ("kind", "layer"), labels, "share of neurons")
 
 
-def _weight(owner: Any, norm: str) -> Tensor:
+def _weight(owner: Any, norm: str, like: Tensor) -> Tensor:
     """The weight of a norm, or 1 for every direction."""
     weight = getattr(getattr(owner, norm, None), "weight", None)
-    return torch.ones(1) if not isinstance(weight, Tensor) else weight.detach().float()
+    return like.new_ones(1) if not isinstance(weight, Tensor) else weight.detach().float()
 
 
 def _resample(curves: Float[Tensor, "loop layer"], n: int = 101) -> Float[Tensor, "loop depth"]:
@@ -362,8 +369,11 @@ def _resample(curves: Float[Tensor, "loop layer"], n: int = 101) -> Float[Tensor
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's coefficient; NaN where a curve is constant up to rounding."""
+    varies = [x.var(-1, correction=0) > (8 * torch.finfo(x.dtype).eps * x.mean(-1)).square() for x in (a, b)]
     a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
-    return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
+    found = (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
+    return found.where(varies[0] & varies[1], torch.nan)
 
 
 def _concordance(a: Tensor, b: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
@@ -21,22 +20,24 @@ from ..model.initial_state import InitialState
 from ..model.layers import wide
 from ..results import Estimate, Grid, Result
 from ..schedule import check_count
+from ._directions import cosine
 from ._prompts import Prompts, at_depth, token_batches
 from ._streaming import layer_hooks, need_loops, visit
 
 __all__ = ["BehaviourRule", "TokenBehaviour", "LimitingBehaviour", "limiting_behaviour"]
 
-LABELS = ("fixed", "orbit", "slider", "unknown")
-FIXED, ORBIT, SLIDER, UNKNOWN = range(4)
+LABELS = ("fixed", "orbit", "slider", "unknown", "undefined")
+FIXED, ORBIT, SLIDER, UNKNOWN, UNDEFINED = range(5)
 
 
 @dataclass(frozen=True)
 class BehaviourRule:
-    """When a token counts as fixed, orbit, slider or unknown, by `c[t] = cos(x[t], x[last])` (arXiv 2604.11791, appendix C).
+    """When a token counts as fixed, orbit, slider or neither, by `c[t] = cos(x[t], x[last])` (arXiv 2604.11791, appendix C).
 
     The body of the paper's Algorithm 1 is not public; only `tau` and `rho` are. This is a reconstruction, and absolute numbers
     move with its parameters. After `warm_up` loops a token is, whichever holds first,
 
+    - undefined, if its state is zero at the end or on the way, which has no cosine;
     - fixed, if `1 - c[t] < tau` in at least a share `rho` of the loops;
     - slider, if `c` rises steadily to the end: its net rise is at least `rho` times the sum of all its changes;
     - orbit, if it comes back to where it ends: at least `returns` times `1 - c` grows beyond `2 tau` after it was below `tau`
@@ -74,7 +75,7 @@ class BehaviourRule:
         """The place in `LABELS` of every token.
 
         Args:
-            signal: cosine to the last loop's state, which the last entry belongs to.
+            signal: cosine to the last loop's state, which the last entry belongs to; NaN where one of the two is zero.
 
         Raises:
             LoopedError: fewer than four loops after the warm-up.
@@ -95,7 +96,8 @@ class BehaviourRule:
             departures += inside & far
             inside = (inside & ~far) | close
         label = torch.where(departures >= self.returns, ORBIT, UNKNOWN)
-        return torch.where(fixed, FIXED, torch.where(slider, SLIDER, label))
+        label = torch.where(fixed, FIXED, torch.where(slider, SLIDER, label))
+        return label.masked_fill(c.isnan().any(0), UNDEFINED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +181,7 @@ class LimitingBehaviour(Result):
 
         frames = []
         for n, e in enumerate(self.examples):
-            layer, pos = (i.flatten().tolist() for i in torch.meshgrid(*map(torch.arange, e.labels.shape), indexing="ij"))
+            layer, pos = torch.ones_like(e.labels).nonzero().T.tolist()
             columns = {"layer": layer, "pos": pos, "label": [LABELS[k] for k in e.labels.flatten().tolist()]}
             numbers = {name: getattr(e, name).flatten().tolist() for name in ("rotation_power", "steps_to_settle")}
             frames.append(pd.DataFrame({"example": n, **columns, **numbers}))
@@ -239,7 +241,7 @@ def limiting_behaviour(
         >>> cfg = LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=1, n_loops=3, injection="concat", initial_state="noise")
         >>> found = limiting_behaviour(LoopedBridge.from_config(cfg), torch.tensor([[1, 2, 3]]), n_loops=24, verbose=False)
         >>> found.counts.values.tolist(), found.counts.labels["label"]
-        ([[3, 0, 0, 0]], ['fixed', 'orbit', 'slider', 'unknown'])
+        ([[3, 0, 0, 0, 0]], ['fixed', 'orbit', 'slider', 'unknown', 'undefined'])
     """
     if isinstance(settle, bool) or not isinstance(settle, (int, float)) or settle <= 0:
         raise LoopedError(f"settle={settle!r} was asked; it is the length of a step, a number above 0.")
@@ -275,7 +277,7 @@ def checked(
     schedule = model.schedule if n_loops is None else model.looped_cfg.replace(n_loops=n_loops).schedule
     n = schedule.n_loops_of(looped)
     need_loops(n, window, "the limiting behaviour", f"window={window}")
-    rule.classify(torch.ones(n))
+    rule.classify(torch.ones(n, dtype=torch.float32, device="cpu"))
     return rule, at_depth(model, n_loops)
 
 
@@ -310,7 +312,7 @@ def behaviour(
     limit: dict[int, Tensor] = {}  # while the first run goes on, the states of the loop before
     waves: dict[int, _Wave] = {}
     n_layers = passes[0].n_layers
-    settled = torch.full((n_layers, *tokens.shape), torch.nan, device=tokens.device)
+    settled = torch.full((n_layers, *tokens.shape), torch.nan, dtype=torch.float32, device=tokens.device)
     dtype = torch.promote_types(model.cfg.dtype, torch.float32)
     signal = torch.empty(n, n_layers, *tokens.shape, dtype=dtype, device=tokens.device)
 
@@ -325,7 +327,7 @@ def behaviour(
         also(at, value)
         loop, layer = at
         x, end = wide(value), wide(limit[layer])
-        signal[loop, layer] = cosine_similarity(x, end, dim=-1)
+        signal[loop, layer] = cosine(x, end)
         if loop >= n - window:
             waves.setdefault(layer, _Wave(period, torch.finfo(value.dtype).eps * end.norm(dim=-1))).add(x - end)
 

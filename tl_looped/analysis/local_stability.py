@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
@@ -57,11 +58,15 @@ class LocalStability(Result):
 
     def estimates(self) -> dict[str, Estimate]:
         """Mean, standard error and count of every quantity, over the examples that have it; left out where none has it."""
-        columns = {name: torch.tensor(getattr(self, name)) for name in QUANTITIES}
-        found = {name: column[~column.isnan()] for name, column in columns.items()}
+
+        def column(name: str) -> Tensor:
+            return torch.tensor(getattr(self, name), dtype=torch.float64, device="cpu")
+
+        columns = {name: column(name) for name in QUANTITIES}
+        found = {name: values[~values.isnan()] for name, values in columns.items()}
         estimates = {name: Estimate.of(values, (), {}, name) for name, values in found.items() if len(values)}
         labels = {"exponent": [str(k) for k in range(len(self.lyapunov[0]))]}
-        return estimates | {"lyapunov": Estimate.of(torch.tensor(self.lyapunov), ("exponent",), labels, "lyapunov")}
+        return estimates | {"lyapunov": Estimate.of(column("lyapunov"), ("exponent",), labels, "lyapunov")}
 
     def to_dataframe(self) -> Any:
         """A pandas DataFrame with one row per example."""
@@ -86,7 +91,7 @@ class LocalStability(Result):
                 "template": "plotly_white",
             }
         )
-        growth = [float(torch.tensor(row[0]).exp()) for row in self.lyapunov]
+        growth = [math.exp(row[0]) for row in self.lyapunov]
         parts = {"spectral radius": self.spectral_radius, "contraction": self.contraction, "exp(first exponent)": growth}
         for name, values in parts.items():
             symbol = {"size": 10, "symbol": ("circle", "x", "diamond-open")[len(figure.data)]}  # they may lie on each other
@@ -155,8 +160,8 @@ def local_stability(
         if n_exponents > width:
             raise LoopedError(f"n_exponents={n_exponents} was asked, but the state of this prompt has {width} numbers.")
         x, changes, growth = loop.start, [], []
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn((n_exponents, *x.shape), generator=generator).to(x)
+        generator = torch.Generator("cpu").manual_seed(0)
+        noise = torch.randn((n_exponents, *x.shape), generator=generator, dtype=torch.float32, device="cpu").to(x)
         directions, _ = orthonormal(noise)
         for t in range(n_loops):
             with torch.no_grad():
@@ -215,7 +220,7 @@ def contraction_rate(changes: Float[Tensor, " loop"], floor: float) -> float:
     later = above[len(above) // 2 :].log()
     if len(later) < 3:
         return float("nan")
-    t = torch.arange(len(later), dtype=later.dtype)
+    t = torch.arange(len(later), dtype=later.dtype, device="cpu")
     t = t - t.mean()
     return float(((t * later.cpu()).sum() / t.square().sum()).exp())
 

@@ -132,7 +132,7 @@ class LogitLensResult(Readout):
         names = self.target_names or [f"token {token}" for token in self.targets[example, pos].tolist()]
         lines = {str(name): [float(row[k]) for row in ranks] for k, name in enumerate(names)}
         where = f"{self.lens} lens, position {self.positions[pos]}"
-        return rank_trajectories(lines, self.sites, f"Rank of the target by layer ({where})")
+        return rank_trajectories(lines, self.schedule, self.layers, f"Rank of the target by layer ({where})")
 
     def at(self, loop: int | None, layer: int, stack: str | None = None) -> Readout:
         """The readout of one layer, without the row axis.
@@ -173,7 +173,7 @@ class LogitLensResult(Readout):
         except ImportError:
             raise ImportError("to_dataframe() was called, but pandas is not installed; run `pip install pandas`.") from None
         shape = self.ranks.shape
-        row, batch, pos, _ = (i.flatten().tolist() for i in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
+        row, batch, pos, _ = torch.ones_like(self.ranks).nonzero().T.tolist()
 
         def column(values: Tensor) -> list[Any]:
             return values.expand(shape).flatten().tolist()

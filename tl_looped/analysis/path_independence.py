@@ -19,7 +19,7 @@ from ..model.layers import wide
 from ..results import Estimate, Result
 from ._prompts import Prompts, token_batches
 from ._streaming import visit
-from .limiting_behaviour import BehaviourRule, behaviour, checked
+from .limiting_behaviour import UNDEFINED, BehaviourRule, behaviour, checked
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +27,14 @@ class PathIndependence(Result):
     """What `path_independence` found: estimates over the examples. `a + b` merges.
 
     The spread of a token's states over the initial states is their root mean square distance over sqrt(2) times their root mean
-    square norm: 0 if they are the same, 1 if they are unrelated.
+    square norm: 0 if they are the same, 1 if they are unrelated. Tokens whose states are all zero have none and are left out;
+    an example without others has NaN.
 
     Args:
         initial_spread: of the states entering the first loop, axis (state).
         spread: of the states leaving every layer in every loop, mean over tokens, axes (loop, layer).
-        agreement: share of the tokens that have the same label from every initial state, axis (layer).
+        agreement: share of the tokens that have the same label from every initial state, of those that have one from each (are
+            nowhere "undefined"), axis (layer); NaN if there are none.
         n_states: how many initial states.
         states: which ones: seeds, "zero", "tensor", "generator", or "None" for the model's own.
         rule: what the labels mean.
@@ -114,7 +116,8 @@ def path_independence(
         repeated, started = tokens.repeat(n_states, 1), torch.cat(states)
         found = behaviour(deep, repeated, rule, 2, 2, 0.0, False, looped, started, measure)
         labels = torch.stack([token.labels for token in found]).unflatten(0, (n_states, -1))
-        agreement = (labels == labels[0]).all(0).double().mean(-1)  # [batch, layer]
+        agree = (labels == labels[0]).all(0).double()
+        agreement = agree.masked_fill((labels == UNDEFINED).any(0), torch.nan).nanmean(-1)  # [batch, layer]
         values = torch.stack([spread[p.loop, j] for p in passes for j in range(p.n_layers)], 1)
         values = values.unflatten(1, (-1, len(layers))).cpu()
         axes = {"loop": [str(p.loop) for p in passes], "layer": layers}
@@ -144,9 +147,10 @@ def _state_entering(
 
 
 def _spread(states: Float[Tensor, "state batch pos d_model"]) -> Float[Tensor, " batch"]:
-    """Root mean square distance of two states over sqrt(2) times their root mean square norm, mean over positions."""
+    """Root mean square distance of two states over sqrt(2) times their root mean square norm, mean over the positions."""
     x = wide(states)
+    x = x / x.abs().amax((0, -1), keepdim=True)  # 0/0 is NaN; and squares of small entries would round to 0
     n = len(x)
     deviation = (x - x.mean(0)).square().sum(-1).sum(0) / (n - 1)
     power = x.square().sum(-1).mean(0)
-    return (deviation / power.clamp_min(torch.finfo(x.dtype).tiny)).sqrt().mean(-1)
+    return (deviation / power).sqrt().nanmean(-1)

@@ -80,7 +80,8 @@ class RandomInitSweep(Result):
             else:
                 found[layout] = "does not settle"
                 continue
-            found[layout] = verdict + (", shared" if self.degeneracy.values[k] > SHARED else ", one per layer")
+            lowest = float(self.degeneracy.values[k])  # NaN in a loop of one layer
+            found[layout] = verdict + (", shared" if lowest > SHARED else ", one per layer" if lowest == lowest else "")
         return found
 
     def to_dataframe(self) -> Any:
@@ -177,7 +178,7 @@ def random_init_sweep(
     if isinstance(embed_std, bool) or not 0 < embed_std < float("inf"):
         raise LoopedError(f"embed_std={embed_std!r} was asked; pass a positive number.")
     layouts = {f"{n}, {i}": NORMS[n] | INJECTIONS[i] for i in INJECTIONS for n in NORMS}
-    tokens = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 256, (4, 16), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     drawn = d_model**-0.5 if std == "fan_in" else std  # of the embedding matrix, before its scale
     common: dict[str, Any] = {"d_model": d_model, "n_heads": 4, "d_vocab": 256, "n_core": n_layers, "n_loops": n_loops}
     progress = tqdm(total=len(layouts) * len(chosen), desc="random_init_sweep", disable=not verbose)

@@ -18,6 +18,7 @@ from ..model.initial_state import InitialState
 from ..model.layers import wide
 from ..results import Estimate, Result, table
 from ..schedule import check_count
+from ._directions import relative_distance
 from ._prompts import Prompts, at_depth, check_finite, token_batches
 from ._streaming import need_loops
 from ._targets import Answers, Targets
@@ -187,7 +188,7 @@ class InjectionEffect(Result):
 
     Args:
         state_change: distance of the state leaving the loop from that of the untouched run, over the norm of the latter, mean
-            over positions.
+            over positions where that is not zero; NaN if there are none.
         kl: `KL(untouched || edited)` of the answers after the loop, in nats, mean over positions.
         from_loop: the first edited loop.
         replacement: "zero", "mean", or "tokens" for those of another prompt.
@@ -289,7 +290,7 @@ def injection_effect(
                     "pass tokens [pos] or [batch, pos] of the same length."
                 )
             rows.append(replacement.to(tokens.device).expand_as(tokens))
-        changes, kls = torch.zeros(n, schedule.n_loops), torch.zeros(n, schedule.n_loops)
+        changes, kls = (torch.zeros(n, schedule.n_loops, dtype=torch.float64, device="cpu") for _ in range(2))
 
         def fork(state: Tensor, hook: object) -> Tensor:
             # Until here the edited rows computed what the untouched ones did, in other rows of the batch: equal up to rounding.
@@ -308,7 +309,7 @@ def injection_effect(
             check_finite(state, hook.name)
             if loop not in untouched:
                 clean, other = wide(state[:n]), wide(state[n : 2 * n])
-                changes[:, loop] = ((other - clean).norm(dim=-1) / clean.norm(dim=-1)).mean(-1)
+                changes[:, loop] = relative_distance(other, clean).nanmean(-1)
 
         def on_loop(loop: int, logits: Tensor) -> None:
             check_finite(logits, f"the readout after loop {loop}")

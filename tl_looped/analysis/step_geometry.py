@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
@@ -20,6 +19,7 @@ from ..model.layers import wide
 from ..plots import panels
 from ..results import Estimate, Result, table
 from ..schedule import LoopSelector, Site
+from ._directions import cosine, direction, ratio
 from ._prompts import Prompts, at_depth, token_batches
 from ._streaming import last_norm, layer_hooks, need_loops, visit
 
@@ -48,12 +48,14 @@ class StepGeometry(Result):
             rounding and has no direction: such tokens are left out, and if all of an example are, the mean is NaN.
         turning_angle: the angle between `D[t]` and `D[t-1]`, in radians; NaN as above.
         acceleration: `|D[t] - D[t-1]|`.
-        normalised_acceleration: `|D[t] - D[t-1]| / |D[t]|`; a step shorter than the resolution of the dtype counts as that.
+        normalised_acceleration: `|D[t] - D[t-1]| / |D[t]|`; a step shorter than the resolution of the dtype counts as that. A
+            state that is zero has no resolution and is left out here, as it is of the anisotropy.
         curvature: the mean angle, in radians, between the steps from one token to the next (arXiv 2602.11451), without steps
             between equal states; NaN if there are no others.
-        anisotropy: the mean cosine between the states of two tokens.
+        anisotropy: the mean cosine between the states of two tokens; NaN if there are no two that are not zero.
         cka: linear CKA between the states of two loops, tokens as samples, axes (loop, other). With fewer tokens than about
-            d_model it is high whatever the states are: compare it only between runs of equal length.
+            d_model it is high whatever the states are: compare it only between runs of equal length. NaN if all tokens have
+            one state up to rounding.
         hook: which state it is.
         after_norm: whether the model's last norm was applied to it.
     """
@@ -168,7 +170,7 @@ def step_geometry(
             for name, part in parts.items():
                 found[name].append(part.nanmean(1))
             if loop in compared:
-                grams[loop] = _gram(x)
+                grams[loop] = _gram(x, eps)
             earlier[:] = [x] if step is None else [x, step]
 
         visit(deep, tokens, hooks, measure, stop=stop, initial_state=initial_state)
@@ -197,13 +199,12 @@ def _turn(
     """How a step differs from the one before it; the direction of a step that is all rounding is NaN."""
     change, length = (step - before).norm(dim=-1), step.norm(dim=-1)
     moves = length.minimum(before.norm(dim=-1)) > 8 * resolution
-    cosine = cosine_similarity(step, before, dim=-1).clamp(-1, 1).where(moves, torch.nan)
-    shortest = resolution.clamp_min(torch.finfo(step.dtype).tiny)
+    between = cosine(step, before).where(moves, torch.nan)
     return {
-        "step_cosine": cosine,
-        "turning_angle": cosine.arccos(),
+        "step_cosine": between,
+        "turning_angle": between.arccos(),
         "acceleration": change,
-        "normalised_acceleration": change / length.maximum(shortest),
+        "normalised_acceleration": ratio(change, length.maximum(resolution)),
     }
 
 
@@ -219,22 +220,26 @@ def _curvature(x: Float[Tensor, "batch pos d_model"], eps: float) -> Float[Tenso
 
 
 def _anisotropy(x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch 1"]:
-    """The mean cosine over all pairs of different tokens.
+    """The mean cosine over all pairs of different tokens that have a direction.
 
-    Computed from the squared norm of the sum of all directions, without the n cosines of a token with itself.
+    Computed from the squared norm of the sum of all directions, without the cosines of a token with itself.
     """
-    n = x.shape[1]
-    directions = torch.nn.functional.normalize(x, dim=-1)
+    directions = direction(x)
+    n = (~directions.isnan().any(-1)).sum(1).to(x.dtype)
+    directions = directions.nan_to_num()
     own = directions.square().sum((1, 2))
-    return ((directions.sum(1).square().sum(-1) - own) / (n * (n - 1)))[:, None]
+    return ratio(directions.sum(1).square().sum(-1) - own, n * (n - 1))[:, None]
 
 
-def _gram(x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pair"]:
+def _gram(x: Float[Tensor, "batch pos d_model"], eps: float) -> Float[Tensor, "batch pair"]:
     """Inner products of all pairs of tokens, of length 1 as a vector, for centred features: their inner products are CKA.
 
-    A Gram matrix is symmetric, so one half is kept, with the weight of both.
+    A Gram matrix is symmetric, so one half is kept, with the weight of both. It is NaN where the features are the same for all
+    tokens up to rounding.
     """
+    x = x / x.abs().amax((1, 2), keepdim=True)
     centred = x - x.mean(1, keepdim=True)
+    varies = torch.linalg.matrix_norm(centred) > 8 * eps * torch.linalg.matrix_norm(x)
     rows, columns = torch.triu_indices(x.shape[1], x.shape[1], device=x.device)
-    weight = torch.where(rows == columns, 1.0, math.sqrt(2)).to(x.dtype)
-    return torch.nn.functional.normalize((centred @ centred.mT)[:, rows, columns] * weight, dim=-1)
+    weight = torch.full_like(rows, math.sqrt(2), dtype=x.dtype).masked_fill(rows == columns, 1.0)
+    return direction((centred @ centred.mT)[:, rows, columns] * weight).where(varies[:, None], torch.nan)

@@ -18,7 +18,7 @@ from ..errors import LoopedError
 from ..model.initial_state import InitialState
 from ..plots import paths
 from ..results import Estimate, Grid, Result
-from ..schedule import check_count, check_index
+from ..schedule import Schedule, check_count, check_index
 from ._prompts import Prompts, at_depth, token_batches
 from ._streaming import last_norm, visit
 
@@ -55,6 +55,7 @@ class Trajectories(Result):
         stack: the stack asked for.
         n_loops: how many loops were run.
         n_components: how many components were kept.
+        schedule: what ran.
     """
 
     paths: tuple[Path, ...]
@@ -64,6 +65,7 @@ class Trajectories(Result):
     stack: str | None
     n_loops: int
     n_components: int
+    schedule: Schedule
 
     @property
     def explained(self) -> Estimate:
@@ -105,7 +107,8 @@ class Trajectories(Result):
             where = grid.labels["layer"]
             token = "The last token" if self.pos == -1 else f"Token {self.pos}"
             title = f"{token} over all layers, in its principal components"
-            order = [float(k) for k in range(len(where))]
+            index = {self.schedule.layer_name(i): float(i) for i in range(self.schedule.n_layers)}
+            order = [index[name] for name in where]
             return paths({"": values}, order, where, (across, upwards), title, colour_name="virtual layer")
         loops = grid.labels["loop"]
         lines = {f"position {pos}": [row[k] for row in values] for k, pos in enumerate(grid.labels["pos"])}
@@ -219,6 +222,7 @@ def trajectories(
             stack=stack,
             n_loops=deep.n_loops,
             n_components=n_components,
+            schedule=schedule,
         )
 
     return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="trajectories")))
@@ -250,7 +254,8 @@ def _principal_components(
         coordinates = torch.empty(*shape[:2], k, dtype=dtype, device=device)
         states(lambda rows, value: coordinates[:, rows].copy_((value - mean[:, None]) @ directions.mT), initial_state)
     whole = variance.sum(-1, keepdim=True)
-    if bool((whole <= 0).any()):
+    rounding = n * (torch.finfo(mean.dtype).eps * mean.norm(dim=-1, keepdim=True)).square()
+    if bool((whole <= rounding).any()):
         raise LoopedError("the states of a prompt are all the same, so they have no principal components.")
     return mean, directions, variance[..., -k:].flip(-1).clamp(min=0) / whole, coordinates
 
@@ -282,4 +287,4 @@ def _eigen(
 def _signed(directions: Float[Tensor, "batch component d_model"]) -> Float[Tensor, "batch component d_model"]:
     """With the sign that makes the entry of each that is largest in size positive."""
     largest = directions.gather(-1, directions.abs().argmax(-1, keepdim=True))
-    return directions * torch.where(largest < 0, -1.0, 1.0)
+    return directions.where(largest >= 0, -directions)

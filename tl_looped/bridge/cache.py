@@ -674,7 +674,7 @@ class LoopedCache(ActivationCache):
         model, schedule = self.model.original_model, self.model.schedule
         inner = branch_inputs(model, self, heads, neurons is not None)
         decomposition = self._decomposition(layer, mlp_input, pos_slice, also=inner)
-        numbers = [] if neurons is None else neurons.apply(torch.arange(model.cfg.d_mlp)).tolist()
+        numbers = [] if neurons is None else neurons.apply(torch.arange(model.cfg.d_mlp, device="cpu")).tolist()
         attention = [at for at in decomposition.writes if at.layer is not None and at.hook.endswith("attn_out")]
         mlp = [at for at in decomposition.writes if at.layer is not None and at.hook.endswith("mlp_out")]
         names: dict[str, list[str]] = {}  # of the rows of every write, in the order of the rows

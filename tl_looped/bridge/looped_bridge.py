@@ -74,6 +74,18 @@ class LoopedBridge(GeneratingBridge):
         return self.looped_cfg.schedule
 
     @property
+    def cfg(self) -> Any:
+        """TransformerLens's config; dtype and device are those of the parameters, which another unroll may have moved."""
+        cfg, weight = self.__dict__["cfg"], self._model.embed.weight
+        if cfg.dtype != weight.dtype or cfg.device != str(weight.device):
+            cfg.dtype, cfg.device = weight.dtype, str(weight.device)
+        return cfg
+
+    @cfg.setter
+    def cfg(self, value: Any) -> None:
+        self.__dict__["cfg"] = value
+
+    @property
     def tokenizer(self) -> Any:
         """The tokenizer, a copy with TransformerLens's settings whenever it is set; None if there is none."""
         return self._tokenizer
@@ -162,7 +174,7 @@ class LoopedBridge(GeneratingBridge):
 
     @classmethod
     def from_config(cls, cfg: LoopedConfig, *, seed: int = 0, tokenizer: Any = None) -> LoopedBridge:
-        """A randomly initialised model: matrices from N(0, 0.02^2), norms 1.
+        """A randomly initialised model in fp32 on the CPU: matrices from N(0, 0.02^2), norms 1.
 
         Args:
             cfg: the structure.
@@ -331,7 +343,6 @@ class LoopedBridge(GeneratingBridge):
             LoopedError: inputs that do not fit the model; layers out of range; tokens of which some rows begin with pad tokens
                 (with a loss, or end with them) without `attention_mask`, so that what is padding is not known.
         """
-        self._refresh_cfg()
         attention_mask = kwargs.pop("one_zero_attention_mask", None) if attention_mask is None else attention_mask
         input, attention_mask = self._read(input, prepend_bos, padding_side, attention_mask)
         kwargs |= self._generation_arguments(input, kwargs)
@@ -417,7 +428,6 @@ class LoopedBridge(GeneratingBridge):
         Raises:
             LoopedError: there is no tokenizer, or it has no token for a part of the text.
         """
-        self._refresh_cfg()
         tokens, _ = encode(self.tokenizer, self.cfg, input, prepend_bos, padding_side, truncate)
         return tokens.to(self.cfg.device) if move_to_device else tokens
 
@@ -452,16 +462,9 @@ class LoopedBridge(GeneratingBridge):
         mask = mask if attention_mask is None else attention_mask
         return tokens.to(self.cfg.device), None if mask is None else mask.to(self.cfg.device)
 
-    def _refresh_cfg(self) -> None:
-        """Say in `cfg` where the parameters are; another unroll of them may have been moved."""
-        weight = self._model.embed.weight
-        if self.cfg.dtype != weight.dtype or self.cfg.device != str(weight.device):
-            self.cfg.dtype, self.cfg.device = weight.dtype, str(weight.device)
-
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LoopedBridge:
         super()._apply(fn, recurse)
         self._model._apply(fn, recurse)
-        self._refresh_cfg()
         return self
 
     def to(self, *args: Any, print_details: bool = False, **kwargs: Any) -> LoopedBridge:

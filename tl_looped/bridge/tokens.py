@@ -119,17 +119,17 @@ def encode(
     lengths = [len(row) for row in rows]
     longest = max(lengths, default=0)
     if all(n == longest for n in lengths):
-        return torch.tensor(rows, dtype=torch.long).reshape(len(rows), longest), None
+        return torch.tensor(rows, dtype=torch.long, device="cpu").reshape(len(rows), longest), None
     if tokenizer.pad_token_id is None:
         raise LoopedError(
             f"texts of {', '.join(map(str, lengths))} tokens were given, but the tokenizer has no token to pad them with; set "
             "model.tokenizer.pad_token, or pass texts one by one."
         )
-    tokens = torch.full((len(rows), longest), tokenizer.pad_token_id, dtype=torch.long)
+    tokens = torch.full((len(rows), longest), tokenizer.pad_token_id, dtype=torch.long, device="cpu")
     mask = torch.zeros_like(tokens)
     for i, row in enumerate(rows):
         where = slice(longest - len(row), None) if side == "left" else slice(len(row))
-        tokens[i, where], mask[i, where] = torch.tensor(row, dtype=torch.long), 1
+        tokens[i, where], mask[i, where] = torch.tensor(row, dtype=torch.long, device="cpu"), 1
     return tokens, mask
 
 
@@ -192,7 +192,7 @@ def real_positions(positions: Indices, mask: Mask, n_pos: int) -> Int[Tensor, "#
         LoopedError: a column that is padding in some row; positions that count from both ends.
     """
     if mask is None or positions is None or positions == slice(None) or bool(mask.bool().all()):
-        return torch.tensor([select_indices(positions, n_pos, "positions")])
+        return torch.tensor([select_indices(positions, n_pos, "positions")], device="cpu")
     real, both_ends = (
         mask.bool().cpu(),
         f"positions={positions!r} was asked, which counts from both ends of rows that are padded.",
@@ -217,7 +217,7 @@ def real_positions(positions: Indices, mask: Mask, n_pos: int) -> Int[Tensor, "#
             f"positions={positions!r} was asked, which is padding in row {row}; count from the end of rows (-1 is a row's last "
             "token), choose positions that every row has, or give rows of different lengths one by one."
         )
-    return torch.tensor([chosen])
+    return torch.tensor([chosen], device="cpu")
 
 
 def check_real(positions: Slice, mask: Mask) -> None:

@@ -30,7 +30,7 @@ def passes_from(model: LoopedBridge, from_loop: int, stack: str | None) -> list[
 
 def unit_mask(chosen: list[int], n: int, after: int) -> Bool[Tensor, "unit ..."]:
     """True for the chosen units, with `after` more axes."""
-    mask = torch.zeros(n, dtype=torch.bool)
+    mask = torch.zeros(n, dtype=torch.bool, device="cpu")
     mask[chosen] = True
     return mask.reshape(n, *[1] * after)
 
@@ -70,9 +70,9 @@ def _position_mask(asked: Positions, x: Tensor, hook: Any) -> Bool[Tensor, "*bat
         )
     if negative and inputs.real is not None:
         columns = real_positions(asked, inputs.real, total)
-        chosen_of_rows = torch.zeros(len(x), total, dtype=torch.bool).scatter_(1, columns.expand(len(x), -1), True)
-        return chosen_of_rows[:, inputs.past :].to(x.device)
-    mask = torch.zeros(total, dtype=torch.bool)
+        rows = columns.new_zeros(len(x), total, dtype=torch.bool).scatter_(1, columns.expand(len(x), -1), True)
+        return rows[:, inputs.past :].to(x.device)
+    mask = torch.zeros(total, dtype=torch.bool, device="cpu")
     mask[chosen] = True
     return mask[inputs.past :].to(x.device)
 
@@ -105,7 +105,7 @@ def here(source: Tensor, x: Tensor, positions: Positions, hook: Any, real: Tenso
             f"as slice(0, {min(length, total)})."
         )
     if real is not None:
-        own = torch.ones(len(x), total, dtype=torch.bool) if inputs.real is None else inputs.real.cpu()
+        own = torch.ones(len(x), total, dtype=torch.bool, device="cpu") if inputs.real is None else inputs.real.cpu()
         n = min(length, total)
         differs = (real.bool().cpu()[:, :n] != own[:, :n])[:, inputs.past :]
         if positions is not None:
@@ -116,7 +116,7 @@ def here(source: Tensor, x: Tensor, positions: Positions, hook: Any, real: Tenso
                 "otherwise in the run that it comes from; give both runs rows of the same lengths, or choose positions= that "
                 "are real in both."
             )
-    return source[:, torch.arange(inputs.past, total).clamp(max=length - 1)].to(x.device, x.dtype)
+    return source[:, torch.arange(inputs.past, total, device=source.device).clamp(max=length - 1)].to(x.device, x.dtype)
 
 
 def cached(model: LoopedBridge, cache: object, name: str) -> Tensor:
@@ -129,7 +129,7 @@ def cached(model: LoopedBridge, cache: object, name: str) -> Tensor:
 def real_in(cache: LoopedCache, source: Tensor) -> Tensor:
     """Which positions of a cached run are no padding, [batch, pos]."""
     mask = cache.attention_mask
-    return torch.ones(source.shape[:2], dtype=torch.bool) if mask is None else mask
+    return torch.ones(source.shape[:2], dtype=torch.bool, device="cpu") if mask is None else mask
 
 
 def current_run(hook: Any) -> Inputs:

@@ -103,7 +103,7 @@ def drop_injection(
         >>> [name for name, _ in drop_injection(LoopedBridge.from_config(cfg), loops=slice(1, None))]
         ['loops.1.hook_injection', 'loops.2.hook_injection']
     """
-    zero = torch.zeros(model.cfg.d_model)
+    zero = torch.zeros(model.cfg.d_model, device="cpu")
     return [(name, _write(zero, positions)) for name in _names(model, model.schedule.passes_of(loops, stack))]
 
 
@@ -131,7 +131,7 @@ def set_initial_state(
         >>> model.run_with_hooks(torch.tensor([[1, 2, 3]]), fwd_hooks=set_initial_state(model, "zero")).std().item()
         0.0
     """
-    value = torch.zeros(model.cfg.d_model) if isinstance(state, str) and state == "zero" else state
+    value = torch.zeros(model.cfg.d_model, device="cpu") if isinstance(state, str) and state == "zero" else state
     if not isinstance(value, Tensor):
         raise LoopedError(f'state={state!r} was given; pass a tensor or "zero" (seeds: initial_state= of forward, generate).')
     _check_value("state", value, model.cfg.d_model)

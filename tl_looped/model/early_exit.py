@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from ..errors import LoopedError
 from ..exits import ExitPolicy, LoopHistory
 from ..schedule import Pass
 from .initial_state import InitialState
@@ -73,15 +74,17 @@ class EarlyExit:
             self._grow(key, value)
         self.n_full += x.shape[0] * x.shape[1] * len(schedule.passes)
 
-        history = LoopHistory([self._kept[last_stack][:, -1]], [], cache(self._readout))
+        history = LoopHistory([], [], cache(lambda loop: self._readout(loop, history.loop)))
         waiting = torch.ones(len(x), dtype=torch.bool, device=x.device) if self.alive is None else self.alive.clone()
         passes = torch.zeros(len(x), dtype=torch.long, device=x.device)
         logits = x.new_zeros(len(x), model.cfg.d_vocab)
         latest: dict[str, Any] = {stack: stack for stack in states}  # the key of every stack's current state
         for p in schedule.passes:
-            exit_logit = self._run_pass(p, latest)
+            entered, exit_logit = self._run_pass(p, latest)
             if p.stack != last_stack:
                 continue
+            if not history.states:
+                history.states.append(entered[:, -1])
             history.states.append(self._kept[p.index][:, -1])
             if exit_logit is not None:
                 history.exit_logits.append(exit_logit[:, -1])
@@ -95,8 +98,8 @@ class EarlyExit:
         self.passes.append(passes)
         return logits[:, None]
 
-    def _run_pass(self, p: Pass, latest: dict[str, Any]) -> Tensor | None:
-        """Run a pass on the positions that lack it; the exit logits of those, if there is a gate."""
+    def _run_pass(self, p: Pass, latest: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Run a pass on the positions that lack it; the state that entered it there, and the exit logits if there is a gate."""
         model, start = self._model, self._length(p.index)
         ends = cast(PassEnds, model.passes[p.index])
         other = "embed" if model.cfg.l_cycles is None else latest["H" if p.stack == "L" else "L"]
@@ -111,10 +114,12 @@ class EarlyExit:
         self._grow(p.index, x)
         self.n_computed += x.shape[0] * x.shape[1]
         latest[p.stack] = p.index
-        return exit_logit
+        return state, exit_logit
 
-    def _readout(self, loop: int) -> Float[Tensor, "batch d_vocab"]:
-        """What the model answers at the last position if it stops after a loop."""
+    def _readout(self, loop: int, latest: int) -> Float[Tensor, "batch d_vocab"]:
+        """What the model answers at the last position if it stops after a loop, one of those up to the latest."""
+        if not 0 <= loop <= latest:
+            raise LoopedError(f"a policy asked for the readout of loop {loop}; up to now there are those of 0..{latest}.")
         model, coda = self._model, self._model._coda
         start = self._n_read.get(loop, 0) if coda else self._length("positions") - 1
         anchor = self._kept["anchor"][:, start:] if "anchor" in self._kept else None

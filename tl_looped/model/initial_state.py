@@ -17,7 +17,7 @@ DEFAULT_SEED = 0
 
 
 class NoiseTable:
-    """Truncated normal states, one row per position, that depend on nothing but the seed and the position.
+    """Truncated normal states in fp32, one row per position, that depend on nothing but the seed and the position.
 
     Published Huginn-like models draw a fresh state in every forward. Here position `p` always starts from the same row, so two
     calls start from the same bits, and so do a cached run and a full one, a padded row and the row alone.
@@ -38,7 +38,7 @@ class NoiseTable:
 
     def _draw(self, seed: int, position: int) -> Tensor:
         generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + position) % 2**63)
-        return truncated_normal(torch.empty(self.cfg.d_model, device="cpu"), self.cfg, generator)
+        return truncated_normal(torch.empty(self.cfg.d_model, dtype=torch.float32, device="cpu"), self.cfg, generator)
 
 
 def truncated_normal(out: Tensor, cfg: LoopedConfig, generator: torch.Generator) -> Tensor:

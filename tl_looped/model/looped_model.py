@@ -559,11 +559,11 @@ def _share(module: AnyModule) -> AnyModule:
 
 @torch.no_grad()
 def initialise(model: LoopedModel, seed: int, std: float = 0.02) -> LoopedModel:
-    """Draw all parameters: matrices from N(0, std^2), norms 1, biases and decay rates 0; in the order of their names."""
+    """Draw all parameters in fp32, in the order of their names: matrices from N(0, std^2), norms 1, the rest 0."""
     check_count("seed", seed, 0)
     generator = torch.Generator("cpu").manual_seed(seed)
     for name, parameter in sorted(model.canonical_parameters().items()):
-        value = torch.zeros(parameter.shape)
+        value = torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")
         if parameter.ndim == 2:
             value.normal_(0, std, generator=generator)
         elif name.endswith(".weight"):

@@ -97,7 +97,7 @@ def rerun(model: LoopedModel, recording: Recording, entries: Sequence[int], star
         asked = None
         if recording.given_state or cfg.initial_state != "embedding":
             asked = _copied(recording.streams[first.first].states[first.stack][:, start:], copies)
-        nowhere = torch.zeros(x.shape[:2], dtype=torch.long)  # not read: the state is given, or the embedding
+        nowhere = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)  # not read: the state is given, or the embedding
         return model._begin(x, asked, nowhere)
 
     layers = range(max(entries[0], 0), n_layers)

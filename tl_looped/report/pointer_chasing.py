@@ -70,12 +70,12 @@ def right_answers(tokens: Int[Tensor, " pos"], n_loops: int) -> Int[Tensor, "loo
     is_mapping = len(keys) == len(values) == len(step) and all(map(str.isupper, keys)) and all(map(str.islower, values))
     if not queries or not is_mapping or not all(query.isupper() and query.lower() in step for query in queries):
         return None
-    right, at = torch.full((n_loops, len(tokens)), -1), [query.lower() for query in queries]
+    right, at = torch.full((n_loops, len(tokens)), -1, device="cpu"), [query.lower() for query in queries]
     for loop in range(n_loops):
         if not all(symbol in step for symbol in at):
             return None
         at = [step[symbol] for symbol in at]
-        right[loop, -len(at) :] = torch.tensor([WORDS.index(symbol) for symbol in at])
+        right[loop, -len(at) :] = torch.tensor([WORDS.index(symbol) for symbol in at], device="cpu")
     return right
 
 
@@ -184,13 +184,13 @@ def transplants(asked: Question, section: Section) -> None:
     model, here = asked.model, asked.hops
     n_loops, (batch, n_symbols) = model.n_loops, here.keys.shape
     other = hop_prompts(batch, n_symbols, seed=EXAMPLE_SEED + 1)
-    step = torch.arange(len(WORDS)).repeat(batch, 1)
+    step = torch.arange(len(WORDS), device="cpu").repeat(batch, 1)
     first = WORDS.index("a")
     step.scatter_(1, here.keys + first, here.values + first)  # from an answer to the next in the prompt's own mapping
     with torch.no_grad():
         _, cache = model.run_with_cache(other.tokens.to(model.cfg.device), names_filter="loops.*.hook_out")
     own, theirs = here.answers(n_loops), other.answers(n_loops)
-    as_the_task_says = torch.zeros(n_loops, n_loops, dtype=torch.float64)
+    as_the_task_says = torch.zeros(n_loops, n_loops, dtype=torch.float64, device="cpu")
     changed = torch.zeros_like(as_the_task_says)
     for t in range(n_loops):
         name = f"loops.{t}.hook_out"

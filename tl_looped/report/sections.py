@@ -204,6 +204,8 @@ def the_fixed_points(asked: Question, section: Section) -> None:
             + ("it has settled" if float(moved[-1]) < SETTLED else "it has not settled")
             + f" (less than {share(SETTLED)} would count as settled)."
             + (f" In the second half a step is on average {number(rate)} times the one before." if len(moved) > 2 else "")
+            if bool(moved.isfinite().all())
+            else f"{name}The state is zero, so it has no direction, and no step is a share of its norm."
         )
         section.reading.append(f"{name}The norm of the state goes from {number(norms[0])} to {number(norms[-1])}.")
         if lowest == lowest:  # a loop of one layer has no other layer
@@ -615,9 +617,8 @@ def _over_positions(grid: Grid, words: list[str], down: str) -> Any:
     """A heat map with the tokens below the positions."""
     figure = plots.heat_map(grid, " ")
     # Words repeat, and plotly would merge columns of one name: columns have numbers and the words are ticks.
-    figure.update_traces(x=list(range(len(words))))
+    positions = [int(label) for label in grid.labels["pos"]]
+    figure.update_traces(x=positions)
     angle = 0 if max(map(len, words)) < 4 else -60
-    figure.update_xaxes(
-        tickvals=list(range(len(words))), ticktext=[*map(_short, words)], title=None, side="top", tickangle=angle
-    )
+    figure.update_xaxes(tickvals=positions, ticktext=[*map(_short, words)], title=None, side="top", tickangle=angle)
     return figure.update_yaxes(title=down)

@@ -64,7 +64,7 @@ class HopPrompts:
         Args:
             n_hops: how many.
         """
-        mapping = torch.zeros(len(self.keys), N_SYMBOLS, dtype=torch.long).scatter(1, self.keys, self.values)
+        mapping = self.keys.new_zeros(len(self.keys), N_SYMBOLS).scatter(1, self.keys, self.values)
         hops = [self.queries]
         for _ in range(check_count("n_hops", n_hops)):
             hops.append(mapping.gather(1, hops[-1]))
@@ -99,17 +99,17 @@ def hop_prompts(
         raise LoopedError(f"n_symbols={n_symbols} was asked; the toys know {N_SYMBOLS}, A to H.")
     if kind not in get_args(Kind):
         raise LoopedError(f"kind={kind!r} was asked; choose one of {', '.join(map(repr, get_args(Kind)))}.")
-    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator("cpu").manual_seed(seed)
 
     def shuffled(symbols: Tensor) -> Tensor:
-        return symbols.gather(1, torch.rand(symbols.shape, generator=generator).argsort(-1))
+        return symbols.gather(1, torch.rand(symbols.shape, generator=generator, dtype=torch.float32, device="cpu").argsort(-1))
 
-    cycle = shuffled(torch.arange(N_SYMBOLS).expand(batch, -1))[:, :n_symbols]
-    order = shuffled(torch.arange(n_symbols).expand(batch, -1))
+    cycle = shuffled(torch.arange(N_SYMBOLS, device="cpu").expand(batch, -1))[:, :n_symbols]
+    order = shuffled(torch.arange(n_symbols, device="cpu").expand(batch, -1))
     if kind == "cycle":
         values = cycle.roll(-1, 1).gather(1, order)
     else:
-        values = cycle.gather(1, torch.randint(n_symbols, (batch, n_symbols), generator=generator))
+        values = cycle.gather(1, torch.randint(n_symbols, (batch, n_symbols), generator=generator, device="cpu"))
     keys = cycle.gather(1, order)
     return HopPrompts(keys, values, shuffled(keys))
 

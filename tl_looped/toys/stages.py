@@ -39,7 +39,7 @@ def held_out_windows(model: LoopedBridge, step: int = 1) -> Int[Tensor, "batch w
         step: keep every so many.
     """
     tokens = encode(model.tokenizer, corpus(held_out=True))
-    return windows(tokens, torch.arange(1, len(tokens) - WINDOW, WINDOW * step))
+    return windows(tokens, torch.arange(1, len(tokens) - WINDOW, WINDOW * step, device=tokens.device))
 
 
 def untrained(model: LoopedBridge, seed: int) -> LoopedBridge:
@@ -95,9 +95,9 @@ def _orders(stages: InferenceStages) -> list[tuple[int, ...]]:
 
 
 def _reorder(stages: InferenceStages, order: tuple[int, ...], every: int = 1) -> InferenceStages:
-    index = torch.arange(stages.schedule.n_layers)
+    index = torch.arange(stages.schedule.n_layers, device="cpu")
     for one in stages.schedule.passes[every - 1 :: every]:
-        index[one.first : one.layers.stop] = one.first + torch.tensor(order)
+        index[one.first : one.layers.stop] = one.first + torch.tensor(order, device="cpu")
     moved = {m: replace(getattr(stages, m), values=getattr(stages, m).values[index]) for m in METRICS}
     return replace(stages, **moved)
 

@@ -74,12 +74,12 @@ def encode(tokenizer: Any, text: str) -> Int[Tensor, " pos"]:
     """Tokens of a long text, without BOS."""
     pieces = tokenizer(text.split("\n\n"), add_special_tokens=False)["input_ids"]
     gap = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
-    return torch.tensor([token for piece in pieces for token in (*piece, *gap)])
+    return torch.tensor([token for piece in pieces for token in (*piece, *gap)], device="cpu")
 
 
 def windows(tokens: Int[Tensor, " pos"], starts: Int[Tensor, " batch"]) -> Int[Tensor, "batch window"]:
     """BOS and the tokens that follow each start, `WINDOW` in total."""
-    found = tokens[starts[:, None] + torch.arange(-1, WINDOW - 1)]
+    found = tokens[starts[:, None] + torch.arange(-1, WINDOW - 1, device=tokens.device)]
     found[:, 0] = 0
     return found
 

@@ -50,13 +50,13 @@ def train_hop(cfg: LoopedConfig, n_steps: int = 1000, seed: int = 0) -> Trained:
         seed: of initialisation and prompts.
     """
     model = initialise(LoopedModel(cfg), seed, std=0.1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     n_active = 1
 
     def loss() -> Tensor:
         nonlocal n_active
-        n_symbols = int(torch.randint(2, N_SYMBOLS + 1, (), generator=generator))
-        kind = "cycle" if torch.rand((), generator=generator) < 0.5 else "function"
+        n_symbols = int(torch.randint(2, N_SYMBOLS + 1, (), generator=generator, device="cpu"))
+        kind = "cycle" if torch.rand((), generator=generator, dtype=torch.float32, device="cpu") < 0.5 else "function"
         prompts = hop_prompts(64, n_symbols, kind, generator)
         logits: list[Tensor] = []
         model(prompts.tokens, loop=n_active - 1, on_loop=lambda _, found: logits.append(found[:, prompts.query_pos]))
@@ -82,10 +82,10 @@ def train_text(cfg: LoopedConfig, n_steps: int = 2500, seed: int = 0) -> Trained
     tokenizer = text_tokenizer(text, cfg.d_vocab)
     tokens = encode(tokenizer, text)
     model = initialise(LoopedModel(cfg), seed, std=TEXT_STD)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def loss() -> Tensor:
-        batch = windows(tokens, torch.randint(1, len(tokens) - WINDOW, (8,), generator=generator))
+        batch = windows(tokens, torch.randint(1, len(tokens) - WINDOW, (8,), generator=generator, device="cpu"))
         return cross_entropy(model(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten())
 
     _optimise(model, loss, n_steps, lr=3e-3, weight_decay=0.1)
@@ -137,7 +137,7 @@ def measure(model: LoopedBridge, n_loops: int) -> Tensor:
     if model.looped_cfg.d_vocab == len(WORDS):
         return 100 * hop_accuracy(deep, hop_prompts(1000, seed=1_000_003))
     tokens = encode(model.tokenizer, corpus(held_out=True))
-    return loss_by_loop(deep, windows(tokens, torch.arange(1, len(tokens) - WINDOW, WINDOW))).mean(1)
+    return loss_by_loop(deep, windows(tokens, torch.arange(1, len(tokens) - WINDOW, WINDOW, device=tokens.device))).mean(1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
