@@ -54,7 +54,8 @@ def configured(tokenizer: Any, cfg: TransformerBridgeConfig) -> PreTrainedTokeni
 
 def _added(tokenizer: Any) -> tuple[bool, bool]:
     """Whether a tokenizer puts its first special token before every text, and its last one after it."""
-    for text in ("a", *islice(tokenizer.get_vocab(), 99)):
+    special = set(tokenizer.all_special_tokens)
+    for text in ("a", *islice((word for word in tokenizer.get_vocab() if word not in special), 99)):
         try:
             plain = tokenizer.encode(text, add_special_tokens=False)
         except Exception:  # what a tokenizer without an unknown token raises has no class of its own
@@ -98,24 +99,7 @@ def encode(
     side = tokenizer.padding_side if padding_side is None else padding_side
     if side not in ("left", "right"):
         raise LoopedError(f"padding_side={side!r} was asked; choose 'left' or 'right'.")
-    wants_bos = cfg.default_prepend_bos if prepend_bos is None else prepend_bos
-    bos = (
-        [tokenizer.bos_token_id] if wants_bos and not cfg.tokenizer_prepends_bos and tokenizer.bos_token_id is not None else []
-    )
-    listed = [texts] if isinstance(texts, str) else list(texts)
-    limit = {"truncation": True, "max_length": cfg.n_ctx - len(bos)} if truncate else {"truncation": False}
-    try:
-        rows: list[list[int]] = tokenizer(listed, padding=False, **limit)["input_ids"] if listed else []
-    except Exception as error:
-        if type(error) is not Exception:
-            raise
-        raise LoopedError(  # what a tokenizer without an unknown token raises has no class of its own
-            f"the tokenizer has no token for a part of {texts!r}{_unknown_words(tokenizer, listed)} ({error}); see "
-            "model.tokenizer.get_vocab()."
-        ) from error
-    if cfg.tokenizer_appends_eos:  # a text goes on
-        rows = [row[:-1] if len(row) > 1 and row[-1] == tokenizer.eos_token_id else row for row in rows]
-    rows = [bos + row if wants_bos or not cfg.tokenizer_prepends_bos else row[1:] for row in rows]
+    rows = _ids(tokenizer, cfg, [texts] if isinstance(texts, str) else list(texts), prepend_bos, truncate)
     lengths = [len(row) for row in rows]
     longest = max(lengths, default=0)
     if all(n == longest for n in lengths):
@@ -131,6 +115,29 @@ def encode(
         where = slice(longest - len(row), None) if side == "left" else slice(len(row))
         tokens[i, where], mask[i, where] = torch.tensor(row, dtype=torch.long, device="cpu"), 1
     return tokens, mask
+
+
+def _ids(
+    tokenizer: Any, cfg: TransformerBridgeConfig, texts: list[str], prepend_bos: bool | None, truncate: bool
+) -> list[list[int]]:
+    """The tokens of every text, with or without a beginning, and without an end, since texts go on."""
+    wants_bos = cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+    adds_bos = wants_bos and not cfg.tokenizer_prepends_bos and tokenizer.bos_token_id is not None
+    bos: list[Any] = [tokenizer.bos_token_id] if adds_bos else []
+    limit = {"truncation": True, "max_length": cfg.n_ctx - len(bos)} if truncate else {"truncation": False}
+    shown = ", ".join(map(repr, texts))
+    try:
+        rows: list[list[int]] = tokenizer(texts, padding=False, **limit)["input_ids"] if texts else []
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise LoopedError(  # what a tokenizer without an unknown token raises has no class of its own
+            f"the tokenizer has no token for a part of {shown}{_unknown_words(tokenizer, texts)} ({error}); see "
+            "model.tokenizer.get_vocab()."
+        ) from error
+    if cfg.tokenizer_appends_eos:
+        rows = [row[:-1] if len(row) > 1 and row[-1] == tokenizer.eos_token_id else row for row in rows]
+    return [bos + row if wants_bos or not cfg.tokenizer_prepends_bos else row[1:] for row in rows]
 
 
 def _unknown_words(tokenizer: Any, texts: Sequence[str]) -> str:
