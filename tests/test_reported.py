@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
+import gc
+import io
 import json
 import math
 import os
+import pickle
+import random
 import re
 import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +30,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import ZOO, random_bridge, random_tokens
 
 import tl_looped.checkpoints.open as open_module
 import tl_looped.checkpoints.save as save_module
-from tl_looped import LoopedBridge, LoopedConfig, LoopedError, checkpoints
+from tl_looped import LoopedBridge, LoopedCache, LoopedConfig, LoopedError, checkpoints, exits
 from tl_looped.analysis import exit_steps, injection_effect
+from tl_looped.attribution import attribution_sweep
 from tl_looped.checkpoints import MemoryCheckpoint, load_model, make_plan, open_checkpoint, save_model
 from tl_looped.checkpoints.files import InSafetensors
 from tl_looped.cli import main
 from tl_looped.errors import CheckpointError
 from tl_looped.exits import Gate
 from tl_looped.info import checkpoint_text
+from tl_looped.interventions import ablate
 from tl_looped.model import LoopedModel
 from tl_looped.model.parameters import parameter_shapes
 from tl_looped.report import Report
@@ -59,6 +67,9 @@ from tl_looped.exits import LoopHistory
 from tl_looped.report.section import Question, Section
 from tl_looped.report.sections import the_answers, the_fixed_points
 from tl_looped.toys.hop import hop_prompts
+from tl_looped.patching import patch_sweep
+from tl_looped.path_patching import edge_sweep
+from tl_looped.weight_gradients import influence, weight_gradients_by_pass
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -83,6 +94,363 @@ def test_rows_that_round_differently_have_no_effect_before_the_edit(name: str, s
 
 
 # --- Copies, interruptions, frozen parameters, stale caches ---
+
+
+def _answers(model: LoopedBridge, tokens: Tensor) -> dict[str, Tensor]:
+    """What a model says, caches, attributes, learns and writes."""
+    logits, cache = model.run_with_cache(tokens)
+    stack = "L" if len(model.schedule.core_stacks) > 1 else None
+    found = {name: cache[name] for name in cache.keys()}
+    found |= {"logits": logits.detach(), "by loop": cache.stack_loops("resid_post", stack=stack)}
+    found |= {"parts": cache.decompose_resid(), "heads": cache.attribute_logits(3, unit="head").values}
+    model(tokens, return_type="loss").backward()
+    for name, parameter in model.original_model.canonical_parameters().items():
+        found[f"gradient of {name}"] = torch.zeros(0) if parameter.grad is None else parameter.grad.clone()
+    model.zero_grad()
+    model.exit_policy = exits.KL(0.5)
+    found["text"] = model.generate(tokens, 3, do_sample=False, stop_at_eos=False, verbose=False)
+    found["loops"] = model.generation_report.passes_per_token
+    model.exit_policy = None
+    return found
+
+
+def _differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    return sorted(a.keys() ^ b.keys()) + [name for name in a.keys() & b.keys() if not torch.equal(a[name], b[name])]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_deep_copy_computes_the_same_and_is_a_model_of_its_own(name: str) -> None:
+    # What is right is what the original says: the same computation on copied values. Without the last norm, which a copy
+    # once skipped, the logits of the small Ouro are off by 6.8.
+    model, tokens = random_bridge(name), random_tokens()
+    right = _answers(model, tokens)
+    fired: list[str] = []
+    model.add_hook("blocks.1.hook_resid_pre", lambda x, hook: fired.append(hook.name))
+    twin = copy.deepcopy(model)
+    model.reset_hooks()
+    twin(tokens)
+    assert len(fired) == 1  # the copy has the hook, and loses it by itself
+    twin.reset_hooks()
+    assert not _differing(right, _answers(twin, tokens)) and len(fired) == 1
+    assert torch.equal(model.unroll(4)(tokens), copy.deepcopy(twin.unroll(4))(tokens))
+    assert torch.equal(copy.deepcopy(model.original_model)(tokens).logits, right["logits"])
+    for holders in twin.original_model.parameter_slots.values():
+        assert len({id(getattr(*holder)) for holder in holders}) == 1  # the passes of the copy share their parameters
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(1.5)
+    assert not torch.equal(twin(tokens), right["logits"])
+    assert torch.equal(model(tokens), right["logits"])
+    model.enable_compatibility_mode(disable_warnings=True)
+    processed = model(tokens)
+    assert torch.equal(copy.deepcopy(model)(tokens), processed)
+    late = copy.deepcopy(random_bridge(name))
+    late.enable_compatibility_mode(disable_warnings=True)
+    assert torch.equal(late(tokens), processed)
+
+
+def test_pickling_a_bridge_or_a_part_of_it_is_refused_and_names_what_to_do() -> None:
+    model = random_bridge("ouro")
+    _, cache = model.run_with_cache(random_tokens())
+    for held in (model, model.original_model, model.blocks, model.blocks[1], cache):
+        for save in (pickle.dumps, lambda x: torch.save(x, io.BytesIO())):
+            with pytest.raises(LoopedError, match="save_pretrained"):
+                save(held)
+    for cfg in ZOO.values():  # a model that no bridge has wrapped goes there and back
+        plain = LoopedModel(cfg.replace(act_fn="gelu_tanh"))
+        for parameter in plain.parameters():
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+        again = pickle.loads(pickle.dumps(plain))
+        assert torch.equal(again(random_tokens()).logits, plain(random_tokens()).logits)
+        assert len(list(again.parameters())) == len(list(plain.parameters()))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_logits_of_a_frozen_model_have_no_gradient(name: str) -> None:
+    model, tokens = random_bridge(name), random_tokens()
+    _, cache = model.run_with_cache(tokens, incl_bwd=True, return_type="loss")
+    first = model.schedule.pass_prefix(model.schedule.passes[0])
+    assert bool(cache[f"{first}.hook_state_grad"].any())  # a state that no parameter made has a gradient too
+    model.zero_grad()
+    model.requires_grad_(False)
+    assert not model(tokens).requires_grad
+    assert not model(tokens, initial_state="zero").requires_grad
+    with pytest.raises(ValueError, match="requires_grad=False"):  # TransformerLens's own words
+        model.run_with_cache(tokens, incl_bwd=True, return_type="loss")
+    assert model.context_level == 0 and not any(point.has_hooks() for point in model.hook_dict.values())
+
+    # A dictionary that is trained on activations, by two backward passes over what one run returned.
+    _, cache = model.run_with_cache(tokens, names_filter="blocks.3.hook_resid_post")
+    seen: list[Tensor] = []
+    model.run_with_hooks(tokens, fwd_hooks=[("blocks.3.hook_resid_post", lambda x, hook: seen.append(x))])
+    learned = nn.Linear(24, 24)
+    for _ in range(2):
+        (learned(seen[0]) - seen[0]).square().sum().backward()
+    assert torch.equal(seen[0], cache["blocks.3.hook_resid_post"])
+
+    # An input that asks for a gradient gets it, at every hook: d loss / d embedding by central differences in fp64.
+    wide = random_bridge(name, torch.float64)
+    wide.requires_grad_(False)
+    if wide.looped_cfg.value_embed_layers:
+        return  # these read tokens beside embeddings
+    embeds = wide.run_with_cache(tokens, names_filter="hook_embed")[1]["hook_embed"].clone().requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        return wide(x)[:, -1, 3].sum()
+
+    (gradient,) = torch.autograd.grad(loss(embeds), embeds)
+    step = torch.zeros_like(embeds)
+    step[0, 2, 5] = 1e-6
+    with torch.no_grad():
+        expected = (loss(embeds + step) - loss(embeds - step)) / 2e-6
+    assert gradient[0, 2, 5].item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-7)
+
+
+def test_estimates_on_a_frozen_model_are_those_on_a_trained_one() -> None:
+    for name in ("huginn", "hrm_text", "retrofit_llama"):
+        model, clean, corrupted = random_bridge(name), random_tokens(seed=1), random_tokens(seed=2)
+        stack = "L" if len(model.schedule.core_stacks) > 1 else None
+        found = []
+        for trained in (True, False):
+            model.requires_grad_(trained)
+            _, cache = model.run_with_cache(clean)
+            for site in ("state", "resid_pre"):
+                sweep = attribution_sweep(
+                    model, corrupted, cache, lambda logits: logits[:, -1, 3].sum(), site, axes=("loop",), stack=stack
+                )
+                found.append(sweep.values)
+        assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3]) and bool(found[0].any())
+
+
+def _edited(name: str) -> Callable[[LoopedBridge], object]:
+    """One way to change the weights of a model."""
+
+    def data(model: LoopedBridge) -> Tensor:
+        return model.blocks[1].mlp.out.weight.data
+
+    def trained(model: LoopedBridge) -> None:
+        optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
+        model(random_tokens(), return_type="loss").backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    def replaced(model: LoopedBridge) -> None:
+        parameter = model.original_model.canonical_parameters()["unembed.weight"]
+        for _ in range(2):  # the second copy may lie where the first weights lay
+            parameter.data = parameter.data * 1.5
+
+    ways: dict[str, Callable[[LoopedBridge], object]] = {
+        "one entry": lambda model: data(model)[3, 4].add_(1e-3),
+        "two rows exchanged": lambda model: data(model).copy_(data(model)[[1, 0, *range(2, 24)]]),
+        "two columns exchanged": lambda model: data(model).copy_(data(model)[:, [1, 0, *range(2, 20)]]),
+        "one sign": lambda model: data(model)[0].neg_(),
+        "in place": lambda model: torch.no_grad()(model.blocks[1].attn.o.weight.mul_)(0.5),
+        "replaced twice": replaced,
+        "a training step": trained,
+        "compatibility mode": lambda model: model.enable_compatibility_mode(disable_warnings=True),
+        "bfloat16": lambda model: model.to(torch.bfloat16),
+    }
+    return ways[name]
+
+
+def _users(model: LoopedBridge, cache: LoopedCache, other: Tensor) -> dict[str, Callable[[], object]]:
+    """Everything that reads a cache together with the weights of a model."""
+
+    def metric(logits: Tensor) -> Tensor:
+        return logits[0, -1, 5]
+
+    return {
+        "decompose_resid": cache.decompose_resid,
+        "accumulated_resid": cache.accumulated_resid,
+        "as they are": lambda: cache.accumulated_resid(layer=None),
+        "stack_head_results": cache.stack_head_results,
+        "stack_neuron_results": lambda: cache.stack_neuron_results(layer=None),
+        "get_neuron_results": lambda: cache.get_neuron_results(1),
+        "full": cache.get_full_resid_decomposition,
+        "attribute_logits": lambda: cache.attribute_logits(5),
+        "logit_attrs": lambda: cache.logit_attrs(torch.zeros(1, 2, 7, 24), 5),
+        "apply_ln_to_stack": lambda: cache.apply_ln_to_stack(torch.zeros(1, 2, 7, 24)),
+        "logit_lens": cache.logit_lens,
+        "compute_head_results": cache.compute_head_results,
+        "some rows": lambda: cache.apply_slice_to_batch_dim(0).decompose_resid(),
+        "some loops": lambda: cache.select_loops("all").attribute_logits(5),
+        "patch_sweep": lambda: patch_sweep(model, other, cache, metric, axes=("loop",), verbose=False),
+        "attribution_sweep": lambda: attribution_sweep(model, other, cache, metric, axes=("loop",)),
+        "edge_sweep": lambda: edge_sweep(model, other, cache, metric),
+        "ablate": lambda: ablate(model, loops=0, part="mlp", mode="mean", cache=cache),
+    }
+
+
+def test_a_cache_is_not_read_with_weights_that_did_not_make_it() -> None:
+    model, other = random_bridge("looped_qwen", n_loops=2), random_tokens(seed=5)
+    _, cache = model.run_with_cache(random_tokens())
+    for user in _users(model, cache, other).values():
+        user()
+    _edited("one entry")(model)
+    for user in _users(model, cache, other).values():
+        with pytest.raises(LoopedError, match="other weights made this cache"):
+            user()
+
+
+@pytest.mark.parametrize(
+    "way",
+    ["one entry", "two rows exchanged", "two columns exchanged", "one sign", "in place", "replaced twice", "a training step",
+     "compatibility mode", "bfloat16"],
+)  # fmt: skip
+def test_every_change_of_weights_is_noticed(way: str) -> None:
+    model = random_bridge("looped_qwen")
+    _, cache = model.run_with_cache(random_tokens(), names_filter="ln_final.hook_scale")
+    stack = torch.zeros(1, 2, 7, 24)
+    cache.logit_attrs(stack, 5)
+    _edited(way)(model)
+    with pytest.raises(LoopedError, match="other weights made this cache"):
+        cache.logit_attrs(stack, 5)
+    _, fresh = model.run_with_cache(random_tokens(), names_filter="ln_final.hook_scale")
+    fresh.logit_attrs(stack, 5)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_cache_knows_its_model(name: str) -> None:
+    model, clean, corrupted = random_bridge(name), random_tokens(seed=1), random_tokens(seed=2)
+
+    def metric(logits: Tensor) -> Tensor:
+        return logits[:, -1, 3]
+
+    def sweep(of: LoopedBridge, cache: Any) -> Tensor | None:
+        stack = "L" if len(of.schedule.core_stacks) > 1 else None
+        return patch_sweep(of, corrupted, cache, metric, "state", loops=0, stack=stack, verbose=False).baseline_clean
+
+    right = model(clean)[:, -1, 3]  # the clean prompt, run
+    _, cache = model.run_with_cache(clean)
+    same = model.unroll(model.n_loops)  # the same parameters
+    found = sweep(same, cache)
+    assert found is not None and torch.allclose(found, right, atol=1e-5)
+    model.to("cpu")
+    model.requires_grad_(False)
+    assert torch.allclose(cache.attribute_logits(3).values.sum(0), _before_cap(model, clean)[:, -1, 3], atol=2e-3)
+
+    # Another model of the same schedule: only its own cache tells what its clean run says.
+    stranger = random_bridge(name)
+    with torch.no_grad():
+        stranger.original_model.canonical_parameters()["embed.weight"].mul_(1.01)
+    with pytest.raises(LoopedError, match=r"embed.weight changed.*LoopedCache\(dict"):
+        sweep(stranger, cache)
+    strange = stranger.run_with_cache(clean)[1]
+    found = sweep(stranger, strange)
+    assert found is not None and torch.allclose(found, stranger(clean)[:, -1, 3], atol=1e-5)
+    taken = LoopedCache(dict(cache.items()), stranger)  # on purpose; what a clean run says is then not known
+    assert sweep(stranger, taken) is None and sweep(stranger, dict(cache.items())) is None
+    moved = stranger.run_with_hooks(corrupted, fwd_hooks=[("unembed.hook_in", lambda x, hook: cache["unembed.hook_in"])])
+    expected = cache["unembed.hook_in"] @ stranger.W_U
+    cap = stranger.looped_cfg.logit_softcap
+    assert torch.allclose(moved, expected if cap is None else cap * torch.tanh(expected / cap), atol=1e-5)
+
+
+def _before_cap(model: LoopedBridge, tokens: Tensor) -> Tensor:
+    """Logits before the soft cap, from what the unembedding writes."""
+    seen: list[Tensor] = []
+    model.run_with_hooks(tokens, fwd_hooks=[("unembed.hook_out", lambda x, hook: seen.append(x))])
+    return seen[0]
+
+
+class _InterruptedAt:
+    """Ctrl-C at the n-th line that the package runs; one for `sys.settrace`, which switches itself off then."""
+
+    def __init__(self, n: int):
+        self.n, self.seen = n, 0
+
+    def __call__(self, frame: Any, event: str, arg: Any) -> Any:
+        return self.line if f"{os.sep}tl_looped{os.sep}" in frame.f_code.co_filename else None
+
+    def line(self, frame: Any, event: str, arg: Any) -> Any:
+        self.seen += event == "line"
+        if event == "line" and self.seen == self.n:
+            raise KeyboardInterrupt
+        return self.line
+
+    def run(self, action: Callable[[], object]) -> bool:
+        """Whether the action was interrupted."""
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            action()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+
+def _condition(model: LoopedBridge) -> dict[str, Any]:
+    """All that an interruption might leave changed."""
+    inside, points = model.original_model, list({id(point): point for point in model.hook_dict.values()}.values())
+    parameters = inside.canonical_parameters()
+    return {
+        "hooks": [(p.name, len(p._forward_hooks), len(p._backward_hooks), len(p.fwd_hooks), len(p.bwd_hooks)) for p in points],
+        "level": model.context_level,
+        "names": sorted(model.hook_dict),
+        "parameters": {name: (id(p), p.dtype, p.detach().double().sum().item()) for name, p in parameters.items()},
+        "how many": len({id(p) for p in inside.parameters()}),
+        "slots": {name: len(holders) for name, holders in inside.parameter_slots.items()},
+        "mode": (model.compatibility_mode, model._weights_processed, hasattr(inside.embed, "unfold")),
+        "generation": (model._given, model.__dict__.get("_capture_hf_cache", False), "_last_hf_cache" in model.__dict__),
+        "modules": [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in inside.modules()],
+        "collects": gc.isenabled(),
+    }
+
+
+def _same(x: Tensor, hook: Any) -> Tensor:
+    return x
+
+
+def _in_a_context(model: LoopedBridge, tokens: Tensor) -> None:
+    with model.hooks(
+        fwd_hooks=[("blocks.*.hook_resid_pre", _same)], bwd_hooks=[("blocks.1.hook_resid_post", lambda x, hook: None)]
+    ):
+        model(tokens)
+
+
+# Whether the action changes the model when it is not interrupted, so that it is counted on a copy.
+_ACTIONS: dict[str, tuple[bool, Callable[[LoopedBridge, Tensor], object]]] = {
+    "weight_gradients_by_pass": (False, weight_gradients_by_pass),
+    "influence": (False, lambda model, tokens: influence(model, tokens, tokens)),
+    "run_with_cache": (False, lambda model, tokens: model.run_with_cache(tokens, incl_bwd=True, return_type="loss")),
+    "run_with_hooks": (False, lambda m, tokens: m.run_with_hooks(tokens, fwd_hooks=[("blocks.*.hook_resid_pre", _same)])),
+    "hooks": (False, _in_a_context),
+    "generate": (False, lambda model, tokens: model.generate(tokens, 2, do_sample=False, stop_at_eos=False, verbose=False)),
+    "unroll": (False, lambda model, tokens: model.unroll(2)),
+    "add_hook": (True, lambda model, tokens: model.add_hook("blocks.*.hook_resid_pre", _same)),
+    "to": (True, lambda model, tokens: model.to(torch.float64)),
+    "process_weights": (True, lambda model, tokens: model.process_weights()),
+    "enable_compatibility_mode": (True, lambda model, tokens: model.enable_compatibility_mode(disable_warnings=True)),
+}
+
+
+@pytest.mark.parametrize("what", _ACTIONS)
+@pytest.mark.usefixtures("unchecked")
+def test_an_interrupted_model_is_as_it_was(what: str) -> None:
+    # The last lines are those that put things back; of the others, some.
+    changes, act = _ACTIONS[what]
+    cfg = LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=1, n_loops=2, pass_norm=True, final_norm=False, exit_gate=True)
+    model, tokens = LoopedBridge.from_config(cfg), torch.tensor([[1, 2]])
+    model.exit_policy = exits.KL(0.5) if what == "generate" else None
+    before, right = _condition(model), model(tokens)
+    for twin in [copy.deepcopy(model)] if changes else [model, model]:  # twice, for what is remembered after a first time
+        _condition(twin)
+        counter = _InterruptedAt(-1)
+        assert not counter.run(lambda twin=twin: act(twin, tokens))
+    model.zero_grad()
+    lines = sorted(random.Random(0).sample(range(1, counter.seen - 10), 8)) + list(range(counter.seen - 10, counter.seen))
+    interrupted = 0
+    for line in lines:
+        interrupted += _InterruptedAt(line).run(lambda: act(model, tokens))
+        model.zero_grad()
+        if changes and _condition(model) != before:  # after the last change
+            break
+        assert _condition(model) == before, line
+    assert interrupted >= 9
+    assert torch.allclose(torch.log_softmax(model(tokens), -1), torch.log_softmax(right, -1).to(model.cfg.dtype))
+    act(model, tokens)
 
 
 # (end: Copies, interruptions, frozen parameters, stale caches)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from .bridge.cache import LoopedCache
 from .bridge.looped_bridge import LoopedBridge
 from .bridge.run import Run
 from .errors import LoopedError, UnknownNameError
+from .model import LoopedModel
 from .model.initial_state import InitialState
 from .model.layers import wide
 
@@ -30,7 +31,8 @@ class CleanRun:
         initial_state: asked for the other run; None for that of this one.
 
     Raises:
-        LoopedError: another depth; another initial state, whose difference would be mixed with that of the prompts.
+        LoopedError: another depth; a cache that other weights made; another initial state, whose difference would be mixed
+            with that of the prompts.
         UnknownNameError: the cache does not tell from which random state the run started.
     """
 
@@ -47,6 +49,7 @@ class CleanRun:
                 f"the clean cache comes from a run of {cache.model.schedule.describe()}, but the model runs "
                 f"{model.schedule.describe()}; cache the clean run with this model."
             )
+        cache.weights.check(cast(LoopedModel, model.original_model), "a comparison with a clean cache")
         self.model: LoopedBridge = model
         self.cache: LoopedCache = cache
         self.record: Run | None = cache.run
@@ -202,7 +205,9 @@ class Comparison:
             LoopedError: the metric has no gradient.
         """
         with torch.inference_mode(False), torch.enable_grad():
-            value, seen = self._run([*hooks, ("hook_embed", _differentiable)], [*names, *also])
+            value, seen = self._run(
+                [*hooks, *((name, _differentiable) for name in ("hook_embed", self.state))], [*names, *also]
+            )
             if not value.requires_grad:
                 raise LoopedError("the metric has no gradient; compute it from its logits by differentiable steps.")
             gradients = torch.autograd.grad(value.sum(), [seen[name] for name in names], allow_unused=True)
@@ -251,5 +256,5 @@ def check_metric(value: object, logits: Float[Tensor, "batch pos d_vocab"]) -> F
     return value
 
 
-def _differentiable(embed: Tensor, hook: Any) -> Tensor:
-    return embed if embed.requires_grad else embed.requires_grad_()  # the parameters may be frozen
+def _differentiable(x: Tensor, hook: Any) -> Tensor:
+    return x if x.requires_grad else x.requires_grad_()  # the parameters may be frozen

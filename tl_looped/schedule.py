@@ -326,6 +326,14 @@ class Schedule:
             return self._pass_of(stack, loop).first + layer
         return layer if stack == "prelude" else self.first_coda_layer + layer
 
+    def is_last(self, p: Pass) -> bool:
+        """Whether a pass is the last one of the run.
+
+        Args:
+            p: one of `passes`, or a copy of one.
+        """
+        return p.index == self.n_passes - 1
+
     def pass_prefix(self, p: Pass) -> str:
         """The loop-indexed name of a pass, without a hook, such as "loops.2".
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -18,11 +17,13 @@ from .bridge.tokens import refuse_unmarked_padding
 from .comparison import Metric
 from .errors import LoopedError
 from .model import LoopedModel
+from .model.undo import undone
 from .results import Grid
 from .schedule import LoopSelector
 
 PASS_PARAMETERS = ("inject.", "pass_norm.", "exit_gate.")
 Loss = Callable[[Tensor, Tensor], Tensor]
+T = TypeVar("T")
 
 
 def weight_gradients_by_pass(
@@ -54,22 +55,27 @@ def weight_gradients_by_pass(
         >>> tuple(gradients["core.1.attn.q.weight"].shape)
         (3, 8, 8)
     """
-    with torch.inference_mode(False), torch.enable_grad(), _weights_of_their_own(model) as views:
+    with torch.inference_mode(False), torch.enable_grad():
         run = {name: x.clone() if isinstance(x, Tensor) else x for name, x in run.items()}
         asked = {"return_type": "loss" if metric is None else "logits", **run}
-        output = model(tokens.clone() if isinstance(tokens, Tensor) else tokens, **asked)
-        value = output if metric is None else metric(output)
-        if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
-            found = f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise LoopedError(
-                f"the metric returned {found}; it must return a scalar tensor that is computed from the logits it is given."
-            )
-        flat = [view for uses in views.values() for view in uses]
-        found = iter(torch.autograd.grad(value, flat, allow_unused=True))
-    gradients = {name: [(view, next(found)) for view in uses] for name, uses in views.items()}
+
+        def gradients_of(views: dict[str, list[nn.Parameter]]) -> list[Tensor | None]:
+            output = model(tokens.clone() if isinstance(tokens, Tensor) else tokens, **asked)
+            value = output if metric is None else metric(output)
+            if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
+                found = f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise LoopedError(
+                    f"the metric returned {found}; it must return a scalar tensor that is computed from the logits it is given."
+                )
+            flat = [view for uses in views.values() for view in uses]
+            return list(torch.autograd.grad(value, flat, allow_unused=True))
+
+        views, found = _with_weights_of_their_own(model, gradients_of)
+    gradients = iter(found)
+    by_name = {name: [(view, next(gradients)) for view in uses] for name, uses in views.items()}
     return {
         name: torch.stack([torch.zeros_like(view, requires_grad=False) if g is None else g for view, g in uses])
-        for name, uses in gradients.items()
+        for name, uses in by_name.items()
     }
 
 
@@ -143,9 +149,13 @@ def _loss_of(loss_fn: Loss, tokens: Tensor, logits: Tensor) -> Tensor:
     return loss_fn(logits, tokens)
 
 
-@contextmanager
-def _weights_of_their_own(model: LoopedBridge) -> Generator[dict[str, list[nn.Parameter]], None, None]:
-    """While it lasts, every use of a looped parameter holds a view of its own; they come by canonical name, in run order."""
+def _with_weights_of_their_own(
+    model: LoopedBridge, action: Callable[[dict[str, list[nn.Parameter]]], T]
+) -> tuple[dict[str, list[nn.Parameter]], T]:
+    """What an action returns while every use of a looped parameter holds a view of its own.
+
+    The views, by canonical name and in run order, are what the action is called with; they are returned too.
+    """
     looped: Any = model.original_model
     assert isinstance(looped, LoopedModel)
     check_pass_norms(looped, "a gradient for every pass")
@@ -153,11 +163,15 @@ def _weights_of_their_own(model: LoopedBridge) -> Generator[dict[str, list[nn.Pa
     slots = {name: holders for name, holders in looped.parameter_slots.items() if name.startswith(prefixes)}
     shared = {name: getattr(*holders[0]) for name, holders in slots.items()}
     views = {name: [nn.Parameter(shared[name].detach()) for _ in holders] for name, holders in slots.items()}
-    try:
+
+    def act() -> T:
         for name, holders in slots.items():
             for (owner, attribute), view in zip(holders, views[name], strict=True):
                 setattr(owner, attribute, view)
-        yield views
-    finally:
+        return action(views)
+
+    def share_again() -> None:
         for name, parameter in shared.items():
             looped.set_parameter(name, parameter)
+
+    return views, undone(act, share_again)

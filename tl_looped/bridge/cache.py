@@ -19,6 +19,7 @@ from ..errors import LoopedError, UnknownNameError
 from ..model import LoopedModel
 from ..schedule import LoopSelector, Site, is_pattern, virtual_layer
 from .decomposition import FINAL, REMAINDER, Decomposition, LogitAttribution, Reader, Write, branch_inputs
+from .fingerprint import Fingerprint
 from .run import Run
 from .tokens import check_real, real_positions
 
@@ -56,6 +57,13 @@ class LoopedCache(ActivationCache):
     run: Run | None = None  # what made these activations, where a whole run did
     attention_mask: Tensor | None = None  # [batch, pos], 1 for real positions; None where all are
     _streams: Sequence[Callable[[], Tensor | None]] = ()
+
+    def __init__(
+        self, cache_dict: dict[str, Tensor], model: Any, has_batch_dim: bool = True, weights: Fingerprint | None = None
+    ):
+        super().__init__(cache_dict, model, has_batch_dim)
+        # Nothing is known of a cache that somebody makes by hand; it is taken for one of the model as it is.
+        self.weights: Fingerprint = Fingerprint.of(model.original_model) if weights is None else weights
 
     def __getitem__(self, key: Any) -> Tensor:
         if not isinstance(key, (str, tuple)) or not key:
@@ -178,7 +186,7 @@ class LoopedCache(ActivationCache):
         others = [p for p in schedule.passes if p.index // per_loop not in kept]
         dropped = tuple(f"blocks.{i}." for p in others for i in p.layers) + tuple(f"{schedule.pass_prefix(p)}." for p in others)
         entries = {name: value for name, value in self.cache_dict.items() if not name.startswith(dropped)}
-        selected = LoopedCache(entries, self.model, self.has_batch_dim)
+        selected = LoopedCache(entries, self.model, self.has_batch_dim, self.weights)
         selected.run, selected.attention_mask = self.run, self.attention_mask
         return selected
 
@@ -188,11 +196,23 @@ class LoopedCache(ActivationCache):
         Args:
             batch_slice: which rows, as a TransformerLens `Slice` or what one is made of.
         """
-        chosen = super().apply_slice_to_batch_dim(batch_slice)
-        if isinstance(chosen, LoopedCache) and self.attention_mask is not None:
+        sliced = super().apply_slice_to_batch_dim(batch_slice)
+        chosen = LoopedCache(sliced.cache_dict, self.model, sliced.has_batch_dim, self.weights)
+        if self.attention_mask is not None:
             mask = _slice(batch_slice).apply(self.attention_mask, dim=0)
             chosen.attention_mask = mask if mask.ndim == 2 else mask[None]
         return chosen
+
+    def check_weights(self, what: str) -> None:
+        """Refuse to use the weights that the model has now beside these activations, if others made them.
+
+        Args:
+            what: what was asked.
+
+        Raises:
+            LoopedError: the weights were changed since.
+        """
+        self.weights.check(self.model.original_model, what)
 
     def decompose_resid(
         self,
@@ -269,6 +289,7 @@ class LoopedCache(ActivationCache):
         Raises:
             LoopedError: the cache lacks what is needed, or the residual stream was edited in the run.
         """
+        self.check_weights("accumulated_resid")
         if carried is None:
             carried = not apply_ln and layer is not None
         positions, point = _slice(pos_slice), self._point(layer, mlp_input)
@@ -286,9 +307,7 @@ class LoopedCache(ActivationCache):
             stack = torch.stack([positions.apply(self[self._cached_stream(name)], dim=-2) for name in names])
         if apply_ln:
             recompute = not carried and point == FINAL
-            stack = self.apply_ln_to_stack(
-                stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim, recompute_ln=recompute
-            )
+            stack = self._normed(stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim, recompute_ln=recompute)
         elif not carried:
             self._streams = [*(ref for ref in self._streams if ref() is not None), weakref.ref(stack)]
         return (stack, [self._stream_label(name) for name in names]) if return_labels else stack
@@ -443,8 +462,21 @@ class LoopedCache(ActivationCache):
             recompute_ln: norm every entry by itself (logit lens); for `ln_final` only.
 
         Raises:
-            LoopedError: the scale was not cached; `recompute_ln` at another norm.
+            LoopedError: the scale was not cached; `recompute_ln` at another norm; the weights were changed since.
         """
+        self.check_weights("apply_ln_to_stack")
+        return self._normed(residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln)
+
+    def _normed(
+        self,
+        residual_stack: Stack,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        pos_slice: Any = None,
+        batch_slice: Any = None,
+        has_batch_dim: bool = True,
+        recompute_ln: bool = False,
+    ) -> Stack:
         point = self._point(layer, mlp_input)
         if recompute_ln:
             if point != FINAL:
@@ -486,8 +518,9 @@ class LoopedCache(ActivationCache):
 
         Raises:
             LoopedError: the stack is one of streams as they are (`accumulated_resid` made it, or it is a slice of such), which
-                contribute no such thing.
+                contribute no such thing; the weights were changed since.
         """
+        self.check_weights("logit_attrs")
         whole = residual_stack if residual_stack._base is None else residual_stack._base  # of which it may be a slice
         if any(whole is streams() for streams in self._streams):
             raise LoopedError(
@@ -580,6 +613,10 @@ class LoopedCache(ActivationCache):
         """
         check_real(positions, self.padding())
 
+    def _ensure_head_results(self) -> bool:
+        self.check_weights("compute_head_results")
+        return super()._ensure_head_results()
+
     def _direction(self, tokens: Any, incorrect_tokens: Any, pos: Any, like: Tensor) -> Tensor:
         """The direction in the stream entering `ln_final` whose product is the logit, broadcastable to `like`."""
         direction = self.model.tokens_to_residual_directions(tokens)
@@ -597,7 +634,7 @@ class LoopedCache(ActivationCache):
         if like.ndim == 3 and direction.ndim == 2 and self.has_batch_dim and direction.shape[0] == like.shape[0]:
             direction = direction.unsqueeze(-2)  # one token for each row of the batch
         direction = direction.detach().to(like.device, like.dtype).expand_as(like)
-        return self.apply_ln_to_stack(direction[None], pos_slice=pos, has_batch_dim=self.has_batch_dim)[0]
+        return self._normed(direction[None], pos_slice=pos, has_batch_dim=self.has_batch_dim)[0]
 
     def _layer(self, layer: int | None) -> int:
         n_layers = self.model.cfg.n_layers
@@ -654,7 +691,7 @@ class LoopedCache(ActivationCache):
         return_labels: bool,
     ) -> Stack | tuple[Stack, list[str]]:
         if apply_ln:
-            stack = self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim)
+            stack = self._normed(stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim)
         return (stack, labels) if return_labels else stack
 
     def _split(
@@ -711,7 +748,7 @@ class LoopedCache(ActivationCache):
         for column in project.detach().reshape(len(project), -1).T:
             aim = column.to(decomposition.like.device, decomposition.like.dtype).expand_as(decomposition.like)
             if apply_ln:
-                aim = self.apply_ln_to_stack(aim[None], layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim)[0]
+                aim = self._normed(aim[None], layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim)[0]
             grads = decomposition.pull_back(aim)
             out = aim.new_zeros(n_rows, *aim.shape[:-1])
             for at in decomposition.writes:

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from copy import copy, deepcopy
 from types import NoneType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,33 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
+from ..errors import LoopedError
 from ..model.layers import Inputs, observe
 
 
-class Around(GeneralizedComponent):
+class InMemory(nn.Module):
+    """A module that can be copied, but not pickled."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy with parameters, hook points and hooks of its own."""
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__setstate__(deepcopy(self.__dict__, memo))
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refused: TransformerLens's hooks hold functions that cannot be pickled.
+
+        Raises:
+            LoopedError: always.
+        """
+        raise LoopedError(
+            "a LoopedBridge, or something that holds one, was pickled, as torch.save(model) does; use "
+            "model.save_pretrained(directory) and LoopedBridge.from_pretrained, torch.save(model.state_dict()), or for a cache "
+            "torch.save(cache.cache_dict). In memory copy.deepcopy(model) makes a copy."
+        )
+
+
+class Around(InMemory, GeneralizedComponent):
     """Fire `hook_in`, run the module, fire `hook_out`; hook points of the component's names replace the module's slots."""
 
     __call__: Callable[..., Any] = nn.Module.__call__  # the parent's version looks for offloaded weights at every call
@@ -43,16 +66,14 @@ class Around(GeneralizedComponent):
                 setattr(self, name, HookPoint())
             original_component._modules[name] = self._modules[name]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Around:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy with hook points of its own.
 
         TransformerLens copies one template for every virtual layer, in which the usual way takes milliseconds.
         """
         if self.original_component is None:
             return _template_copy(self, memo)
-        new = memo[id(self)] = type(self).__new__(type(self))
-        new.__setstate__(deepcopy(self.__dict__, memo))
-        return new
+        return super().__deepcopy__(memo)
 
     def forward(self, x: Tensor, *args: Any) -> Any:
         modules = self._modules

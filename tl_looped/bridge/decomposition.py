@@ -176,6 +176,9 @@ class Reader:
     Args:
         cache: a `LoopedCache`.
         positions: a TransformerLens `Slice` of positions.
+
+    Raises:
+        LoopedError: the weights were changed since.
     """
 
     def __init__(self, cache: Any, positions: Any):
@@ -184,6 +187,7 @@ class Reader:
         self.positions: Any = positions
         self.bridge: Any = cache.model
         self.model: LoopedModel = self.bridge.original_model
+        cache.check_weights("a decomposition")
 
     def get(self, name: str, dim: int = -2) -> Tensor:
         """A cached tensor at the positions asked for, in fp32 or wider, without gradient."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
@@ -15,6 +15,7 @@ from ..config import LoopedConfig
 from ..errors import LoopedError
 from ..exits import ExitPolicy, Gate, GenerationReport
 from ..model.early_exit import EarlyExit
+from ..model.undo import undone, whole
 from .tokens import encode, refuse_unmarked_padding
 
 # What `generate` takes beside TransformerBridge's own arguments; every step must see it, with and without cache.
@@ -90,8 +91,8 @@ class GeneratingBridge(TransformerBridge):
                 'pass an int seed or "zero".'
             )
         arguments = self._prompt(super().generate, (input, max_new_tokens, *args), kwargs)
-        with self._every_run_gets(extra):
-            return super().generate(*arguments.args, **arguments.kwargs)
+        generate = partial(super().generate, *arguments.args, **arguments.kwargs)
+        return whole(partial(self._while_every_run_gets, extra, generate), self._forget_generation)
 
     def generate_stream(self, *args: Any, **kwargs: Any) -> Generator[Any, None, None]:
         """Write text piece by piece, as in TransformerBridge; prompts and exit policies are those of `generate`.
@@ -124,6 +125,11 @@ class GeneratingBridge(TransformerBridge):
             raise LoopedError(f"{generate.__name__} was asked of prompts that end with padding; pad them on the left.")
         return bound
 
+    def _forget_generation(self) -> None:
+        """Put back what TransformerLens and the report keep of a generation that did not come to its end."""
+        for name in ("_capture_hf_cache", "_last_hf_cache", "_generation_report"):
+            self.__dict__.pop(name, None)
+
     def hf_generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: transformers' generation would need the published code, which is not run here.
 
@@ -148,12 +154,8 @@ class GeneratingBridge(TransformerBridge):
             alive = ~finished
             if run is not None:
                 run.alive = alive
-            try:
-                with self._every_run_gets({**self._given, "early_exit": run}):
-                    step = next(steps, None)
-            except BaseException:
-                self.__dict__["_generation_report"] = None
-                raise
+            given = {**self._given, "early_exit": run}
+            step = whole(partial(self._while_every_run_gets, given, partial(next, steps, None)), self._forget_generation)
             if step is None:
                 break
             all_loops.append(alive.long() * n_loops)
@@ -168,15 +170,18 @@ class GeneratingBridge(TransformerBridge):
     def _given(self) -> dict[str, Any]:
         return self.__dict__.get("_run_arguments", {})
 
-    @contextmanager
-    def _every_run_gets(self, arguments: dict[str, Any]) -> Generator[None, None, None]:
-        """While this is open, every run of the model is part of a generation and gets these arguments."""
+    def _while_every_run_gets(self, arguments: dict[str, Any], action: Callable[[], Any]) -> Any:
+        """What an action returns while every run of the model is part of a generation and gets these arguments."""
         before = self._given
-        self.__dict__["_run_arguments"] = arguments
-        try:
-            yield
-        finally:
+
+        def act() -> Any:
+            self.__dict__["_run_arguments"] = arguments
+            return action()
+
+        def take_back() -> None:
             self.__dict__["_run_arguments"] = before
+
+        return undone(act, take_back)
 
     def _generation_arguments(self, input: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What a run of the model gets because it is part of a generation."""

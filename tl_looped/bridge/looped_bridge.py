@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import gc
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast, overload
+from typing import Any, Literal, NoReturn, TypeVar, cast, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -23,19 +23,23 @@ from ..errors import LoopedError, UnknownNameError
 from ..model import LoopedModel
 from ..model.initial_state import InitialState
 from ..model.looped_model import initialise, set_mode
+from ..model.undo import Snapshot, undone, whole
 from ..schedule import Schedule, check_count, is_pattern, virtual_layer
 from .adapter import LoopedArchitectureAdapter, bridge_config
 from .cache import LoopedCache
+from .components import InMemory
 from .generation import GeneratingBridge
+from .hooking import Hooked, without_leftovers
 from .processing import check_options, check_running_sum, check_shared, has_output_bias, process_weights
 from .run import Run
 from .tokens import check_real, configured, encode, refuse_unmarked_padding
 
 NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
+T = TypeVar("T")
 
 
-class LoopedBridge(GeneratingBridge):
+class LoopedBridge(InMemory, GeneratingBridge):
     """A looped language model in TransformerLens.
 
     `blocks[i]` is virtual layer `i` of the unrolled computation; all passes over a layer hold the same parameters. Hook names
@@ -64,8 +68,7 @@ class LoopedBridge(GeneratingBridge):
         adapter.prepare_model(model)
         self.__dict__["looped_cfg"] = model.cfg
         self.__dict__["_hook_dict"] = (None, {})
-        with _no_collections():
-            super().__init__(model, adapter, tokenizer)
+        _without_collections(partial(super().__init__, model, adapter, tokenizer))
         self.eval()
 
     @property
@@ -275,8 +278,7 @@ class LoopedBridge(GeneratingBridge):
         """
         if self._weights_processed:
             raise LoopedError("the weights of this model were processed (compatibility mode); unroll the model before that.")
-        with _no_collections():
-            model = self._model.unrolled(n_loops)
+        model = _without_collections(partial(self._model.unrolled, n_loops))
         unrolled = LoopedBridge(model, None, self.cfg.model_name)
         unrolled._tokenizer = self.tokenizer
         unrolled.exit_policy = self.exit_policy
@@ -463,9 +465,16 @@ class LoopedBridge(GeneratingBridge):
         return tokens.to(self.cfg.device), None if mask is None else mask.to(self.cfg.device)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LoopedBridge:
-        super()._apply(fn, recurse)
-        self._model._apply(fn, recurse)
+        def apply() -> None:
+            super(LoopedBridge, self)._apply(fn, recurse)
+            self._model._apply(fn, recurse)
+
+        whole(apply, Snapshot(self, self._model, tensors_only=True).restore)
         return self
+
+    def _put_back(self) -> Callable[[], None]:
+        """What makes the modules hold again what they hold now."""
+        return _without_collections(partial(Snapshot, self, self._model)).restore
 
     def to(self, *args: Any, print_details: bool = False, **kwargs: Any) -> LoopedBridge:
         """Move the model or change its dtype; other unrolls of the same parameters move with it.
@@ -523,9 +532,11 @@ class LoopedBridge(GeneratingBridge):
         options = {"fold_value_biases": fold_value_biases, "refactor_factored_attn_matrices": refactor_factored_attn_matrices}
         if not no_processing:  # before anything is switched on
             check_options(self.looped_cfg, **options)
-        super().enable_compatibility_mode(
-            disable_warnings, no_processing, fold_ln, center_writing_weights, center_unembed, **options
-        )
+        enable = partial(
+            super().enable_compatibility_mode,
+            disable_warnings, no_processing, fold_ln, center_writing_weights, center_unembed, **options,
+        )  # fmt: skip
+        whole(enable, self._put_back())
 
     def process_weights(
         self,
@@ -561,8 +572,12 @@ class LoopedBridge(GeneratingBridge):
             fold_value_biases=fold_value_biases,
             refactor_factored_attn_matrices=refactor_factored_attn_matrices,
         )
-        process_weights(self._model, fold_ln=fold_ln, center_unembed=center_unembed, fold_value_biases=fold_value_biases)
-        self._weights_processed = True
+
+        def process() -> None:
+            process_weights(self._model, fold_ln=fold_ln, center_unembed=center_unembed, fold_value_biases=fold_value_biases)
+            self._weights_processed = True
+
+        whole(process, self._put_back())
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what `state_dict` returned, as in TransformerBridge.
@@ -699,8 +714,13 @@ class LoopedBridge(GeneratingBridge):
         Raises:
             LoopedError: no such hook; a loop or layer that this run does not have.
         """
-        for n in self.expand_name(name) if isinstance(name, str) else [self._matching(name)]:
-            super().add_hook(n, *args, **kwargs)
+        add = super().add_hook
+
+        def add_everywhere() -> None:
+            for n in self.expand_name(name) if isinstance(name, str) else [self._matching(name)]:
+                add(n, *args, **kwargs)
+
+        without_leftovers(self, add_everywhere)
 
     def hooks(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, fwd_hooks: Iterable[Hook] = (), bwd_hooks: Iterable[Hook] = (), **kwargs: Any
@@ -717,7 +737,7 @@ class LoopedBridge(GeneratingBridge):
         Raises:
             LoopedError: no such hook; a loop or layer that this run does not have.
         """
-        return super().hooks(self._expand_hooks(fwd_hooks), self._expand_hooks(bwd_hooks), **kwargs)
+        return Hooked(self, super().hooks(self._expand_hooks(fwd_hooks), self._expand_hooks(bwd_hooks), **kwargs))
 
     def run_with_hooks(
         self, input: Any, fwd_hooks: Iterable[Hook] = (), bwd_hooks: Iterable[Hook] = (), *args: Any, **kwargs: Any
@@ -734,7 +754,8 @@ class LoopedBridge(GeneratingBridge):
         Raises:
             LoopedError: no such hook; a loop or layer that this run does not have; inputs that do not fit the model.
         """
-        return super().run_with_hooks(input, self._expand_hooks(fwd_hooks), self._expand_hooks(bwd_hooks), *args, **kwargs)
+        hooks = self._expand_hooks(fwd_hooks), self._expand_hooks(bwd_hooks)
+        return without_leftovers(self, partial(super().run_with_hooks, input, *hooks, *args, **kwargs))
 
     @overload
     def run_with_cache(
@@ -799,13 +820,12 @@ class LoopedBridge(GeneratingBridge):
         chosen = self._expand_filter(names_filter)
         record = Run.of(self, input, kwargs)
         run: Any = super().run_with_cache
-        output, cache = run(input, return_cache_object, remove_batch_dim, chosen, None, *args, **kwargs)
+        arguments = (input, return_cache_object, remove_batch_dim, chosen, None, *args)
+        output, cache = without_leftovers(self, partial(run, *arguments, **kwargs))
         if not return_cache_object:
             return output, cache
-        looped = LoopedCache(cache.cache_dict, self, has_batch_dim=cache.has_batch_dim)
-        looped.run = record
-        looped.attention_mask = mask
-        return output, looped
+        cache.run, cache.attention_mask = record, mask
+        return output, cache
 
     def get_caching_hooks(self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> Any:
         """Caching hooks as in TransformerBridge; names may be loop-indexed and may be patterns.
@@ -887,16 +907,14 @@ class LoopedBridge(GeneratingBridge):
         """Every looped family has the forks; TransformerLens would check for its own attention classes."""
 
 
-@contextmanager
-def _no_collections() -> Generator[None, None, None]:
-    """Without garbage collections, each of which would scan all virtual layers made so far; what is made here stays alive."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def _without_collections(make: Callable[[], T]) -> T:
+    """What is made, without garbage collections, each of which would scan all virtual layers made so far; it stays alive."""
+
+    def made() -> T:
+        gc.disable()
+        return make()
+
+    return undone(made, gc.enable if gc.isenabled() else gc.disable)
 
 
 def _in_memory(hf_model: nn.Module) -> checkpoints.MemoryCheckpoint:

@@ -123,8 +123,9 @@ def _fold_final_norm(model: LoopedModel) -> None:
             "fold_ln=True was asked, but the last norm has a weight of exactly 0, which a tied embedding cannot divide out; "
             "pass fold_ln=False."
         )
-    others = slots.pop(shared)
-    slots["ln_final.weight"] = [others.pop(-1 if cfg.pass_norm_is_final else 0)]
+    holders = slots.pop(shared)
+    others = holders[:-1] if cfg.pass_norm_is_final else holders[1:]
+    slots["ln_final.weight"] = [holder for holder in holders if holder not in others]
     if others:
         slots[shared if cfg.pass_norm_is_final else "after_loop.weight"] = others
     _put(model, "ln_final.weight", torch.ones_like(weight))
@@ -138,10 +139,11 @@ def _fold_final_norm(model: LoopedModel) -> None:
     if cfg.pass_norm_is_final:
         model.register_forward_pre_hook(_refuse_early_readout, with_kwargs=True)
         if cfg.exit_gate:  # the gate of the last pass reads the state after the norm that lost its weight
-            slots["last_exit_gate.weight"] = [slots["exit_gate.weight"].pop()]
+            *earlier, last = slots.pop("exit_gate.weight")
+            slots["last_exit_gate.weight"] = [last]
             _put(model, "last_exit_gate.weight", getattr(*slots["last_exit_gate.weight"][0]) * weight)
-            if not slots["exit_gate.weight"]:
-                del slots["exit_gate.weight"]
+            if earlier:
+                slots["exit_gate.weight"] = earlier
 
 
 def _unfold(embed: Any, args: Any, out: Tensor) -> Tensor:
@@ -216,7 +218,7 @@ def stream_break(cfg: LoopedConfig, layer: int) -> str | None:
         return None
     if cfg.strategy == "anchored":
         return "an anchored loop scales what its passes write"
-    is_last = p is schedule.passes[-1]
+    is_last = schedule.is_last(p)
     if cfg.pass_norm and not (is_last and cfg.pass_norm_is_final):
         return "the state is normed after every pass"
     if cfg.injection != "none" and not is_last:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +14,7 @@ from ..bridge.cache import LoopedCache
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.tokens import counts_from_end, real_positions
 from ..errors import LoopedError, OutOfRangeError
+from ..model import LoopedModel
 from ..model.layers import Inputs, running
 from ..schedule import Pass
 
@@ -119,11 +120,12 @@ def here(source: Tensor, x: Tensor, positions: Positions, hook: Any, real: Tenso
     return source[:, torch.arange(inputs.past, total, device=source.device).clamp(max=length - 1)].to(x.device, x.dtype)
 
 
-def cached(model: LoopedBridge, cache: object, name: str) -> Tensor:
-    """An activation of another run, under its loop-indexed name."""
+def cached(model: LoopedBridge, cache: object, names: Sequence[str]) -> dict[str, Tensor]:
+    """Activations of another run of the model, under their loop-indexed names."""
     if not isinstance(cache, LoopedCache) or not cache.has_batch_dim:
         raise LoopedError("a cache was asked for: pass the LoopedCache that run_with_cache returns, with its batch dimension.")
-    return cache[name].detach()
+    cache.weights.check(cast(LoopedModel, model.original_model), "an intervention with a cache")
+    return {name: cache[name].detach() for name in names}
 
 
 def real_in(cache: LoopedCache, source: Tensor) -> Tensor:

@@ -82,19 +82,15 @@ def ablate(
     if units is not None:
         n = model.looped_cfg.n_heads if part == "head" else model.looped_cfg.d_mlp
         mask = unit_mask(select_indices(units, n, "units"), n, after=1 if part == "head" else 0)
-    hooks: Hooks = []
-    for layer in select_layers(model.schedule, loops, layers, stack):
-        for hook_name in HOOKS[part]:
-            name = model.schedule.name(layer, hook_name)
-            source = real = None
-            if cache is not None:
-                source = cached(model, cache, name)
-                if mode == "mean":
-                    source = real_mean(source, cache.attention_mask)
-                else:
-                    real = real_in(cache, source)
-            hooks.append((name, _replace(source, real, positions, mask)))
-    return hooks
+    chosen = select_layers(model.schedule, loops, layers, stack)
+    names = [model.schedule.name(layer, hook_name) for layer in chosen for hook_name in HOOKS[part]]
+    if cache is None:
+        return [(name, _replace(None, None, positions, mask)) for name in names]
+    sources = cached(model, cache, names)
+    if mode == "mean":
+        means = {name: real_mean(source, cache.attention_mask) for name, source in sources.items()}
+        return [(name, _replace(mean, None, positions, mask)) for name, mean in means.items()]
+    return [(name, _replace(source, real_in(cache, source), positions, mask)) for name, source in sources.items()]
 
 
 def _replace(source: Tensor | None, real: Tensor | None, positions: Positions, units: Tensor | None) -> Any:

@@ -79,7 +79,7 @@ def replace_injection(
     if isinstance(source, Tensor):
         _check_value("source", source, model.cfg.d_model)
         return [(name, _write(source, positions)) for name in names]
-    values = {name: cached(model, source, name) for name in names}
+    values = cached(model, source, names)
     return [(name, _write(value, positions, real_in(source, value))) for name, value in values.items()]
 
 

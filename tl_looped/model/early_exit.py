@@ -88,7 +88,7 @@ class EarlyExit:
             history.states.append(self._kept[p.index][:, -1])
             if exit_logit is not None:
                 history.exit_logits.append(exit_logit[:, -1])
-            leaving = waiting if p is schedule.passes[-1] else waiting & self.policy(history)
+            leaving = waiting if schedule.is_last(p) else waiting & self.policy(history)
             if bool(leaving.any()):
                 logits = torch.where(leaving[:, None], history.readout(p.loop), logits)
                 passes = passes.masked_fill(leaving, p.loop + 1)
@@ -109,7 +109,7 @@ class EarlyExit:
             x = model.blocks[i](x, inputs)
         if p.index == 0 and model.cfg.strategy == "anchored":
             self._grow("anchor", x)
-        is_final = model.cfg.pass_norm_is_final and p is model.cfg.schedule.passes[-1]
+        is_final = model.cfg.pass_norm_is_final and model.cfg.schedule.is_last(p)
         x, exit_logit = ends.leave(x, state, model.ln_final if is_final else None)
         self._grow(p.index, x)
         self.n_computed += x.shape[0] * x.shape[1]

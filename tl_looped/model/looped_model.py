@@ -332,7 +332,7 @@ class LoopedModel(nn.Module):
         if ended is not None:
             if ended.index == 0:
                 stream.anchor = stream.x
-            is_final = cfg.pass_norm_is_final and ended is cfg.schedule.passes[-1]
+            is_final = cfg.pass_norm_is_final and cfg.schedule.is_last(ended)
             ends = cast(PassEnds, self.passes[ended.index])
             stream.states[ended.stack], _ = ends.leave(stream.x, stream.entered, self.ln_final if is_final else None)
         if started is not None:
@@ -379,9 +379,13 @@ class LoopedModel(nn.Module):
 
     def _initial_state(self, asked: InitialState, default: Tensor | None, like: Tensor, positions: Tensor) -> Tensor:
         state = initial_state(asked, default, like, positions, self.noise)
-        if torch.is_grad_enabled() and not state.requires_grad:
+        if torch.is_grad_enabled() and not state.requires_grad and (like.requires_grad or self._is_trained()):
             return state.detach().requires_grad_()  # backward hooks on the first pass's state need a gradient to see
         return state
+
+    def _is_trained(self) -> bool:
+        """Whether some parameter is not frozen."""
+        return any(getattr(*holders[0]).requires_grad for holders in self.parameter_slots.values())
 
     def _check_restart(self, entry: Pass, last: Pass, injection: Tensor | None) -> None:
         schedule = self.cfg.schedule
