@@ -27,7 +27,9 @@ def test_numbers_are_those_of_the_model_run_by_itself() -> None:
         bridge = LoopedBridge.from_config(cfg)
         draw(bridge.original_model, seed, 0.3)
         with torch.no_grad():
-            x = bridge.run_with_cache(tokens)[1].stack_loops("resid_post").double()  # [loop, layer, batch, pos, d_model]
+            x = (
+                bridge.run_with_cache(tokens, initial_state=seed)[1].stack_loops("resid_post").double()
+            )  # [loop, layer, batch, pos, d_model]
         cosine = torch.cosine_similarity(x, x[-1], dim=-1)
         between = torch.cosine_similarity(x[-1, 0], x[-1, 1], dim=-1).mean().item()
         distance = (x - x[-1]).norm(dim=-1) / x[-1].norm(dim=-1)

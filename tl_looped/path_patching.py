@@ -1,24 +1,24 @@
 """Path patching across loops: what a component tells a later one directly, through the residual stream alone.
 
-The way of a change through the residual stream, from where it is written to where it is read, is the frozen-norm map of
-`bridge.decomposition`: through the norms between passes, the injections and the two states of HRM-Text, with the scales of the
-corrupted run. So it is right where the stream is no running sum.
+A direct path leads through everything that is no component. What other heads and MLPs write is held at its value in the
+corrupted run; norms of the stream, of a branch and between passes, injections, anchored mixing, the two states of HRM-Text, and
+the receiver's own norm are computed anew on the changed stream, as in any run. So it is right where the stream is no running
+sum, and on an ordinary model it is the path patching of the papers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.utilities.slice import Slice
 
 from .bridge.cache import LoopedCache
-from .bridge.decomposition import FINAL, Decomposition, Write, walk
+from .bridge.decomposition import FINAL, Reader, Write, before_loop, check_sum, has_own_state, walk
 from .bridge.looped_bridge import LoopedBridge
 from .comparison import Comparison, Metric
 from .errors import LoopedError, UnknownNameError
@@ -38,11 +38,23 @@ class Source(NamedTuple):
 
 
 class Receiver(NamedTuple):
-    """What reads the residual stream: the hook of the stream, the hook that the change enters by, layer, letter, head."""
+    """What reads the residual stream.
+
+    Args:
+        stream: the hook of the stream.
+        reads: the hook of what it reads, after its norm.
+        hook: the hook that a change enters by.
+        layer: its virtual layer; None for the logits.
+        norm: the name of its norm in the layer.
+        letter: of its projection: q, k or v.
+        head: of that.
+    """
 
     stream: str
+    reads: str
     hook: str
     layer: int | None = None
+    norm: str = ""
     letter: str = ""
     head: int | None = None
 
@@ -58,10 +70,11 @@ def edge_sweep(
 ) -> Grid:
     """Estimate the effect of every direct path between two components of a run, from one forward and one backward.
 
-    A score is the first-order term of `path_patch`: the change (clean - corrupted) of what the source writes, carried to the
-    receiver exactly and multiplied with the gradient of the metric at the receiver's input (edge attribution patching, Syed et
-    al., arXiv 2310.10348). A source that runs after the receiver has a score of exactly 0. Scores of several sources add up.
-    What a source sends through the gates of attention (HRM-Text) and of value embeddings (Parcae) has no receiver.
+    A score is the first-order term of `path_patch`: the change (clean - corrupted) of what the source writes, multiplied with
+    the gradient of the metric along the path, which goes through the receiver's own norm and all that lies between (edge
+    attribution patching, Syed et al., arXiv 2310.10348). A source that runs after the receiver has a score of exactly 0. Scores
+    of several sources add up, to first order. What a source sends through the gates of attention (HRM-Text) and of value
+    embeddings (Parcae) has no receiver.
 
     Args:
         model: the model.
@@ -79,7 +92,7 @@ def edge_sweep(
         A `Grid` [source, receiver] in the unit of the metric; a last axis "example" if the metric has one number per row.
 
     Raises:
-        LoopedError: as `attribution_sweep`.
+        LoopedError: as `attribution_sweep`; a hook edits the stream or a norm, so that a path is not what the weights say.
         UnknownNameError: no such source or receiver; the cache lacks activations.
 
     Example:
@@ -92,12 +105,12 @@ def edge_sweep(
         >>> edges.labels["source"][0], edges.labels["receiver"], tuple(edges.values.shape)
         ('loops.0.blocks.0.head.0', ['loops.2.blocks.0.head.0.q', 'loops.2.blocks.0.head.1.q'], (4, 2))
     """
-    paths = Paths(model, corrupted_tokens, clean_cache, metric, sources, receivers, run)
+    paths = Paths(model, corrupted_tokens, clean_cache, metric, sources, receivers, run, estimate=True)
     values = paths.zeros()
-    for rows, stream, change, _ in paths.carried():
-        scores = torch.einsum("sbpd,rbpd->srb", change, paths.directions(stream))
-        columns = [i for i, receiver in enumerate(paths.receivers.values()) if receiver.stream == stream]
-        values[rows.start : rows.stop, columns] = scores if paths.pair.per_example else scores.sum(-1, keepdim=True)
+    for at in paths.carried():
+        scores = torch.einsum("sbpd,rbpd->srb", at.changes, paths.directions(at))
+        columns = [i for i, receiver in enumerate(paths.receivers.values()) if receiver.stream == at.stream]
+        values[at.rows.start : at.rows.stop, columns] = scores if paths.pair.per_example else scores.sum(-1, keepdim=True)
     return paths.grid(values, "edge attribution")
 
 
@@ -113,9 +126,10 @@ def path_patch(
     """Patch direct paths one by one: change what a receiver reads by what one source's change is there, and run on.
 
     The result is the metric of that run minus the metric of the corrupted one (path patching, Wang et al., arXiv 2211.00593,
-    and Goldowsky-Dill et al., 2304.05969, along the residual stream only: until the receiver, no other component sees the
-    change). The change of a source is what it writes to the stream, clean minus corrupted; for a head of a branch that is
-    normed, with that norm's scale frozen too. One run per pair; use `edge_sweep` for many.
+    and Goldowsky-Dill et al., 2304.05969, along the residual stream only). Until the receiver, all other heads and MLPs write
+    what they wrote in the corrupted run; norms, also the receiver's own, and injections are computed anew. A head is changed
+    before the norm of its branch, where it has one, beside which the other heads stay. So effects of several sources need not
+    add up. One run per pair; use `edge_sweep` for many.
 
     Args:
         model: as in `edge_sweep`, like the following ones.
@@ -142,21 +156,81 @@ def path_patch(
         >>> effect.axes, tuple(effect.values.shape)
         (('source', 'receiver'), (1, 1))
     """
-    paths = Paths(model, corrupted_tokens, clean_cache, metric, sources, receivers, run, with_gradient=False)
+    paths = Paths(model, corrupted_tokens, clean_cache, metric, sources, receivers, run)
     values, baseline, found = paths.zeros(), paths.pair.value(), False
-    for rows, stream, change, written in paths.carried():
+    for at in paths.carried():
         for j, receiver in enumerate(paths.receivers.values()):
-            if receiver.stream == stream:
-                for row, moved in zip(rows, change, strict=True):
-                    if row in written:
+            if receiver.stream == at.stream:
+                for row, change in zip(at.rows, at.changes, strict=True):
+                    if row in at.written:
                         found = True
-                        values[row, j] = paths.pair.value([paths.patch(receiver, moved)]) - baseline
+                        values[row, j] = paths.pair.value([paths.patch(receiver, at, change)]) - baseline
     if not found:
         raise LoopedError(
             f"a path from {next(iter(paths.labels(paths.sources)))} to {next(iter(paths.labels(paths.receivers)))} was asked, "
             "but the source runs after the receiver; exchange them, or choose a later pass."
         )
     return paths.grid(values, "path effect")
+
+
+class NormAt:
+    """A norm where it stands in a run, and what it makes of changes of its input.
+
+    Args:
+        norm: the norm; None for none.
+        x: its input in the run, [..., d_model], in fp32 or wider.
+        dtype: that of the run, on which an epsilon may depend.
+    """
+
+    def __init__(self, norm: Any, x: Tensor, dtype: torch.dtype):
+        self.norm: Any = getattr(norm, "_original_component", norm)
+        self.x: Tensor = x
+        self.out: Tensor = x
+        if norm is not None:
+            self.eps: float = torch.finfo(dtype).eps if self.norm.eps is None else self.norm.eps
+            self.weight: Any = 1.0 if norm.weight is None else norm.weight.detach().to(x.device, x.dtype)
+            self.inverse: Tensor = self._inverse(x)
+            self.unit: Tensor = x * self.inverse
+            self.out = self.unit * self.weight
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        return torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+    def exactly(self, change: Float[Tensor, "*row batch pos d_model"]) -> Float[Tensor, "*row batch pos d_model"]:
+        """The change of the output, its scale computed anew."""
+        if self.norm is None:
+            return change
+        moved = self.x + change
+        return moved * self._inverse(moved) * self.weight - self.out
+
+    def to_first_order(self, change: Float[Tensor, "*row batch pos d_model"]) -> Float[Tensor, "*row batch pos d_model"]:
+        """The change of the output for a small change of the input: the part along the input is lost."""
+        return change if self.norm is None else self._across(change) * self.weight
+
+    def pull_back(self, gradient: Float[Tensor, "*row batch pos d_model"]) -> Float[Tensor, "*row batch pos d_model"]:
+        """The gradient by the input, from that by the output."""
+        return gradient if self.norm is None else self._across(gradient * self.weight)
+
+    def _across(self, x: Tensor) -> Tensor:
+        return (x - self.unit * (self.unit * x).mean(-1, keepdim=True)) * self.inverse
+
+
+class Carried(NamedTuple):
+    """The changes of some sources where a stream is read.
+
+    Args:
+        rows: which sources.
+        stream: the hook of the stream.
+        changes: of the stream, before the norm of the reader, [source, batch, pos, d_model].
+        of_run: the stream itself, [batch, pos, d_model].
+        written: the sources that have written by then.
+    """
+
+    rows: range
+    stream: str
+    changes: Tensor
+    of_run: Tensor
+    written: set[int]
 
 
 class Paths:
@@ -171,96 +245,114 @@ class Paths:
         sources: Names | None,
         receivers: Names | None,
         run: dict[str, Any],
-        with_gradient: bool = True,
+        estimate: bool = False,
     ):
         self.model = model
+        self.estimate = estimate
         self.sources: dict[str, Any] = _chosen(model, "source", _sources(model), sources)
         self.receivers: dict[str, Any] = _chosen(model, "receiver", _receivers(model), receivers)
         pair = Comparison(model, corrupted_tokens, clean_cache, metric, run)
         self.pair: Comparison = pair
         self.reads: dict[str, str] = {s.hook: _read(s) for s in self.sources.values()}
         pair.require(self.reads.values())
-        attention = [f"blocks.{s.layer}.attn.hook_z" for s in self.sources.values() if s.head is not None]
-        kept = [name for name in model.hook_dict if name.endswith(("hook_scale", "hook_attn_out", "hook_mlp_out"))]
-        kept += ["hook_embed", *attention, *self._before_loop()]
+        layers = {s.layer for s in self.sources.values() if s.head is not None}
+        self.plain: Any = model.original_model
+        self.dtype: torch.dtype = self.plain.embed.weight.dtype
+        kept = ["hook_embed", *(name for name in model.hook_dict if name.endswith(("hook_attn_out", "hook_mlp_out")))]
+        kept += [f"blocks.{i}.attn.hook_z" for i in layers]
+        kept += [f"blocks.{i}.ln1_post.hook_in" for i in layers if self.plain.blocks[i].ln1_post is not None]
+        kept += [*before_loop(model.looped_cfg), *(r.reads for r in self.receivers.values())]
         entered = list(dict.fromkeys(r.hook for r in self.receivers.values()))
-        if with_gradient:
+        if estimate:
             seen, gradients = pair.gradients(entered, also=kept)
         else:
             seen, gradients = pair.activations(kept), {}
         self.gradients: dict[str, Tensor] = gradients
         self.cache: LoopedCache = LoopedCache({name: seen[name] for name in kept}, model)
-        self.run: Decomposition = Decomposition(self.cache, FINAL, Slice())
+        self.own_state: bool = has_own_state(model.looped_cfg, self.cache)
+        self.read: Reader = Reader(self.cache, Slice())
+        self.like: Tensor = self.read.get("hook_embed")
 
-    def _before_loop(self) -> list[str]:
-        """What shows whether the first pass starts from a state of its own."""
-        n_prelude, before = self.model.schedule.n_prelude, ["prelude_norm.hook_out"]
-        if not self.model.looped_cfg.prelude_norm:
-            before = [f"blocks.{n_prelude - 1}.hook_resid_post"] if n_prelude else []
-        return [self.pair.state, *before]
+    def _through(self, x: Tensor, norm: Any, name: str = "") -> Tensor:
+        """Changes after a norm, and in the last row the stream of the run after it."""
+        at = NormAt(norm, x[-1], self.dtype)
+        changes = at.to_first_order(x[:-1]) if self.estimate else at.exactly(x[:-1])
+        return torch.cat((changes, at.out[None]))
 
     def _changes(self, at: Write, rows: range) -> Iterator[tuple[int, Tensor]]:
-        """The rows written at one point, and clean minus corrupted."""
+        """The rows written at one point, and what the clean run would change there."""
         chosen = [(row, s) for row, s in enumerate(self.sources.values()) if row in rows and s.hook == at.hook]
         if not chosen:
             return
         name = self.reads[at.hook]
-        corrupted = self.run.get(name, -3 if chosen[0][1].head is not None else -2)
+        is_heads = chosen[0][1].head is not None
+        corrupted = self.read.get(name, -3 if is_heads else -2)
         change = self.pair.clean(name, corrupted) - corrupted
-        vectors = None
-        if chosen[0][1].head is not None:
-            vectors = replace(self.run.heads(chosen[0][1].layer), coefficients=change).vectors()
-        for row, source in chosen:
-            yield row, change if vectors is None else vectors[source.head]
+        if not is_heads:
+            yield from ((row, change) for row, _ in chosen)
+            return
+        layer, heads = chosen[0][1].layer, [s.head for _, s in chosen]
+        weight = self.model.blocks[layer].attn.W_O.detach()[heads].to(change.device, change.dtype)
+        vectors = torch.einsum("bphi,hid->hbpd", change[..., heads, :], weight)
+        norm: Any = self.plain.blocks[layer].ln1_post
+        if norm is not None:
+            out = self.read.get(f"blocks.{layer}.ln1_post.hook_in")
+            vectors = self._through(torch.cat((vectors, out[None])), norm)[:-1]
+        yield from zip((row for row, _ in chosen), vectors, strict=True)
 
     @torch.no_grad()
-    def carried(self) -> Iterator[tuple[range, str, Tensor, set[int]]]:
+    def carried(self) -> Iterator[Carried]:
         """The change of every source at every stream that a receiver reads.
 
-        Yields:
-            The sources, the hook of the stream, their changes there, [source, batch, pos, d_model], before the norm of the
-            reader, and the sources that have written by then.
+        Raises:
+            LoopedError: what a receiver reads is no sum of what components wrote.
         """
-        wanted = {r.stream for r in self.receivers.values()}
-        size = max(1, CHUNK // self.run.like.numel())
+        size = max(1, CHUNK // self.like.numel())
         for start in range(0, len(self.sources), size):
             rows = range(start, min(start + size, len(self.sources)))
             written: set[int] = set()
 
             def write(x: Tensor | None, at: Write, rows: range = rows, written: set[int] = written) -> Tensor:
-                x = self.run.like.new_zeros(len(rows), *self.run.like.shape) if x is None else x
+                x = self.like.new_zeros(len(rows) + 1, *self.like.shape) if x is None else x
+                x[-1] += self.read.get(at.hook)
                 for row, change in self._changes(at, rows):
                     x[row - rows.start] += change
                     written.add(row)
                 return x
 
-            for stream, x in walk(self.run.model, self.run.get, write, self.run.own_state):
-                if stream in wanted:
-                    yield rows, stream, x, written
+            for stream, x in walk(self.plain, self._through, write, self.own_state):
+                if readers := [r for r in self.receivers.values() if r.stream == stream]:
+                    self._check(x[-1], readers)
+                    yield Carried(rows, stream, x[:-1], x[-1], written)
 
-    def _normed(self, stack: Tensor, receiver: Receiver) -> Tensor:
-        """The frozen norm before a receiver; its own transpose, so good for changes and for gradients."""
-        return self.cache.apply_ln_to_stack(stack, receiver.layer, mlp_input=receiver.hook.endswith("mlp.hook_in"))
+    def _check(self, stream: Tensor, readers: list[Receiver]) -> None:
+        for name, reader in {r.reads: r for r in readers}.items():
+            check_sum(self._norm(reader, stream).out, self.cache[name], f"the input of {self.model.schedule.loop_name(name)}")
+
+    def _norm(self, receiver: Receiver, stream: Tensor) -> NormAt:
+        """The norm before a receiver, where it stands in the run."""
+        norm = self.plain.ln_final if receiver.layer is None else getattr(self.plain.blocks[receiver.layer], receiver.norm)
+        return NormAt(norm, stream, self.dtype)
 
     def _weight(self, receiver: Receiver) -> Tensor:
         """The projection of one head, [d_head, d_model]."""
         projection: Any = getattr(self.model.blocks[receiver.layer].attn, receiver.letter)
         weight = projection.original_component.weight.detach().unflatten(0, (-1, self.model.looped_cfg.d_head))[receiver.head]
-        return weight.to(self.run.like.device, self.run.like.dtype)
+        return weight.to(self.like.device, self.like.dtype)
 
-    def directions(self, stream: str) -> Tensor:
+    def directions(self, at: Carried) -> Tensor:
         """The gradient of the metric by a stream, through each receiver that reads it, [receiver, batch, pos, d_model]."""
         rows = []
-        for receiver in [r for r in self.receivers.values() if r.stream == stream]:
+        for receiver in [r for r in self.receivers.values() if r.stream == at.stream]:
             gradient = self.gradients[receiver.hook]
             if receiver.head is not None:
                 gradient = gradient[..., receiver.head, :] @ self._weight(receiver)
-            rows.append(self._normed(gradient[None], receiver)[0])
+            rows.append(self._norm(receiver, at.of_run).pull_back(gradient))
         return torch.stack(rows)
 
-    def patch(self, receiver: Receiver, change: Tensor) -> tuple[str, Any]:
+    def patch(self, receiver: Receiver, at: Carried, change: Tensor) -> tuple[str, Any]:
         """The hook that adds a change of the stream to what a receiver reads."""
-        change = self._normed(change[None], receiver)[0]
+        change = self._norm(receiver, at.of_run).exactly(change)
         if receiver.head is None:
             return receiver.hook, lambda x, hook: (wide(x) + change).to(x.dtype)
         change = change @ self._weight(receiver).T
@@ -274,8 +366,8 @@ class Paths:
 
     def zeros(self) -> Tensor:
         """A result to fill, [source, receiver, example or 1]."""
-        n_examples = len(self.run.like) if self.pair.per_example else 1
-        return self.run.like.new_zeros(len(self.sources), len(self.receivers), n_examples)
+        n_examples = len(self.like) if self.pair.per_example else 1
+        return self.like.new_zeros(len(self.sources), len(self.receivers), n_examples)
 
     def labels(self, nodes: dict[str, Any]) -> list[str]:
         """Loop-indexed names."""
@@ -307,12 +399,14 @@ def _receivers(model: LoopedBridge) -> dict[str, Receiver]:
     """Everything that can receive, by name, in the order of the run."""
     receivers: dict[str, Receiver] = {}
     for i in range(model.cfg.n_layers):
+        stream, reads = f"blocks.{i}.hook_resid_pre", f"blocks.{i}.attn.hook_in"
         for letter in "qkv":
             n_heads = model.looped_cfg.n_heads if letter == "q" else model.looped_cfg.n_kv_heads
-            stream, hook = f"blocks.{i}.hook_resid_pre", f"blocks.{i}.attn.hook_{letter}"
-            receivers |= {f"blocks.{i}.head.{h}.{letter}": Receiver(stream, hook, i, letter, h) for h in range(n_heads)}
-        receivers[f"blocks.{i}.mlp_in"] = Receiver(f"blocks.{i}.hook_resid_mid", f"blocks.{i}.mlp.hook_in", i)
-    return receivers | {"logits": Receiver(FINAL, "unembed.hook_in")}
+            node = Receiver(stream, reads, f"blocks.{i}.attn.hook_{letter}", i, "ln1", letter)
+            receivers |= {f"blocks.{i}.head.{h}.{letter}": node._replace(head=h) for h in range(n_heads)}
+        reads = f"blocks.{i}.mlp.hook_in"
+        receivers[f"blocks.{i}.mlp_in"] = Receiver(f"blocks.{i}.hook_resid_mid", reads, reads, i, "ln2")
+    return receivers | {"logits": Receiver(FINAL, "unembed.hook_in", "unembed.hook_in")}
 
 
 def _chosen(model: LoopedBridge, what: str, nodes: dict[str, Any], asked: Names | None) -> dict[str, Any]:

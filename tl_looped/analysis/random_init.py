@@ -146,15 +146,15 @@ def random_init_sweep(
 
     Pre-norm, Huginn's norms on the stream, and Ouro's sandwich norms with a norm after every pass; each with and without
     concat-linear injection of the embedding. No prelude, no coda, no positions; 4 heads; 4 prompts of 16 random tokens. X* is
-    the last loop. With injection the initial state is noise as large as the embedding (the paper's is not known), without, it
-    is the embedding. The result depends on the scale of the weights and of the embedding, so look at more than one: what
-    is injected has to be as large as the state that it is to hold.
+    the last loop. With injection the initial state is noise as large as the embedding (the paper's is not known), drawn anew
+    for every seed; without, it is the embedding. The prompts are the same for all seeds. The result depends on the scale of the
+    weights and of the embedding, so look at more than one: what is injected has to be as large as the state that it is to hold.
 
     Args:
         n_layers: layers in the loop; the paper's 12, also 4 and 16.
         d_model: width, a multiple of 4.
         n_loops: how many loops to run.
-        seeds: how many initialisations, or which.
+        seeds: how many initialisations, of weights and of initial noise, or which.
         std: of every matrix; "fan_in" for 1/sqrt of its number of inputs.
         embed_std: of the embedding; 1 is our choice.
         verbose: show a progress bar.
@@ -188,7 +188,8 @@ def random_init_sweep(
         bridge = LoopedBridge.from_config(cfg)
         for seed in chosen:
             draw(cast(LoopedModel, bridge.original_model), seed, std)
-            found = fixed_points(bridge, tokens, n_loops=None, verbose=False)
+            noise = seed if cfg.initial_state == "noise" else None
+            found = fixed_points(bridge, tokens, n_loops=None, initial_state=noise, verbose=False)
             curves = {"distance": found.distance["relative"], "cosine": found.distance["cosine"], "norm": found.norm}
             values = {key: curve.values.mean(1) for key, curve in curves.items()}  # [loop]
             measured.setdefault(name, []).append(values | {"degeneracy": found.degeneracy.values[0]})

@@ -18,7 +18,7 @@ from transformer_lens.utilities.slice import Slice
 from ..errors import LoopedError, UnknownNameError
 from ..model import LoopedModel
 from ..schedule import LoopSelector, Site, is_pattern, virtual_layer
-from .decomposition import FINAL, REMAINDER, Decomposition, LogitAttribution, Reader, Write, branch_inputs
+from .decomposition import FINAL, REMAINDER, Decomposition, LogitAttribution, Reader, Write, branch_inputs, check_activations
 from .fingerprint import Fingerprint
 from .run import Run
 from .tokens import check_real, real_positions
@@ -477,6 +477,7 @@ class LoopedCache(ActivationCache):
         has_batch_dim: bool = True,
         recompute_ln: bool = False,
     ) -> Stack:
+        check_activations(self)
         point = self._point(layer, mlp_input)
         if recompute_ln:
             if point != FINAL:
@@ -510,15 +511,18 @@ class LoopedCache(ActivationCache):
 
         Args:
             residual_stack: contributions to the stream entering `ln_final`, from `decompose_resid` and its like.
-            tokens: as in TransformerLens: one token, [batch], or [batch, pos].
+            tokens: as in TransformerLens: one token, [batch], or [batch, pos] of which an axis may be 1; also [pos] of another
+                length than the batch. Where rows and positions are equally many, name the axis: `tokens[:, None]` is one token
+                for each row, `tokens[None]` one for each position.
             incorrect_tokens: subtract the logits of these.
             pos_slice: the positions that the stack has.
             batch_slice: rows of the batch.
             has_batch_dim: whether the stack has a batch axis.
 
         Raises:
-            LoopedError: the stack is one of streams as they are (`accumulated_resid` made it, or it is a slice of such), which
-                contribute no such thing; the weights were changed since.
+            LoopedError: tokens that may be one for each row or one for each position; the stack is one of streams as they are
+                (`accumulated_resid` made it, or it is a slice of such), which contribute no such thing; the weights were
+                changed since.
         """
         self.check_weights("logit_attrs")
         whole = residual_stack if residual_stack._base is None else residual_stack._base  # of which it may be a slice
@@ -527,6 +531,9 @@ class LoopedCache(ActivationCache):
                 "logit_attrs was asked of streams as they are, which in a looped model are no parts of the final one; use "
                 "accumulated_resid(carried=True) for parts, or cache.logit_lens for a lens."
             )
+        rows = _slice(batch_slice)
+        if has_batch_dim and residual_stack.ndim == 4 and rows.mode != "int":
+            _check_which_axis(tokens, rows.apply(residual_stack, dim=1).shape[1], residual_stack.shape[2])
         return super().logit_attrs(residual_stack, tokens, incorrect_tokens, pos_slice, batch_slice, has_batch_dim)
 
     def attribute_logits(
@@ -540,7 +547,7 @@ class LoopedCache(ActivationCache):
         """What every component adds to the logit of a token, by pulling the unembedding direction back; no vector is carried.
 
         Args:
-            tokens: as in `logit_attrs`: one token, [batch], or [batch, pos].
+            tokens: as in `logit_attrs`: one token, [batch], [batch, pos], or [pos].
             incorrect_tokens: subtract the logits of these.
             unit: "component" (attention and MLP outputs), "layer" (the two of a layer together) or "head" (and a remainder).
             pos: positions, as a TransformerLens `Slice` or what one is made of; None for all, where padding has NaN. A negative
@@ -551,7 +558,8 @@ class LoopedCache(ActivationCache):
             A `LogitAttribution` whose values sum to the logit in each unit (see `logit_attrs`).
 
         Raises:
-            LoopedError: the cache lacks what is needed, or the residual stream was edited in the run.
+            LoopedError: the cache lacks what is needed, or the residual stream was edited in the run; tokens that do not fit
+                rows and positions, or fit both.
 
         Example:
             >>> from tl_looped import LoopedBridge, LoopedConfig
@@ -628,13 +636,21 @@ class LoopedCache(ActivationCache):
                     "they must have the same shape."
                 )
             direction = direction - other
+        if like.ndim == 3 and self.has_batch_dim:
+            _check_which_axis(tokens, *like.shape[:2])
         n_pos = self[self._cached_stream(FINAL)].shape[-2]
         if direction.ndim == 2 + self.has_batch_dim and direction.shape[-2] == n_pos:  # one token for each position
             direction = _slice(pos).apply(direction, dim=-2)
         if like.ndim == 3 and direction.ndim == 2 and self.has_batch_dim and direction.shape[0] == like.shape[0]:
             direction = direction.unsqueeze(-2)  # one token for each row of the batch
-        direction = direction.detach().to(like.device, like.dtype).expand_as(like)
-        return self._normed(direction[None], pos_slice=pos, has_batch_dim=self.has_batch_dim)[0]
+        try:
+            direction = direction.detach().to(like.device, like.dtype).expand_as(like)
+        except RuntimeError as error:
+            raise LoopedError(
+                f"tokens of shape {tuple(direction.shape[:-1])} were given for logits at {tuple(like.shape[:-1])} "
+                f"({'batch, pos' if like.ndim == 3 else 'batch or pos'}); pass one token, [batch] or [batch, pos]."
+            ) from error
+        return self.apply_ln_to_stack(direction[None], pos_slice=pos, has_batch_dim=self.has_batch_dim)[0]
 
     def _layer(self, layer: int | None) -> int:
         n_layers = self.model.cfg.n_layers
@@ -821,6 +837,15 @@ class CacheView(Mapping[str, Tensor]):
 def _hook(name: str) -> str:
     """A hook's name; "out" is short for "hook_out"."""
     return name if "." in name or name.startswith("hook_") else f"hook_{name}"
+
+
+def _check_which_axis(tokens: Any, n_rows: int, n_pos: int) -> None:
+    """Refuse one axis of tokens where it may stand for rows as well as for positions."""
+    if isinstance(tokens, Tensor) and tokens.ndim == 1 and len(tokens) == n_rows == n_pos > 1:
+        raise LoopedError(
+            f"{n_rows} tokens were given for {n_rows} rows of {n_pos} positions, and may be one for each row or one for each "
+            "position; pass tokens[:, None] or tokens[None]."
+        )
 
 
 def _slice(positions: Any) -> Slice:

@@ -135,6 +135,23 @@ class OutputProjection(LoopedLinear):
         return self.hook_out(attention._compute_per_head_result(z, attention.config.n_heads, z.shape[-1]))
 
 
+def check_attn_in(cfg: Any) -> None:
+    """Refuse one input for query, key and value of a head where several heads share keys and values.
+
+    Args:
+        cfg: of a bridge.
+
+    Raises:
+        LoopedError: the keys are grouped.
+    """
+    if cfg.n_key_value_heads != cfg.n_heads:
+        raise LoopedError(
+            f"use_attn_in was asked, which gives every head one input, but the {cfg.n_heads} heads of this model share "
+            f"{cfg.n_key_value_heads} sets of keys and values; use set_use_split_qkv_input(True), where each set has an input "
+            "of its own."
+        )
+
+
 class LoopedAttention(Around, AttentionBridge):
     """Attention with the hook names and shapes of TransformerLens."""
 
@@ -173,10 +190,10 @@ class LoopedAttention(Around, AttentionBridge):
         n_heads = cfg.n_heads if letter == "q" else cfg.n_key_value_heads
         if cfg.use_split_qkv_input:
             return self._fork_and_norm_per_head(source, getattr(self, f"hook_{letter}_input"), n_heads)
+        check_attn_in(cfg)
         if letter == "q":
             self.__dict__["_attn_in"] = self._fork_and_norm_per_head(source, self.hook_attn_in, n_heads)
-        shared = self.__dict__["_attn_in"] if letter != "v" else self.__dict__.pop("_attn_in")
-        return shared[:, :, :n_heads]
+        return self.__dict__["_attn_in"] if letter != "v" else self.__dict__.pop("_attn_in")
 
     def _apply_ln1_per_head(self, x: Tensor) -> Tensor:
         return x if self._ln1_module is None else self._ln1_module.unhooked(x)  # type: ignore[operator]

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..config import LoopedConfig
 from ..errors import LoopedError, UnknownNameError
 from ..model import LoopedModel
 from ..model.looped_model import other_stack
@@ -86,9 +87,39 @@ class Fan:
         return torch.einsum("...ki,...ki->k...", self.coefficients, torch.einsum("kid,...d->...ki", self.weight, direction))
 
 
+Norm = Callable[[Tensor, Any, str], Tensor]  # of a stream, by a module, whose name in the model is the last argument
+
+
+def frozen(scale: Callable[[str], Tensor]) -> Norm:
+    """Norms with their scales held, which are linear maps.
+
+    Args:
+        scale: the scale of a norm, by the name of its hook.
+    """
+
+    def norm(x: Tensor, module: Any, name: str) -> Tensor:
+        x = x / scale(f"{name}.hook_scale")
+        return x if module.weight is None else x * module.weight.detach().to(x.device, x.dtype)
+
+    return norm
+
+
+def before_loop(cfg: LoopedConfig) -> tuple[str, str]:
+    """The hooks of the state entering the first pass, and of what it is where the model has no state of its own."""
+    before = f"blocks.{cfg.n_prelude - 1}.hook_resid_post" if cfg.n_prelude else "hook_embed"
+    before = "prelude_norm.hook_out" if cfg.prelude_norm else before
+    return f"{cfg.schedule.pass_prefix(cfg.schedule.passes[0])}.hook_state", before
+
+
+def has_own_state(cfg: LoopedConfig, cache: Any) -> bool:
+    """Whether the first pass of a run starts from a state that is not the embedding."""
+    state, before = before_loop(cfg)
+    return cfg.initial_state != "embedding" or not torch.equal(cache[state], cache[before])
+
+
 def walk(
     model: LoopedModel,
-    scale: Callable[[str], Tensor],
+    norm: Norm,
     write: Callable[[Tensor | None, Write], Tensor],
     own_state: bool,
     injections: bool = False,
@@ -97,7 +128,7 @@ def walk(
 
     Args:
         model: the model; its attention and MLPs are not run.
-        scale: the frozen scale of a norm, by the name of its hook.
+        norm: apply a norm that lies on the way to the stream.
         write: add what is written at one point to the stream, or begin a stream with it.
         own_state: the first pass does not start from the embedding but from a state of its own.
         injections: what is injected in a pass is written there, instead of following it back to where it came from.
@@ -107,11 +138,8 @@ def walk(
     """
     cfg, schedule = model.cfg, model.cfg.schedule
 
-    def normed(x: Tensor, norm: Any, name: str) -> Tensor:
-        if norm is None:
-            return x
-        x = x / scale(f"{name}.hook_scale")
-        return x if norm.weight is None else x * norm.weight.detach().to(x.device, x.dtype)
+    def normed(x: Tensor, module: Any, name: str) -> Tensor:
+        return x if module is None else norm(x, module, name)
 
     def layers(x: Tensor, indices: range) -> Iterator[tuple[str, Tensor]]:
         for i in indices:
@@ -170,6 +198,56 @@ def _apply(module: Any, *inputs: Tensor) -> Tensor:
     return torch.func.functional_call(plain, weights, flat).reshape(inputs[0].shape)
 
 
+def check_sum(total: Tensor, of_run: Tensor, what: str) -> None:
+    """Refuse a run in which a sum of components is not what was there.
+
+    Args:
+        total: the sum.
+        of_run: what the run had there.
+        what: what that is.
+
+    Raises:
+        LoopedError: they differ by more than rounding.
+    """
+    half = of_run.dtype in (torch.float16, torch.bfloat16)
+    error = (total - of_run).abs().max() / of_run.abs().max().clamp(min=1e-30)
+    if not error < (HALF_TOLERANCE if half else TOLERANCE):
+        raise LoopedError(
+            f"the components of {what} do not sum to it (relative error {error:.2g}): the residual stream was edited in this "
+            "run, so that it is no sum of components. Decompose a run without such a hook; edits of attention and MLP outputs "
+            "and of the initial state are fine."
+        )
+
+
+def check_activations(cache: Any) -> None:
+    """Refuse gradients that stand in a cache under the names of activations.
+
+    Args:
+        cache: a `LoopedCache`.
+
+    Raises:
+        LoopedError: some scale of a norm is not positive, or every name is that of a gradient.
+    """
+    if cache.cache_dict and all(name.endswith("_grad") for name in cache.cache_dict):
+        raise gradients_instead(", ".join(list(cache.cache_dict)[:3]))
+    scales = [value.flatten() for name, value in cache.cache_dict.items() if name.endswith("hook_scale")]
+    if scales and bool((torch.cat(scales) <= 0).any()):
+        raise gradients_instead("norms with scales that are not positive")
+
+
+def gradients_instead(found: str) -> LoopedError:
+    """The error where activations were needed and a cache has gradients.
+
+    Args:
+        found: what shows it.
+    """
+    return LoopedError(
+        f"activations are needed, but the cache holds gradients ({found}), which are no sums of what components write. Read "
+        "them one by one, or use tl_looped.attribution.attribution_sweep, which multiplies gradients with differences of "
+        "activations."
+    )
+
+
 class Reader:
     """Reads what one cached run wrote, at chosen positions.
 
@@ -178,11 +256,12 @@ class Reader:
         positions: a TransformerLens `Slice` of positions.
 
     Raises:
-        LoopedError: the weights were changed since.
+        LoopedError: the cache holds gradients; the weights were changed since.
     """
 
     def __init__(self, cache: Any, positions: Any):
         cache.check_real(positions)
+        check_activations(cache)
         self.cache: Any = cache
         self.positions: Any = positions
         self.bridge: Any = cache.model
@@ -264,7 +343,7 @@ class Decomposition(Reader):
             needed.extend([at.hook, *(also(at) if also else [])])
             return torch.zeros(1, width, device="meta") if x is None else x
 
-        for name, _ in walk(self.model, scale, write, self.own_state, injections):
+        for name, _ in walk(self.model, frozen(scale), write, self.own_state, injections):
             self.read.append((name, len(self.writes)))
             if name == point:
                 break
@@ -273,6 +352,8 @@ class Decomposition(Reader):
 
     def _require(self, names: list[str]) -> None:
         missing = [name for name in dict.fromkeys(names) if name not in self.cache]
+        if gradients := [f"{name}_grad" for name in missing if f"{name}_grad" in self.cache]:
+            raise gradients_instead(", ".join(gradients[:3]))
         if missing:
             shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
             raise UnknownNameError(
@@ -282,31 +363,17 @@ class Decomposition(Reader):
 
     def _has_own_state(self) -> bool:
         """Whether the first pass starts from a state that is not the embedding."""
-        cfg, n_prelude = self.model.cfg, self.model.cfg.n_prelude
-        if cfg.initial_state != "embedding":
-            return True
-        layer = virtual_layer(self.point)
-        if layer is not None and layer < n_prelude:
-            return False  # the point lies before the first pass
-        state = f"{cfg.schedule.pass_prefix(cfg.schedule.passes[0])}.hook_state"
-        before = f"blocks.{n_prelude - 1}.hook_resid_post" if n_prelude else "hook_embed"
-        before = "prelude_norm.hook_out" if cfg.prelude_norm else before
-        self._require([state, before])
-        return not torch.equal(self.cache[state], self.cache[before])
+        cfg, layer = self.model.cfg, virtual_layer(self.point)
+        if cfg.initial_state == "embedding":
+            if layer is not None and layer < cfg.n_prelude:
+                return False  # the point lies before the first pass
+            self._require(list(before_loop(cfg)))
+        return has_own_state(cfg, self.cache)
 
     def _check(self, total: Tensor) -> None:
         """Compare the sum of all components with the stream of the run, where it was cached."""
-        if self.point not in self.cache:
-            return
-        stream = self.get(self.point)
-        half = self.cache[self.point].dtype in (torch.float16, torch.bfloat16)
-        error = (total - stream).abs().max() / stream.abs().max().clamp(min=1e-30)
-        if not error < (HALF_TOLERANCE if half else TOLERANCE):
-            raise LoopedError(
-                f"the components of {self.point} do not sum to it (relative error {error:.2g}): the residual stream was edited "
-                "in this run, so that it is no sum of components. Decompose a run without such a hook; edits of attention and "
-                "MLP outputs and of the initial state are fine."
-            )
+        if self.point in self.cache:
+            check_sum(total, self.positions.apply(self.cache[self.point].detach(), dim=-2), self.point)
 
     @torch.no_grad()
     def carry(
@@ -327,7 +394,7 @@ class Decomposition(Reader):
             x[-1] += self.get(at.hook)
             return x
 
-        for name, x in walk(self.model, self.get, write, self.own_state, self.injections):
+        for name, x in walk(self.model, frozen(self.get), write, self.own_state, self.injections):
             if name == self.point:
                 self._check(x[-1])
                 return x[:-1]
@@ -346,7 +413,7 @@ class Decomposition(Reader):
                 return leaf if x is None else x + leaf
 
             stream = next(
-                x for name, x in walk(self.model, scale, write, self.own_state, self.injections) if name == self.point
+                x for name, x in walk(self.model, frozen(scale), write, self.own_state, self.injections) if name == self.point
             )
             self._check(stream.detach())
             aimed = direction.detach().clone().to(stream.device, stream.dtype).expand_as(stream)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import gc
 import logging
+import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -27,16 +29,18 @@ from ..model.undo import Snapshot, undone, whole
 from ..schedule import Schedule, check_count, is_pattern, virtual_layer
 from .adapter import LoopedArchitectureAdapter, bridge_config
 from .cache import LoopedCache
-from .components import InMemory
+from .components import InMemory, check_attn_in
 from .generation import GeneratingBridge
 from .hooking import Hooked, without_leftovers
-from .processing import check_options, check_running_sum, check_shared, has_output_bias, process_weights
+from .processing import check_options, check_running_sum, check_shared, has_output_bias, process_weights, stream_break
 from .run import Run
 from .tokens import check_real, configured, encode, refuse_unmarked_padding
 
 NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
 T = TypeVar("T")
+# TransformerLens's own tools over paths, which ask every layer whether it adds to one running sum, and refuse.
+TOOLS_THAT_ASK = ("transformer_lens.patching", "transformer_lens.tools")
 
 
 class LoopedBridge(InMemory, GeneratingBridge):
@@ -59,6 +63,8 @@ class LoopedBridge(InMemory, GeneratingBridge):
         >>> list(cache.keys())
         ['loops.0.hook_out', 'loops.1.hook_out', 'loops.2.hook_out']
     """
+
+    _warned_of_paths = False
 
     def __init__(self, model: LoopedModel, tokenizer: Any = None, model_name: str = "looped"):
         cfg = bridge_config(model.cfg, model_name)
@@ -280,6 +286,7 @@ class LoopedBridge(InMemory, GeneratingBridge):
             raise LoopedError("the weights of this model were processed (compatibility mode); unroll the model before that.")
         model = _without_collections(partial(self._model.unrolled, n_loops))
         unrolled = LoopedBridge(model, None, self.cfg.model_name)
+        unrolled._warned_of_paths = self._warned_of_paths
         unrolled._tokenizer = self.tokenizer
         unrolled.exit_policy = self.exit_policy
         for setting in ("default_prepend_bos", "tokenizer_prepends_bos", "tokenizer_appends_eos"):
@@ -904,7 +911,26 @@ class LoopedBridge(InMemory, GeneratingBridge):
         return list(enumerate(self.blocks))
 
     def _validate_attention_fork_supported(self, flag_name: str) -> None:
-        """Every looped family has the forks; TransformerLens would check for its own attention classes."""
+        """Every looped family has the forks; what tools make of them is another matter."""
+        if flag_name == "use_attn_in":
+            check_attn_in(self.cfg)
+        if flag_name == "use_split_qkv_input" and not self._warned_of_paths:
+            self._warn_of_paths()
+
+    def _warn_of_paths(self) -> None:
+        """Say once that tools which split the inputs of attention may take the stream for what it is not."""
+        breaks = [(i, why) for i in range(self.schedule.n_layers) if (why := stream_break(self.looped_cfg, i)) is not None]
+        callers = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_stack(None)]
+        if not breaks or any(name.startswith(TOOLS_THAT_ASK) for name in callers):
+            return
+        self._warned_of_paths = True
+        layer, why = breaks[0]
+        warnings.warn(
+            "set_use_split_qkv_input(True) was called, and the inputs may be edited. But tools that take the residual stream "
+            f"for one running sum (edge attribution, EAP-IG) get wrong numbers in this {self.looped_cfg.family} model: from "
+            f"layer {layer} ({self.schedule.layer_name(layer)}) on, {why}. Use tl_looped.path_patching.edge_sweep for edges.",
+            stacklevel=4,
+        )
 
 
 def _without_collections(make: Callable[[], T]) -> T:
