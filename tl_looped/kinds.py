@@ -47,6 +47,23 @@ def refusal(name: str, value: object, must_be: str) -> LoopedError:
     return LoopedError(f"{name}={shown(value)} was asked, but {name} must be {must_be}.")
 
 
+def plain(value: Any) -> Any:
+    """Ints, or a list of them, in Python's own type from numpy's and torch's; anything else as it is.
+
+    Args:
+        value: an index, or several.
+
+    Example:
+        >>> plain(np.int64(3)), plain(np.arange(2)), plain(slice(2))
+        (3, [0, 1], slice(None, 2, None))
+    """
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return value
+    return operator.index(value)
+
+
 def count(least: int = 1, most: int = MAX_COUNT) -> Kind[int]:
     """An int, also numpy's; a bool is none.
 

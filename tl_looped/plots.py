@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from ._html import in_script
 from .errors import LoopedError
 from .schedule import LoopSelector, Schedule, Site, check_index
 
@@ -336,7 +337,18 @@ def attention_heads(
     prefix = "" if looped == "core" else f"{looped} "
     names = [f"{prefix}loop {t}, layer {j}, head {h}" for t in chosen for j in layers for h in range(patterns[0].shape[2])]
     heads = [pattern[k, example] for k in range(len(chosen)) for pattern in patterns]
-    return show(torch.cat(heads).float().cpu(), list(tokens), names)
+    shown = show(torch.cat(heads).float().cpu(), list(tokens), names)
+    shown.local_src, shown.cdn_src = _closed(shown.local_src), _closed(shown.cdn_src)
+    return shown
+
+
+def _closed(html: str) -> str:
+    """What circuitsvis made, which leaves its div open and writes tokens into a script as they are."""
+    html = html.replace('15px 0;"/>', '15px 0;"></div>', 1)
+    name = html.split('"', 2)[1]
+    before, call, data = html.partition(f'"{name}",')
+    data, end, after = data.rpartition("</script>")
+    return before + call + in_script(data) + end + after
 
 
 def log_ticks(values: Sequence[float]) -> dict[str, Any]:

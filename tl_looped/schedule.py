@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from ._words import counted
 from .errors import LoopedError, OutOfRangeError, UnknownNameError
-from .kinds import count
+from .kinds import count, plain
 
 __all__ = ["Indices", "LoopSelector", "Pass", "Schedule", "Site"]
 
@@ -66,7 +66,7 @@ def check_count(name: str, value: object, minimum: int = 1) -> int:
     Raises:
         LoopedError: it is no int, or too small.
     """
-    return count(minimum, _MAX_INT64)(name, value)
+    return count(minimum, _MAX_INT64)(name, plain(value))
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Schedule:
             >>> schedule.select_loops(slice(2, None)), schedule.select_loops([0, -1]), schedule.select_loops("last")
             ([2, 3], [0, 3], [3])
         """
-        stack = self.looped_stack(stack)
+        stack, loops = self.looped_stack(stack), plain(loops)
         n = self.n_loops_of(stack)
         if isinstance(loops, str):
             if loops not in ("all", "last"):
@@ -432,6 +432,7 @@ def select_indices(asked: Indices, n: int, what: str) -> list[int]:
     Raises:
         OutOfRangeError: an index that does not exist, or none at all.
     """
+    asked = plain(asked)
     if asked is None or isinstance(asked, slice):
         chosen = list(range(n)[asked if isinstance(asked, slice) else slice(None)])
     elif isinstance(asked, int) or (isinstance(asked, Sequence) and not isinstance(asked, str)):
@@ -477,6 +478,7 @@ def _pick(token: str, n: int, asked: str, what: str, more_loops: bool = False) -
 
 
 def _pick_one(index: int, n: int, asked: str, what: str, more_loops: bool = False) -> int:
+    index = plain(index)
     if isinstance(index, bool) or not isinstance(index, int):
         raise LoopedError(f"{asked} {index!r} was asked, but an index is an int.")
     if not -n <= index < n:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.tokens import real_positions, refuse_unmarked_padding
 from ..errors import LoopedError
+from ..kinds import plain
 from ..model import LoopedModel
 from ..model.initial_state import InitialState
 from ..model.looped_model import check_tokens
@@ -507,9 +508,8 @@ def _target_ids(
             )
         ids, names = targets.to(tokens.device)[..., None], None
     else:
-        if isinstance(targets, Tensor):
-            targets = targets.reshape(-1).tolist()
-        names = (targets,) if isinstance(targets, (str, int)) else tuple(targets)
+        asked: Any = plain(targets.reshape(-1) if isinstance(targets, Tensor) else targets)
+        names = (asked,) if isinstance(asked, (str, int)) else tuple(asked)
         ids = torch.tensor([_target_id(model, name) for name in names], device=tokens.device).expand(*tokens.shape, -1)
     d_vocab = model.looped_cfg.d_vocab
     if ids.is_floating_point() or not ids.numel():
@@ -521,7 +521,7 @@ def _target_ids(
 
 
 def _target_id(model: LoopedBridge, target: object) -> int:
-    if isinstance(target, int) and not isinstance(target, bool):
+    if isinstance(target := plain(target), int) and not isinstance(target, bool):
         return target
     if not isinstance(target, str):
         raise LoopedError(f"target {target!r} was asked; a target is a token id or a string that is one token.")

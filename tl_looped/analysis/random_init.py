@@ -16,6 +16,7 @@ from .._words import counted
 from ..bridge.looped_bridge import LoopedBridge
 from ..config import LoopedConfig
 from ..errors import LoopedError
+from ..kinds import plain
 from ..model import LoopedModel
 from ..model.looped_model import initialise
 from ..results import Estimate, Result, table
@@ -170,7 +171,7 @@ def random_init_sweep(
         'fixed point'
     """
     need_loops(check_count("n_loops", n_loops), 4, "random_init_sweep", "a look at half of the loops")
-    chosen = list(range(check_count("seeds", seeds))) if isinstance(seeds, int) else list(seeds)
+    chosen = list(range(check_count("seeds", seeds))) if isinstance(seeds := plain(seeds), int) else list(seeds)
     if not chosen:
         raise LoopedError("random_init_sweep was asked of no seeds; name at least one.")
     if std != "fan_in" and (isinstance(std, (bool, str)) or not 0 < std < float("inf")):

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
 from ..errors import LoopedError
+from ..kinds import plain
 from ..model.initial_state import InitialState
 from ..model.layers import wide
 from ..results import Estimate, Result, table
@@ -271,7 +272,7 @@ def injection_effect(
         raise LoopedError("initial_state is a generator, which would give the compared rows different states; pass a seed.")
     deep = at_depth(model, n_loops)
     schedule, stack = deep.schedule, deep.schedule.looped_stack(stack)
-    if not isinstance(from_loop, int):
+    if not isinstance(from_loop := plain(from_loop), int):
         raise LoopedError(f"from_loop={from_loop!r} was asked; pass one loop, an int.")
     (first,) = schedule.select_loops(from_loop, stack)
     edited = [f"{schedule.pass_prefix(p)}.hook_injection" for p in schedule.passes_of(slice(first, None), stack)]

@@ -16,6 +16,7 @@ from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
 
 from ..errors import LoopedError, UnknownNameError
+from ..kinds import plain
 from ..model import LoopedModel
 from ..schedule import LoopSelector, Site, is_pattern, virtual_layer
 from .decomposition import FINAL, REMAINDER, Decomposition, LogitAttribution, Reader, Write, branch_inputs, check_activations
@@ -27,6 +28,14 @@ Tokens = str | int | Int[Tensor, ""] | Int[Tensor, "batch"] | Int[Tensor, "batch
 Unit = Literal["component", "layer", "head"]
 Part = tuple[int | slice, Tensor]
 Stack = Float[Tensor, "component ..."]
+_SWITCHES = {  # hook points that fire only with a setting of TransformerLens
+    "attn.hook_result": "use_attn_result",
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
+    "hook_attn_in": "use_attn_in",
+    "hook_mlp_in": "use_hook_mlp_in",
+}
 
 
 class LoopedCache(ActivationCache):
@@ -72,7 +81,7 @@ class LoopedCache(ActivationCache):
             )
         asked = key
         if isinstance(key, tuple):
-            short, layer, *more = (*key, None) if len(key) == 1 else key
+            short, layer, *more = map(plain, (*key, None) if len(key) == 1 else key)
             if any(isinstance(part, int) for part in more):
                 raise LoopedError(
                     f"cache[{key!r}] was asked; a short name goes with one virtual layer, cache[{short!r}, {layer!r}]. A loop "
@@ -85,9 +94,16 @@ class LoopedCache(ActivationCache):
         if name.removesuffix("_grad") not in self.model.hook_dict:
             raise self.model.unknown_name(asked if isinstance(asked, str) else name)
         raise UnknownNameError(
-            f"{asked!r} exists, but was not cached in this run; name it in names_filter, and run that far. "
-            f"The cache holds {len(self.cache_dict)} entries."
+            f"{asked!r} exists, but was not cached in this run; {self._way_to(name)}. The cache holds {len(self.cache_dict)} "
+            "entries."
         )
+
+    def _way_to(self, name: str) -> str:
+        """How a hook point gets into a cache: some fire only after a switch."""
+        switch = next((switch for hook, switch in _SWITCHES.items() if name.removesuffix("_grad").endswith(hook)), None)
+        if switch is None or getattr(self.model.cfg, switch):
+            return "name it in names_filter, and run that far"
+        return f"it fires after model.set_{switch}(True)"
 
     def __contains__(self, key: object) -> bool:
         try:
@@ -102,9 +118,10 @@ class LoopedCache(ActivationCache):
         name = name if name in self.cache_dict else get_act_name(name)
         if name in self.cache_dict:
             return name
-        point = self.model.hook_dict.get(name.removesuffix("_grad"))  # which may be cached under its other name only
-        other = name if point is None else f"{point.name}{'_grad' * name.endswith('_grad')}"
-        return other if other in self.cache_dict else name
+        hooks, end = self.model.hook_dict, "_grad" * name.endswith("_grad")
+        point = hooks.get(name.removesuffix("_grad"))  # which may be cached under another of its names only
+        others = [] if point is None else [f"{other}{end}" for other in hooks.names_of(point)]
+        return next((other for other in others if other in self.cache_dict), name)
 
     def at(self, loop: int | None = None, layer: int | None = None, stack: str | None = None) -> CacheView:
         """The activations of one layer or of one pass, under names without indices.
@@ -573,6 +590,7 @@ class LoopedCache(ActivationCache):
         """
         if unit not in ("component", "layer", "head"):
             raise LoopedError(f'unit={unit!r} was asked; choose "component", "layer" or "head".')
+        pos = plain(pos)
         if (mask := self.padding()) is not None and isinstance(pos, int) and pos < 0 and not bool(mask[:, pos:][:, 0].all()):
             own = real_positions(pos, mask, mask.shape[1]).to(mask.device)
             whole = self.attribute_logits(self._everywhere(tokens), self._everywhere(incorrect_tokens), unit, None, injections)
@@ -849,7 +867,7 @@ def _check_which_axis(tokens: Any, n_rows: int, n_pos: int) -> None:
 
 
 def _slice(positions: Any) -> Slice:
-    return positions if isinstance(positions, Slice) else Slice(positions)
+    return positions if isinstance(positions, Slice) else Slice(plain(positions))
 
 
 def _keeping(chosen: Any) -> Slice:

@@ -112,6 +112,9 @@ class GeneratingBridge(TransformerBridge):
         bound = inspect.signature(generate).bind(*args, **kwargs)
         given = bound.arguments
         input, mask, side = given.get("input", ""), given.get("attention_mask"), given.get("padding_side")
+        if isinstance(input, Tensor) and input.ndim == 1:
+            given["input"] = input = input[None]
+            given.update({} if mask is None else {"attention_mask": mask.reshape(1, -1)})
         if isinstance(input, list) and mask is None:
             tokens, mask = encode(self.tokenizer, self.cfg, input, given.get("prepend_bos"), "left")
             # TransformerLens would look for pads in any list, and find the beginnings of texts.

@@ -22,6 +22,7 @@ from transformer_lens.utilities.slice import Slice
 from .. import checkpoints, families
 from ..config import LoopedConfig
 from ..errors import LoopedError, UnknownNameError
+from ..kinds import plain
 from ..model import LoopedModel
 from ..model.initial_state import InitialState
 from ..model.looped_model import initialise, set_mode
@@ -332,7 +333,8 @@ class LoopedBridge(InMemory, GeneratingBridge):
 
         Args:
             input: text, tokens, scaled embeddings (`hook_embed`), or with `start_at_layer` the residual stream entering it.
-            return_type: "logits", "loss", "both", "logits_and_cache" or None.
+            return_type: "logits", "loss", "both", "logits_and_cache" (the second is the key-value cache, to be given to the
+                next call as `past_key_values`) or None.
             loss_per_token: the loss of every next token, [batch, pos - 1], with 0 where it is padding, rather than their mean.
             prepend_bos: as in `to_tokens`.
             padding_side: as in `to_tokens`.
@@ -365,6 +367,8 @@ class LoopedBridge(InMemory, GeneratingBridge):
         if stop_at_layer is not None:
             kwargs["stop"] = self._stop(stop_at_layer)
             return_type = "logits"
+        if return_type == "logits_and_cache":
+            kwargs["use_cache"] = True
         if attention_mask is None and isinstance(input, Tensor) and not self._given and kwargs.get("past_key_values") is None:
             has_loss = return_type in ("loss", "both") and kwargs.get("labels") is None
             sides = ("left", "right") if has_loss else ("left",)
@@ -372,7 +376,8 @@ class LoopedBridge(InMemory, GeneratingBridge):
         return super().forward(input, return_type, loss_per_token, None, None, attention_mask, *args, **kwargs)
 
     def _stop(self, stop_at_layer: int) -> int:
-        return stop_at_layer if stop_at_layer == self.schedule.n_layers else self.schedule.layer(stop_at_layer)
+        stop = plain(stop_at_layer)
+        return stop if stop == self.schedule.n_layers else self.schedule.layer(stop)
 
     def readout(
         self,
@@ -882,19 +887,24 @@ class LoopedBridge(InMemory, GeneratingBridge):
         return found | self._collect_block_instance_aliases()
 
     def _scan_existing_hooks(self, module: nn.Module, prefix: str = "") -> None:
-        """Fill the hook registry; passes get their loop-indexed names, which are the only ones they have."""
+        """Fill the hook registry; passes get their loop-indexed names, which are the only ones they have.
+
+        A hook point is called what it is found as first. As in TransformerBridge, that is where it lies, and in compatibility
+        mode the legacy name, which belongs to a component above.
+        """
         named = {id(hook) for hook in self._hook_registry.values()}
         components = list(self._components(self, ""))
-        for aliases in (False, True):
-            for path, component in components:
-                source = component.__dict__ if aliases else component._modules
-                for name, hook in source.items():
-                    if isinstance(hook, HookPoint):
-                        full_name = f"{path}.{name}" if path else name
-                        if id(hook) not in named:
-                            hook.name = full_name
-                            named.add(id(hook))
-                        self._hook_registry[full_name] = hook
+        own = [(path, component._modules) for path, component in components]
+        aliases = [(path, dict(sorted(component.__dict__.items()))) for path, component in components]
+        legacy = [found for both in zip(own, aliases, strict=True) for found in both]
+        for path, hooks in legacy if self.compatibility_mode else own + aliases:
+            for name, hook in hooks.items():
+                if isinstance(hook, HookPoint):
+                    full_name = f"{path}.{name}" if path else name
+                    if id(hook) not in named:
+                        hook.name = full_name
+                        named.add(id(hook))
+                    self._hook_registry[full_name] = hook
 
     def _components(self, module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
         """All components with their paths; the modules they wrap hold the same hook points and are left out."""
@@ -963,6 +973,18 @@ class HookDict(dict[str, HookPoint]):
     """TransformerLens's hook dictionary; `[name]` also takes loop-indexed names."""
 
     expand_name: Callable[[str], list[str]]
+
+    def names_of(self, hook: HookPoint) -> list[str]:
+        """All TransformerLens names of a hook point.
+
+        Args:
+            hook: the hook point.
+        """
+        if not hasattr(self, "_names"):
+            self._names: dict[int, list[str]] = {}
+            for name, point in self.items():
+                self._names.setdefault(id(point), []).append(name)
+        return self._names[id(hook)]
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or (isinstance(name, str) and self.get(name) is not None)

@@ -15,6 +15,7 @@ from transformer_lens.utilities.slice import Slice
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import LoopedError
+from ..kinds import plain
 from ..schedule import Indices, select_indices
 
 Mask = Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None  # 1 for real tokens; None where all are
@@ -181,6 +182,7 @@ def refuse_unmarked_padding(tokenizer: Any, tokens: Tensor, what: str, sides: Se
 
 def counts_from_end(positions: Indices) -> bool:
     """Whether negative positions are among those asked for."""
+    positions = plain(positions)
     if isinstance(positions, slice):
         return any(end is not None and end < 0 for end in (positions.start, positions.stop))
     return any(i < 0 for i in ([positions] if isinstance(positions, int) else positions or ()))
@@ -198,6 +200,7 @@ def real_positions(positions: Indices, mask: Mask, n_pos: int) -> Int[Tensor, "#
         OutOfRangeError: a position that a row does not have.
         LoopedError: a column that is padding in some row; positions that count from both ends.
     """
+    positions = plain(positions)
     if mask is None or positions is None or positions == slice(None) or bool(mask.bool().all()):
         return torch.tensor([select_indices(positions, n_pos, "positions")], device="cpu")
     real, both_ends = (

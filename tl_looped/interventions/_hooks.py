@@ -14,6 +14,7 @@ from ..bridge.cache import LoopedCache
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.tokens import counts_from_end, real_positions
 from ..errors import LoopedError, OutOfRangeError
+from ..kinds import plain
 from ..model import LoopedModel
 from ..model.layers import Inputs, running
 from ..schedule import Pass
@@ -24,7 +25,7 @@ Positions = int | slice | Sequence[int] | None
 
 def passes_from(model: LoopedBridge, from_loop: int, stack: str | None) -> list[Pass]:
     """The pass of loop `from_loop`, and all later ones of its stack."""
-    if not isinstance(from_loop, int):
+    if not isinstance(from_loop := plain(from_loop), int):
         raise LoopedError(f"from_loop={from_loop!r} was asked; pass one loop, an int.")
     return model.schedule.passes_of("all", stack)[model.schedule.select_loops(from_loop, stack)[0] :]
 
@@ -52,7 +53,7 @@ def write(
 
 def _position_mask(asked: Positions, x: Tensor, hook: Any) -> Bool[Tensor, "*batch pos"]:
     """Which positions of this run are meant; those of every row where negative ones count from the last real token."""
-    inputs = current_run(hook)
+    inputs, asked = current_run(hook), plain(asked)
     total = inputs.past + x.shape[1]
     negative = counts_from_end(asked)
     if isinstance(asked, slice):

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from .._html import in_script
 from .section import Figure, Section, plain
 
 _HERE = Path(__file__).parent
@@ -53,11 +54,6 @@ def page(title: str, lead: str, prompt: str, sections: Sequence[Section], note: 
 </body>
 </html>
 """
-
-
-def in_script(data: str) -> str:
-    """JSON that can stand in a script: a token such as `</script>` or `<!--` would end or swallow what follows."""
-    return data.replace("<", "\\u003c")
 
 
 def _section(section: Section) -> str:

@@ -30,7 +30,6 @@ from ..results import Grid
 from ..sizes import human, sizes
 from . import pointer_chasing
 from .diagram import schedule_diagram
-from .page import in_script
 from .section import Figure, Question, Section, listed, measured, number, share
 from .tables import facts, top_answers
 
@@ -345,12 +344,6 @@ def the_attention(asked: Question, section: Section) -> None:
                 tokens, names_filter=[f"{prefix}loops.{t}.blocks.{which}.attn.hook_pattern" for t in loops]
             )
         html = plots.attention_heads(cache, asked.words(tokens[0]), layer=layer, loops=loops, stack=stack).local_src
-        # circuitsvis leaves its div open, which would swallow what follows, and writes tokens into a script as they are.
-        html = html.replace('15px 0;"/>', '15px 0;"></div>', 1)
-        name = html.split('"', 2)[1]
-        before, call, data = html.partition(f'"{name}",')
-        data, end, after = data.rpartition("</script>")
-        html = before + call + in_script(data) + end + after
         what = "all layers" if layer is None else f"layer {layer}, the one whose patterns change most between loops"
         section.figures.append(
             Figure(
