@@ -6,9 +6,9 @@ A kind takes a name and a value, and returns the value as plain Python, or raise
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -59,6 +59,8 @@ def plain(value: Any) -> Any:
     """
     if hasattr(value, "tolist"):
         return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in cast("Iterable[Any]", value)]
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         return value
     return operator.index(value)
