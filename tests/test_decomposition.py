@@ -34,6 +34,11 @@ def run(bridge: LoopedBridge, tokens: Tensor = TOKENS, **kwargs: object) -> Loop
     return cache
 
 
+def in_loops(cache: LoopedCache, found: tuple[Tensor, list[str]]) -> tuple[Tensor, list[str]]:
+    """What a method of TransformerLens's returned, its labels by loop and layer."""
+    return found[0], [cache.model.schedule.loop_label(label) for label in found[1]]
+
+
 def error(actual: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest expected entry."""
     assert actual.shape == expected.shape
@@ -122,7 +127,7 @@ def frozen(bridge: LoopedBridge, cache: LoopedCache, edits: dict[str, Tensor], f
 def test_each_component_equals_a_run_without_it(name: str) -> None:
     bridge = random_bridge(name, torch.float64)
     cache, schedule = run(bridge), bridge.schedule
-    stack, labels = cache.decompose_resid(return_labels=True)
+    stack, labels = in_loops(cache, cache.decompose_resid(return_labels=True))
     first = schedule.pass_prefix(schedule.passes[0])
     hooks = {"embed": "hook_embed", "initial_state": f"{first}.hook_state"}
     for i in range(schedule.n_layers):
@@ -141,7 +146,7 @@ def test_each_component_equals_a_run_without_it(name: str) -> None:
 def test_each_injection_equals_a_run_without_it(name: str) -> None:
     bridge = random_bridge(name, torch.float64)
     cache = run(bridge)
-    stack, labels = cache.decompose_resid(return_labels=True, injections=True)
+    stack, labels = in_loops(cache, cache.decompose_resid(return_labels=True, injections=True))
     parts = dict(zip(labels, stack, strict=True))
     prefixes = [bridge.schedule.pass_prefix(p) for p in bridge.schedule.passes]
     held = {f"{p}.hook_injection": cache[f"{p}.hook_injection"] for p in prefixes}
@@ -167,8 +172,10 @@ def test_heads_and_neurons_equal_runs_without_them(name: str, result_is_cached: 
     bridge = random_bridge(name, torch.float64)
     bridge.set_use_attn_result(result_is_cached)
     cache = run(bridge)
-    heads = dict(zip(*reversed(cache.stack_head_results(return_labels=True)), strict=True))
-    neurons = dict(zip(*reversed(cache.stack_neuron_results(None, neuron_slice=[0, 7], return_labels=True)), strict=True))
+    heads = dict(zip(*reversed(in_loops(cache, cache.stack_head_results(return_labels=True))), strict=True))
+    neurons = dict(
+        zip(*reversed(in_loops(cache, cache.stack_neuron_results(None, neuron_slice=[0, 7], return_labels=True))), strict=True)
+    )
     assert len(heads) == 3 * bridge.cfg.n_layers and len(neurons) == 2 * bridge.cfg.n_layers
     state = f"{bridge.schedule.pass_prefix(bridge.schedule.passes[0])}.hook_state"
     held = {state: cache[state]} if bridge.looped_cfg.initial_state != "embedding" else {}
@@ -186,8 +193,8 @@ def test_pulling_back_equals_carrying(name: str) -> None:
     bridge = random_bridge(name)
     cache = run(bridge)
     tokens = torch.randint(0, 31, TOKENS.shape)
-    components, labels = cache.decompose_resid(return_labels=True)
-    heads, head_labels = cache.stack_head_results(incl_remainder=True, return_labels=True)
+    components, labels = in_loops(cache, cache.decompose_resid(return_labels=True))
+    heads, head_labels = in_loops(cache, cache.stack_head_results(incl_remainder=True, return_labels=True))
     for stack, names, unit in ((components, labels, "component"), (heads, head_labels, "head")):
         pulled = cache.attribute_logits(tokens, unit=unit, pos=None)
         assert list(pulled.labels) == names
@@ -216,7 +223,7 @@ def test_streams_inside_the_model(name: str) -> None:
     cache = run(bridge)
     for layer in range(bridge.cfg.n_layers):
         for mlp_input, hook in ((False, "hook_resid_pre"), (True, "hook_resid_mid")):
-            stack, labels = cache.decompose_resid(layer, mlp_input=mlp_input, return_labels=True)
+            stack, labels = in_loops(cache, cache.decompose_resid(layer, mlp_input=mlp_input, return_labels=True))
             stream = cache[f"blocks.{layer}.{hook}"]
             assert error(stack.sum(0), stream) < 1e-9
             assert error(cache.get_full_resid_decomposition(layer, mlp_input=mlp_input).sum(0), stream) < 1e-9
@@ -224,7 +231,7 @@ def test_streams_inside_the_model(name: str) -> None:
             applied = cache.apply_ln_to_stack(stack, layer, mlp_input=mlp_input).sum(0)
             reads = f"blocks.{layer}.{'mlp' if mlp_input else 'attn'}.hook_in"
             torch.testing.assert_close(applied, cache[reads])
-            accumulated, names = cache.accumulated_resid(layer, mlp_input=mlp_input, return_labels=True)
+            accumulated, names = in_loops(cache, cache.accumulated_resid(layer, mlp_input=mlp_input, return_labels=True))
             assert len(names) == layer + 1 + mlp_input and error(accumulated[-1], stream) < 1e-9
         assert error(cache.stack_head_results(layer, incl_remainder=True).sum(0), cache["resid_pre", layer]) < 1e-9
     assert cache.stack_head_results(0).shape == (0, *TOKENS.shape, 24)
@@ -234,9 +241,9 @@ def test_streams_inside_the_model(name: str) -> None:
 def test_accumulated_parts_are_sums_of_what_was_written_by_then(name: str) -> None:
     bridge = random_bridge(name, torch.float64)
     cache = run(bridge)
-    components, labels = cache.decompose_resid(return_labels=True)
-    parts, names = cache.accumulated_resid(incl_mid=True, return_labels=True)
-    streams, stream_names = cache.accumulated_resid(incl_mid=True, return_labels=True, carried=False)
+    components, labels = in_loops(cache, cache.decompose_resid(return_labels=True))
+    parts, names = in_loops(cache, cache.accumulated_resid(incl_mid=True, return_labels=True))
+    streams, stream_names = in_loops(cache, cache.accumulated_resid(incl_mid=True, return_labels=True, carried=False))
     assert names == stream_names and len(set(names)) == 2 * bridge.cfg.n_layers + 1
     for i, name_of_stream in enumerate(names[:-1]):
         stop = labels.index(name_of_stream.replace("resid_pre", "attn_out").replace("resid_mid", "mlp_out"))
@@ -252,17 +259,17 @@ def test_accumulated_parts_are_sums_of_what_was_written_by_then(name: str) -> No
 def test_labels_are_unique_and_in_the_order_of_the_run(name: str) -> None:
     bridge = random_bridge(name)
     cache = run(bridge)
-    _, labels = cache.decompose_resid(return_labels=True)
-    _, full = cache.get_full_resid_decomposition(return_labels=True)
+    _, labels = in_loops(cache, cache.decompose_resid(return_labels=True))
+    _, full = in_loops(cache, cache.get_full_resid_decomposition(return_labels=True))
     assert len(set(labels)) == len(labels) and len(set(full)) == len(full)
     order = [bridge.schedule.name(i, what) for i in range(bridge.cfg.n_layers) for what in ("attn_out", "mlp_out")]
     assert [label for label in labels if "blocks" in label] == order
     assert labels[0] == "embed" and labels.count("initial_state") == (bridge.looped_cfg.initial_state != "embedding")
-    attention, names = cache.decompose_resid(mode="attn", incl_embeds=False, return_labels=True)
+    attention, names = in_loops(cache, cache.decompose_resid(mode="attn", incl_embeds=False, return_labels=True))
     everything = cache.decompose_resid()
     assert names == order[::2]
     assert torch.equal(attention, everything[[labels.index(name) for name in names]])
-    _, names = cache.decompose_resid(mode="mlp", return_labels=True)
+    _, names = in_loops(cache, cache.decompose_resid(mode="mlp", return_labels=True))
     assert names == [label for label in labels if not label.endswith("attn_out")]
 
 
@@ -361,7 +368,7 @@ def test_an_edited_stream_is_refused_and_an_edited_component_is_not(name: str) -
             method()
     with bridge.hooks(fwd_hooks=[(f"blocks.{middle}.hook_attn_out", lambda tensor, hook: tensor * 0)]):
         cache = run(bridge)
-    stack, labels = cache.decompose_resid(return_labels=True)
+    stack, labels = in_loops(cache, cache.decompose_resid(return_labels=True))
     assert error(stack.sum(0), cache[FINAL]) < 1e-4
     assert not stack[labels.index(bridge.schedule.name(middle, "attn_out"))].any()
 
@@ -370,7 +377,7 @@ def test_an_initial_state_of_ones_own_is_a_component() -> None:
     bridge = random_bridge("looped_qwen")
     state = torch.randn(*TOKENS.shape, 24)
     cache = run(bridge, initial_state=state)
-    stack, labels = cache.decompose_resid(return_labels=True)
+    stack, labels = in_loops(cache, cache.decompose_resid(return_labels=True))
     assert labels.index("initial_state") == 3 and error(stack.sum(0), cache[FINAL]) < 1e-4
     assert not stack[:3].any()  # what came before never reaches the loop
     assert run(bridge, initial_state="zero").attribute_logits(3).labels[3] == "initial_state"

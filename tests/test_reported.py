@@ -1648,6 +1648,29 @@ def test_tokens_of_one_axis_are_a_prompt_everywhere() -> None:
     assert torch.equal(bridge.readout(tokens[0], loop=0), bridge.readout(tokens, loop=0))
 
 
+def test_labels_are_those_of_transformer_lens_in_its_methods_and_loops_in_ours() -> None:
+    """Right is what TransformerLens calls the components of the same decoder in its own bridge."""
+    hf, tokens = _ordinary_llama(), random_tokens(1, 4)
+    ours, theirs = LoopedBridge.loop_layers(hf, start=1, stop=3, n_loops=1), _llama_of_transformer_lens(hf)
+    theirs.set_use_attn_result(True)
+    (_, mine), (_, cache) = ours.run_with_cache(tokens), theirs.run_with_cache(tokens)
+    for method, options in (
+        ("decompose_resid", {}),
+        ("accumulated_resid", {"incl_mid": True}),
+        ("stack_head_results", {"incl_remainder": True}),
+        ("stack_neuron_results", {"layer": -1}),
+        ("get_full_resid_decomposition", {}),
+    ):
+        _, found = getattr(mine, method)(return_labels=True, **options)
+        _, wanted = getattr(cache, method)(return_labels=True, **options)
+        assert found == wanted or set(found) == set(wanted), method
+        assert [ours.schedule.tl_label(ours.schedule.loop_label(label)) for label in found] == found
+    _, heads = mine.stack_head_results(return_labels=True)
+    assert [ours.schedule.loop_label(label) for label in heads] == list(
+        mine.attribute_logits(3, unit="head").labels[: len(heads)]
+    )
+
+
 @pytest.mark.parametrize(
     ("hook", "switch"),
     [("attn.hook_result", "use_attn_result"), ("hook_mlp_in", "use_hook_mlp_in"), ("hook_q_input", "use_split_qkv_input")],

@@ -60,7 +60,7 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, (list, tuple)):
-        return [plain(one) for one in cast("Iterable[Any]", value)]
+        return type(value)(plain(one) for one in cast("Iterable[Any]", value))  # a tuple of TransformerLens's is a slice
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         return value
     return operator.index(value)

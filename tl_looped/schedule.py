@@ -55,6 +55,9 @@ class Pass:
         return range(self.first, self.first + self.n_layers)
 
 
+_UNITS = {"head": "H", "neuron": "N"}  # parts of a layer, in labels
+
+
 def check_count(name: str, value: object, minimum: int = 1) -> int:
     """Return `value` if it is an int of at least `minimum`; raise a `LoopedError` that names it otherwise.
 
@@ -381,6 +384,41 @@ class Schedule:
         """
         match = _BLOCK.fullmatch(name)
         return self.name(int(match[1]), match[2]) if match and match[1].lstrip("-").isdigit() else name
+
+    def tl_label(self, label: str) -> str:
+        """TransformerLens's label of a component or stream, from the loop-indexed one; others come back unchanged.
+
+        Args:
+            label: such as "loops.2.blocks.1.mlp_out".
+
+        Example:
+            >>> schedule = Schedule(n_core=3, n_loops=4)
+            >>> [schedule.tl_label(f"loops.1.blocks.0.{part}") for part in ("attn_out", "head.2", "neuron.7", "resid_mid")]
+            ['3_attn_out', 'L3H2', 'L3N7', '3_mid']
+        """
+        name = self.expand(label)[0]
+        layer = virtual_layer(name)
+        if layer is None:
+            return "final_post" if label == "final" else label
+        part, _, unit = name.split(".", 2)[2].partition(".")
+        return f"L{layer}{_UNITS[part]}{unit}" if unit else f"{layer}_{part.removeprefix('resid_')}"
+
+    def loop_label(self, label: str) -> str:
+        """The loop-indexed label of a component or stream, from TransformerLens's; the inverse of `tl_label`.
+
+        Args:
+            label: such as "5_mlp_out", "L5H3", "L5N17", "5_pre" or "final_post".
+
+        Example:
+            >>> [Schedule(n_core=3, n_loops=4).loop_label(label) for label in ("3_attn_out", "L3H2", "embed")]
+            ['loops.1.blocks.0.attn_out', 'loops.1.blocks.0.head.2', 'embed']
+        """
+        if match := re.fullmatch(r"L(\d+)([HN])(\d+)", label):
+            kind = next(kind for kind, letter in _UNITS.items() if letter == match[2])
+            return self.name(int(match[1]), f"{kind}.{match[3]}")
+        if match := re.fullmatch(r"(\d+)_(attn_out|mlp_out|pre|mid)", label):
+            return self.name(int(match[1]), match[2] if "out" in match[2] else f"resid_{match[2]}")
+        return "final" if label == "final_post" else label
 
     def expand(self, name: str) -> list[str]:
         """All TransformerLens names that a name or pattern in either spelling stands for.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NoReturn, cast
 
@@ -44,8 +44,12 @@ class LoopedCache(ActivationCache):
     The residual stream of a looped model is not one running sum: it is normed, mixed and injected into between passes, and in
     some families inside blocks. The methods that decompose it therefore return what a component contributes *to the stream at
     `layer`*, carried there through everything in between with the norms' scales frozen at their values in this run. The
-    contributions sum to that stream. Components are labelled by where they are: `embed`, `initial_state`,
-    `loops.2.blocks.5.attn_out`, `coda.blocks.0.mlp_out`, `L.loops.3.blocks.1.head.7`, `loops.1.blocks.0.neuron.12`.
+    contributions sum to that stream.
+
+    Methods that are TransformerLens's label components as it does, by virtual layer: `embed`, `5_attn_out`, `L5H7`, `L5N12`,
+    `5_pre`, `final_post`, and what only looped models have, `initial_state` and `loops.2.injection`. `attribute_logits` and
+    everything else of this package labels them by where they are: `loops.2.blocks.1.attn_out`, `coda.blocks.0.mlp_out`,
+    `L.loops.3.blocks.1.head.7`. `model.schedule.loop_label` translates.
 
     Example:
         >>> from tl_looped import LoopedBridge, LoopedConfig
@@ -57,7 +61,7 @@ class LoopedCache(ActivationCache):
         (3, 2, 1, 3, 8)
         >>> parts, labels = cache.decompose_resid(return_labels=True)
         >>> labels[-1]
-        'loops.2.blocks.1.mlp_out'
+        '5_mlp_out'
         >>> torch.allclose(cache.logit_attrs(parts, 7).sum(0), logits[..., 7], atol=1e-5)
         True
     """
@@ -296,7 +300,7 @@ class LoopedCache(ActivationCache):
                 streams are taken as they are and go into `ln_final`, as in TransformerLens.
             pos_slice: positions, as a TransformerLens `Slice` or what one is made of.
             mlp_input: end with the stream entering the MLP of `layer`.
-            return_labels: also return the labels, `{layer}.resid_pre` or `{layer}.resid_mid`, and `final`.
+            return_labels: also return the labels, such as `5_pre`, `5_mid` and `final_post`.
             carried: True for parts, False for the streams as they are. None: as they are where TransformerLens means the logit
                 lens (`apply_ln=True`, or an explicit `layer=None`, which is how its `logit_lens` asks), otherwise parts.
 
@@ -327,7 +331,7 @@ class LoopedCache(ActivationCache):
             stack = self._normed(stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim, recompute_ln=recompute)
         elif not carried:
             self._streams = [*(ref for ref in self._streams if ref() is not None), weakref.ref(stack)]
-        return (stack, [self._stream_label(name) for name in names]) if return_labels else stack
+        return (stack, self._tl_labels(map(self._stream_label, names))) if return_labels else stack
 
     def stack_head_results(
         self,
@@ -341,7 +345,7 @@ class LoopedCache(ActivationCache):
 
         Args:
             layer: the stream entering this virtual layer; None, -1 or `n_layers` for the one entering `ln_final`.
-            return_labels: also return the labels, such as `loops.2.blocks.5.head.3`.
+            return_labels: also return the labels, such as `L5H3`.
             incl_remainder: end with one row for everything else, so that the sum is the stream.
             pos_slice: positions, as a TransformerLens `Slice` or what one is made of.
             apply_ln: apply the norm that reads the stream, with its frozen scale and its weight.
@@ -373,7 +377,7 @@ class LoopedCache(ActivationCache):
             layer: the stream entering this virtual layer; None, -1 or `n_layers` for the one entering `ln_final`.
             pos_slice: positions, as a TransformerLens `Slice` or what one is made of.
             neuron_slice: which neurons of every layer.
-            return_labels: also return the labels, such as `loops.2.blocks.5.neuron.17`.
+            return_labels: also return the labels, such as `L5N17`.
             incl_remainder: end with one row for everything else, so that the sum is the stream.
             apply_ln: apply the norm that reads the stream, with its frozen scale and its weight.
             project_output_onto: [d_model] or [d_model, n]: the products with these directions instead of vectors. The
@@ -726,7 +730,11 @@ class LoopedCache(ActivationCache):
     ) -> Stack | tuple[Stack, list[str]]:
         if apply_ln:
             stack = self._normed(stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim)
-        return (stack, labels) if return_labels else stack
+        return (stack, self._tl_labels(labels)) if return_labels else stack
+
+    def _tl_labels(self, labels: Iterable[str]) -> list[str]:
+        """What TransformerLens's own methods call components: code that reads their labels parses these."""
+        return [self.model.schedule.tl_label(label) for label in labels]
 
     def _split(
         self,
