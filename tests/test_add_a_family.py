@@ -228,7 +228,7 @@ def test_options_and_tensors_that_do_not_fit_are_refused(module: ModuleType) -> 
         load_model(MemoryCheckpoint(config, {name: t for name, t in tensors.items() if name != "norm_emb.weight"}))
     with pytest.raises(CheckpointError, match=r"wrong shape: inject.weight should be \[24, 48\].*d_model=24"):
         load_model(MemoryCheckpoint(config, tensors | {"inject.weight": torch.zeros(24, 24)}))
-    with pytest.raises(CheckpointError, match=r"NaN in .*norm_emb.weight"):
+    with pytest.raises(CheckpointError, match=r"NaN or infinity in .*norm_emb.weight"):
         load_model(MemoryCheckpoint(config, tensors | {"norm_emb.weight": torch.full((24,), torch.nan)}))
 
 

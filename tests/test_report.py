@@ -20,10 +20,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tl_looped import LoopedBridge, LoopedConfig
+from tl_looped._writing import write_text
 from tl_looped.analysis import fixed_points, stability
 from tl_looped.cli import main
 from tl_looped.errors import LoopedError
-from tl_looped.report import report, sections, write
+from tl_looped.report import report, sections
 from tl_looped.report.pointer_chasing import right_answers
 from tl_looped.report.section import Section, share
 from tl_looped.toys import hop_prompts
@@ -227,14 +228,14 @@ def test_an_unexpected_error_costs_one_part_only(
 
 
 def test_an_interrupted_write_leaves_the_old_page_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "page", "old")
+    write_text(tmp_path / "page", "old")
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tl_looped.report.os.replace", interrupt)
+    monkeypatch.setattr("tl_looped._writing.os.replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "page", "new")
+        write_text(tmp_path / "page", "new")
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 
 

@@ -974,14 +974,19 @@ class HookDict(dict[str, HookPoint]):
 
     expand_name: Callable[[str], list[str]]
 
+    def __init__(self, hooks: Mapping[str, HookPoint]):
+        super().__init__(hooks)
+        self._names: dict[int, list[str]] = {}
+
     def names_of(self, hook: HookPoint) -> list[str]:
         """All TransformerLens names of a hook point.
 
         Args:
             hook: the hook point.
         """
-        if not hasattr(self, "_names"):
-            self._names: dict[int, list[str]] = {}
+        found = self._names.get(id(hook))
+        if found is None or super().__getitem__(found[0]) is not hook:  # not asked before, or in the original of this copy
+            self._names = {}
             for name, point in self.items():
                 self._names.setdefault(id(point), []).append(name)
         return self._names[id(hook)]

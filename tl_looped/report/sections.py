@@ -610,7 +610,7 @@ def _over_positions(grid: Grid, words: list[str], down: str) -> Any:
     """A heat map with the tokens below the positions."""
     figure = plots.heat_map(grid, " ")
     # Words repeat, and plotly would merge columns of one name: columns have numbers and the words are ticks.
-    positions = [int(label) for label in grid.labels["pos"]]
+    positions = [int(label.split()[-1]) for label in grid.labels["pos"]]  # a sweep's have the token first
     figure.update_traces(x=positions)
     angle = 0 if max(map(len, words)) < 4 else -60
     figure.update_xaxes(tickvals=positions, ticktext=[*map(_short, words)], title=None, side="top", tickangle=angle)
