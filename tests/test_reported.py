@@ -975,6 +975,8 @@ def test_own_format_and_looped_decoders_count_too() -> None:
         with pytest.raises(CheckpointError), few_resources():
             LoopedBridge.loop_layers(llama, start=1, stop=2, n_loops=2)
         setattr(llama.config, key, before)
+    llama.config.quantization_config = {"quant_method": "gguf"}  # as in a model that transformers has dequantised
+    assert LoopedBridge.loop_layers(llama, start=1, stop=2, n_loops=2).n_loops == 2
     llama.config.logit_scale = 0.5
     with pytest.raises(CheckpointError, match=r"logit_scale=0\.5"):
         LoopedBridge.loop_layers(llama, start=1, stop=2, n_loops=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, cast
 
 from ..errors import CheckpointError
 from ..kinds import Kind, shown
@@ -88,6 +88,9 @@ class Recorded(Mapping[str, Any]):
             CheckpointError: an option that would change the logits.
         """
         unread = {key: value for key, value in self._config.items() if key not in self.asked and value is not None}
+        quantised = unread.get("quantization_config")
+        if isinstance(quantised, dict) and cast("dict[str, Any]", quantised).get("quant_method") == "gguf":
+            del unread["quantization_config"]  # transformers leaves it in models that it has dequantised
         only(unread, **{key: value for key, value in _NEUTRAL.items() if key in unread})
         layer_types = unread.get("layer_types", [])
         only(unread, layer_types=["full_attention"] * (len(layer_types) if isinstance(layer_types, list) else 0))
