@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -102,7 +102,7 @@ class InSafetensors:
     dtype: torch.dtype
     shape: tuple[int, ...]
     name: str
-    device = torch.device("cpu")
+    device: ClassVar[torch.device] = torch.device("cpu")
 
     @property
     def path(self) -> Path:
@@ -127,7 +127,7 @@ class InPickle:
     dtype: torch.dtype
     shape: tuple[int, ...]
     name: str
-    device = torch.device("cpu")
+    device: ClassVar[torch.device] = torch.device("cpu")
 
     def read(self, start: int, count: int) -> Tensor:
         """Read `count` elements from element `start` on."""
