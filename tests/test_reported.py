@@ -1639,6 +1639,12 @@ def test_ints_of_numpy_and_torch_are_ints(as_index: Any, unchecked: None) -> Non
             bridge.schedule.select_loops(wrong)
 
 
+def test_a_run_that_stops_has_no_gradients() -> None:
+    bridge = random_bridge("nanbeige")
+    with pytest.raises(LoopedError, match="stop_at_layer=2 and incl_bwd=True"):
+        bridge.run_with_cache(random_tokens(), return_type="loss", incl_bwd=True, stop_at_layer=2)
+
+
 def test_tokens_of_one_axis_are_a_prompt_everywhere() -> None:
     bridge, tokens = random_bridge("huginn"), random_tokens(1, 5)
     options = {"max_new_tokens": 3, "do_sample": False, "stop_at_eos": False, "verbose": False}

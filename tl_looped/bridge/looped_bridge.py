@@ -361,8 +361,8 @@ class LoopedBridge(InMemory, GeneratingBridge):
             kwargs["start"] = self.schedule.layer(start_at_layer)
             if not isinstance(input, Tensor) or not input.is_floating_point():
                 raise LoopedError(
-                    f"start_at_layer={start_at_layer} needs the residual stream entering that layer, [batch, pos, d_model], "
-                    f"such as cache['blocks.{kwargs['start']}.hook_resid_pre']."
+                    f"start_at_layer={start_at_layer} needs the residual-stream tensor entering that layer, "
+                    f"[batch, pos, d_model], such as cache['blocks.{kwargs['start']}.hook_resid_pre']."
                 )
         if stop_at_layer is not None:
             kwargs["stop"] = self._stop(stop_at_layer)
@@ -817,8 +817,14 @@ class LoopedBridge(InMemory, GeneratingBridge):
         Raises:
             UnknownNameError: a name that no hook point has; the message has the nearest ones.
             OutOfRangeError: a loop or layer that this run does not have.
+            LoopedError: `incl_bwd` of a run that stops.
         """
         if stop_at_layer is not None:  # the model stops by itself; TransformerLens would unwind with an exception
+            if kwargs.get("incl_bwd", args[0] if args else False):
+                raise LoopedError(
+                    f"stop_at_layer={stop_at_layer} and incl_bwd=True were asked, but a run that stops has no loss to go back "
+                    "from; leave one of them out."
+                )
             kwargs |= {"stop": self._stop(stop_at_layer), "return_type": "logits"}
         mask = kwargs.pop("attention_mask", kwargs.pop("one_zero_attention_mask", None))
         input, mask = self._read(input, kwargs.pop("prepend_bos", None), kwargs.pop("padding_side", None), mask)
