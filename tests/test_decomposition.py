@@ -439,8 +439,8 @@ def test_direct_logit_attribution(name: str) -> None:
     component = direct_logit_attribution(bridge, TOKENS, answer_tokens=3)
     assert error(cache.attribute_logits(3).values, component.attribution) < 1e-5
     layer = direct_logit_attribution(bridge, TOKENS, answer_tokens=3, unit="layer", cache=cache)
-    attention = component.attribution[component.labels.index(bridge.schedule.name(1, "attn_out"))]
-    at = layer.labels.index(bridge.schedule.name(1, "resid_mid"))
+    attention = component.attribution[component.labels.index("1_attn_out")]
+    at = layer.labels.index("1_mid")
     torch.testing.assert_close(layer.attribution[at] - layer.attribution[at - 1], attention, atol=1e-4, rtol=1e-4)
 
 
