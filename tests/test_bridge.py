@@ -582,7 +582,7 @@ def test_the_cache_says_what_is_missing() -> None:
     [
         (lambda b: b.readout(TOKENS, loop=3), r"3 loops \(0\.\.2\)"),
         (lambda b: b(TOKENS, stop_at_layer=7), r"6 virtual layers"),
-        (lambda b: b(TOKENS, start_at_layer=2), "residual stream"),
+        (lambda b: b(TOKENS, start_at_layer=2), "residual-stream tensor"),
         (lambda b: b(TOKENS + 40), r"0\.\.30"),
         (lambda b: b(random_tokens(1, 33)), "n_ctx=32"),
         (lambda b: b(TOKENS, initial_state=torch.zeros(2, 7, 5)), r"\(2, 7, 24\)"),
