@@ -203,10 +203,8 @@ def real_positions(positions: Indices, mask: Mask, n_pos: int) -> Int[Tensor, "#
     positions = plain(positions)
     if mask is None or positions is None or positions == slice(None) or bool(mask.bool().all()):
         return torch.tensor([select_indices(positions, n_pos, "positions")], device="cpu")
-    real, both_ends = (
-        mask.bool().cpu(),
-        f"positions={positions!r} was asked, which counts from both ends of rows that are padded.",
-    )
+    real = mask.bool().cpu()
+    both_ends = f"positions={positions!r} was asked, which counts from both ends of padded rows; ask for each end by itself."
     if isinstance(positions, slice):
         start, stop = positions.start or 0, positions.stop
         if stop is not None and (start < 0) != (stop < 0):
