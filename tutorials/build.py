@@ -10,6 +10,7 @@ import base64
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import jupytext
 import plotly.io as pio
 from nbclient import NotebookClient
 from nbformat import NotebookNode, write
+from traitlets.config import Config
 
 FOLDER = Path(__file__).parent
 SCRIPTS = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
@@ -30,7 +32,13 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
         folder: the working directory of the kernel.
     """
     env = os.environ | {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}  # no progress bars
-    NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False).execute(cwd=str(folder), env=env)
+    with tempfile.TemporaryDirectory() as place:
+        # Over sockets of its own: a port is chosen before the kernel takes it, and another program may be quicker.
+        manager = {"connection_file": f"{place}/kernel.json", "transport": "tcp" if os.name == "nt" else "ipc"}
+        client = NotebookClient(
+            notebook, timeout=600, kernel_name="python3", record_timing=False, config=Config(KernelManager=manager)
+        )
+        client.execute(cwd=str(folder), env=env)
 
 
 def from_script(script: Path) -> NotebookNode:
