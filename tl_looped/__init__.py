@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import attribution, exits, interventions, patching, path_patching, weight_gradients
+from . import attribution, exits, interventions, metrics, patching, path_patching, weight_gradients
 from .bridge.cache import LoopedCache
 from .bridge.looped_bridge import LoopedBridge
 from .config import LoopedConfig
@@ -18,6 +18,7 @@ __all__ = [
     "attribution",
     "exits",
     "interventions",
+    "metrics",
     "patching",
     "path_patching",
     "weight_gradients",

@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from .bridge.looped_bridge import LoopedBridge
 from .bridge.run import INPUTS, Run
-from .comparison import Metric, check_metric
+from .comparison import Metric, measured
 from .errors import LoopedError
+from .metrics import bound
 from .model import LoopedModel
 from .model.initial_state import InitialState
 from .model.layers import is_observed
@@ -82,7 +83,7 @@ class Patcher:
     ):
         if wrong := sorted(set(inputs) - set(INPUTS)):
             raise LoopedError(f"{', '.join(wrong)} was given; patches are made in whole runs, which take {', '.join(INPUTS)}.")
-        self.model, self.metric = model, metric
+        self.model = model
         self.max_batch = max_batch if max_batch is None else check_count("max_batch", max_batch)
         self.one_by_one = any(is_observed(hook) for hook in model.hook_dict.values())
         # A bidirectional prefix lets early positions see late ones.
@@ -92,12 +93,13 @@ class Patcher:
             tokens, names_filter=list(hooks), on_layer=self.recording, initial_state=initial_state, **inputs
         )
         self.n_rows, self.n_pos = self.logits.shape[:2]
+        self.metric: Metric = bound(metric, model, self.base.attention_mask)
         self.baseline = self.score(self.logits)
         self._different: dict[str, tuple[Tensor, Tensor]] = {}
 
     def score(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "*example"]:
         """The metric, checked."""
-        return check_metric(self.metric(logits), logits).detach()
+        return measured(self.metric, logits).detach()
 
     @property
     def initial_state(self) -> Float[Tensor, "batch pos d_model"]:

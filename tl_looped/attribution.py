@@ -29,7 +29,7 @@ NO_AXES = ("d_model", "d_head")
 
 def attribution_sweep(
     model: LoopedBridge,
-    corrupted_tokens: str | Int[Tensor, "*batch pos"],
+    corrupted_tokens: str | list[str] | Int[Tensor, "*batch pos"],
     clean_cache: LoopedCache,
     metric: Metric,
     site: str = "z",

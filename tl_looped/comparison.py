@@ -14,6 +14,7 @@ from .bridge.cache import LoopedCache
 from .bridge.looped_bridge import LoopedBridge
 from .bridge.run import Run
 from .errors import LoopedError, UnknownNameError
+from .metrics import bound
 from .model import LoopedModel
 from .model.initial_state import InitialState
 from .model.layers import wide
@@ -163,7 +164,6 @@ class Comparison:
         self, model: LoopedBridge, corrupted_tokens: Any, clean_cache: LoopedCache, metric: Metric, run: dict[str, Any]
     ):
         self.model: LoopedBridge = model
-        self.metric: Metric = metric
         self.per_example: bool = False
         self.source: CleanRun = CleanRun(model, clean_cache, run.get("initial_state"))
         self.require: Callable[[Iterable[str]], None] = self.source.require
@@ -172,6 +172,7 @@ class Comparison:
         corrupted_tokens, mask = model._read(corrupted_tokens, *(run.get(name) for name in (*texts, "attention_mask")))
         run = {name: value for name, value in run.items() if name not in texts}
         self.source.check_padding(mask)
+        self.metric: Metric = bound(metric, model, mask)
         given = {**run, "initial_state": self.source.initial_state, **({} if mask is None else {"attention_mask": mask})}
         with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for the way back
             self.tokens: Any = corrupted_tokens.clone() if isinstance(corrupted_tokens, Tensor) else corrupted_tokens
@@ -231,21 +232,22 @@ class Comparison:
         if isinstance(self.run["initial_state"], torch.Generator):
             self.run["initial_state"] = state  # later runs would draw another one
         self.source.check_start(state)
-        value = check_metric(self.metric(logits), logits)
+        value = measured(self.metric, logits)
         self.per_example = value.ndim == 1
         return value, {name: seen[name] for name in names}
 
 
-def check_metric(value: object, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "*example"]:
-    """What a metric returned, as a tensor, if it is a number or one number per row of the batch.
+def measured(metric: Metric, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "*example"]:
+    """What a metric says of logits, checked: a number, or one per row.
 
     Args:
-        value: what the metric returned.
-        logits: what it was given.
+        metric: the metric.
+        logits: what it is given.
 
     Raises:
         LoopedError: it is neither.
     """
+    value = metric(logits)
     value = torch.tensor(value, dtype=torch.float64, device="cpu") if isinstance(value, (int, float)) else value
     if not isinstance(value, Tensor) or value.shape not in ((), logits.shape[:1]):
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -23,6 +23,7 @@ from .bridge.run import Run
 from .bridge.tokens import counts_from_end
 from .comparison import CleanRun, Metric
 from .errors import LoopedError
+from .metrics import metric_name
 from .model import LoopedModel
 from .model.initial_state import InitialState
 from .results import Grid
@@ -333,4 +334,4 @@ def _result(
 ) -> PatchSweep:
     if values.ndim > len(axes):
         axes, labels = (*axes, "example"), labels | {"example": [str(i) for i in range(values.shape[-1])]}
-    return PatchSweep(values, axes, labels, "metric", patcher.baseline, clean)
+    return PatchSweep(values, axes, labels, metric_name(patcher.metric), patcher.baseline, clean)

@@ -61,7 +61,7 @@ class Receiver(NamedTuple):
 
 def edge_sweep(
     model: LoopedBridge,
-    corrupted_tokens: str | Int[Tensor, "*batch pos"],
+    corrupted_tokens: str | list[str] | Int[Tensor, "*batch pos"],
     clean_cache: LoopedCache,
     metric: Metric,
     sources: Names | None = None,
@@ -116,7 +116,7 @@ def edge_sweep(
 
 def path_patch(
     model: LoopedBridge,
-    corrupted_tokens: str | Int[Tensor, "*batch pos"],
+    corrupted_tokens: str | list[str] | Int[Tensor, "*batch pos"],
     clean_cache: LoopedCache,
     metric: Metric,
     sources: Names,
