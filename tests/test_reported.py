@@ -641,6 +641,19 @@ def test_analyses_of_padded_rows_see_what_is_real(name: str, side: str) -> None:
         torch.testing.assert_close(own(logits[i], row.shape[1], side), right, atol=1e-4, rtol=1e-4)
 
 
+def test_no_row_depends_on_the_padding_of_its_neighbours() -> None:
+    """Pads are no exception: TransformerLens gives every row other positions once one of them is padded on the left."""
+    model = LoopedBridge.from_config(LoopedConfig(d_model=16, n_heads=2, d_vocab=60, n_core=2, n_loops=2), seed=0)
+    text, pads = torch.tensor([5, 6, 7, 8]), torch.zeros(3, dtype=torch.long)
+    right, left, full = torch.cat((text, pads)), torch.cat((pads, text)), torch.arange(20, 27)
+    masks = {"right": (torch.arange(7) < 4), "left": (torch.arange(7) >= 3), "full": torch.ones(7, dtype=torch.bool)}
+    mixed = model(torch.stack((right, left, full)), attention_mask=torch.stack(tuple(masks.values())).long())
+    alike = torch.stack((masks["right"], masks["right"], masks["full"])).long()
+    others = model(torch.stack((right, right, full)), attention_mask=alike)
+    torch.testing.assert_close(mixed[[0, 2]], others[[0, 2]], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(mixed[1, 3:], model(text[None])[0], atol=1e-5, rtol=1e-5)
+
+
 def test_padding_that_nothing_says_is_refused() -> None:
     """Where a number would be one of padding: tokens without a mask, and one position for rows that end in different places."""
     from tl_looped.analysis import logit_lens, stability

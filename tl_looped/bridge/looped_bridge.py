@@ -464,6 +464,10 @@ class LoopedBridge(InMemory, GeneratingBridge):
         tokens = tokens[None] if tokens.ndim == 1 else tokens
         return self.forward(tokens, attention_mask=mask, stop_at_layer=0), tokens, None, mask
 
+    def _accepts_derived_position_ids(self) -> bool:
+        """No: the model derives positions from the mask, row by row, so that no row depends on how its neighbours are padded."""
+        return False
+
     def _read(
         self, input: Any, prepend_bos: bool | None, padding_side: str | None, attention_mask: Tensor | None
     ) -> tuple[Any, Tensor | None]:
