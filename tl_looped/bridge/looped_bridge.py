@@ -465,7 +465,7 @@ class LoopedBridge(InMemory, GeneratingBridge):
         return self.forward(tokens, attention_mask=mask, stop_at_layer=0), tokens, None, mask
 
     def _accepts_derived_position_ids(self) -> bool:
-        """No: the model derives positions from the mask, row by row, so that no row depends on how its neighbours are padded."""
+        """No: the model derives positions from the mask row by row, so that no row depends on the padding of its neighbours."""
         return False
 
     def _read(
