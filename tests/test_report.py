@@ -19,14 +19,15 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tl_looped import LoopedBridge, LoopedConfig
+from tl_looped import LoopedBridge, LoopedConfig, plots
 from tl_looped._writing import write_text
 from tl_looped.analysis import fixed_points, stability
 from tl_looped.cli import main
 from tl_looped.errors import LoopedError
 from tl_looped.report import report, sections
+from tl_looped.report.drawing import short
 from tl_looped.report.pointer_chasing import right_answers
-from tl_looped.report.section import Section, share
+from tl_looped.report.section import Section, says_something, share
 from tl_looped.toys import hop_prompts
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -90,7 +91,7 @@ def test_the_numbers_of_the_sentences_are_those_of_the_json(numbers: dict[str, A
         forms += [share(v) for v in leaves(section["numbers"])]
         if name == "model":
             forms += [f"{v / 1000:.3g}" for v in leaves(section["numbers"])]  # in thousands
-        for sentence in section["reading"]:
+        for sentence in [*section["reading"], section["headline"]]:
             found = {text.rstrip(".,") for text in re.findall(r"(?<![\w.])[-−]?\d[\d.,e-]*%?", sentence)}
             assert found <= free | set(forms), (name, sentence)
             seen += len(found - free)
@@ -110,8 +111,9 @@ def test_the_causal_picture_of_pointer_chasing(numbers: dict[str, Any]) -> None:
     # In the sweep, the last query holds the answer at the end: its state leaving the last loop restores all of it.
     leaving = torch.tensor(found["leaving_loops_core"]["values"])
     assert leaving[-1, -1] == pytest.approx(1, abs=1e-4) and leaving[-1, :-1].abs().max() < 1e-6
-    entering = torch.tensor(found["entering_layers_core"]["values"])
-    assert entering[-1, -1, -1] > 0.9 and entering[0, 0, -1].abs() < 0.01  # before the loop a query has looked up nothing
+    entering = torch.tensor(found["entering_layers"]["values"])
+    assert entering[-1, -1] > 0.9 and entering[1, -1].abs() < 0.01  # before the loop a query has looked up nothing
+    assert len(entering) == 13 and found["entering_layers"]["labels"]["virtual_layer"][0] == "prelude.blocks.0"
 
 
 def test_accuracy_with_and_without_injection(numbers: dict[str, Any]) -> None:
@@ -218,9 +220,9 @@ def test_an_unexpected_error_costs_one_part_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     only(monkeypatch, "model", "attention", "exits")
-    monkeypatch.setattr(sections, "attention_distances", lambda *_, **__: [][1])
+    monkeypatch.setattr("tl_looped.report.sections.attention.attention_distances", lambda *_, **__: [][1])
     out = tmp_path / "report.html"
-    assert main(["report", str(GOLDEN / "ouro"), "--prompt", "5,17,3", "--n-loops", "4", "--out", str(out), "--json"]) == 1
+    assert main(["report", str(GOLDEN / "ouro"), "--prompt", "5,17,3", "--loops", "4", "--out", str(out), "--json"]) == 1
     assert "'Attention across loops' failed: IndexError" in capsys.readouterr().err.strip().splitlines()[-1]
     _, attention, exits = json.loads(out.with_suffix(".json").read_text())["sections"]
     assert attention["failed"] == ["IndexError: list index out of range"] and attention["reading"] and exits["reading"]
@@ -251,6 +253,130 @@ def test_other_models_are_measured_as_the_analyses_do(tmp_path: Path) -> None:
     assert not re.findall(r'(?:src|href)="(?!#|data:)', head[: head.index("<script>")] + head[head.rindex("</script>") :])
 
 
+CLEAN, CORRUPTED = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 2, 7, 4]])
+
+
+def with_edges(n_loops: int = 2) -> LoopedBridge:
+    return LoopedBridge.from_config(TINY.replace(n_loops=n_loops, n_prelude=1, n_coda=1), seed=3)
+
+
+def test_the_answer_after_a_loop_is_that_of_a_model_of_so_many_loops() -> None:
+    """Patched by hand: hooks on the unrolled model, one cell at a time, prelude and coda included."""
+    model = with_edges()
+    options: dict[str, Any] = {"clean": CLEAN, "corrupted": CORRUPTED, "answer": 5, "wrong": 8, "verbose": False}
+    (found,) = report(model, at_loop=2, n_loops=3, sections="patching", **options).sections
+    assert not found.refused and (found.numbers["right"], found.numbers["wrong"]) == ("5", "8")
+    deep = model.unroll(3)
+    _, cache = deep.run_with_cache(CLEAN)
+
+    def difference(logits: torch.Tensor) -> float:
+        return float(logits[0, -1, 5] - logits[0, -1, 8])
+
+    with torch.no_grad():
+        clean, corrupted = difference(deep(CLEAN)), difference(deep(CORRUPTED))
+    values = found.numbers["entering_layers"].values
+    assert tuple(values.shape) == (8, 4)
+    for layer in range(8):
+        for position in range(4):
+
+            def patch(state: torch.Tensor, hook: Any, position: int = position) -> torch.Tensor:
+                state[:, position] = cache[hook.name][:, position]
+                return state
+
+            with torch.no_grad():
+                logits = deep.run_with_hooks(CORRUPTED, fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", patch)])
+            expected = (difference(logits) - corrupted) / (clean - corrupted)
+            assert float(values[layer, position]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_prompts_that_are_answered_alike_are_compared_where_they_differ_most() -> None:
+    model = with_edges()
+    clean, corrupted = (model(tokens)[0, -1].detach().softmax(-1) for tokens in (CLEAN, CORRUPTED))
+    assert int(clean.argmax()) == int(corrupted.argmax())
+    (found,) = report(model, clean=CLEAN, corrupted=CORRUPTED, n_loops=3, sections="patching", verbose=False).sections
+    change = (clean - corrupted).tolist()
+    change[int(clean.argmax())] = 0
+    assert found.numbers["right"] == str(change.index(max(change)))
+    assert found.numbers["wrong"] == str(change.index(min(change)))
+    assert "Both prompts are answered with" in found.reading[0]
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ({"at_loop": 3, "n_loops": 3}, "at_loop=3 was asked of 3 loops"),
+    ({"at_loop": -1}, "at_loop=-1"),
+    ({"sections": ["answers", "chapters"]}, "sections='chapters' was asked; there are model, answers"),
+    ({"sections": []}, "sections is empty"),
+    ({"answer": 10}, "answer=10 was given; the tokens of this model go from 0 to 9"),
+    ({"answer": " Paris"}, "has no tokenizer; pass the number of the token"),
+    ({"answer": 3, "wrong": 3}, "are one token"),
+    ({"wrong": 3}, "without an answer"),
+])  # fmt: skip
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(LoopedError, match=re.escape(says)):
+        report(with_edges(), TOKENS, verbose=False, **options)
+
+
+def test_an_answer_is_one_token() -> None:
+    toy = LoopedBridge.from_pretrained("toy:hop", device="cpu")
+    options: dict[str, Any] = {"sections": "answers", "n_loops": 6, "verbose": False}
+    with pytest.raises(LoopedError, match=re.escape("answer='a b' has 2 tokens ('a', 'b')")):
+        report(toy, answer="a b", **options)
+    (found,) = report(toy, "A b B c C a ? A", answer="a", **options).sections
+    chance, rank = found.numbers["answer_probability"], found.numbers["answer_rank"]
+    assert chance.argmax() % 3 == 2 and rank[2] == 0 and rank[0] > 0  # three hops from A lead back to a
+
+
+def test_the_first_screen() -> None:
+    """Both prompts in full with their differences marked, the findings and one figure stand before anything else."""
+    toy = LoopedBridge.from_pretrained("toy:hop", device="cpu")
+    clean, corrupted = "A b B c C d D a ? A", "A c B d C b D a ? A"
+    found = report(toy, clean=clean, corrupted=corrupted, sections=["answers", "patching", "stability"], verbose=False)
+    assert len(found.findings) == 3 and found.to_dict()["findings"] == found.findings
+    text = found.html
+    first = text[text.index("<body>") : text.index("<nav>")]
+    tokens = re.findall(r'<span class="token( differs)?"><b>(.*?)</b><b>(.*?)</b></span>', first)
+    assert [a for _, a, _ in tokens][1:] == clean.split() and [b for *_, b in tokens][1:] == corrupted.split()
+    assert [bool(mark) for mark, *_ in tokens] == [a != b for _, a, b in tokens] and sum(mark != "" for mark, *_ in tokens) == 3
+    assert first.count("<li>") == 3 and first.count("<figure") == 1
+    assert first.index("prompts") < first.index("findings") < first.index("<figure")
+
+
+def test_a_section_that_cannot_be_is_one_line_with_a_command_that_fills_it() -> None:
+    toy = LoopedBridge.from_pretrained("toy:hop", device="cpu")
+    found = report(toy, "A b B a ? A", sections=["answers", "patching"], n_loops=6, verbose=False)
+    (section,) = found.unmeasured
+    assert section.name == "patching" and section.command.startswith("tl-looped report toy:hop --clean ")
+    assert '<section id="patching"' not in found.html and "<h2>Not measured</h2>" in found.html
+    words = dict(zip(["clean", "corrupted"], re.findall(r"'([^']*)'", section.command), strict=True))
+    filled = report(toy, sections="patching", n_loops=6, verbose=False, **words)
+    assert not filled.unmeasured
+    once = LoopedBridge.from_config(TINY.replace(n_loops=1), seed=0)
+    (section,) = report(once, TOKENS, sections="exits", verbose=False).unmeasured
+    assert section.command == "report(model, at_loop=1)"
+    assert not report(once, TOKENS, sections="exits", at_loop=1, verbose=False).unmeasured
+
+
+def test_made_for_so_many_loops_is_said_only_of_models_that_were() -> None:
+    for model, is_trained in (
+        (LoopedBridge.from_config(TINY, seed=0), False),
+        (LoopedBridge.from_pretrained(GOLDEN / "ouro"), True),
+    ):
+        found = report(model, TOKENS, n_loops=6, sections=["model", "answers", "stability"], verbose=False)
+        text = found.html[found.html.index("<body>") :]
+        assert ("made for" in text) == is_trained and ("it is set to" in text) == (not is_trained)
+
+
+def test_figures_that_say_nothing_are_left_out() -> None:
+    go = plots.plotly()
+    assert not says_something(go.Figure(go.Scatter(x=[0, 1], y=[3.0, 4.0])))
+    assert not says_something(go.Figure(go.Scatter(x=[0, 1, 2], y=[0.0, 0.0, 0.0])))
+    assert not says_something(go.Figure(go.Heatmap(z=[[1.0, 1.0], [1.0, 0.9999999]])))
+    assert says_something(go.Figure(go.Heatmap(z=[[1.0, 1.0], [1.0, 0.9]])))
+    short = report(LoopedBridge.from_config(TINY, seed=0), TOKENS, n_loops=2, sections="fixed_points", verbose=False)
+    assert short.sections[0].reading and len(short.sections[0].figures) < 3  # one step from loop to loop is no curve
+    assert "of 1 prompt" not in short.html and "Means are over 3 prompts, too few" in short.html
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["hrm_text", "huginn", "parcae"])
 def test_every_kind_of_loop_has_a_report(family: str) -> None:
@@ -264,13 +390,15 @@ def test_what_cannot_be_measured_is_said_and_the_rest_goes_on() -> None:
     model = LoopedBridge.from_config(TINY, seed=0)
     one = torch.tensor([[5]])
     found = {section.name: section for section in report(model, [one], n_loops=4, verbose=False).sections}
-    assert any("one token" in reason for reason in found["stages"].refused + found["attention"].refused)
+    for name in ("stages", "attention", "stability", "exits"):
+        assert found[name].is_empty and found[name].refused == ["No prompt has 2 tokens."], name
+        assert found[name].command == "report(model, prompt='5,17,3')"
     with pytest.raises(LoopedError, match="12 tokens, but the context of this model is n_ctx=8"):
         report(LoopedBridge.from_config(TINY.replace(n_ctx=8), seed=0), torch.tensor([1] * 12), verbose=False)
     assert found["fixed_points"].reading and not found["fixed_points"].refused
     same = report(model, TOKENS, n_loops=4, clean=one, corrupted=one, verbose=False)
     (patching,) = (section for section in same.sections if section.name == "patching")
-    assert any("nothing for a patch to move" in reason for reason in patching.refused)
+    assert patching.is_empty and any("nothing for a patch to move" in reason for reason in patching.refused)
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
@@ -283,8 +411,8 @@ def test_what_cannot_be_measured_is_said_and_the_rest_goes_on() -> None:
     (["--prompt", "A b Z y ? A"], "Z"),
     (["--prompts", "no-such-file"], "no-such-file.*cannot be read"),
     (["--clean", "A b B a ? A"], "only one of clean and corrupted"),
-    (["--clean", "A b B a ? A", "--corrupted", "A b ? A"], "same number of tokens"),
-    (["--n-loops", "3"], "the model has 6"),
+    (["--clean", "A b B a ? A", "--corrupt", "A b ? A"], "same number of tokens"),
+    (["--loops", "1"], "n_loops=1"),
     (["toy:nothing"], "the bundled toys are"),
     ([str(GOLDEN / "ouro")], "no tokenizer"),
     ([str(GOLDEN / "ouro"), "--prompt", "hello"], "no tokenizer.*'hello' is no list of token ids"),
@@ -304,8 +432,8 @@ def test_bad_input_is_refused_in_one_line_before_the_work(
 def test_prompts_come_from_a_file_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompts").write_text("5,17,3\n\n9,2,4,4\n")
     out, beside = tmp_path / "r.html", tmp_path / "n.json"
-    command = ["report", str(GOLDEN / "nanbeige"), "--prompt", "8,9,10", "--prompts", str(tmp_path / "prompts")]
-    assert main([*command, "--n-loops", "3", "--out", str(out), "--json", str(beside)]) == 0
+    command = ["report", str(GOLDEN / "nanbeige"), "--prompt", "8,9,10", "--prompts", str(tmp_path / "prompts"), "--loops", "3"]
+    assert main([*command, "--out", str(out), "--json", str(beside)]) == 0
     model, answers = (s["numbers"] for s in json.loads(beside.read_text())["sections"][:2])
     assert model["examples"] == 3 and answers["prompt"] == ["8", "9", "10"] and len(answers["answers"]) == 3
     assert capsys.readouterr().out.split() == [str(out), str(beside)]
@@ -319,9 +447,9 @@ def test_an_interruption_keeps_what_is_done(
 
     monkeypatch.setitem(sections.SECTIONS, "trajectories", ("The path of the state", interrupt))
     out = tmp_path / "report.html"
-    assert main(["report", str(GOLDEN / "ouro"), "--prompt", "5,17,3", "--n-loops", "4", "--out", str(out), "--json"]) == 130
+    assert main(["report", str(GOLDEN / "ouro"), "--prompt", "5,17,3", "--loops", "4", "--out", str(out), "--json"]) == 130
     text, found = out.read_text(encoding="utf-8"), json.loads(out.with_suffix(".json").read_text())
-    assert [section["name"] for section in found["sections"]] == ["model", "answers", "fixed_points"]
+    assert [section["name"] for section in found["sections"]] == ["model", "answers", "patching", "fixed_points"]
     assert found["missing"][0] == "The path of the state" and "Interrupted: The path of the state, Attention" in text
     assert "not done: The path of the state" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
@@ -332,7 +460,7 @@ def test_ctrl_c_and_a_kill_keep_what_is_done(tmp_path: Path) -> None:
     for how, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
         out = tmp_path / f"{how.name}.html"
         run = subprocess.Popen(
-            [sys.executable, "-m", "tl_looped.cli", "report", "--n-loops", "64", "--out", str(out)], stderr=subprocess.PIPE
+            [sys.executable, "-m", "tl_looped.cli", "report", "--loops", "64", "--out", str(out)], stderr=subprocess.PIPE
         )
         while not out.exists() and run.poll() is None:
             time.sleep(0.05)
@@ -360,7 +488,7 @@ def evil_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_long_tokens_are_cut_in_figures_and_quotes_stay() -> None:
-    assert sections._short("a" * 60) == "a" * 15 + "…" and sections._short('<b>"&') == '&lt;b&gt;"&amp;'
+    assert short("a" * 60) == "a" * 15 + "…" and short('<b>"&') == '&lt;b&gt;"&amp;'
 
 
 def test_tokens_that_look_like_code_stay_text(evil_page: Path) -> None:

@@ -9,30 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import plots
+from .._old_calls import accepts_old
+from .._words import counted
 from .._writing import write_text
-from ..analysis._prompts import token_batches
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
-from ..schedule import check_count
-from . import pointer_chasing
+from .arguments import Prompt, ask
 from .page import page
-from .section import Figure, Question, Section
+from .question import Question
+from .section import Figure, Section
 from .sections import SECTIONS
+from .tables import prompts as prompts_table
 
 __all__ = ["Figure", "Report", "Section", "report"]
 
-Prompt = str | Int[Tensor, "..."]
-PROMPTS = (
-    "Hello! I've been well. I hope that you're doing well.",  # of arXiv 2604.11791, as the next
-    "The square root of 16 is",
-    "Return the number of items in the list.",
-    "If the file does not exist, an error is raised.",
-)
+RANKED = ("answers", "patching", "stability", "fixed_points", "exits", "attention")  # whose headlines come first
+N_FINDINGS = 3
+AVERAGED = ("fixed_points", "attention", "stages", "stability", "exits")  # means over all prompts
 
 
 @dataclass
@@ -42,22 +38,33 @@ class Report:
     Args:
         title: above the page.
         lead: one line about the model and the prompts.
-        prompt: the prompt that is shown.
+        prompts: the prompts that are shown, as HTML.
         sections: what was found so far.
         missing: titles of the sections that an interruption left out.
     """
 
     title: str
     lead: str
-    prompt: str
+    prompts: str
     sections: list[Section] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+
+    @property
+    def findings(self) -> list[str]:
+        """What matters most, in up to three sentences computed from the numbers."""
+        said = {section.name: section.headline for section in self.sections if section.headline}
+        return [said[name] for name in RANKED if name in said][:N_FINDINGS]
+
+    @property
+    def unmeasured(self) -> list[Section]:
+        """The sections that could not be, with the reason and the command that would fill each."""
+        return [section for section in self.sections if section.is_empty]
 
     @property
     def html(self) -> str:
         """The page; it holds its scripts, styles and data."""
         note = f"Interrupted: {', '.join(self.missing)} not done." if self.missing else ""
-        return page(self.title, self.lead, self.prompt, self.sections, note)
+        return page(self.title, self.lead, self.prompts, self.findings, self.sections, note)
 
     def save(self, file: str | Path) -> Path:
         """Write the page; an earlier one is replaced in one step, its permissions are kept.
@@ -75,7 +82,7 @@ class Report:
         return {
             "title": self.title,
             "lead": self.lead,
-            "prompt": self.prompt,
+            "findings": self.findings,
             "missing": self.missing,
             "sections": [section.to_dict() for section in self.sections],
         }
@@ -85,53 +92,77 @@ class Report:
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+@accepts_old(corrupt="corrupted", loops="n_loops")
 def report(
     model: LoopedBridge,
     prompts: Prompt | Sequence[Prompt] | None = None,
     *,
-    n_loops: int | None = None,
     clean: Prompt | None = None,
     corrupted: Prompt | None = None,
+    answer: str | int | None = None,
+    wrong: str | int | None = None,
+    at_loop: int | None = None,
+    n_loops: int | None = None,
+    sections: str | Sequence[str] | None = None,
+    skip_first_token: bool = False,
     on_section: Callable[[Report], None] | None = None,
     verbose: bool = True,
 ) -> Report:
-    """Look at a model from all sides: answers after each loop, patches, fixed points, attention, stages, stability, exits.
+    """Look at a model from all sides: answers after each loop, patches, fixed points, attention, stages, more loops, exits.
 
-    A section that this model or these prompts do not allow says why, and so does one that breaks. Ctrl-C ends the work
-    and keeps what is done.
+    The page begins with three findings and one figure. A section that this model or these prompts do not allow is one line with
+    the command that would fill it; one that breaks says so. Ctrl-C ends the work and keeps what is done.
 
     Args:
         model: the model.
-        prompts: a text, tokens [pos] or [batch, pos], or a list of these; the first is shown. None for `clean` and a few
-            short sentences, or for a toy of pointer chasing `clean` and 32 mappings.
-        n_loops: how far to loop where the report looks beyond the model's own number; None for twice that, at least 16.
+        prompts: a text, tokens [pos] or [batch, pos], or a list of these; the first is shown where there is no `clean`. None
+            for `clean` and a few short sentences, or for a toy of pointer chasing `clean` and 32 mappings.
         clean: a prompt whose activations are patched into that of `corrupted`, of the same number of tokens.
         corrupted: see `clean`. A toy of pointer chasing has both where `prompts` is None; without them there is no patching.
+        answer: the right answer to the clean prompt, one token as text or its number; None for what the model says. Where it
+            says the same to both prompts, the tokens are compared whose probabilities differ most.
+        wrong: the answer it is compared with; None for what the model says to the corrupted prompt.
+        at_loop: measure the answer after this loop, as if the model had `at_loop + 1` loops; None for the model's own last.
+        n_loops: how far to loop where the report looks beyond that; None for twice the model's own number, at least 16. Fewer
+            than the model has make a model of so many loops.
+        sections: names of sections; None for all: model, answers, patching, fixed_points, trajectories, attention, stages,
+            stability, exits.
+        skip_first_token: leave the first token out of norms, distances, PCA and CKA, where its state can be so large that it
+            decides them alone.
         on_section: called after each section, with what there is.
         verbose: show a progress bar.
 
     Raises:
         LoopedError: plotly is not installed; no prompt, one that is empty or too long, or text that the tokenizer cannot read;
-            only one of `clean` and `corrupted`, or two of different length; fewer loops than the model has.
+            only one of `clean` and `corrupted`, or two of different length; an answer of several tokens; a loop or a section
+            that does not exist.
 
     Example:
         >>> from tl_looped import LoopedBridge, LoopedConfig
         >>> from tl_looped.report import report
         >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=2), seed=0)
-        >>> found = report(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), n_loops=4, verbose=False)
-        >>> [section.name for section in found.sections][:3]
-        ['model', 'answers', 'fixed_points']
+        >>> tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+        >>> found = report(model, tokens, n_loops=4, sections=["answers", "stability", "patching"], verbose=False)
+        >>> [section.name for section in found.sections], [section.name for section in found.unmeasured]
+        (['answers', 'patching', 'stability'], ['patching'])
+        >>> len(found.findings)
+        2
     """
     plots.plotly()
-    asked = _question(model, prompts, n_loops, clean, corrupted)
-    title = f"Inside {model.cfg.model_name}"
-    n = asked.n_examples
-    lead = f"{model.schedule.describe()}. Measured on " + (
-        "the prompt shown here" if n == 1 else f"{n} prompts, the first of which is shown here"
+    names = _chosen(sections)
+    asked = ask(
+        model,
+        prompts,
+        n_loops=n_loops,
+        at_loop=at_loop,
+        clean=clean,
+        corrupted=corrupted,
+        answer=answer,
+        wrong=wrong,
+        skip_first_token=skip_first_token,
     )
-    lead += f"; up to {asked.n_loops} loops."
-    found = Report(title, lead, " ".join(asked.words(asked.shown[0])))
-    names = [name for name in SECTIONS if name != "patching" or asked.pair is not None]
+    name = str(model.cfg.model_name)
+    found = Report(f"Inside {Path(name).name if Path(name).is_dir() else name}", _lead(asked), prompts_table(asked))
     bar = tqdm(names, desc="report", disable=not verbose)
     try:
         for name in bar:
@@ -140,6 +171,8 @@ def report(
             section = Section(name, title)
             with torch.no_grad():
                 section.attempt(lambda part=part, section=section: part(asked, section))
+            if name in AVERAGED:
+                section.basis = asked.basis
             found.sections.append(section)
             if on_section is not None:
                 on_section(found)
@@ -149,45 +182,21 @@ def report(
     return found
 
 
-def _question(
-    model: LoopedBridge,
-    prompts: Prompt | Sequence[Prompt] | None,
-    n_loops: int | None,
-    clean: Prompt | None,
-    corrupted: Prompt | None,
-) -> Question:
-    """The arguments of `report`, checked."""
-    least = model.n_loops
-    n_loops = max(16, 2 * least) if n_loops is None else check_count("n_loops", n_loops, 2)
-    if n_loops < least:
-        raise LoopedError(f"n_loops={n_loops} was asked, but the model has {least}; ask for as many or more.")
-    if (clean is None) != (corrupted is None):
-        raise LoopedError("only one of clean and corrupted was given; patching needs both, or neither.")
-    hops, pair = None, None
-    if str(model.cfg.model_name) in pointer_chasing.OTHER:
-        hops, example = pointer_chasing.example()
-        pair = example if prompts is None else None
-    if prompts is None:
-        usual = list(PROMPTS) if hops is None else [hops.tokens]
-        given = [] if clean is None else [clean]
-        prompts = given if given and model.tokenizer is None else [*given, *usual]
-    prompts = [prompts] if isinstance(prompts, (str, Tensor)) else list(prompts)
-    if model.tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
-        raise LoopedError("this model has no tokenizer; pass prompts as tensors of token ids.")
-    if any(isinstance(text, str) and not text.strip() for text in (*prompts, clean, corrupted)):
-        raise LoopedError("a prompt is empty or holds nothing but whitespace; leave it out.")
-    batches = list(token_batches(model, prompts, verbose=False, what="report"))
-    longest, n_ctx = max(batch.shape[1] for batch in batches), model.looped_cfg.n_ctx
-    if longest > n_ctx:
-        raise LoopedError(f"a prompt has {longest} tokens, but the context of this model is n_ctx={n_ctx}; shorten it.")
-    if clean is not None and corrupted is not None:
-        (first,), (second,) = (list(token_batches(model, one, verbose=False, what="report")) for one in (clean, corrupted))
-        if first.shape != second.shape or len(first) > 1:
-            raise LoopedError(
-                f"clean has {tuple(first.shape)} tokens and corrupted {tuple(second.shape)}; patching needs one prompt each, "
-                "of the same number of tokens, so that every position has its counterpart."
-            )
-        pair = (first, second)
-    if pair is not None:
-        pair = (pair[0].to(model.cfg.device), pair[1].to(model.cfg.device))
-    return Question(model, batches, n_loops, pair, hops)
+def _chosen(sections: str | Sequence[str] | None) -> list[str]:
+    """The sections that were asked for, in the order of the page."""
+    if sections is None:
+        return list(SECTIONS)
+    names = [sections] if isinstance(sections, str) else list(sections)
+    if unknown := [name for name in names if name not in SECTIONS]:
+        raise LoopedError(f"sections={unknown[0]!r} was asked; there are {', '.join(SECTIONS)}.")
+    if not names:
+        raise LoopedError(f"sections is empty; choose from {', '.join(SECTIONS)}.")
+    return [name for name in SECTIONS if name in names]
+
+
+def _lead(asked: Question) -> str:
+    """One line about the model and what was measured."""
+    return (
+        f"{asked.model.schedule.describe()}. Loops are numbered from 0: the answer measured is that after loop "
+        f"{asked.model.n_loops - 1}, and the page looks at up to {counted(asked.n_loops, 'loop')}. {asked.basis}"
+    )

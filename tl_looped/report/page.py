@@ -15,18 +15,21 @@ from .section import Figure, Section, plain
 _HERE = Path(__file__).parent
 
 
-def page(title: str, lead: str, prompt: str, sections: Sequence[Section], note: str) -> str:
+def page(title: str, lead: str, prompts: str, findings: Sequence[str], sections: Sequence[Section], note: str) -> str:
     """The HTML of a page with scripts, styles and data inside.
 
     Args:
         title: above the page.
         lead: what the page is about.
-        prompt: the prompt that is shown.
+        prompts: the prompts that are shown, as HTML.
+        findings: the sentences of the first screen.
         sections: what was found.
         note: what is missing and why, or nothing.
     """
-    links = "".join(f'<a href="#{s.name}">{escape(s.title)}</a>' for s in sections)
-    body = "".join(map(_section, sections))
+    measured = [section for section in sections if not section.is_empty]
+    links = "".join(f'<a href="#{s.name}">{escape(s.title)}</a>' for s in measured)
+    cover = next((section.cover for section in measured if section.cover is not None), None)
+    body = "".join(_section(section, cover) for section in measured)
     warning = f'<p class="refused">{escape(note)}</p>' if note else ""
     return f"""<!doctype html>
 <html lang="en">
@@ -41,13 +44,13 @@ def page(title: str, lead: str, prompt: str, sections: Sequence[Section], note: 
 <body>
 <header>
 <h1>{escape(title)}</h1>
-<p>{escape(lead)}</p>
-<p class="prompt">{escape(prompt)}</p>
+{_first_screen(prompts, findings, cover)}
 {warning}
+<p>{escape(lead)}</p>
 <nav>{links}</nav>
 </header>
 <main>
-{body}
+{body}{_unmeasured([section for section in sections if section.is_empty])}
 </main>
 <footer>Made with tl_looped. The sentences above the figures are computed from the numbers in them.</footer>
 <script>{_file("page.js")}</script>
@@ -56,15 +59,36 @@ def page(title: str, lead: str, prompt: str, sections: Sequence[Section], note: 
 """
 
 
-def _section(section: Section) -> str:
+def _first_screen(prompts: str, findings: Sequence[str], cover: Figure | None) -> str:
+    """What a reader sees first: the prompts, the findings and one figure."""
+    said = f'<ol class="findings">{"".join(f"<li>{escape(one)}</li>" for one in findings)}</ol>' if findings else ""
+    return f'{prompts}<div class="first">{said}{_figure(cover) if cover else ""}</div>'
+
+
+def _section(section: Section, cover: Figure | None) -> str:
     reading = "".join(f'<p class="reading">{escape(sentence)}</p>' for sentence in section.reading)
+    reading += f'<p class="basis">{escape(section.basis)}</p>' if section.basis else ""
     refused = "".join(f'<p class="refused">Not measured: {escape(reason)}</p>' for reason in section.refused)
     refused += "".join(f'<p class="refused">Failed: {escape(reason)}</p>' for reason in section.failed)
-    figures = "".join(map(_figure, section.figures))
+    figures = "".join(_figure(figure) for figure in section.figures if figure is not cover)
     return (
         f'<section id="{section.name}"><h2>{escape(section.title)}</h2>{reading}{refused}'
         f'<div class="figures">{figures}</div></section>\n'
     )
+
+
+def _unmeasured(sections: Sequence[Section]) -> str:
+    """One line for every section that could not be, with the command that would fill it."""
+    if not sections:
+        return ""
+    lines = "".join(
+        f"<li><b>{escape(section.title)}</b>: {escape(' '.join(section.refused))}"
+        + "".join(f" Failed: {escape(reason)}" for reason in section.failed)
+        + (f" <code>{escape(section.command)}</code>" if section.command else "")
+        + "</li>"
+        for section in sections
+    )
+    return f'<section id="unmeasured"><h2>Not measured</h2><ul class="unmeasured">{lines}</ul></section>\n'
 
 
 def _figure(figure: Figure) -> str:

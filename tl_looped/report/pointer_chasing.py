@@ -12,7 +12,9 @@ from ..bridge.looped_bridge import Hook, LoopedBridge
 from ..plots import heat_map, plotly
 from ..results import Estimate, Grid
 from ..toys.hop import WORDS, HopPrompts, hop_prompts
-from .section import Figure, Question, Section, share
+from .drawing import mark
+from .question import Question
+from .section import Section, listed, share
 
 OTHER = {"toy:hop": "toy:hop-noinject", "toy:hop-noinject": "toy:hop"}  # the toy that differs in the injection alone
 N_FRESH, FRESH_SEED = 200, 77
@@ -79,27 +81,33 @@ def right_answers(tokens: Int[Tensor, " pos"], n_loops: int) -> Int[Tensor, "loo
     return right
 
 
-def read_answers(section: Section, answers: Tensor, right: Tensor, trained: int, first: int) -> None:
+def read_answers(section: Section, answers: Tensor, right: Tensor, own: int, first: int, made_for: int | None) -> None:
     """Say how many queries are answered rightly.
 
     Args:
         section: what is written to.
         answers: the answers, [loop, pos].
         right: the right ones, -1 where there is none.
-        trained: the number of loops the model was trained for.
+        own: the number of loops up to the answer that is measured.
         first: the first position of `answers`.
+        made_for: the number of loops the model was trained for.
     """
     right = right[:, first:]
     asked = right[0] >= 0
     counts = (answers == right)[:, asked].sum(1).tolist()
     n = int(asked.sum())
     section.numbers |= {"queries": n, "right_by_loop": counts}
-    least, most = min(counts[:trained]), max(counts[:trained])
+    least, most = min(counts[:own]), max(counts[:own])
     said = f"{n}" if least == n else f"{least}" if least == most else f"{least} to {most}"
+    trained = "trained loops" if own == made_for else "loops"
     section.reading.append(
         "The prompt lists a mapping, then asks for keys; after loop t the model should name hop t + 1 from each. It is right "
-        f"at {said} of {n} queries in each of its {trained} trained loops"
-        + (f", and after loop {len(counts) - 1} at {counts[-1]}." if len(counts) > trained else ".")
+        f"at {said} of {n} queries in each of its {own} {trained}"
+        + (f", and after loop {len(counts) - 1} at {counts[-1]}." if len(counts) > own else ".")
+    )
+    section.headline = (
+        f"Every loop names one hop more of the mapping: right at {said} of {n} queries after each of the {own} {trained}. "
+        "So its answer changes from loop to loop."
     )
 
 
@@ -110,8 +118,8 @@ def accuracy_beyond(asked: Question, section: Section) -> None:
         asked: whose `hops` are known.
         section: what is written to.
     """
-    model, trained = asked.model, asked.model.n_loops
-    n_loops = asked.n_loops
+    model, n_loops = asked.model, asked.n_loops
+    trained = min(asked.own, n_loops)
     prompts = hop_prompts(N_FRESH, seed=FRESH_SEED)
     name = str(model.cfg.model_name)
     found = {name: _accuracy(asked.deep, prompts, name)}
@@ -121,8 +129,8 @@ def accuracy_beyond(asked: Question, section: Section) -> None:
     figure = plotly().Figure(layout={"xaxis_title": "loop", "yaxis_title": "right answers", "yaxis_tickformat": ".0%"})
     for one, estimate in found.items():
         section.numbers[one] = estimate
-        loops, values, errors = estimate.labels["loop"], estimate.values.tolist(), estimate.stderr.tolist()
-        figure.add_scatter(x=loops, y=values, error_y={"array": errors}, name=one, mode="lines+markers")
+        values, errors = estimate.values.tolist(), estimate.stderr.tolist()
+        figure.add_scatter(x=list(range(n_loops)), y=values, error_y={"array": errors}, name=one, mode="lines+markers")
         last = f"; after loop {n_loops - 1} {_percent(estimate, -1)}" if n_loops > trained else ""
         least = int(estimate.values[:trained].argmin())
         section.reading.append(
@@ -134,11 +142,16 @@ def accuracy_beyond(asked: Question, section: Section) -> None:
         f"Measured on {N_FRESH} mappings drawn for this page, with standard errors over them; chance is {share(1 / 8)}."
     )
     if n_loops > trained:
-        figure.add_vline(x=trained - 0.5, line={"width": 1.5, "dash": "dot", "color": "#d95f0e"})
+        mark(figure, trained - 0.5)
+        ends = [f"{share(estimate.values[-1])}{_injected(one)}" for one, estimate in found.items()]
+        section.headline = (
+            f"Looped {n_loops} times, more often than the {trained} it was made for, {listed(ends)} of the answers are right "
+            f"({N_FRESH} mappings)."
+        )
     caption = "Share of right answers after each loop; a loop names one hop more."
     if n_loops > trained:
         caption += " Right of the dotted line the models loop more often than they were trained to."
-    section.figures.append(Figure(caption, figure))
+    section.draw(caption, figure)
 
 
 def _injected(name: str) -> str:
@@ -206,8 +219,8 @@ def transplants(asked: Question, section: Section) -> None:
             expected[s] = step.gather(1, expected[s - 1])
         as_the_task_says[t] = (found == expected).double().mean((1, 2))
         changed[t] = (found != own).double().mean((1, 2))
-    labels = {"transplanted": [f"after loop {t}" for t in range(n_loops)], "answer": [f"loop {t}" for t in range(n_loops)]}
-    axes = ("transplanted", "answer")
+    axes = ("transplanted_after_loop", "answer_of_loop")
+    labels = {axis: [str(t) for t in range(n_loops)] for axis in axes}
     section.numbers["transplants"] = says = Grid(as_the_task_says, axes, labels, "as the task says")
     section.numbers["transplants_changed"] = moved = Grid(changed, axes, labels, "changed answers")
     before = [changed[t, s] for t in range(n_loops) for s in range(t)]
@@ -228,13 +241,11 @@ def transplants(asked: Question, section: Section) -> None:
         "other run's symbol at loop t, then hops from there in the prompt's own mapping, in "
         f"{'all' if worst == 1 else f'at least {share(worst)}'} of the cases for every pair of loops."
     )
-    section.figures += [
-        Figure(
-            "Share of the answers that change, by the loop after which the queries' states were transplanted.",
-            heat_map(moved, " "),
-        ),
-        Figure(
-            "Share of the answers that are what the task demands after the transplant.",
-            heat_map(says, " ").update_traces(zmin=0, zmax=1),
-        ),
-    ]
+    section.draw(
+        "Share of the answers that change, by the loop after which the queries' states were transplanted.",
+        heat_map(moved, " "),
+    )
+    section.draw(
+        "Share of the answers that are what the task demands after the transplant.",
+        heat_map(says, " ").update_traces(zmin=0, zmax=1),
+    )

@@ -5,68 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
-from jaxtyping import Int
 from torch import Tensor
 
-from ..analysis._prompts import at_depth
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..results import Estimate, Grid
-from ..toys.hop import HopPrompts
 
 
-@dataclass(frozen=True)
-class Question:
-    """What a report is about.
+class Unmeasured(LoopedError):
+    """What a section needs and does not have, with the command that would give it.
 
     Args:
-        model: the model, with its own number of loops.
-        prompts: tokens, each a batch of prompts of one length; the very first prompt is the one that is shown.
-        n_loops: how far to loop in the sections that look beyond the model's own number.
-        pair: a clean and a corrupted prompt, [1, pos] each, or None.
-        hops: for a toy of pointer chasing, mappings with their answers; `prompts` are their tokens, unless others were given.
+        reason: why it cannot be measured.
+        command: the command, or the call in Python.
     """
 
-    model: LoopedBridge
-    prompts: list[Int[Tensor, "_ _"]]
-    n_loops: int
-    pair: tuple[Tensor, Tensor] | None = None
-    hops: HopPrompts | None = None
-
-    @cached_property
-    def deep(self) -> LoopedBridge:
-        """The model with `n_loops` loops."""
-        return at_depth(self.model, self.n_loops)
-
-    @property
-    def shown(self) -> Int[Tensor, "1 pos"]:
-        """The prompt that is shown."""
-        return self.prompts[0][:1]
-
-    def of_length(self, least: int) -> list[Int[Tensor, "_ _"]]:
-        """The prompts of at least so many tokens; all where there is none, so that an analysis says what it needs."""
-        return [batch for batch in self.prompts if batch.shape[1] >= least] or self.prompts
-
-    @property
-    def n_examples(self) -> int:
-        """Number of prompts."""
-        return sum(len(batch) for batch in self.prompts)
-
-    def words(self, tokens: Int[Tensor, " pos"]) -> list[str]:
-        """Tokens as a reader sees them."""
-        if self.model.tokenizer is None:
-            return [str(token) for token in tokens.tolist()]
-        return [self.word(token) for token in tokens.tolist()]
-
-    def word(self, token: int) -> str:
-        """A token as a reader sees it; a space and a line break are shown."""
-        if self.model.tokenizer is None:
-            return str(token)
-        text = self.model.tokenizer.decode([token])
-        return text.replace("\n", "↵").replace("\t", "⇥") or repr(text)
+    def __init__(self, reason: str, command: str):
+        super().__init__(reason)
+        self.command: str = command
 
 
 @dataclass(frozen=True)
@@ -93,20 +50,33 @@ class Section:
     Args:
         name: short, for links and JSON.
         title: above it.
+        headline: what was found in one sentence, for the top of the page.
+        cover: the figure that stands at the top of the page, if no section before has one.
+        basis: how many prompts the numbers are from.
         reading: sentences that say in plain words what the figures show, each made from the numbers.
         figures: what is drawn.
         numbers: all numbers that the readings and figures hold.
         refused: what could not be measured here, and why.
+        command: what would fill the section.
         failed: errors that no analysis should raise; the rest of the section is there.
     """
 
     name: str
     title: str
+    headline: str = ""
+    cover: Figure | None = None
+    basis: str = ""
     reading: list[str] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
+    command: str = ""
     failed: list[str] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was measured."""
+        return not (self.reading or self.figures)
 
     def attempt(self, part: Callable[[], None]) -> None:
         """Run a part of the section; if it refuses or breaks, say so and go on."""
@@ -114,19 +84,55 @@ class Section:
             part()
         except LoopedError as error:
             self.refused.append(str(error))
+            self.command = error.command if isinstance(error, Unmeasured) else self.command
         except Exception as error:  # of a model that no test knows: the other sections may still be right
             self.failed.append(f"{type(error).__name__}: {error}")
+
+    def draw(self, caption: str, content: Any, width: int = 320) -> None:
+        """Add a figure, unless it says nothing: fewer than three points, or one number everywhere.
+
+        Args:
+            caption: what it shows.
+            content: a plotly figure, or HTML.
+            width: the least width in pixels at which it can be read.
+        """
+        if isinstance(content, str) or says_something(content):
+            self.figures.append(Figure(caption, content, width))
+
+    def why_empty(self) -> str:
+        """Why nothing was measured, in one line with what would change that."""
+        why = " ".join([*self.refused, *self.failed])
+        return why + (f" To fill it: {self.command}" if self.command else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the figures, ready for JSON."""
         return {
             "name": self.name,
             "title": self.title,
+            "headline": self.headline,
+            "basis": self.basis,
             "reading": self.reading,
             "refused": self.refused,
+            "command": self.command,
             "failed": self.failed,
             "numbers": plain(self.numbers),
         }
+
+
+def says_something(figure: Any) -> bool:
+    """Whether a plotly figure has a line of three points or a grid of three cells, and not one number everywhere.
+
+    Args:
+        figure: the figure.
+    """
+    most, drawn = 0, set[float]()
+    for trace in figure.data:
+        is_grid = getattr(trace, "z", None) is not None
+        rows = trace.z if is_grid else [trace.y]
+        numbers = [float(v) for row in rows for v in row if v is not None and math.isfinite(v)]
+        most = max(most, len(numbers))
+        drawn |= {float(f"{v:.3g}") for v in numbers}
+    return most > 2 and len(drawn) > 1
 
 
 def plain(value: Any) -> Any:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..bridge.looped_bridge import LoopedBridge
 from ..sizes import Sizes, human
-from .section import Question
+from .question import Question
+from .section import share
+
+SHOWN = 0.0005  # probability
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -62,18 +65,65 @@ def facts(model: LoopedBridge, found: Sizes) -> str:
     return table((), rows)
 
 
-def top_answers(asked: Question, top: Sequence[Any], trained: int) -> str:
-    """The most probable tokens after each loop.
+def top_answers(asked: Question, top: Sequence[Any], own: int) -> str:
+    """The most probable tokens after each loop; columns in which nothing is probable are left out.
 
     Args:
         asked: whose tokenizer names them.
         top: for each loop, probabilities and tokens in descending order.
-        trained: loops beyond this number are marked.
+        own: loops beyond this number are marked.
     """
-    head = ("loop", *(f"{k + 1}." for k in range(len(top[0].values))))
+    shown = [k for k in range(len(top[0].values)) if any(float(found.values[k]) >= SHOWN for found in top)]
     rows = []
     for loop, found in enumerate(top):
-        pairs = zip(asked.words(found.indices), found.values.tolist(), strict=True)
-        cells = [f"{word} {p:.3f}" if p >= 0.0005 else "" for word, p in pairs]
-        rows.append((f"{loop}{' +' if loop >= trained else ''}", *cells))
-    return table(head, rows)
+        pairs = list(zip(asked.words(found.indices), found.values.tolist(), strict=True))
+        cells = [f"{word} {p:.3f}" if p >= SHOWN else "" for word, p in (pairs[k] for k in shown)]
+        rows.append((f"{loop}{' +' if loop >= own else ''}", *cells))
+    return table(("loop", *(f"{k + 1}." for k in shown)), rows)
+
+
+class Bar(NamedTuple):
+    """A cell with a bar: what it says, and a share of the whole."""
+
+    text: str
+    share: float
+
+
+def bars(head: Sequence[str], rows: Sequence[tuple[str, Sequence[Bar]]]) -> str:
+    """An HTML table whose cells have bars behind them.
+
+    Args:
+        head: the headings of the columns.
+        rows: the heading of every row and its cells.
+    """
+    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    body = "".join(
+        f'<tr><th scope="row">{escape(first)}</th>'
+        + "".join(
+            f'<td><span class="bar" style="width:{100 * cell.share:.1f}%"></span><span class="said">{escape(cell.text)}</span>'
+            f'<span class="p">{share(cell.share)}</span></td>'
+            for cell in rest
+        )
+        + "</tr>"
+        for first, rest in rows
+    )
+    return f'<table class="bars"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def prompts(asked: Question) -> str:
+    """The prompts in full: the clean above the corrupted one, token by token, with the differences marked.
+
+    Args:
+        asked: the prompts.
+    """
+    clean = asked.words(asked.shown[0])
+    if asked.pair is None:
+        return '<p class="prompts">' + "".join(f'<span class="token"><b>{escape(word)}</b></span>' for word in clean) + "</p>"
+    other = asked.words(asked.pair[1][0])
+    same = (asked.pair[0] == asked.pair[1])[0].tolist()
+    head = '<span class="token names"><b>clean</b><b>corrupted</b></span>'
+    tokens = "".join(
+        f'<span class="token{"" if alike else " differs"}"><b>{escape(a)}</b><b>{escape(b)}</b></span>'
+        for a, b, alike in zip(clean, other, same, strict=True)
+    )
+    return f'<p class="prompts">{head}{tokens}</p>'

@@ -1,0 +1,106 @@
+"""The arguments of `report`, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Int
+from torch import Tensor
+
+from .._words import counted
+from ..analysis._prompts import at_depth, token_batches
+from ..bridge.looped_bridge import LoopedBridge
+from ..errors import LoopedError
+from ..schedule import check_count
+from . import pointer_chasing
+from .question import Question
+
+Prompt = str | Int[Tensor, "..."]
+PROMPTS = (
+    "Hello! I've been well. I hope that you're doing well.",  # of arXiv 2604.11791, as the next
+    "The square root of 16 is",
+    "Return the number of items in the list.",
+    "If the file does not exist, an error is raised.",
+)
+UNTRAINED = ("custom", "looped_llama")  # families whose number of loops somebody chose
+
+
+def ask(
+    model: LoopedBridge,
+    prompts: Prompt | Sequence[Prompt] | None,
+    *,
+    n_loops: int | None,
+    at_loop: int | None,
+    clean: Prompt | None,
+    corrupted: Prompt | None,
+    answer: str | int | None,
+    wrong: str | int | None,
+    skip_first_token: bool,
+) -> Question:
+    """The arguments of `report`, checked."""
+    own = model.n_loops
+    made_for = None if model.looped_cfg.family in UNTRAINED else own
+    if at_loop is not None:
+        check_count("at_loop", at_loop, 0)
+    n_loops = max(16, 2 * own, (at_loop or 0) + 1) if n_loops is None else check_count("n_loops", n_loops, 2)
+    at_loop = min(own, n_loops) - 1 if at_loop is None else at_loop
+    if at_loop >= n_loops:
+        raise LoopedError(f"at_loop={at_loop} was asked of {counted(n_loops, 'loop')}; the last is loop {n_loops - 1}.")
+    if (clean is None) != (corrupted is None):
+        raise LoopedError("only one of clean and corrupted was given; patching needs both, or neither.")
+    answering = at_depth(model, at_loop + 1)
+    hops, pair = None, None
+    if str(model.cfg.model_name) in pointer_chasing.OTHER:
+        hops, example = pointer_chasing.example()
+        pair = example if prompts is None else None
+    if prompts is None:
+        usual = list(PROMPTS) if hops is None else [hops.tokens]
+        given = [] if clean is None else [clean]
+        prompts = given if given and model.tokenizer is None else [*given, *usual]
+    prompts = [prompts] if isinstance(prompts, (str, Tensor)) else list(prompts)
+    if model.tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
+        raise LoopedError("this model has no tokenizer; pass prompts as tensors of token ids.")
+    if any(isinstance(text, str) and not text.strip() for text in (*prompts, clean, corrupted)):
+        raise LoopedError("a prompt is empty or holds nothing but whitespace; leave it out.")
+    batches = list(token_batches(model, prompts, verbose=False, what="report"))
+    longest, n_ctx = max(batch.shape[1] for batch in batches), model.looped_cfg.n_ctx
+    if longest > n_ctx:
+        raise LoopedError(f"a prompt has {longest} tokens, but the context of this model is n_ctx={n_ctx}; shorten it.")
+    if clean is not None and corrupted is not None:
+        pair = _pair(model, clean, corrupted)
+    if pair is not None:
+        pair = (pair[0].to(model.cfg.device), pair[1].to(model.cfg.device))
+    asked = (
+        None if token is None else _one_token(model, name, token) for name, token in (("answer", answer), ("wrong", wrong))
+    )
+    right, other = asked
+    if right is not None and right == other:
+        raise LoopedError(f"answer={answer!r} and wrong={wrong!r} are one token; choose two.")
+    if wrong is not None and answer is None:
+        raise LoopedError(f"wrong={wrong!r} was given without an answer; say which token is right with answer=.")
+    return Question(answering, batches, n_loops, made_for, pair, hops, right, other, skip_first_token)
+
+
+def _pair(model: LoopedBridge, clean: Prompt, corrupted: Prompt) -> tuple[Tensor, Tensor]:
+    (first,), (second,) = (list(token_batches(model, one, verbose=False, what="report")) for one in (clean, corrupted))
+    if first.shape != second.shape or len(first) > 1:
+        raise LoopedError(
+            f"clean has {tuple(first.shape)} tokens and corrupted {tuple(second.shape)}; patching needs one prompt each, "
+            "of the same number of tokens, so that every position has its counterpart."
+        )
+    return first, second
+
+
+def _one_token(model: LoopedBridge, name: str, given: str | int) -> int:
+    """A token that was given as text or as its number."""
+    if isinstance(given, str):
+        if model.tokenizer is None:
+            raise LoopedError(f"{name}={given!r} was given, but this model has no tokenizer; pass the number of the token.")
+        tokens = model.tokenizer.encode(given, add_special_tokens=False)
+        if len(tokens) != 1:
+            parts = ", ".join(repr(model.tokenizer.decode([token])) for token in tokens) or "none"
+            raise LoopedError(f"{name}={given!r} has {len(tokens)} tokens ({parts}); pass one token, often with a space first.")
+        return int(tokens[0])
+    if not 0 <= given < model.cfg.d_vocab:
+        raise LoopedError(f"{name}={given} was given; the tokens of this model go from 0 to {model.cfg.d_vocab - 1}.")
+    return given
