@@ -33,7 +33,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("family", sorted(folder.name for folder in GOLDEN.iterdir()))
 def test_lens_shows_the_readout_of_every_loop(family: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["lens", str(GOLDEN / family), "--tokens", "5,17,3", "--loops", "3", "--top-k", "2"]) == 0
+    assert main(["lens", str(GOLDEN / family), "--tokens", "5,17,3", "--n-loops", "3", "--top-k", "2"]) == 0
     out = capsys.readouterr().out
     header, *rows = out[out.index("loop  ") :].strip().splitlines()
     bridge = LoopedBridge.from_pretrained(GOLDEN / family, n_loops=3)
@@ -72,7 +72,7 @@ def test_lens_takes_text_when_the_checkpoint_has_a_tokenizer(tmp_path: Path, cap
         ([str(GOLDEN / "ouro"), "--prompt", ""], "empty"),
         (["no/such-model", "--tokens", "1"], "no/such-model.*not a directory"),
         ([str(GOLDEN / "ouro"), "--tokens", "500"], "0..100"),
-        ([str(GOLDEN / "ouro"), "--tokens", "5", "--loops", "0"], "n_loops=0"),
+        ([str(GOLDEN / "ouro"), "--tokens", "5", "--n-loops", "0"], "n_loops=0"),
         ([str(GOLDEN / "ouro"), "--tokens", "5", "--top-k", "0"], "top_k=0"),
     ],
 )
@@ -85,7 +85,7 @@ def test_errors_are_one_line_without_a_traceback(
 
 
 def test_a_place_for_the_table_is_checked_before_the_sweep(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sweep-init", "--layers", "1", "--csv", "/no/such/place/x.csv"]) == 1
+    assert main(["sweep-init", "--n-layers", "1", "--csv", "/no/such/place/x.csv"]) == 1
     err = capsys.readouterr().err
     assert "no directory '/no/such/place'" in err and len(err.strip().splitlines()) == 1
 

@@ -65,13 +65,13 @@ def test_seeds_add_up_and_the_small_case_settles_as_in_the_paper() -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    arguments = "--layers 1 --width 8 --loops 4 --seeds 1 --std fan_in --csv".split()
+    arguments = "--n-layers 1 --d-model 8 --n-loops 4 --seeds 1 --std fan_in --csv".split()
     assert main(["sweep-init", *arguments, str(tmp_path / "sweep.csv")]) == 0
     out = capsys.readouterr().out
     assert out.startswith("1 layer of width 8, 4 loops, 1 seed, weights of std 1/sqrt(fan_in), embedding of std 1")
     assert all(f"{n}, {i} " in out for n in NORMS for i in INJECTIONS)
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 1 + 6 * 4
-    assert main(["sweep-init", "--loops", "2"]) == 1 and "at least 4" in capsys.readouterr().err
+    assert main(["sweep-init", "--n-loops", "2"]) == 1 and "at least 4" in capsys.readouterr().err
 
 
 def test_refusals(unchecked: None) -> None:

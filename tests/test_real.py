@@ -40,7 +40,7 @@ def test_one_loop_is_the_pretrained_model(smollm2) -> None:
 def test_lens_answers_sensibly(smollm2, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hf, tokenizer = smollm2
     LoopedBridge.loop_layers(hf, start=10, stop=20, n_loops=1, tokenizer=tokenizer).save_pretrained(tmp_path)
-    assert main(["lens", str(tmp_path), "--prompt", PROMPT, "--loops", "3"]) == 0
+    assert main(["lens", str(tmp_path), "--prompt", PROMPT, "--n-loops", "3"]) == 0
     rows = capsys.readouterr().out.strip().splitlines()[-3:]
     assert rows[0].split("  ")[0] == "0" and "' Paris'" in rows[0].split("  ")[2] + rows[0].split("  ")[1]
 

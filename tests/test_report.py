@@ -222,7 +222,7 @@ def test_an_unexpected_error_costs_one_part_only(
     only(monkeypatch, "model", "attention", "exits")
     monkeypatch.setattr("tl_looped.report.sections.attention.attention_distances", lambda *_, **__: [][1])
     out = tmp_path / "report.html"
-    assert main(["report", str(GOLDEN / "ouro"), "--prompt", "5,17,3", "--loops", "4", "--out", str(out), "--json"]) == 1
+    assert main(["report", str(GOLDEN / "ouro"), "--prompt", "5,17,3", "--n-loops", "4", "--out", str(out), "--json"]) == 1
     assert "'Attention across loops' failed: IndexError" in capsys.readouterr().err.strip().splitlines()[-1]
     _, attention, exits = json.loads(out.with_suffix(".json").read_text())["sections"]
     assert attention["failed"] == ["IndexError: list index out of range"] and attention["reading"] and exits["reading"]
@@ -411,8 +411,8 @@ def test_what_cannot_be_measured_is_said_and_the_rest_goes_on() -> None:
     (["--prompt", "A b Z y ? A"], "Z"),
     (["--prompts", "no-such-file"], "no-such-file.*cannot be read"),
     (["--clean", "A b B a ? A"], "only one of clean and corrupted"),
-    (["--clean", "A b B a ? A", "--corrupt", "A b ? A"], "same number of tokens"),
-    (["--loops", "1"], "n_loops=1"),
+    (["--clean", "A b B a ? A", "--corrupted", "A b ? A"], "same number of tokens"),
+    (["--n-loops", "1"], "n_loops=1"),
     (["toy:nothing"], "the bundled toys are"),
     ([str(GOLDEN / "ouro")], "no tokenizer"),
     ([str(GOLDEN / "ouro"), "--prompt", "hello"], "no tokenizer.*'hello' is no list of token ids"),
@@ -432,8 +432,8 @@ def test_bad_input_is_refused_in_one_line_before_the_work(
 def test_prompts_come_from_a_file_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompts").write_text("5,17,3\n\n9,2,4,4\n")
     out, beside = tmp_path / "r.html", tmp_path / "n.json"
-    command = ["report", str(GOLDEN / "nanbeige"), "--prompt", "8,9,10", "--prompts", str(tmp_path / "prompts"), "--loops", "3"]
-    assert main([*command, "--out", str(out), "--json", str(beside)]) == 0
+    command = ["report", str(GOLDEN / "nanbeige"), "--prompt", "8,9,10", "--prompts", str(tmp_path / "prompts")]
+    assert main([*command, "--n-loops", "3", "--out", str(out), "--json", str(beside)]) == 0
     model, answers = (s["numbers"] for s in json.loads(beside.read_text())["sections"][:2])
     assert model["examples"] == 3 and answers["prompt"] == ["8", "9", "10"] and len(answers["answers"]) == 3
     assert capsys.readouterr().out.split() == [str(out), str(beside)]
@@ -447,7 +447,7 @@ def test_an_interruption_keeps_what_is_done(
 
     monkeypatch.setitem(sections.SECTIONS, "trajectories", ("The path of the state", interrupt))
     out = tmp_path / "report.html"
-    assert main(["report", str(GOLDEN / "ouro"), "--prompt", "5,17,3", "--loops", "4", "--out", str(out), "--json"]) == 130
+    assert main(["report", str(GOLDEN / "ouro"), "--prompt", "5,17,3", "--n-loops", "4", "--out", str(out), "--json"]) == 130
     text, found = out.read_text(encoding="utf-8"), json.loads(out.with_suffix(".json").read_text())
     assert [section["name"] for section in found["sections"]] == ["model", "answers", "patching", "fixed_points"]
     assert found["missing"][0] == "The path of the state" and "Interrupted: The path of the state, Attention" in text
@@ -460,7 +460,7 @@ def test_ctrl_c_and_a_kill_keep_what_is_done(tmp_path: Path) -> None:
     for how, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
         out = tmp_path / f"{how.name}.html"
         run = subprocess.Popen(
-            [sys.executable, "-m", "tl_looped.cli", "report", "--loops", "64", "--out", str(out)], stderr=subprocess.PIPE
+            [sys.executable, "-m", "tl_looped.cli", "report", "--n-loops", "64", "--out", str(out)], stderr=subprocess.PIPE
         )
         while not out.exists() and run.poll() is None:
             time.sleep(0.05)

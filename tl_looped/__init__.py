@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from . import attribution, exits, interventions, metrics, patching, path_patching, weight_gradients
-from .bridge.cache import LoopedCache
-from .bridge.looped_bridge import LoopedBridge
-from .config import LoopedConfig
-from .errors import LoopedError
-from .schedule import Schedule
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import (
+        analysis,
+        attribution,
+        checkpoints,
+        exits,
+        families,
+        interventions,
+        metrics,
+        patching,
+        path_patching,
+        plots,
+        report,
+        results,
+        toys,
+        weight_gradients,
+    )
+    from .bridge.cache import LoopedCache
+    from .bridge.looped_bridge import LoopedBridge
+    from .config import LoopedConfig
+    from .errors import LoopedError
+    from .schedule import Schedule
+
+    __version__: str
 
 __all__ = [
     "LoopedBridge",
@@ -15,11 +35,48 @@ __all__ = [
     "LoopedConfig",
     "LoopedError",
     "Schedule",
+    "analysis",
     "attribution",
+    "checkpoints",
     "exits",
+    "families",
     "interventions",
     "metrics",
     "patching",
     "path_patching",
+    "plots",
+    "report",
+    "results",
+    "toys",
     "weight_gradients",
 ]
+# Where the names above that are no modules stand. Everything is imported when it is first asked for: torch and
+# TransformerLens take seconds, which `tl-looped --help` has no use for.
+_HOMES = {
+    "LoopedBridge": "bridge.looped_bridge",
+    "LoopedCache": "bridge.cache",
+    "LoopedConfig": "config",
+    "LoopedError": "errors",
+    "Schedule": "schedule",
+}
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module, metadata
+
+    if name == "__version__":
+        found: object = metadata.version("tl-looped")
+    elif name in _HOMES:
+        found = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    elif name in __all__:
+        found = import_module(f".{name}", __name__)
+    else:
+        import sys
+
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
