@@ -454,3 +454,33 @@ def test_processed_weights_are_refused() -> None:
     bridge.process_weights()
     with pytest.raises(LoopedError, match="compatibility mode"):
         logit_lens(bridge, TOKENS, 1)
+
+
+@pytest.mark.parametrize("lens", ["logit", "native"])
+@pytest.mark.parametrize("name", ["ouro", "huginn", "retrofit_llama", "hrm_text", "parcae", "anchored"])
+def test_at_a_loop_is_the_shorter_model(name: str, lens: Any) -> None:
+    model, loop = random_bridge(name), 0
+    short = model.unroll(1)
+    found, right = logit_lens(model, TOKENS, lens=lens, at_loop=loop), logit_lens(short, TOKENS, lens=lens)
+    assert found.labels == right.labels and found.layers == right.layers
+    assert torch.equal(found.targets, right.targets)
+    for part in ("log_probs", "ranks", "entropy", "top_tokens"):
+        torch.testing.assert_close(getattr(found, part), getattr(right, part), atol=1e-5, rtol=1e-4)
+    assert torch.equal(found.targets[..., 0], model.readout(TOKENS, loop).argmax(-1))
+    where = [(name, lambda x, hook: -x) for name in ("coda.blocks.0.hook_resid_pre",) if model.schedule.n_coda]
+    with model.hooks(where), short.hooks(where):  # hooks of the run act, also after the loop
+        hooked = logit_lens(model, TOKENS, [3], lens, at_loop=-model.n_loops)
+        torch.testing.assert_close(hooked.log_probs, logit_lens(short, TOKENS, [3], lens).log_probs, atol=1e-5, rtol=1e-4)
+
+
+def test_a_lens_of_more_loops() -> None:
+    model = random_bridge("huginn")
+    deep = logit_lens(model, TOKENS, 3, n_loops=5)
+    assert torch.equal(deep.log_probs, logit_lens(model.unroll(5), TOKENS, 3).log_probs)
+    both = logit_lens(model, TOKENS, 3, n_loops=5, at_loop=3)
+    torch.testing.assert_close(both.log_probs, logit_lens(model.unroll(4), TOKENS, 3).log_probs, atol=1e-5, rtol=1e-4)
+    assert torch.equal(logit_lens(model, TOKENS, 3, loops="all").ranks, logit_lens(model, TOKENS, 3).ranks)
+    assert logit_lens(model, TOKENS, 3, loops=slice(None), at_loop=1).labels[-1] == "loops.1.blocks.2"
+    for asked, says in (({"at_loop": 3}, "loop 3 is out of range"), ({"n_loops": 2, "at_loop": 2}, "loop 2 is out of range")):
+        with pytest.raises(LoopedError, match=says):
+            logit_lens(model, TOKENS, 3, **asked)

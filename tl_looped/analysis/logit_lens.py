@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -20,6 +20,7 @@ from ..model.initial_state import InitialState
 from ..model.looped_model import check_tokens
 from ..model.passes import PassEnds
 from ..schedule import Indices, LoopSelector, Schedule, Site, check_count, check_index
+from ._prompts import at_depth
 
 __all__ = ["Readout", "LogitLensResult", "logit_lens"]
 
@@ -206,7 +207,9 @@ def logit_lens(
     lens: Lens = "logit",
     *,
     positions: Indices = None,
-    loops: LoopSelector | None = None,
+    loops: LoopSelector | None = "all",
+    at_loop: int | None = None,
+    n_loops: int | None = None,
     top_k: int = 5,
     initial_state: InitialState = None,
     attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
@@ -243,8 +246,11 @@ def logit_lens(
         lens: "logit" or "native".
         positions: which positions to decode, in ascending order; negative ones count from the last real token of each row. None
             for all; what is said of padding then means nothing, and `to_dataframe` leaves it out.
-        loops: the layers of these loops only (of both stacks in these H cycles for HRM-Text), without prelude and coda: an int,
-            a slice, several ints, "all" or "last"; None for all layers, prelude and coda included.
+        loops: "all" for every layer, prelude and coda included. Otherwise the layers of these loops alone (of both stacks in
+            these H cycles for HRM-Text): an int, a slice, several ints or "last".
+        at_loop: read the run that stops after this loop (0-based; negative counts from the end): its coda follows this loop,
+            and default targets are what the model would answer here. None for the last loop.
+        n_loops: run another number of loops; None for the model's own.
         top_k: how many of the most probable tokens to keep.
         initial_state: as in `LoopedBridge.forward`.
         attention_mask: 1 for real tokens.
@@ -278,16 +284,18 @@ def logit_lens(
     if check_count("top_k", top_k) > d_vocab:
         raise LoopedError(f"top_k={top_k} was asked; the vocabulary has {d_vocab} tokens.")
     check_count("chunk_size", chunk_size)
+    model = at_depth(model, n_loops)
+    schedule = model.schedule if at_loop is None else replace(model.schedule, n_loops=model.schedule.loop(at_loop) + 1)
     ids, mask = _token_ids(model, tokens, attention_mask)
     columns = real_positions(positions, mask, ids.shape[1]).expand(len(ids), -1).to(ids.device)  # [batch, chosen]
-    rows = _rows(model.schedule, loops)
+    rows = _rows(schedule, loops)
     asked = None if targets is None else _target_ids(model, targets, ids)
 
     inputs = {"attention_mask": mask, "token_type_ids": token_type_ids}
-    decoder = Decoder(model, ids, {name: value for name, value in inputs.items() if value is not None})
+    decoder = Decoder(model, schedule, ids, {name: value for name, value in inputs.items() if value is not None})
     cells: list[tuple[Lens, int]] = [(lens, i) for i in rows]
     if asked is None:  # the last layer, the family's own way, is the model's prediction
-        cells.append(("native", model.schedule.n_layers - 1))
+        cells.append(("native", schedule.n_layers - 1))
     hidden = decoder.run(cells, columns, initial_state)  # [cell, batch, pos, d_model]
     grid = (len(rows), *columns.shape)
     if asked is None:
@@ -300,7 +308,7 @@ def logit_lens(
     return LogitLensResult(
         *(part.unflatten(0, grid) for part in readout),
         lens=lens,
-        schedule=model.schedule,
+        schedule=schedule,
         layers=rows,
         positions=tuple(_places(columns, mask)),
         real=torch.ones_like(columns, dtype=torch.bool) if mask is None else mask.bool().gather(1, columns),
@@ -324,15 +332,16 @@ class Decoder:
 
     Args:
         model: the model whose runs are decoded.
+        schedule: what is decoded of it: its own, or that of its first loops, prelude and coda.
         tokens: [batch, pos].
         inputs: what the run takes beside the tokens.
     """
 
-    def __init__(self, model: LoopedBridge, tokens: Int[Tensor, "batch pos"], inputs: dict[str, Tensor]):
+    def __init__(self, model: LoopedBridge, schedule: Schedule, tokens: Int[Tensor, "batch pos"], inputs: dict[str, Tensor]):
         self.model: LoopedBridge = model
         self.tokens: Int[Tensor, "batch pos"] = tokens
         self.inputs: dict[str, Tensor] = inputs
-        self.schedule: Schedule = model.schedule
+        self.schedule: Schedule = schedule
         self.twin: LoopedModel = cast(LoopedModel, model.original_model).unrolled(1)
         # What the current pass began with: in an anchored loop its state, in HRM-Text's L passes the state of the H stack.
         self.entering: Tensor | None = None
@@ -368,14 +377,18 @@ class Decoder:
 
         last = max(i for _, i in cells)
         wanted = {i for _, i in cells} | {i for i in (schedule.passes[0].layers[-1],) if i <= last}
-        hooks: list[tuple[str, Callable[..., None]]] = [(f"blocks.{i}.hook_resid_post", decode(i)) for i in sorted(wanted)]
+        hooks: list[tuple[str, Callable[..., None]]]
+        hooks = [(schedule.name(i, "hook_resid_post"), decode(i)) for i in sorted(wanted)]  # in a shorter run, the same names
         for p in schedule.passes:
             if self.twin.cfg.strategy == "anchored":
                 hooks.append((f"{schedule.pass_prefix(p)}.hook_state", keep))
             elif p.stack == "L":
                 hooks.append((f"{schedule.pass_prefix(p)}.hook_injection", keep))
         run: Any = self.model.run_with_hooks
-        run(self.tokens, hooks, stop=last + 1, initial_state=initial_state, **self.inputs)
+        in_coda = last >= schedule.first_coda_layer
+        stop = last + 1 + (self.model.schedule.n_layers - schedule.n_layers if in_coda else 0)
+        loop = schedule.n_loops - 1 if in_coda else None
+        run(self.tokens, hooks, stop=stop, loop=loop, initial_state=initial_state, **self.inputs)
         return hidden
 
     def native(self, layer: int, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
@@ -534,7 +547,7 @@ def _target_id(model: LoopedBridge, target: object) -> int:
 
 def _rows(schedule: Schedule, loops: LoopSelector | None) -> tuple[int, ...]:
     """The virtual layers to decode, in the order of the run."""
-    if loops is None:
+    if loops is None or (isinstance(loops, str) and loops == "all"):
         return tuple(range(schedule.n_layers))
     rows: list[int] = []
     for loop in sorted(set(schedule.select_loops(loops, schedule.core_stacks[-1]))):

@@ -20,6 +20,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.utilities.slice import Slice
 
 from .. import checkpoints, families
+from .._old_calls import accepts_old
 from ..config import LoopedConfig
 from ..errors import LoopedError, UnknownNameError
 from ..kinds import plain
@@ -27,7 +28,7 @@ from ..model import LoopedModel
 from ..model.initial_state import InitialState
 from ..model.looped_model import initialise, set_mode
 from ..model.undo import Snapshot, undone, whole
-from ..schedule import Schedule, check_count, is_pattern, virtual_layer
+from ..schedule import Indices, Schedule, check_count, is_pattern, virtual_layer
 from .adapter import LoopedArchitectureAdapter, bridge_config
 from .cache import LoopedCache
 from .components import InMemory, check_attn_in
@@ -35,7 +36,7 @@ from .generation import GeneratingBridge
 from .hooking import Hooked, without_leftovers
 from .processing import check_options, check_running_sum, check_shared, has_output_bias, process_weights, stream_break
 from .run import Run
-from .tokens import check_real, configured, encode, refuse_unmarked_padding
+from .tokens import check_real, configured, counts_from_end, encode, real_positions, refuse_unmarked_padding
 
 NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
@@ -324,6 +325,7 @@ class LoopedBridge(InMemory, GeneratingBridge):
         *args: Any,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
+        loop: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the model; `TransformerBridge.forward` with loops.
@@ -344,11 +346,15 @@ class LoopedBridge(InMemory, GeneratingBridge):
                 `injection=cache["loops.{t}.hook_injection"]` of that pass, and Parcae needs `input_ids=`.
             stop_at_layer: run up to this virtual layer, exclusive, and return the residual stream entering it,
                 [batch, pos, d_model]; `n_layers` for the one leaving the last layer.
+            loop: stop looping after this loop (0-based; negative counts from the end) and go on to the coda and the logits, as
+                `unroll(loop + 1)` does; the loss too is of these logits. What runs has its own hooks and names, and
+                `run_with_cache` caches that: the prelude, the loops up to this one, the coda, the unembedding. In families
+                whose last norm is the norm of every pass (Ouro, HRM-Text, Nanbeige), the logits are then read from
+                `loops.{loop}.norm`, and `ln_final` does not fire.
             **kwargs: `initial_state` (tensor [batch, pos, d_model], int seed, torch.Generator or "zero"),
                 `position_ids`, `token_type_ids` (HRM-Text's prefix), `past_key_values`, and the rest of TransformerBridge's;
-                `loop` (an int) to stop and read out after that loop, or `on_loop`, called as `on_loop(loop, logits)` with the
-                readout after every loop of one run; with `start_at_layer` also `injection` [batch, pos, d_model] and
-                `input_ids` [batch, pos].
+                `on_loop`, called as `on_loop(loop, logits)` with the readout after every loop of one run; with
+                `start_at_layer` also `injection` [batch, pos, d_model] and `input_ids` [batch, pos].
 
         Raises:
             LoopedError: inputs that do not fit the model; layers out of range; tokens of which some rows begin with pad tokens
@@ -357,6 +363,10 @@ class LoopedBridge(InMemory, GeneratingBridge):
         attention_mask = kwargs.pop("one_zero_attention_mask", None) if attention_mask is None else attention_mask
         input, attention_mask = self._read(input, prepend_bos, padding_side, attention_mask)
         kwargs |= self._generation_arguments(input, kwargs)
+        if isinstance(loop, str):
+            raise LoopedError(f"loop={loop!r} was asked of one run; for every loop use readout(input, loop='all').")
+        if loop is not None:
+            kwargs["loop"] = self.schedule.loop(loop)
         if start_at_layer is not None:
             kwargs["start"] = self.schedule.layer(start_at_layer)
             if not isinstance(input, Tensor) or not input.is_floating_point():
@@ -379,30 +389,37 @@ class LoopedBridge(InMemory, GeneratingBridge):
         stop = plain(stop_at_layer)
         return stop if stop == self.schedule.n_layers else self.schedule.layer(stop)
 
+    @accepts_old("initial_state", "attention_mask")
     def readout(
         self,
         input: str | list[str] | Int[Tensor, "*batch pos"],
-        loop: int,
+        loop: int | Literal["all"],
+        *,
+        positions: Indices = None,
         initial_state: InitialState = None,
         attention_mask: Tensor | None = None,
-    ) -> Float[Tensor, "batch pos d_vocab"]:
+        token_type_ids: Tensor | None = None,
+    ) -> Float[Tensor, "*loop batch pos d_vocab"]:
         """What the model would answer if it stopped after one of its loops; the later passes are not run.
 
-        Equals `model.unroll(loop + 1)(input)`: the family's own way from the state to the logits.
+        Equals `model.unroll(loop + 1)(input)` and `model(input, loop=loop)`: the family's own way from the state to the logits.
 
         Args:
-            input: text, texts of one length, or tokens.
-            loop: which loop, 0-based; negative counts from the end.
+            input: text, texts or tokens. Texts of different lengths are padded on the right, and need `positions`.
+            loop: which loop, 0-based; negative counts from the end. "all" for every loop of one run.
+            positions: which positions to return, in ascending order; negative ones count from the last real token of each row,
+                so that -1 is every prompt's answer. None for all.
             initial_state: as in `forward`.
             attention_mask: as in `forward`.
+            token_type_ids: 1 for the tokens of a bidirectional prefix (HRM-Text).
 
         Returns:
-            Logits, [batch, pos, d_vocab].
+            Logits, [batch, pos, d_vocab]; for "all", [loop, batch, pos, d_vocab].
 
         Raises:
-            OutOfRangeError: a loop that the run does not have.
+            OutOfRangeError: a loop or a position that the run does not have.
             LoopedError: the weights were processed, in families where earlier readouts then differ; texts of different lengths,
-                whose last positions would be padding in some.
+                and positions that are padding in some.
 
         Example:
             >>> import torch
@@ -411,16 +428,39 @@ class LoopedBridge(InMemory, GeneratingBridge):
             >>> tokens = torch.tensor([[1, 2, 3]])
             >>> torch.equal(model.readout(tokens, loop=-1), model(tokens))
             True
+            >>> model.readout(tokens, loop="all", positions=-1).shape
+            torch.Size([3, 1, 1, 10])
         """
-        loop = self.schedule.loop(loop)
-        if not isinstance(input, Tensor) and attention_mask is None:
-            input, mask = self._read(input, None, None, None)
-            if mask is not None:
-                raise LoopedError(
-                    f"texts of {', '.join(map(str, mask.sum(1).tolist()))} tokens were given, some of which would end with "
-                    "padding; read them out one by one, or pass tokens with attention_mask=."
-                )
-        return self.forward(input, loop=loop, initial_state=initial_state, attention_mask=attention_mask)
+        if isinstance(loop, str) and loop != "all":
+            raise LoopedError(f"loop={loop!r} was asked; pass an int, or 'all' for every loop.")
+        loops = list(range(self.n_loops)) if isinstance(loop, str) else [self.schedule.loop(loop)]
+        tokens, mask = self._read(input, None, "right" if attention_mask is None else None, attention_mask)
+        if mask is None and counts_from_end(positions):
+            refuse_unmarked_padding(self.tokenizer, tokens, f"a readout at positions={positions!r}")
+        if positions is None and mask is not None and attention_mask is None:
+            raise LoopedError(
+                f"texts of {', '.join(map(str, mask.sum(1).tolist()))} tokens were given, some of which would end with "
+                "padding; pass positions=-1 for each one's last token, read them out one by one, or pass tokens with "
+                "attention_mask=."
+            )
+        chosen = None
+        if positions is not None:
+            columns = real_positions(positions, mask, tokens.shape[-1])
+            rows = torch.arange(1 if tokens.ndim == 1 else len(tokens), device="cpu")[:, None]
+            chosen = rows, columns.expand(len(rows), -1)
+        found: dict[int, Tensor] = {}
+
+        def keep(at: int, logits: Tensor) -> None:
+            if at in loops:
+                found[at] = logits if chosen is None else logits[tuple(index.to(logits.device) for index in chosen)]
+
+        inputs = {"attention_mask": mask, "initial_state": initial_state, "token_type_ids": token_type_ids}
+        given: dict[str, Any] = {name: value for name, value in inputs.items() if value is not None}
+        if len(loops) == 1:  # also of processed weights, where every earlier readout is refused
+            keep(loops[0], self.forward(tokens, loop=loops[0], **given))
+        else:
+            self.forward(tokens, return_type=None, on_loop=keep, **given)
+        return torch.stack([found[t] for t in loops]) if isinstance(loop, str) else found[loops[0]]
 
     def to_tokens(
         self,

@@ -219,7 +219,7 @@ class LoopedModel(nn.Module):
             past_key_values: a cache from an earlier call.
             use_cache: return a cache.
             initial_state: see `tl_looped.model.initial_state.initial_state`.
-            loop: read out after this loop and skip the later ones.
+            loop: read out after this loop and skip the later ones; the coda runs.
             start: first virtual layer to run.
             stop: run up to this virtual layer, exclusive, and return its input.
             injection: with `start`, what is injected in the pass of that layer, for families that inject.
@@ -240,8 +240,10 @@ class LoopedModel(nn.Module):
             x = self._embed(input_ids, inputs_embeds, start)
             x = early_exit.step(self, x, input_ids, attention_mask, position_ids, token_type_ids, initial_state)
             return LoopedOutput(x, early_exit.key_values)
-        if (loop is not None or on_loop is not None) and (start is not None or stop is not None):
-            raise LoopedError("loop= and on_loop= read out whole runs; they cannot be combined with start= or stop=.")
+        if (start is not None and loop is not None) or (on_loop is not None and (start, stop) != (None, None)):
+            raise LoopedError(
+                "loop= and on_loop= read out runs from their beginning; start= does not go with them, nor stop= with on_loop=."
+            )
         if on_loop is not None and self.cfg.n_coda and (use_cache or past_key_values is not None):
             raise LoopedError("on_loop= runs the coda after every loop, for which a cache has no slots; run without a cache.")
         x = self._embed(input_ids, inputs_embeds, start)
@@ -252,6 +254,11 @@ class LoopedModel(nn.Module):
         if initial_state is not None and part.is_restart and part.first >= schedule.n_prelude:
             raise LoopedError(f"initial_state= was given, but a run from start={part.first} on does not read it; leave it out.")
         last = schedule.pass_of_loop(-1 if loop is None else loop)
+        if part.stop is not None and last.layers.stop <= part.stop < schedule.first_coda_layer:
+            raise LoopedError(
+                f"stop={part.stop} was asked, but a run that is read out after loop {last.loop} skips the layers "
+                f"{last.layers.stop} to {schedule.first_coda_layer - 1}; choose a layer before or after them."
+            )
         past = 0 if past_key_values is None else self._cached(past_key_values, part, last)
         if use_cache and past_key_values is None:
             from transformers import DynamicCache
