@@ -11,7 +11,7 @@ from transformer_lens.hook_points import HookPoint
 from zoo import ZOO, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedCache, LoopedError
-from tl_looped.attribution import attribution_sweep
+from tl_looped.attribution import attribution_sweep as whole_sweep
 from tl_looped.errors import OutOfRangeError, UnknownNameError
 from tl_looped.sites import HEADS, PASSES, STREAMS
 
@@ -66,9 +66,12 @@ def patched(bridge: LoopedBridge, cache: LoopedCache, cells: list[Cell]) -> Tens
         return per_row(logits).view(len(cells), -1) - per_row(bridge(CORRUPTED))
 
 
+attribution_sweep = partial(whole_sweep, stack="core")
+
+
 def prefixes(bridge: LoopedBridge) -> list[tuple[str | None, str]]:
     """Every looped stack, and how its hook names begin."""
-    return [("L", "L."), ("H", "H.")] if bridge.looped_cfg.l_cycles else [(None, "")]
+    return [("L", "L."), ("H", "H.")] if bridge.looped_cfg.l_cycles else [("core", "")]
 
 
 def sites_of(bridge: LoopedBridge) -> list[str]:
@@ -111,7 +114,7 @@ def test_the_error_is_of_the_next_order() -> None:
     bridge = random_bridge("huginn", torch.float64)
     clean, corrupted = run(bridge, CLEAN), run(bridge, CORRUPTED)
     sites = ["q", "resid_mid", "pattern", "state"]
-    coarse, fine = (worst_errors(bridge, near(clean, corrupted, eps), sites, None, "") for eps in (1e-5, 1e-6))
+    coarse, fine = (worst_errors(bridge, near(clean, corrupted, eps), sites, "core", "") for eps in (1e-5, 1e-6))
     for site in sites:
         assert coarse[site] / fine[site] == pytest.approx(10, rel=0.1)
 
@@ -138,6 +141,12 @@ def test_axes_are_sums_in_the_order_asked() -> None:
 def test_layers_before_and_after_the_loop() -> None:
     bridge = random_bridge("parcae", torch.float64)
     close = near(run(bridge, CLEAN), run(bridge, CORRUPTED), 1e-6)
+    every = whole_sweep(bridge, CORRUPTED, close, per_row)
+    parts = [attribution_sweep(bridge, CORRUPTED, close, per_row, stack=stack).values for stack in ("prelude", "core", "coda")]
+    torch.testing.assert_close(every.values, torch.cat(parts))
+    assert list(map(str, every.labels["loop"])) == ["prelude", "0", "1", "2", "coda"]
+    summed = whole_sweep(bridge, CORRUPTED, close, per_row, axes=("head", "loop"))
+    torch.testing.assert_close(summed.values, every.values.sum(1).transpose(0, 1))
     for stack in ("prelude", "coda"):
         found = attribution_sweep(bridge, CORRUPTED, close, per_row, stack=stack)
         assert found.values.shape == (1, 2, 3, 2) and found.labels["loop"] == [stack]
@@ -289,4 +298,4 @@ def test_bad_input_is_explained(unchecked: None) -> None:
         attribution_sweep(bridge.unroll(2), CORRUPTED, clean, total)
     two = random_bridge("hrm_text")
     with pytest.raises(LoopedError, match="stack='L' or stack='H'"):
-        attribution_sweep(two, CORRUPTED, run(two, CLEAN), total)
+        whole_sweep(two, CORRUPTED, run(two, CLEAN), total)

@@ -41,15 +41,16 @@ def metric(logits: torch.Tensor) -> torch.Tensor:
     return logits[:, -1, :5].sum(-1) - logits[:, -2, 5:9].sum(-1)
 
 
-def hooks_of(bridge: LoopedBridge, site: str, at: dict[str, int], stack: str | None) -> list[str]:
+def hooks_of(bridge: LoopedBridge, site: str, at: dict[str, Any], stack: str | None) -> list[str]:
     """The loop-indexed names of what a cell patches."""
     schedule = bridge.schedule
     hook = f"attn.hook_{site}" if site in HEADS else f"hook_{site}"
+    if (edge := at.get("loop", stack)) in ("prelude", "coda"):
+        layers = [at["layer"]] if "layer" in at else range(schedule.stacks[edge])
+        return [f"{edge}.blocks.{j}.{hook}" for j in layers]
     if "virtual_layer" in at:
         return [schedule.name(at["virtual_layer"], hook)]
-    if stack in ("prelude", "coda"):
-        return [f"{stack}.blocks.{at['layer']}.{hook}"]
-    prefix = "" if stack is None else f"{stack}."
+    prefix = "" if stack in (None, "core") else f"{stack}."
     loops = [at["loop"]] if "loop" in at else range(schedule.n_loops_of(schedule.looped_stack(stack)))
     if site in PASSES:
         return [f"{prefix}loops.{t}.{hook}" for t in loops]
@@ -57,7 +58,7 @@ def hooks_of(bridge: LoopedBridge, site: str, at: dict[str, int], stack: str | N
     return [f"{prefix}loops.{t}.blocks.{j}.{hook}" for t in loops for j in layers]
 
 
-def by_hand(bridge: LoopedBridge, cache: Any, site: str, at: dict[str, int], stack: str | None, tokens=CORRUPTED) -> Any:
+def by_hand(bridge: LoopedBridge, cache: Any, site: str, at: dict[str, Any], stack: str | None, tokens=CORRUPTED) -> Any:
     """The metric of one run with one patch."""
 
     def patch(tensor: torch.Tensor, hook: object, value: torch.Tensor) -> torch.Tensor:
@@ -74,10 +75,13 @@ def by_hand(bridge: LoopedBridge, cache: Any, site: str, at: dict[str, int], sta
 def check_some(
     bridge: LoopedBridge, found: Any, cache: Any, site: str, stack: str | None, tokens=CORRUPTED, n: int = 3
 ) -> None:
-    shape = found.values.shape[:-1]
-    for cell in torch.randperm(found.values[..., 0].numel())[:n].tolist():
-        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(cell), shape))
+    there = found.values[..., 0].isfinite().nonzero()
+    for index in map(tuple, there[torch.randperm(len(there))[:n]].tolist()):
         at = dict(zip(found.axes, index, strict=False))
+        if "loop" in at and found.labels["loop"][at["loop"]] in ("prelude", "coda"):
+            at["loop"] = found.labels["loop"][at["loop"]]
+        elif "loop" in at:
+            at["loop"] = int(found.labels["loop"][at["loop"]])
         expected = by_hand(bridge, cache, site, at, stack, tokens)
         torch.testing.assert_close(found.values[index], expected, atol=1e-9, rtol=1e-9)
 
@@ -94,6 +98,33 @@ def test_layers_that_run_once(stack: str) -> None:
         found = quiet_sweep(zoo("huginn"), CORRUPTED, clean_cache("huginn"), metric, "z", stack=stack)
         assert found.labels["loop"] == [stack]
         check_some(zoo("huginn"), found, clean_cache("huginn"), "z", stack)
+
+
+@pytest.mark.parametrize("name", ["huginn", "parcae", "looped_qwen", "retrofit_llama"])
+def test_prelude_and_coda_are_swept_with_the_loops(name: str) -> None:
+    bridge, cache = zoo(name), clean_cache(name)
+    schedule = bridge.schedule
+    with torch.no_grad():
+        found = quiet_sweep(bridge, CORRUPTED, cache, metric, "resid_mid", ("loop", "layer"))
+        assert list(map(str, found.labels["loop"])) == ["prelude", "0", "1", "2", "coda"]
+        n_layers = [schedule.n_prelude, *[schedule.n_core] * 3, schedule.n_coda]
+        assert found.values[..., 0].isfinite().sum(1).tolist() == n_layers
+        check_some(bridge, found, cache, "resid_mid", None, n=5)
+        for stack, rows in (("prelude", slice(0, 1)), ("core", slice(1, 4)), ("coda", slice(4, 5))):
+            part = quiet_sweep(bridge, CORRUPTED, cache, metric, "resid_mid", ("loop", "layer"), stack=stack)
+            torch.testing.assert_close(part.values, found.values[rows, : schedule.stacks[stack]], atol=1e-9, rtol=1e-9)
+        whole = quiet_sweep(bridge, CORRUPTED, cache, metric, "z", ("head", "loop"))
+        check_some(bridge, whole, cache, "z", None, n=5)
+        # A layer in all its loops is one of the loop's.
+        by_layer = quiet_sweep(bridge, CORRUPTED, cache, metric, "z", ("layer",))
+        assert len(by_layer.labels["layer"]) == schedule.n_core
+        figure = found.plot()  # the rows of layers that are, and bold lines where stacks meet
+        assert len(figure.data[0].y if hasattr(figure.data[0], "y") else []) == 5
+        of_heads = quiet_sweep(bridge, CORRUPTED, cache, metric, "z").plot()
+        assert len(of_heads.data[0].z) == sum(n_layers)
+        lines = {shape.y0 + 0.5: shape.line.width for shape in of_heads.layout.shapes}
+        edges = [schedule.n_prelude, sum(n_layers) - schedule.n_coda]
+        assert lines == {i: 3 if i in edges else 1.5 for i in (*edges, *(edges[0] + k * schedule.n_core for k in (1, 2)))}
 
 
 @pytest.mark.parametrize(("name", "site"), SHARE)
@@ -122,7 +153,8 @@ def test_published_structures(path: Path) -> None:
             found = quiet_sweep(bridge, corrupted, cache, metric, site, stack=stack)
             check_some(bridge, found, cache, site, stack, corrupted)
             own = quiet_sweep(bridge, clean, cache, metric, site, stack=stack)
-            assert torch.equal(own.values, own.baseline_corrupted.expand_as(own.values))
+            cells = own.values[own.values[..., 0].isfinite()]
+            assert torch.equal(cells, own.baseline_corrupted.expand_as(cells))
             assert torch.equal(own.baseline_clean, own.baseline_corrupted) and torch.equal(
                 own.baseline_clean, found.baseline_clean
             )
@@ -137,14 +169,14 @@ def test_batches_of_any_size_give_the_same(name: str, monkeypatch: pytest.Monkey
         monkeypatch.setattr(_patcher, "LOGITS_AT_ONCE", 1)
         found.append(quiet_sweep(bridge, CORRUPTED, cache, metric).values)
     for values in found[1:]:
-        torch.testing.assert_close(values, found[0], atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(values, found[0], atol=1e-9, rtol=1e-9, equal_nan=True)
 
 
 def test_a_choice_of_cells_is_a_part_of_the_whole_grid() -> None:
     bridge = zoo("looped_qwen")
     with torch.no_grad():
         _, cache = bridge.run_with_cache(CLEAN)
-        whole = quiet_sweep(bridge, CORRUPTED, cache, metric, "z", ("loop", "layer", "pos", "head"))
+        whole = quiet_sweep(bridge, CORRUPTED, cache, metric, "z", ("loop", "layer", "pos", "head"), stack="core")
         part = quiet_sweep(
             bridge, CORRUPTED, cache, metric, "z", ("head", "loop", "layer", "pos"),
             loops=slice(1, None), layers=-1, positions=[4, 2], heads=[0, 2],
@@ -175,7 +207,7 @@ def test_padding_and_prefixes(name: str) -> None:
         given = {"token_type_ids": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])}
     with torch.no_grad():
         _, cache = bridge.run_with_cache(CLEAN, **given)
-        found = quiet_sweep(bridge, CORRUPTED, cache, metric, stack=stack, **given)
+        found = quiet_sweep(bridge, CORRUPTED, cache, metric, stack=stack or "core", **given)
         for index in ((0, 1, 2), (2, 0, 4), (1, 1, 3)):
             at = hooks_of(bridge, "resid_pre", dict(zip(("loop", "layer"), index, strict=False)), stack)[0]
 
@@ -284,7 +316,8 @@ def test_what_cannot_be_patched_is_refused(unchecked: None) -> None:
         _, deeper = bridge.unroll(5).run_with_cache(CLEAN)
         refused: list[tuple[str, dict[str, Any]]] = [
             ("equally many rows and tokens", {"clean_cache": short}),
-            (r"lacks loops\.1\.blocks\.0\.hook_resid_pre", {"clean_cache": few}),
+            (r"lacks loops\.1\.blocks\.0\.hook_resid_pre", {"clean_cache": few, "stack": "core"}),
+            (r"lacks prelude\.blocks\.0\.hook_resid_pre, loops\.1", {"clean_cache": few}),
             ("5 loops over one stack", {"clean_cache": deeper}),
             (r"returned \(2, 5\)", {"metric": lambda logits: logits[..., 0]}),
             ("loop 3 is out of range", {"loops": 3}),
@@ -385,6 +418,6 @@ def test_a_number_of_python_is_a_metric_and_text_is_no_cache(unchecked: None) ->
     bridge = zoo("looped_qwen")
     found = patch_sweep(bridge, CORRUPTED, clean_cache("looped_qwen"), lambda x: float(x[0, -1, 0]), verbose=False)
     same = patch_sweep(bridge, CORRUPTED, clean_cache("looped_qwen"), lambda x: x[0, -1, 0], verbose=False)
-    torch.testing.assert_close(found.values.double(), same.values.double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.values.double(), same.values.double(), atol=1e-6, rtol=0, equal_nan=True)
     with pytest.raises(LoopedError, match="a str was given for the clean cache; run the clean prompt first"):
         patch_sweep(bridge, CORRUPTED, "some text", metric, verbose=False)  # pyright: ignore[reportArgumentType]

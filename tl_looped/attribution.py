@@ -16,7 +16,7 @@ from .errors import LoopedError
 from .model.layers import wide
 from .results import Grid
 from .schedule import LoopSelector, check_count
-from .sites import HEADS, PASSES, STREAMS, check_site, select_places
+from .sites import HEADS, PASSES, STREAMS, check_site, laid_out, swept_places
 
 # The axes of an activation after its batch axis; one without an axis of its own in the result is summed over.
 AXES: dict[str, tuple[str, ...]] = {
@@ -57,8 +57,9 @@ def attribution_sweep(
             "state", "injection" or "out".
         axes: of the result, in this order: "loop", "layer" (not for sites of a pass), "pos", "head" (key-value heads for "k"
             and "v") and "src_pos" (the keys of a pattern, whose "pos" are the queries). Axes not named are summed over.
-        loops: which loops.
-        stack: "L" or "H" for HRM-Text; "prelude" or "coda" for the layers that run once, whose one loop is called so.
+        loops: which loops. Where the axis "loop" is named and neither loops nor a stack is asked for, "prelude" and "coda" are
+            entries of it beside the loops; layers that a stack lacks are NaN.
+        stack: "core" for the loops alone; "L" or "H" for HRM-Text; "prelude" or "coda" for the layers that run once.
         steps: None for the gradient at the corrupted run. `m` averages the gradients of `m` runs on the straight path from the
             corrupted input embedding to the clean one, at the fractions `1/m, ..., m/m` (EAP-IG, arXiv 2403.17806, eq. 3; 5
             is usual). Less wrong where the metric saturates; the differences stay those of the two runs.
@@ -81,9 +82,12 @@ def attribution_sweep(
         >>> scores.axes, tuple(scores.values.shape)
         (('loop', 'layer', 'head'), (3, 2, 2))
     """
-    names, labels = _cells(model, site, loops, stack)
+    check_site(site)
     dims = ("example", *AXES[site])
-    _check_axes(site, axes, [*labels, *(axis for axis in dims[1:] if axis not in NO_AXES)])
+    outer = ("loop",) if site in PASSES else ("loop", "layer")
+    _check_axes(site, axes, [*outer, *(axis for axis in dims[1:] if axis not in NO_AXES)])
+    placed = swept_places(model, site, axes, loops, None, stack)
+    names = [place.hook for _, place in placed]
     pair = Comparison(model, corrupted_tokens, clean_cache, metric, run)
     pair.require([*names, *(["hook_embed"] if steps is not None else [])])
     if steps is None:
@@ -91,25 +95,17 @@ def attribution_sweep(
     else:
         corrupted, gradients = _integrated(pair, names, check_count("steps", steps))
     kept = tuple(axis for axis in dims if axis in axes or (axis == "example" and pair.per_example))
-    cells = [_summed((pair.clean(n, corrupted[n]) - wide(corrupted[n])) * gradients[n], dims, kept) for n in names]
-    values = torch.stack(cells).unflatten(0, tuple(len(labels[axis]) for axis in ("loop", "layer") if axis in labels))
-    order = (*(axis for axis in ("loop", "layer") if axis in labels), *kept)
+    cells: dict[tuple[str, ...], Tensor] = {}
+    for key, place in placed:
+        n = place.hook
+        score = _summed((pair.clean(n, corrupted[n]) - wide(corrupted[n])) * gradients[n], dims, kept)
+        cells[key] = cells[key] + score if key in cells else score
+    swept = tuple(axis for axis in outer if axis in axes)
+    values, labels = laid_out(torch.stack(list(cells.values())), list(cells), swept)
     wanted = tuple(axes) + (("example",) if pair.per_example else ())
-    values = _summed(values, order, tuple(axis for axis in order if axis in wanted))
-    left = [axis for axis in order if axis in wanted]
-    values = values.permute([left.index(axis) for axis in wanted])
+    values = values.permute([(*swept, *kept).index(axis) for axis in wanted])
     sizes = dict(zip(wanted, values.shape, strict=True))
     return Grid(values, wanted, {a: labels.get(a) or [str(i) for i in range(n)] for a, n in sizes.items()}, "attribution")
-
-
-def _cells(model: LoopedBridge, site: str, loops: LoopSelector, stack: str | None) -> tuple[list[str], dict[str, list[str]]]:
-    """The hook of every cell, loop by loop, and the labels of the axes that cells have."""
-    check_site(site)
-    places = select_places(model, site, loops, None, stack)
-    labels = {"loop": list(dict.fromkeys(place.loop for place in places))}
-    if site not in PASSES:
-        labels["layer"] = list(dict.fromkeys(str(place.site.layer) for place in places))
-    return [place.hook for place in places], labels
 
 
 def _check_axes(site: str, axes: Sequence[str], known: list[str]) -> None:

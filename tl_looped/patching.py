@@ -28,7 +28,7 @@ from .model import LoopedModel
 from .model.initial_state import InitialState
 from .results import Grid
 from .schedule import Indices, LoopSelector, select_indices
-from .sites import HEADS, PASSES, Place, check_site, layer_place, select_places
+from .sites import HEADS, PASSES, Place, check_site, laid_out, layer_place, select_places, swept_places
 
 __all__ = ["PatchSweep", "patch_between_loops", "patch_sweep"]
 
@@ -49,7 +49,21 @@ class PatchSweep(Grid):
     baseline_corrupted: Tensor | None = None
     baseline_clean: Tensor | None = None
 
-    def normalised(self) -> Grid:
+    def plot(self, title: str = "") -> Any:
+        """The figure of a `Grid`, of the mean over the examples if there are several.
+
+        Args:
+            title: above the figure; the name of the numbers if empty.
+
+        Raises:
+            LoopedError: plotly is not installed; a single number, without axes.
+        """
+        if self.axes[-1] != "example" or len(self.axes) == 1:
+            return super().plot(title)
+        mean = Grid(self.values.double().mean(-1), self.axes[:-1], self.labels, self.name)
+        return mean.plot(title or f"{self.name}, mean of {self.values.shape[-1]} examples")
+
+    def normalised(self) -> PatchSweep:
         """The values on a scale where the corrupted run is 0 and the clean run is 1.
 
         Raises:
@@ -64,7 +78,8 @@ class PatchSweep(Grid):
         span = self.baseline_clean - self.baseline_corrupted
         if bool((span == 0).any()):
             raise LoopedError("normalised() was called, but the clean and the corrupted run have the same metric.")
-        return Grid((self.values - self.baseline_corrupted) / span, self.axes, self.labels, f"normalised {self.name}")
+        values, zero = (self.values - self.baseline_corrupted) / span, torch.zeros_like(span)
+        return PatchSweep(values, self.axes, self.labels, f"normalised {self.name}", zero, zero + 1)
 
 
 def patch_sweep(
@@ -102,11 +117,12 @@ def patch_sweep(
         axes: "loop", "layer", "pos", "head", in any order. "virtual_layer" instead of loop and layer covers prelude and coda
             too. Patterns have their query as "pos" and their key as "src_pos". Default: ("loop", "layer", "pos"), for heads
             ("loop", "layer", "head"), for passes ("loop", "pos").
-        loops: which loops.
+        loops: which loops. Where the axis "loop" is swept and neither loops, layers nor a stack is asked for, "prelude" and
+            "coda" are entries of it beside the loops; layers that a stack lacks are NaN.
         layers: which layers of the loop, or which virtual layers; None for all.
         positions: which positions, the same in every row; None for all.
         heads: which heads (groups of heads for k and v with grouped keys); None for all.
-        stack: "L" or "H" for HRM-Text; "prelude" or "coda" for the layers that run once, whose one loop is called so.
+        stack: "core" for the loops alone; "L" or "H" for HRM-Text; "prelude" or "coda" for the layers that run once.
         initial_state: of the corrupted run; default: that of the clean run. Where it is random it must be the same one, or the
             patches would carry the difference between two random states.
         max_batch: how many rows (cells x batch) to run at once; None for what fits into a quarter of the free memory, and no
@@ -148,18 +164,18 @@ def patch_sweep(
     outer = [axis for axis in ("loop", "layer", "virtual_layer") if axis in names]
     swept = [axis for axis in inner if axis in names]
 
-    cells = []
+    cells, points = [], list(product(*(inner[axis] for axis in swept)))
     for group in groups.values():
-        for point in product(*(inner[axis] for axis in swept)):
+        for point in points:
             at = inner | {axis: [i] for axis, i in zip(swept, point, strict=True)}
             where = _where(patcher.base[group[0].hook], at)
             edits = [Edit(place.hook, clean[place.hook], where) for place in group]
             cells.append(Cell(edits, min(place.entry for place in group), min(at["pos"])))
     values = patcher.run(cells, verbose, f"patching {site}")
 
-    labels = {axis: list(dict.fromkeys(key[k] for key in groups)) for k, axis in enumerate(outer)}
+    values, labels = laid_out(values.unflatten(0, (len(groups), len(points))), list(groups), outer)
     labels |= {axis: _inner_labels(patcher, axis, inner[axis]) for axis in swept}
-    values = values.unflatten(0, [len(labels[axis]) for axis in (*outer, *swept)])
+    values = values.unflatten(len(outer), [len(labels[axis]) for axis in swept]) if swept else values.squeeze(len(outer))
     order = [(*outer, *swept).index(axis) for axis in names]
     values = values.permute(*order, *range(len(names), values.ndim))
     return _result(patcher, values, names, labels, _baseline(source, patcher))
@@ -286,9 +302,7 @@ def _places(
             raise LoopedError('the axis "virtual_layer" goes without loops= and stack=; choose virtual layers by layers=.')
         chosen = select_indices(layers, model.schedule.n_layers, "virtual layers")
         return [((model.schedule.layer_name(i),), layer_place(model, site, i)) for i in chosen]
-    places = select_places(model, site, loops, layers, stack)
-    labels = [{"loop": place.loop, "layer": str(place.site.layer)} for place in places]
-    return [(tuple(label[axis] for axis in label if axis in names), place) for label, place in zip(labels, places, strict=True)]
+    return swept_places(model, site, names, loops, layers, stack)
 
 
 def _inner_axes(patcher: Patcher, hook: str, positions: Indices, heads: Indices) -> dict[str, list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from itertools import product
+from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -24,6 +24,7 @@ GroupBy = Literal["depth", "recurrence", "layer"]
 RECURRENCE_COLOURS = ((26, 152, 80), (254, 224, 60))
 LAYER_COLOURS = ((33, 102, 172), (102, 189, 99))
 LINE = "rgb(33,102,172)"
+EDGES = {"prelude", "coda"}  # beside the loops on an axis of loops
 
 
 def plotly() -> Any:
@@ -40,7 +41,7 @@ def plotly() -> Any:
 
 
 def heat_map(grid: Grid, title: str = "") -> Any:
-    """Rows for all axes but the last, which runs across; a line where the first axis moves on.
+    """Rows for all axes but the last, which runs across; a line where the first axis moves on, a bold one where the stack does.
 
     One axis gives a line plot, or bars where its labels are no numbers.
 
@@ -65,6 +66,9 @@ def heat_map(grid: Grid, title: str = "") -> Any:
         return figure.add_bar(x=x, y=values.tolist(), marker={"color": LINE}).update_xaxes(type="category")
     rows = list(product(*(grid.labels[axis] for axis in down)))
     z = values.reshape(len(rows), len(x))
+    if not EDGES.isdisjoint(grid.labels[down[0]]):  # a stack with fewer layers than another has no rows for those it lacks
+        there = [i for i, row in enumerate(z) if not bool(row.isnan().all())] or list(range(len(rows)))
+        rows, z = [rows[i] for i in there], z[there]
     known = z[z.isfinite()]
     limit = (float(known.abs().max()) if len(known) else 1.0) or 1.0
     if bool((z < 0).any()):
@@ -90,9 +94,13 @@ def heat_map(grid: Grid, title: str = "") -> Any:
     figure.update_xaxes(**_ticks(x, 24), showgrid=False)
     names = [" · ".join(row) for row in rows]
     figure.update_yaxes(title=" · ".join(map(_words, down)), autorange="reversed", showgrid=False, **_ticks(names, 48))
-    per_first = len(rows) // len(grid.labels[down[0]])
-    for boundary in range(per_first, len(rows), per_first) if len(down) > 1 and per_first > 1 else ():
-        figure.add_hline(y=boundary - 0.5, line={"width": 1.5, "color": "#444"})
+    firsts = [row[0] for row in rows]
+    has_groups = len(set(firsts)) < len(rows)
+    for boundary, (above, below) in enumerate(pairwise(firsts), 1):
+        between_stacks = not EDGES.isdisjoint({above, below})
+        if above != below and (has_groups or between_stacks):
+            line = {"width": 3, "color": "#222"} if between_stacks else {"width": 1.5, "color": "#444"}
+            figure.add_hline(y=boundary - 0.5, line=line)
     return figure.update_layout(height=min(1000, max(300, 120 + 18 * len(rows))))
 
 

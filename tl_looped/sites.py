@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from .bridge.looped_bridge import LoopedBridge
 from .errors import LoopedError
@@ -68,6 +74,49 @@ def select_places(
             f"site='injection' was asked, but nothing is injected in the passes of this {model.looped_cfg.family} model."
         )
     return [_pass_place(schedule, site, p) for p in dict.fromkeys(schedule.passes_of(loops, stack))]
+
+
+def swept_places(
+    model: LoopedBridge, site: str, axes: Sequence[str], loops: LoopSelector, layers: Indices, stack: str | None
+) -> list[tuple[tuple[str, ...], Place]]:
+    """The places of a sweep, each with its labels on those of the axes "loop" and "layer" that are swept.
+
+    Where no part of the model is asked for and "loop" is an axis, prelude and coda are entries of it, in the order of the run.
+
+    Args:
+        model: the model.
+        site: as in `select_places`.
+        axes: of the sweep.
+        loops: as in `select_places`.
+        layers: as in `select_places`.
+        stack: as in `select_places`.
+    """
+    schedule, places = model.schedule, select_places(model, site, loops, layers, stack)
+    if site not in PASSES and stack is None and layers is None and loops == "all" and "loop" in axes:
+        edges = [layer_place(model, site, i) for i in range(schedule.n_layers) if schedule.site(i).loop is None]
+        places = sorted([*places, *edges], key=lambda place: place.entry)
+    labels = [{"loop": place.loop, "layer": str(place.site.layer)} for place in places]
+    return [(tuple(label[axis] for axis in label if axis in axes), place) for label, place in zip(labels, places, strict=True)]
+
+
+def laid_out(
+    values: Float[Tensor, "cell ..."], keys: Sequence[tuple[str, ...]], axes: Sequence[str]
+) -> tuple[Float[Tensor, ...], dict[str, list[str]]]:
+    """One value per cell as a grid, and the labels of its axes; NaN where stacks have fewer layers than others.
+
+    Args:
+        values: the cells lead.
+        keys: the labels of every cell, one per axis.
+        axes: the axes.
+    """
+    labels = {axis: list(dict.fromkeys(key[k] for key in keys)) for k, axis in enumerate(axes)}
+    sizes = [len(labels[axis]) for axis in axes]
+    if len(keys) == prod(sizes):
+        return values.unflatten(0, sizes) if sizes else values[0], labels
+    grid = torch.full((*sizes, *values.shape[1:]), torch.nan, dtype=values.dtype, device=values.device)
+    for value, key in zip(values, keys, strict=True):
+        grid[tuple(labels[axis].index(label) for axis, label in zip(axes, key, strict=True))] = value
+    return grid, labels
 
 
 def _pass_place(schedule: Schedule, site: str, p: Pass) -> Place:
