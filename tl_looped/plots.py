@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from ._html import in_script
+from .attention_viewer import Tokens, attention_viewer, check_cache, token_texts
 from .errors import LoopedError
 from .schedule import LoopSelector, Schedule, Site, check_index
 
@@ -17,7 +18,17 @@ if TYPE_CHECKING:
     from .bridge.cache import LoopedCache
     from .results import Grid
 
-__all__ = ["GroupBy", "attention_heads", "floorplan", "grouped", "heat_map", "panels", "paths", "rank_trajectories"]
+__all__ = [
+    "GroupBy",
+    "attention_heads",
+    "attention_viewer",
+    "floorplan",
+    "grouped",
+    "heat_map",
+    "panels",
+    "paths",
+    "rank_trajectories",
+]
 
 GroupBy = Literal["depth", "recurrence", "layer"]
 # The colours of arXiv 2604.11791: first and last line of a figure by recurrence, and by layer.
@@ -311,18 +322,20 @@ def floorplan(grid: Grid, sites: Sequence[Site], title: str = "") -> Any:
 
 def attention_heads(
     cache: LoopedCache,
-    tokens: Sequence[str],
+    tokens: Tokens,
     *,
     layer: int | None = None,
     loops: LoopSelector = "all",
     stack: str | None = None,
     example: int = 0,
 ) -> Any:
-    """Attention heads in the view of circuitsvis, under names such as "loop 2, layer 5, head 3".
+    """Show attention heads in the view of circuitsvis, under names such as "loop 2, layer 5, head 3".
+
+    Each figure holds 1.7 MB of script, and a notebook shows it with a network only. `attention_viewer` needs neither.
 
     Args:
         cache: of a run that cached patterns.
-        tokens: the tokens as text, such as `model.to_str_tokens(prompt)`.
+        tokens: the tokens as text, such as `model.to_str_tokens(prompt)`, the prompt, or its token ids.
         layer: one layer of the loop; None for all.
         loops: which loops: an int, a slice, several ints, "all" or "last".
         stack: "L" or "H" for HRM-Text; not needed elsewhere.
@@ -335,17 +348,17 @@ def attention_heads(
         from circuitsvis.attention import attention_heads as show
     except ImportError as error:
         raise LoopedError("this figure needs circuitsvis, which is not installed; pip install 'tl-looped[viz]'.") from error
+    check_cache(cache, "attention_heads")
     schedule = cache.model.schedule
     chosen, looped = schedule.select_loops(loops, stack), schedule.looped_stack(stack)
     layers = list(range(schedule.stacks[looped])) if layer is None else [check_index(layer, schedule.stacks[looped], "layer")]
     patterns = [cache.stack_loops("pattern", j, loops, stack) for j in layers]  # [loop, batch, head, query, key] each
-    if len(tokens) != patterns[0].shape[-1]:
-        raise LoopedError(f"{len(tokens)} tokens were given for patterns over {patterns[0].shape[-1]} positions.")
     example = check_index(example, patterns[0].shape[1], "example")
+    words = token_texts(cache, tokens, example, patterns[0].shape[-1])
     prefix = "" if looped == "core" else f"{looped} "
     names = [f"{prefix}loop {t}, layer {j}, head {h}" for t in chosen for j in layers for h in range(patterns[0].shape[2])]
     heads = [pattern[k, example] for k in range(len(chosen)) for pattern in patterns]
-    shown = show(torch.cat(heads).float().cpu(), list(tokens), names)
+    shown = show(torch.cat(heads).float().cpu(), words, names)
     shown.local_src, shown.cdn_src = _closed(shown.local_src), _closed(shown.cdn_src)
     return shown
 
