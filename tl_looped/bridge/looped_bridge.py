@@ -399,7 +399,7 @@ class LoopedBridge(InMemory, GeneratingBridge):
         initial_state: InitialState = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-    ) -> Float[Tensor, "*loop batch pos d_vocab"]:
+    ) -> Float[Tensor, "*loop batch chosen d_vocab"]:
         """What the model would answer if it stopped after one of its loops; the later passes are not run.
 
         Equals `model.unroll(loop + 1)(input)` and `model(input, loop=loop)`: the family's own way from the state to the logits.
@@ -414,7 +414,7 @@ class LoopedBridge(InMemory, GeneratingBridge):
             token_type_ids: 1 for the tokens of a bidirectional prefix (HRM-Text).
 
         Returns:
-            Logits, [batch, pos, d_vocab]; for "all", [loop, batch, pos, d_vocab].
+            Logits, [batch, chosen, d_vocab]; for "all", [loop, batch, chosen, d_vocab].
 
         Raises:
             OutOfRangeError: a loop or a position that the run does not have.
