@@ -392,7 +392,7 @@ def test_what_cannot_be_measured_is_said_and_the_rest_goes_on() -> None:
     found = {section.name: section for section in report(model, [one], n_loops=4, verbose=False).sections}
     for name in ("stages", "attention", "stability", "exits"):
         assert found[name].is_empty and found[name].refused == ["No prompt has 2 tokens."], name
-        assert found[name].command == "report(model, prompt='5,17,3')"
+        assert found[name].command == "report(model, prompts=torch.tensor([5,17,3]))"
     with pytest.raises(LoopedError, match="12 tokens, but the context of this model is n_ctx=8"):
         report(LoopedBridge.from_config(TINY.replace(n_ctx=8), seed=0), torch.tensor([1] * 12), verbose=False)
     assert found["fixed_points"].reading and not found["fixed_points"].refused

@@ -30,11 +30,19 @@ def add(commands: Commands) -> None:
         "--prompt", metavar="TEXT", action="append", default=[], help="may be given several times; the first is shown"
     )
     parser.add_argument("--prompts", metavar="FILE", help="a file with a prompt in every line")
-    parser.add_argument(
-        "--n-loops", metavar="N", type=int, help="how far to look beyond the trained loops (default: twice, at least 16)"
-    )
     parser.add_argument("--clean", metavar="TEXT", help="with --corrupted: patch activations of this prompt ...")
     parser.add_argument("--corrupted", metavar="TEXT", help="... into this one, of as many tokens")
+    parser.add_argument("--answer", metavar="TOKEN", help="the right answer, such as \" Paris\" (default: what the model says)")
+    parser.add_argument("--wrong", metavar="TOKEN", help="the answer it is compared with (default: that to --corrupted)")
+    parser.add_argument("--tokens", action="store_true", help="prompts and answers are token ids such as 5,17,3")
+    parser.add_argument("--at-loop", metavar="T", type=int, help="measure the answer after loop T (default: the last)")
+    parser.add_argument(
+        "--n-loops", metavar="N", type=int, help="how far to loop (default: twice the model's own number, at least 16)"
+    )
+    parser.add_argument("--sections", metavar="A,B", help="sections of the page, such as answers,patching (default: all)")
+    parser.add_argument(
+        "--skip-first-token", action="store_true", help="leave the first token out of norms, distances, PCA and CKA"
+    )
     parser.add_argument("--out", metavar="FILE", type=Path, default=Path("report.html"), help="default: report.html")
     parser.add_argument(
         "--json",
@@ -71,12 +79,17 @@ def run(args: argparse.Namespace) -> int:
     model = LoopedBridge.from_pretrained(args.checkpoint, revision=args.revision, device=args.device)
 
     def read(text: str) -> str | Tensor:
-        if model.tokenizer is not None:
+        if model.tokenizer is not None and not args.tokens:
             return text
         try:
             return torch.tensor([token_ids(text)])
         except argparse.ArgumentTypeError as error:
-            raise LoopedError(f"{args.checkpoint} has no tokenizer, and {error}.") from None
+            why = "--tokens was given" if args.tokens else f"{args.checkpoint} has no tokenizer"
+            raise LoopedError(f"{why}, and {error}.") from None
+
+    def token(text: str | None) -> str | int | None:
+        read_as = None if text is None else read(text)
+        return int(read_as) if isinstance(read_as, torch.Tensor) and read_as.numel() == 1 else text
 
     def save(found: Report) -> None:
         found.save(args.out)
@@ -87,13 +100,20 @@ def run(args: argparse.Namespace) -> int:
     found = report(
         model,
         [read(text) for text in texts] if texts else None,
-        n_loops=args.n_loops,
         clean=clean,
         corrupted=corrupted,
+        answer=token(args.answer),
+        wrong=token(args.wrong),
+        at_loop=args.at_loop,
+        n_loops=args.n_loops,
+        sections=None if args.sections is None else [name.strip() for name in args.sections.split(",")],
+        skip_first_token=args.skip_first_token,
         on_section=save,
     )
     save(found)
     print(args.out.resolve(), *([] if beside is None else [beside.resolve()]), sep="\n")
+    for section in found.unmeasured:
+        print(f"tl-looped: not measured: {section.title}. {section.why_empty()}", file=sys.stderr)
     for section in found.sections:
         for failure in section.failed:
             print(f"tl-looped: the section {section.title!r} failed: {failure}", file=sys.stderr)

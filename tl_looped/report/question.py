@@ -130,7 +130,13 @@ class Question:
         if name.startswith("toy:") or Path(name).is_dir() or ("/" in name and " " not in name):
             given = " ".join(f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in options.items())
             return f"tl-looped report {shlex.quote(name)} {given}"
-        return f"report(model, {', '.join(f'{key}={value!r}' for key, value in options.items())})"
+        has_ids = self.model.tokenizer is None
+        given = ", ".join(
+            f"{'prompts' if key == 'prompt' else key}="
+            + (f"torch.tensor([{value}])" if has_ids and isinstance(value, str) else repr(value))
+            for key, value in options.items()
+        )
+        return f"report(model, {given})"
 
     def another_pair(self) -> str:
         """A command that compares two prompts."""
