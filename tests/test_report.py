@@ -377,6 +377,44 @@ def test_figures_that_say_nothing_are_left_out() -> None:
     assert "of 1 prompt" not in short.html and "Means are over 3 prompts, too few" in short.html
 
 
+def test_a_first_token_that_dominates_is_named_and_can_be_left_out() -> None:
+    model = LoopedBridge.from_config(TINY, seed=0)
+    with torch.no_grad():
+        model.original_model.get_parameter("embed.weight")[1] *= 1000
+    names = ["fixed_points", "trajectories", "stages"]
+    whole, cut = (
+        report(model, TOKENS[0][:1], n_loops=4, sections=names, skip_first_token=skip, verbose=False) for skip in (False, True)
+    )
+    for section in whole.sections:
+        assert "skip_first_token=True leaves it out" in section.notes[0], section.name
+        assert section.numbers["first_token_times_as_long"] > 100
+    for section in cut.sections:
+        assert not section.refused and "is left out" in section.notes[0]
+    norms = [found.sections[0].numbers["core"]["norm_by_loop"][0] for found in (whole, cut)]
+    assert norms[0] > 20 * norms[1]
+    usual = report(LoopedBridge.from_config(TINY, seed=0), TOKENS[0], n_loops=4, sections=names, verbose=False)
+    assert not any(section.notes for section in usual.sections)
+
+
+def test_the_command_has_the_options_of_the_function(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "r.html"
+    command = (
+        "toy:hop --tokens --clean 0,2,11,3,10,1,2 --corrupted 0,2,10,3,11,1,2 --answer 11 --wrong 10 --at-loop 1 --n-loops 2"
+    )
+    assert (
+        main(["report", *command.split(), "--sections", "patching, exits", "--skip-first-token", "--out", str(out), "--json"])
+        == 0
+    )
+    found = {section["name"]: section for section in json.loads(out.with_suffix(".json").read_text())["sections"]}
+    words = LoopedBridge.from_pretrained("toy:hop").tokenizer
+    assert [*found] == ["patching", "exits"] and capsys.readouterr().err.count("not measured") == 0
+    assert [found["patching"]["numbers"][name] for name in ("right", "wrong")] == [words.decode([11]), words.decode([10])]
+    assert len(found["patching"]["numbers"]["entering_layers"]["values"]) == 5  # a prelude and two loops of two layers
+    assert main(["report", str(GOLDEN / "ouro"), "--prompt", "5,17,3", "--sections", "patching", "--out", str(out)]) == 0
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("tl-looped: not measured: Where the answer is made.") and "--clean 5,17,3 --corrupted 5,18,3" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["hrm_text", "huginn", "parcae"])
 def test_every_kind_of_loop_has_a_report(family: str) -> None:

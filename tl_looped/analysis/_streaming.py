@@ -14,7 +14,7 @@ from ..bridge.processing import check_pass_norms
 from ..errors import LoopedError
 from ..model import LoopedModel
 from ..model.initial_state import InitialState
-from ..schedule import Pass, Schedule
+from ..schedule import Indices, Pass, Schedule, select_indices
 from ._prompts import check_finite
 
 Key = TypeVar("Key", bound=Hashable)
@@ -66,6 +66,19 @@ def visit(
 
     run: Any = model.run_with_hooks
     run(tokens, [(name, reader(name, key)) for name, key in hooks.items()], stop=stop, initial_state=initial_state)
+
+
+def at_positions(x: Float[Tensor, "batch pos d_model"], positions: Indices) -> Float[Tensor, "batch chosen d_model"]:
+    """The states at some positions.
+
+    Args:
+        x: states.
+        positions: which; None for all.
+
+    Raises:
+        OutOfRangeError: a position that the run does not have.
+    """
+    return x if positions is None else x[:, select_indices(positions, x.shape[1], "positions")]
 
 
 def last_norm(model: LoopedBridge, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:

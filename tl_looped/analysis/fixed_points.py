@@ -19,10 +19,10 @@ from ..model.initial_state import InitialState
 from ..model.layers import wide
 from ..plots import GroupBy, grouped
 from ..results import Estimate, Result, table
-from ..schedule import Pass, Schedule, Site, check_count
+from ..schedule import Indices, Pass, Schedule, Site, check_count
 from ._directions import cosine, relative_distance
 from ._prompts import Prompts, at_depth, token_batches
-from ._streaming import layer_hooks, need_loops, visit
+from ._streaming import at_positions, layer_hooks, need_loops, visit
 
 __all__ = ["FixedPoints", "fixed_points"]
 
@@ -112,6 +112,7 @@ def fixed_points(
     n_reference: int | None = None,
     reduction: Reduction = "token",
     patterns: bool = False,
+    positions: Indices = None,
     stack: str | None = None,
     initial_state: InitialState = None,
     verbose: bool = True,
@@ -135,6 +136,7 @@ def fixed_points(
         n_reference: take X* from the last of so many loops instead, at least `n_loops`.
         reduction: "token" or "matrix".
         patterns: look at attention patterns too.
+        positions: whose states are looked at; None for all. `slice(1, None)` leaves out a first token that dwarfs the others.
         stack: "L" or "H" for HRM-Text; not needed elsewhere.
         initial_state: as in `LoopedBridge.forward`.
         verbose: show a progress bar.
@@ -163,7 +165,7 @@ def fixed_points(
     # The first loops of a longer run are those of a shorter one.
     shown = passes[: len(model.looped_cfg.replace(n_loops=n_loops).schedule.passes_of("all", stack))]
     need_loops(len(shown), 2, "fixed_points", "a successive difference")
-    metrics = _metrics(reduction)
+    metrics = _metrics(reduction, positions)
 
     def examples(tokens: Int[Tensor, "batch pos"]) -> FixedPoints:
         compare = {RESID: metrics} | ({PATTERN: _frobenius} if patterns else {})
@@ -254,10 +256,11 @@ def compare_loops(
     return found
 
 
-def _metrics(reduction: Reduction) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+def _metrics(reduction: Reduction, positions: Indices) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
     """The distances of a [batch, pos, d_model] from another, relative to the other, and its own norm; [batch]."""
 
     def compare(x: Float[Tensor, "batch pos d_model"], base: Float[Tensor, "batch pos d_model"]) -> dict[str, Tensor]:
+        x, base = at_positions(x, positions), at_positions(base, positions)
         if reduction == "matrix":
             x, base = x.flatten(1)[:, None], base.flatten(1)[:, None]
         x, base = wide(x), wide(base)

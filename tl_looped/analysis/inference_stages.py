@@ -20,9 +20,9 @@ from ..model.initial_state import InitialState
 from ..model.layers import wide
 from ..plots import GroupBy, grouped
 from ..results import Estimate, Grid, Result, table
-from ..schedule import Schedule
+from ..schedule import Indices, Schedule
 from ._prompts import Prompts, at_depth, check_finite, token_batches
-from ._streaming import need_loops
+from ._streaming import at_positions, need_loops
 
 METRICS = ("colsum", "sink_rate", "mixing", "entropy", "norm")
 
@@ -219,6 +219,7 @@ def inference_stages(
     tau: float = 0.3,
     centred: bool = False,
     unit: Literal["nats", "bits"] = "nats",
+    positions: Indices = None,
     initial_state: InitialState = None,
     verbose: bool = True,
 ) -> InferenceStages:
@@ -234,6 +235,8 @@ def inference_stages(
         centred: subtract the mean over positions before the residual matrix entropy; the paper does not say, False is our
             choice.
         unit: of the residual matrix entropy; nats is our choice. The mixing score is in nats, as natural logarithms are usual.
+        positions: whose states entropy and norm are of; None for all. `slice(1, None)` leaves out a first token that dwarfs the
+            others.
         initial_state: as in `LoopedBridge.forward`.
         verbose: show a progress bar.
 
@@ -287,6 +290,7 @@ def inference_stages(
         def read_resid(i: int) -> Callable[..., None]:
             def hook(resid: Tensor, hook: object) -> None:
                 check_finite(resid, f"{names[i]}.hook_resid_post")
+                resid = at_positions(resid, positions)
                 values["entropy"][:, i] = matrix_entropy(resid, centred, unit)
                 values["norm"][:, i] = resid.double().norm(dim=-1).mean(-1)
 

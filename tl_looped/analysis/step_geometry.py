@@ -18,10 +18,10 @@ from ..model.initial_state import InitialState
 from ..model.layers import wide
 from ..plots import panels
 from ..results import Estimate, Result, table
-from ..schedule import LoopSelector, Site
+from ..schedule import Indices, LoopSelector, Site, select_indices
 from ._directions import cosine, direction, ratio
 from ._prompts import Prompts, at_depth, token_batches
-from ._streaming import last_norm, layer_hooks, need_loops, visit
+from ._streaming import at_positions, last_norm, layer_hooks, need_loops, visit
 
 PER_LOOP = (
     "norm",
@@ -96,6 +96,7 @@ def step_geometry(
     n_loops: int | None = None,
     layer: int | None = None,
     after_norm: bool = False,
+    positions: Indices = None,
     cka_loops: LoopSelector | None = None,
     stack: str | None = None,
     initial_state: InitialState = None,
@@ -116,6 +117,8 @@ def step_geometry(
         layer: read the residual stream leaving this layer of every loop (`hook_resid_post`); None for the state leaving the
             loop (`hook_out`, after its norm where a loop ends with one: Ouro, HRM-Text, Nanbeige).
         after_norm: apply the model's last norm to every state first. Our choice is not to: norms hide growth.
+        positions: whose states are looked at, three or more; None for all. `slice(1, None)` leaves out a first token that
+            dwarfs the others.
         cka_loops: the loops compared by CKA: an int, a slice, several ints, "all" or "last"; None for all, but no more than 16,
             evenly spaced from the first to the last.
         stack: "L" or "H" for HRM-Text; not needed elsewhere.
@@ -152,13 +155,15 @@ def step_geometry(
     where = f"{'' if looped == 'core' else looped + '.'}loops.*.{hook}"
 
     def examples(tokens: Int[Tensor, "batch pos"]) -> StepGeometry:
-        if tokens.shape[1] < 3:
-            raise LoopedError(f"step_geometry was asked of {tokens.shape[1]} tokens, but the curvature needs at least 3.")
+        n_tokens = len(select_indices(positions, tokens.shape[1], "positions"))
+        if n_tokens < 3:
+            raise LoopedError(f"step_geometry was asked of {n_tokens} tokens, but the curvature needs at least 3.")
         found: dict[str, list[Tensor]] = {name: [] for name in PER_LOOP}
         grams: dict[int, Tensor] = {}
         earlier: list[Tensor] = []  # the state before, and the step that led to it
 
         def measure(loop: int, state: Tensor) -> None:
+            state = at_positions(state, positions)
             x = wide(last_norm(deep, state) if after_norm else state)
             eps = torch.finfo(state.dtype).eps
             parts = {"norm": x.norm(dim=-1), "curvature": _curvature(x, eps), "anisotropy": _anisotropy(x)}

@@ -18,9 +18,9 @@ from ..errors import LoopedError
 from ..model.initial_state import InitialState
 from ..plots import paths
 from ..results import Estimate, Grid, Result
-from ..schedule import Schedule, check_count, check_index
+from ..schedule import Indices, Schedule, check_count, check_index, select_indices
 from ._prompts import Prompts, at_depth, token_batches
-from ._streaming import last_norm, visit
+from ._streaming import at_positions, last_norm, visit
 
 Over = Literal["layers", "loop_ends"]
 Reader = Callable[[slice, Tensor], object]  # gets the rows of some states, and the states [batch, row, d_model]
@@ -124,6 +124,7 @@ def trajectories(
     pos: int = -1,
     n_components: int = 3,
     after_norm: bool = False,
+    positions: Indices = None,
     n_loops: int | None = None,
     stack: str | None = None,
     initial_state: InitialState = None,
@@ -145,6 +146,7 @@ def trajectories(
         pos: which token, for "layers"; the last unless told.
         n_components: how many components to keep.
         after_norm: apply the model's last norm to every state first; not to, as in arXiv 2604.11791, is the default.
+        positions: which tokens, for "loop_ends"; None for all. `slice(1, None)` leaves out a first one that dwarfs the others.
         n_loops: how many loops to run (H cycles for HRM-Text); None for the model's own.
         stack: for "layers" the layers of this looped stack only, None for all virtual layers; for "loop_ends" "L" or "H" for
             HRM-Text, not needed elsewhere.
@@ -170,6 +172,8 @@ def trajectories(
         raise LoopedError(f'over={over!r} was asked; choose "layers" or "loop_ends".')
     if over == "loop_ends" and pos != -1:
         raise LoopedError(f'pos={pos} was asked of over="loop_ends", which takes every token; leave pos out.')
+    if over == "layers" and positions is not None:
+        raise LoopedError(f'positions={positions} was asked of over="layers", which follows one token; choose it with pos=.')
     check_count("n_components", n_components)
     deep = at_depth(model, n_loops)
     schedule = deep.schedule
@@ -189,7 +193,8 @@ def trajectories(
         n_pos = tokens.shape[1]
         if over == "layers" and not -n_pos <= pos < n_pos:
             raise LoopedError(f"pos={pos} was asked, but a prompt has {n_pos} tokens (0..{n_pos - 1}).")
-        width = 1 if over == "layers" else n_pos
+        chosen_pos = select_indices(positions, n_pos, "positions")
+        width = 1 if over == "layers" else len(chosen_pos)
         if len(rows) * width <= n_components:
             raise LoopedError(
                 f"n_components={n_components} was asked of {len(rows) * width} states, which span {len(rows) * width - 1} "
@@ -198,7 +203,7 @@ def trajectories(
 
         def states(read: Reader, state: InitialState) -> None:
             def take(row: int, value: Tensor) -> None:
-                x = value[:, [pos]] if over == "layers" else value
+                x = value[:, [pos]] if over == "layers" else at_positions(value, positions)
                 read(slice(row * width, (row + 1) * width), (last_norm(deep, x) if after_norm else x).double())
 
             visit(deep, tokens, hooks, take, stop=stop, initial_state=state)
@@ -211,8 +216,8 @@ def trajectories(
         axes, labels = ("layer", "component"), {"layer": rows, "component": components}
         if over == "loop_ends":
             axes = ("loop", "pos", "component")
-            labels = {"loop": rows, "pos": [str(p) for p in range(n_pos)], "component": components}
-            coordinates = coordinates.unflatten(1, (len(rows), n_pos))
+            labels = {"loop": rows, "pos": [str(p) for p in chosen_pos], "component": components}
+            coordinates = coordinates.unflatten(1, (len(rows), width))
         found = zip(coordinates, explained, mean, directions, strict=True)
         return Trajectories(
             tuple(Path(Grid(c, axes, labels, "coordinate"), e, m, d) for c, e, m, d in found),

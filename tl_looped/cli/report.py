@@ -32,7 +32,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--prompts", metavar="FILE", help="a file with a prompt in every line")
     parser.add_argument("--clean", metavar="TEXT", help="with --corrupted: patch activations of this prompt ...")
     parser.add_argument("--corrupted", metavar="TEXT", help="... into this one, of as many tokens")
-    parser.add_argument("--answer", metavar="TOKEN", help="the right answer, such as \" Paris\" (default: what the model says)")
+    parser.add_argument("--answer", metavar="TOKEN", help='the right answer, such as " Paris" (default: what the model says)')
     parser.add_argument("--wrong", metavar="TOKEN", help="the answer it is compared with (default: that to --corrupted)")
     parser.add_argument("--tokens", action="store_true", help="prompts and answers are token ids such as 5,17,3")
     parser.add_argument("--at-loop", metavar="T", type=int, help="measure the answer after loop T (default: the last)")

@@ -66,7 +66,8 @@ def _first_screen(prompts: str, findings: Sequence[str], cover: Figure | None) -
 
 
 def _section(section: Section, cover: Figure | None) -> str:
-    reading = "".join(f'<p class="reading">{escape(sentence)}</p>' for sentence in section.reading)
+    reading = "".join(f'<p class="note">{escape(note)}</p>' for note in section.notes)
+    reading += "".join(f'<p class="reading">{escape(sentence)}</p>' for sentence in section.reading)
     reading += f'<p class="basis">{escape(section.basis)}</p>' if section.basis else ""
     refused = "".join(f'<p class="refused">Not measured: {escape(reason)}</p>' for reason in section.refused)
     refused += "".join(f'<p class="refused">Failed: {escape(reason)}</p>' for reason in section.failed)

@@ -14,8 +14,9 @@ from torch import Tensor
 from .._words import counted
 from ..analysis._prompts import at_depth
 from ..bridge.looped_bridge import LoopedBridge
+from ..schedule import Indices
 from ..toys.hop import HopPrompts
-from .section import Unmeasured
+from .section import Unmeasured, number
 
 CAPITALS = ("The capital of France is", "The capital of Italy is")
 HANDFUL = 10  # prompts; fewer say little about others
@@ -95,6 +96,24 @@ class Question:
             else f"Means are over {n} prompts" + (", too few to speak for others." if n < HANDFUL else ".")
         )
 
+    @property
+    def kept(self) -> Indices:
+        """Whose states norms, distances, PCA and CKA are of."""
+        return slice(1, None) if self.skip_first else None
+
+    @property
+    def first_token_said(self) -> str:
+        """What is to be said of the first token wherever it dominates, or is left out."""
+        if self.skip_first:
+            return "The first token is left out."
+        if self.first_token < DOMINATES:
+            return ""
+        option = "--skip-first-token" if self.is_checkpoint else "skip_first_token=True"
+        return (
+            f"The first token's state is {number(self.first_token)} times as long as the others' on average, so it dominates "
+            f"here; {option} leaves it out."
+        )
+
     @cached_property
     def first_token(self) -> float:
         """How many times as long the first token's state is as the others', at the end of the loops; the mean over prompts."""
@@ -124,10 +143,16 @@ class Question:
         """A token in a sentence, without the space before it."""
         return f"“{self.word(token).strip() or self.word(token)}”"
 
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether the command can load the model by its name."""
+        name = str(self.model.cfg.model_name)
+        return name.startswith("toy:") or Path(name).is_dir() or ("/" in name and " " not in name)
+
     def command(self, **options: object) -> str:
         """The command that makes this report with other options; a call in Python where the model is no checkpoint."""
-        name = str(self.model.cfg.model_name)
-        if name.startswith("toy:") or Path(name).is_dir() or ("/" in name and " " not in name):
+        if self.is_checkpoint:
+            name = str(self.model.cfg.model_name)
             given = " ".join(f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in options.items())
             return f"tl-looped report {shlex.quote(name)} {given}"
         has_ids = self.model.tokenizer is None
@@ -140,13 +165,13 @@ class Question:
 
     def another_pair(self) -> str:
         """A command that compares two prompts."""
-        tokenizer = self.model.tokenizer
-        if tokenizer is None:
-            tokens = self.prompts[0][0].tolist()
-            at = len(tokens) // 2
-            other = [*tokens[:at], (tokens[at] + 1) % self.model.cfg.d_vocab, *tokens[at + 1 :]]
-            clean, corrupted = (",".join(map(str, one)) for one in (tokens, other))
-            return self.command(clean=clean, corrupted=corrupted)
         if self.hops is not None:
             return self.command(clean="A b B c C d D a ? A", corrupted="A c B d C b D a ? A")
-        return self.command(clean=CAPITALS[0], corrupted=CAPITALS[1])
+        has_text = self.model.tokenizer is not None
+        if has_text and self.model.to_tokens(CAPITALS[0]).shape == self.model.to_tokens(CAPITALS[1]).shape:
+            return self.command(clean=CAPITALS[0], corrupted=CAPITALS[1])
+        tokens = self.prompts[0][0].tolist()
+        at = len(tokens) // 2
+        other = [*tokens[:at], (tokens[at] + 1) % self.model.cfg.d_vocab, *tokens[at + 1 :]]
+        clean, corrupted = (",".join(map(str, one)) for one in (tokens, other))
+        return self.command(clean=clean, corrupted=corrupted) + (" --tokens" if has_text and self.is_checkpoint else "")

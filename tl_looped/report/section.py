@@ -52,6 +52,7 @@ class Section:
         title: above it.
         headline: what was found in one sentence, for the top of the page.
         cover: the figure that stands at the top of the page, if no section before has one.
+        notes: what a reader has to know before the readings.
         basis: how many prompts the numbers are from.
         reading: sentences that say in plain words what the figures show, each made from the numbers.
         figures: what is drawn.
@@ -66,6 +67,7 @@ class Section:
     headline: str = ""
     cover: Figure | None = None
     basis: str = ""
+    notes: list[str] = field(default_factory=list)
     reading: list[str] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -111,6 +113,7 @@ class Section:
             "title": self.title,
             "headline": self.headline,
             "basis": self.basis,
+            "notes": self.notes,
             "reading": self.reading,
             "refused": self.refused,
             "command": self.command,

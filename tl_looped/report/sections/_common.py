@@ -21,3 +21,16 @@ def left_out(asked: Question, section: Section, least: int) -> None:
     if n and section.reading:
         section.numbers["left_out"] = n
         section.reading[-1] += f" Left out: {counted(n, 'prompt')} of fewer than {least} tokens."
+
+
+def say_first_token(asked: Question, section: Section, where: str = "") -> None:
+    """Say that the first token decides the numbers alone, or that it was left out.
+
+    Args:
+        asked: the prompts.
+        section: what is written to.
+        where: which of the numbers, if not all.
+    """
+    if said := asked.first_token_said:
+        section.numbers["first_token_times_as_long"] = asked.first_token
+        section.notes.append(said.replace(" here;", f" here{where};").replace("left out.", f"left out{where}."))

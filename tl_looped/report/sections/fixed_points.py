@@ -6,6 +6,7 @@ from ...analysis import fixed_points
 from ..drawing import linear_if_narrow
 from ..question import Question
 from ..section import Section, number, share
+from ._common import say_first_token
 
 SETTLED = 0.01  # of the norm of the state, in one loop
 ONE_DIRECTION = 0.99  # cosine of states that are said to have one direction
@@ -13,9 +14,10 @@ ONE_DIRECTION = 0.99  # cosine of states that are said to have one direction
 
 def the_fixed_points(asked: Question, section: Section) -> None:
     """Whether the state settles."""
-    own = asked.model.n_loops
+    own, prompts = asked.model.n_loops, asked.of_length(2) if asked.skip_first else asked.prompts
+    say_first_token(asked, section)
     for stack in asked.model.schedule.core_stacks:
-        found = fixed_points(asked.deep, asked.prompts, n_loops=None, stack=stack, verbose=False)
+        found = fixed_points(asked.deep, prompts, n_loops=None, positions=asked.kept, stack=stack, verbose=False)
         moved = found.successive["relative"].values.mean(-1)
         labels = found.successive["relative"].labels["loop"]
         half = len(moved) // 2

@@ -63,7 +63,8 @@ def the_patches(asked: Question, section: Section) -> None:
         model, corrupted, cache, metric, axes=("virtual_layer", "pos"), positions=positions, verbose=False
     ).normalised()
     section.numbers["entering_layers"] = sweep
-    _hand_over(schedule, section, sweep.values, pairs, positions)
+    between = f"{asked.quoted(chosen.right)} and {asked.quoted(chosen.wrong)}"
+    _hand_over(schedule, section, sweep.values, pairs, positions, between)
     figure = over_positions(sweep, pairs, positions, "layer")
     _mark_stacks(figure, schedule)
     cut = "" if len(positions) == clean.shape[1] else f" {len(positions)} of {clean.shape[1]} positions are shown."
@@ -135,7 +136,9 @@ def place(site: Site) -> str:
     return f"{stack} layer {layer}" if loop is None else f"{'' if stack == 'core' else f'{stack} '}loop {loop}, layer {layer}"
 
 
-def _hand_over(schedule: Schedule, section: Section, values: Tensor, pairs: list[str], positions: list[int]) -> None:
+def _hand_over(
+    schedule: Schedule, section: Section, values: Tensor, pairs: list[str], positions: list[int], between: str
+) -> None:
     """Say from which layer on the last token holds the answer, and where it was before."""
     best, most = values.argmax(-1).tolist(), values.amax(-1)
     last = len(positions) - 1
@@ -145,13 +148,14 @@ def _hand_over(schedule: Schedule, section: Section, values: Tensor, pairs: list
     if at is None:
         k = best[-1]
         found = (
-            f"Up to the last layer, {place(schedule.site(len(best) - 1))}, “{pairs[k]}” (position {positions[k]}) decides the "
-            f"answer: the clean state there, put into the corrupted run, restores {share(most[-1])} of it."
+            f"Up to the last layer, {place(schedule.site(len(best) - 1))}, “{pairs[k]}” (position {positions[k]}) decides "
+            f"between {between}: the clean state there, put into the corrupted run, restores {share(most[-1])} of the "
+            "difference."
         )
     else:
         found = (
-            f"From {place(schedule.site(at))} on, the last token decides the answer: the clean state there, put into the "
-            f"corrupted run, restores {share(most[at])} of it."
+            f"From {place(schedule.site(at))} on, the last token decides between {between}: the clean state there, put into "
+            f"the corrupted run, restores {share(most[at])} of the difference."
         )
         if at > 0:
             k = best[at - 1]

@@ -6,7 +6,7 @@ from ...analysis import inference_stages
 from ...analysis.inference_stages import METRICS
 from ..question import Question
 from ..section import Section, Unmeasured, listed, number
-from ._common import left_out
+from ._common import left_out, say_first_token
 
 REPEATS = 0.8  # concordance of a curve with that of the loop before
 TITLES = {
@@ -23,7 +23,7 @@ def the_stages(asked: Question, section: Section) -> None:
     schedule = asked.model.schedule
     if asked.model.n_loops == 1 and schedule.n_passes == 1:
         raise Unmeasured("The model loops once, so no loop repeats another's stages.", asked.command(at_loop=1))
-    found = inference_stages(asked.model, asked.of_length(2), verbose=False)
+    found = inference_stages(asked.model, asked.of_length(3 if asked.skip_first else 2), positions=asked.kept, verbose=False)
     section.numbers |= {metric: getattr(found, metric) for metric in METRICS} | {"repeats_from": REPEATS}
     constant = {m: float(v[0]) for m in METRICS if float((v := getattr(found, m).values).max() - v.min()) < 1e-6}
     told = [metric for metric in METRICS if metric not in constant]
@@ -56,5 +56,6 @@ def the_stages(asked: Question, section: Section) -> None:
     left_out(asked, section, 2)
     # A line over two layers would be two points.
     over, lines = ("recurrence", "one line per loop") if schedule.n_core > 2 else ("depth", "over all layers")
+    say_first_token(asked, section, " (norm and entropy)")
     for metric in told:
         section.draw(f"{metric}: {TITLES[metric]}, {lines}.", found.plot(metric, over))

@@ -6,11 +6,13 @@ from ..._words import counted
 from ...analysis import step_geometry, trajectories
 from ..question import Question
 from ..section import Section, number, share
-from ._common import left_out
+from ._common import left_out, say_first_token
 
 
 def the_trajectories(asked: Question, section: Section) -> None:
     """The path of the state."""
+    least = 4 if asked.skip_first else 3
+    say_first_token(asked, section)
     loops, stack = asked.n_loops, asked.model.schedule.core_stacks[-1]
 
     def layers() -> None:
@@ -29,7 +31,9 @@ def the_trajectories(asked: Question, section: Section) -> None:
     def ends() -> None:
         if loops < 3:
             return
-        found = trajectories(asked.deep, asked.shown, over="loop_ends", stack=stack, n_components=2, verbose=False)
+        found = trajectories(
+            asked.deep, asked.shown, over="loop_ends", positions=asked.kept, stack=stack, n_components=2, verbose=False
+        )
         (path,) = found.paths
         section.numbers |= {"loop_ends": path.coordinates, "loop_ends_explained": path.explained}
         section.draw("The states of all tokens at the ends of the loops, one path for each.", found.plot())
@@ -37,7 +41,7 @@ def the_trajectories(asked: Question, section: Section) -> None:
     def steps() -> None:
         if loops < 3:
             return
-        found = step_geometry(asked.deep, asked.of_length(3), stack=stack, verbose=False)
+        found = step_geometry(asked.deep, asked.of_length(least), positions=asked.kept, stack=stack, verbose=False)
         cosine = found.step_cosine.values
         cosine = cosine[cosine.isfinite()]
         section.numbers |= {
@@ -59,4 +63,4 @@ def the_trajectories(asked: Question, section: Section) -> None:
 
     for part in (layers, ends, steps):
         section.attempt(part)
-    left_out(asked, section, 3)
+    left_out(asked, section, least)
