@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import ZOO, random_bridge
 
 from tl_looped import LoopedBridge, families
-from tl_looped.cli import info, lens, main, report, sweep_init
+from tl_looped.cli import compare, info, lens, main, report, sweep_init
 from tl_looped.errors import CheckpointError
 from tl_looped.info import checkpoint_text, hooks_text
 from tl_looped.sizes import human, sizes
@@ -139,7 +139,7 @@ def test_help_names_every_command_with_an_example(capsys: pytest.CaptureFixture[
         main(["--help"])
     out = capsys.readouterr().out
     assert ended.value.code == 0
-    for example in (command.EXAMPLE for command in (lens, report, sweep_init, info)):
+    for example in (command.EXAMPLE for command in (lens, compare, report, sweep_init, info)):
         name = example.split()[1]
         assert example in out and re.search(rf"^ +{name}\s+\w", out, flags=re.MULTILINE)
         with pytest.raises(SystemExit):

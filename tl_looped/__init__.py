@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .config import LoopedConfig
     from .errors import LoopedError
     from .schedule import Schedule
+    from .side_by_side import compare
 
     __version__: str
 
@@ -38,6 +39,7 @@ __all__ = [
     "analysis",
     "attribution",
     "checkpoints",
+    "compare",
     "exits",
     "families",
     "interventions",
@@ -58,6 +60,7 @@ _HOMES = {
     "LoopedConfig": "config",
     "LoopedError": "errors",
     "Schedule": "schedule",
+    "compare": "side_by_side",
 }
 
 

@@ -35,7 +35,7 @@ class Grid:
 
     values: Tensor
     axes: tuple[str, ...]
-    labels: dict[str, list[str]]
+    labels: dict[str, list[Any]]
     name: str = "value"
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class Estimate(Grid):
 
     @classmethod
     def of(
-        cls, examples: Float[Tensor, "example ..."], axes: tuple[str, ...], labels: dict[str, list[str]], name: str = "value"
+        cls, examples: Float[Tensor, "example ..."], axes: tuple[str, ...], labels: dict[str, list[Any]], name: str = "value"
     ) -> Estimate:
         """The estimate from one number per example and entry.
 

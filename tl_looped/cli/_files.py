@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .._writing import checked_place, write_text
 from ..errors import LoopedError
+from ._parser import token_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..bridge.looped_bridge import LoopedBridge
 
 
 def prompts_in(file: str) -> list[str]:
@@ -24,6 +32,26 @@ def prompts_in(file: str) -> list[str]:
     if not (found := [line for line in lines if line.strip()]):
         raise LoopedError(f"--prompts {file!r} holds no prompt; write one in every line.")
     return found
+
+
+def read_prompt(model: LoopedBridge, text: str) -> str | Tensor:
+    """A prompt for a model: the text, or where it has no tokenizer the token ids that the text lists.
+
+    Args:
+        model: the model.
+        text: what was typed.
+
+    Raises:
+        LoopedError: there is no tokenizer, and the text lists no token ids.
+    """
+    import torch
+
+    if model.tokenizer is not None:
+        return text
+    try:
+        return torch.tensor([token_ids(text)])
+    except argparse.ArgumentTypeError as error:
+        raise LoopedError(f"{model.cfg.model_name} has no tokenizer, and {error}.") from None
 
 
 def check_writable(place: Path | None) -> None:

@@ -1,0 +1,371 @@
+"""Two models on one scale: their answers after every loop, and the first loop in which they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import zip_longest
+from operator import add
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ._words import counted
+from .analysis._prompts import Prompts, at_depth, check_finite, token_batches
+from .analysis._targets import Answers, Targets
+from .bridge.looped_bridge import LoopedBridge
+from .bridge.run import rehearsal
+from .errors import LoopedError
+from .model.initial_state import InitialState
+from .model.layers import wide
+from .results import Estimate, Result, table
+
+Models = LoopedBridge | Sequence[LoopedBridge] | Mapping[str, LoopedBridge]
+Hooks = Sequence[tuple[str, Callable[..., Any]]]
+
+
+@dataclass(frozen=True, eq=False)
+class SideBySide(Result):
+    """What `compare` measured; estimates over the examples.
+
+    A side with fewer loops keeps its last answer: at the last loop, the final answers of both are compared.
+
+    Args:
+        loss: negative log-probability of the targets, in nats, axes (side, loop).
+        probability: of the targets, axes (side, loop).
+        loss_difference: second side less first, example by example, so that its standard error is that of pairs; axis (loop).
+        probability_difference: the same of the probability.
+        kl: `KL(first || second)` of the answers, in nats, axis (loop); None where the vocabularies differ.
+        agreement: share of the answers with the same most probable token, axis (loop).
+        sides: what the two are called, and how many loops each has.
+        scored: what the targets are.
+        prompts: every example as text, or as token ids.
+        top: for every example and side, the most probable token after the prompt by loop.
+        first: for every example, the first loop after which these tokens differ; None if they never do.
+    """
+
+    loss: Estimate
+    probability: Estimate
+    loss_difference: Estimate
+    probability_difference: Estimate
+    kl: Estimate | None
+    agreement: Estimate
+    sides: dict[str, int]
+    scored: str
+    prompts: tuple[str, ...]
+    top: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+    first: tuple[int | None, ...]
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with one row per side and loop; what compares the two stands beside both."""
+        kl = () if self.kl is None else (self.kl,)
+        return table(self.loss, self.probability, self.loss_difference, self.probability_difference, *kl, self.agreement)
+
+    def examples(self) -> Any:
+        """A pandas DataFrame with one row per example and loop: the most probable token after the prompt, on both sides."""
+        import pandas as pd
+
+        rows = [
+            {"example": i, "prompt": prompt, "loop": t, **dict(zip(self.sides, pair, strict=True))}
+            for i, (prompt, top) in enumerate(zip(self.prompts, self.top, strict=True))
+            for t, pair in enumerate(zip(*top, strict=True))
+        ]
+        return pd.DataFrame(rows)
+
+    def summary(self) -> str:
+        """A table as text: loss of both sides and their difference, KL and agreement after every loop; then where they part."""
+        one = self.top[0] if len(self.top) == 1 else ()
+        rows = [["loop", *(f"top of {side}" for side in self.sides if one), *self.sides, "difference", "KL", "same top token"]]
+        for t in range(len(self.agreement.values)):
+            losses = [f"{loss:.3f}" for loss in self.loss.values[:, t].tolist()]
+            kl = "" if self.kl is None else f"{self.kl.values[t]:.3g}"
+            same = f"{self.agreement.values[t]:.0%}"
+            rows.append([str(t), *(tokens[t] for tokens in one), *losses, _signed(self.loss_difference, t), kl, same])
+        if self.kl is None:
+            rows = [[*row[:-2], row[-1]] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        loops = {side: counted(n, "loop") for side, n in self.sides.items()}
+        names = " beside ".join(side if n in side else f"{side} ({n})" for side, n in loops.items())
+        title = f"{names}, {counted(len(self.prompts), 'prompt')}; loss in nats, of {self.scored}"
+        return "\n".join([title, "", *lines, "", *self._partings()])
+
+    def _partings(self) -> list[str]:
+        """Lines that say after which loop the answers to a prompt first differ, of the earliest eight prompts."""
+        parted = sorted((t, i) for i, t in enumerate(self.first) if t is not None)
+        if not parted:
+            return ["The top token after the prompt is the same after every loop."]
+        lines = [
+            f"The top token after the prompt differs in {len(parted)} of {counted(len(self.first), 'prompt')}, first after:"
+        ]
+        for t, i in parted[:8]:
+            prompt = self.prompts[i] if len(self.prompts[i]) <= 60 else f"... {self.prompts[i][-56:]}"
+            lines.append(f"  loop {t}: {self.top[i][0][t]} and {self.top[i][1][t]} after {prompt!r}")
+        return lines + ([f"  and {len(parted) - 8} more"] if len(parted) > 8 else [])
+
+    def plot(self) -> Any:
+        """A plotly figure over the loops: loss of both sides, their difference with two standard errors, KL and agreement.
+
+        Raises:
+            LoopedError: plotly is not installed.
+        """
+        from .plots import plotly
+
+        go = plotly()
+        from plotly.subplots import make_subplots
+
+        first, second = self.sides
+        x = [int(t) for t in self.agreement.labels["loop"]]
+        single = [("KL (nats)", self.kl), ("share with the same top token", self.agreement)]
+        shown = [(name, grid) for name, grid in single if grid is not None]
+        titles = ["loss (nats)", "loss, second less first, ± 2 standard errors"]
+        titles += [name for name, _ in shown]
+        figure: Any = make_subplots(
+            rows=len(titles), shared_xaxes=True, vertical_spacing=0.25 / len(titles), subplot_titles=titles
+        )
+        for k, side in enumerate(self.sides):
+            y = self.loss.values[k].tolist()
+            line = {"color": COLOURS[k], "dash": "dash" if k else "solid"}
+            figure.add_trace(go.Scatter(x=x, y=y, name=side, mode="lines+markers", line=line), row=1, col=1)
+        errors = {"type": "data", "array": (2 * self.loss_difference.stderr).nan_to_num().tolist()}
+        grey = {"mode": "lines+markers", "line": {"color": "#444"}, "showlegend": False}
+        pairs = go.Scatter(x=x, y=self.loss_difference.values.tolist(), error_y=errors, **grey)
+        figure.add_trace(pairs, row=2, col=1).add_hline(y=0, line={"width": 1, "dash": "dot"}, row=2, col=1)
+        for row, (_, grid) in enumerate(shown, 3):
+            figure.add_trace(go.Scatter(x=x, y=grid.values.tolist(), **grey), row=row, col=1)
+        if self.kl is not None:
+            figure.update_yaxes(rangemode="tozero", exponentformat="power", row=3, col=1)
+        figure.update_yaxes(range=[-0.05, 1.05], tickformat=".0%", row=len(titles), col=1)
+        figure.update_annotations(font_size=13)
+        figure.update_xaxes(title="loop", tickformat="d", row=len(titles), col=1)
+        title = f"{first} and {second}, {counted(len(self.prompts), 'prompt')}"
+        legend = {"orientation": "h", "y": -0.14, "yanchor": "top"}  # under a long title there is no place for it
+        return figure.update_layout(title=title, template="plotly_white", height=140 + 170 * len(titles), legend=legend)
+
+
+COLOURS = ("rgb(33,102,172)", "rgb(217,95,14)")
+
+
+class _Side(NamedTuple):
+    name: str
+    model: LoopedBridge
+    hooks: Hooks
+
+
+class _Answers(NamedTuple):
+    """The answers to a batch by loop."""
+
+    log_probs: list[Float[Tensor, "batch target d_vocab"]]
+    top: Int[Tensor, "loop batch"]  # after the last position
+
+
+def compare(
+    models: Models,
+    prompts: Prompts,
+    *,
+    corrupted: Prompts | None = None,
+    n_loops: int | tuple[int, int] | None = None,
+    hooks: Hooks = (),
+    answers: Answers | None = None,
+    initial_state: InitialState = None,
+    verbose: bool = True,
+) -> SideBySide:
+    """Set two models beside each other, or one with itself: other loops, other prompts, with hooks.
+
+    The answers after every loop are compared on the same examples, and differences are taken example by example. The first
+    side's answers to a batch are held while the second runs.
+
+    Models of different vocabularies are compared by text: `answers` is needed, each a text that is one token of both, and top
+    tokens are the same if their texts are, spaces around them aside. There is no KL then.
+
+    Args:
+        models: two models, or a dict that names them; or one model, for `n_loops=(2, 4)`, `hooks` or `corrupted`.
+        prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; every row is an example.
+        corrupted: the prompts of the second side, in the order of the first's; None for the same.
+        n_loops: how often to loop, for both sides or each; None for the models' own numbers.
+        hooks: act on the second side only, such as what `tl_looped.interventions.steer` returns.
+        answers: the right next token after every example; None to score every next token of the prompts, or with `corrupted`
+            what the first side answers after its last loop.
+        initial_state: as in `LoopedBridge.forward`.
+        verbose: show a progress bar.
+
+    Raises:
+        LoopedError: nothing that differs between the sides; different vocabularies without answers that are text; prompts that
+            the two read as different tokens, without answers; prompts that are no pairs; logits that are not finite.
+
+    Example:
+        >>> from tl_looped import LoopedBridge, LoopedConfig, compare
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
+        >>> found = compare(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), n_loops=(2, 4), verbose=False)
+        >>> found.sides, [round(kl, 6) for kl in found.kl.values.tolist()][:2]
+        ({'2 loops': 2, '4 loops': 4}, [0.0, 0.0])
+    """
+    sides = _sides(models, n_loops, hooks, corrupted is not None)
+    by_text = not _same_vocabulary(*(side.model for side in sides))
+    if by_text and (answers is None or not all(isinstance(answer, str) for answer in answers)):
+        raise LoopedError(
+            f"{sides[0].name} and {sides[1].name} have different vocabularies, so that losses per token are on different "
+            "scales. Pass answers= as texts that are one token of both."
+        )
+    at_end = answers is not None or corrupted is not None
+    targets = [Targets(side.model, answers, "compare") for side in sides]
+    scored = "the answers" if answers is not None else f"what {sides[0].name} answers" if at_end else "next tokens"
+
+    def examples(batch: tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos_"]]) -> SideBySide:
+        if not at_end and not torch.equal(batch[0], batch[1].to(batch[0].device)):
+            raise LoopedError(
+                f"{sides[0].name} and {sides[1].name} read the same prompt as different tokens, {batch[0][0].tolist()[:8]} and "
+                f"{batch[1][0].tolist()[:8]}; pass tokens, or answers=."
+            )
+        both = [_run(side, tokens, at_end, initial_state) for side, tokens in zip(sides, batch, strict=True)]
+        if answers is None and at_end:
+            wanted = [both[0].top[-1][:, None]] * 2
+        else:
+            wanted = [target.of(tokens) for target, tokens in zip(targets, batch, strict=True)]
+        return _side_by_side(sides, batch, both, wanted, by_text, scored)
+
+    result = reduce(add, map(examples, _pairs(sides, prompts, corrupted, verbose)))
+    if answers is not None:
+        targets[0].check_used()
+    return result
+
+
+def _side_by_side(
+    sides: Sequence[_Side],
+    batch: Sequence[Tensor],
+    both: Sequence[_Answers],
+    wanted: Sequence[Int[Tensor, "batch target"]],
+    by_text: bool,
+    scored: str,
+) -> SideBySide:
+    """The comparison on one batch."""
+    n = max(len(answers.log_probs) for answers in both)
+    device = both[0].top.device
+    loss, probability = (torch.empty(len(batch[0]), 2, n, dtype=torch.float64, device="cpu") for _ in range(2))
+    kl, agreement = (torch.empty(len(batch[0]), n, dtype=torch.float64, device="cpu") for _ in range(2))
+    top = [answers.top[[min(t, len(answers.top) - 1) for t in range(n)]].cpu() for answers in both]
+    words = [[[_word(side.model, int(i)) for i in row] for row in ids.T] for side, ids in zip(sides, top, strict=True)]
+    if by_text:
+        same = torch.tensor([[x.strip() == y.strip() for x, y in zip(*rows, strict=True)] for rows in zip(*words, strict=True)])
+    else:
+        same = (top[0] == top[1]).T
+    for t in range(n):
+        now = [answers.log_probs[min(t, len(answers.log_probs) - 1)] for answers in both]
+        for k, (log_probs, target) in enumerate(zip(now, wanted, strict=True)):
+            found = log_probs.gather(-1, target.to(log_probs.device)[..., None])[..., 0].double()
+            loss[:, k, t], probability[:, k, t] = -found.mean(-1), found.exp().mean(-1)
+        if by_text:
+            agreement[:, t] = same[:, t]
+        else:
+            first, second = now[0].double(), now[1].to(device).double()
+            kl[:, t] = (first.exp() * (first - second)).sum(-1).mean(-1)
+            agreement[:, t] = (first.argmax(-1) == second.argmax(-1)).double().mean(-1)
+    loops: dict[str, list[Any]] = {"loop": list(range(n))}
+    labels: dict[str, list[Any]] = {"side": [side.name for side in sides], **loops}
+    return SideBySide(
+        loss=Estimate.of(loss, ("side", "loop"), labels, "loss"),
+        probability=Estimate.of(probability, ("side", "loop"), labels, "probability"),
+        loss_difference=Estimate.of(loss[:, 1] - loss[:, 0], ("loop",), loops, "loss_difference"),
+        probability_difference=Estimate.of(probability[:, 1] - probability[:, 0], ("loop",), loops, "probability_difference"),
+        kl=None if by_text else Estimate.of(kl, ("loop",), loops, "kl"),
+        agreement=Estimate.of(agreement, ("loop",), loops, "agreement"),
+        sides={side.name: side.model.n_loops for side in sides},
+        scored=scored,
+        prompts=tuple(_text(sides[0].model, tokens) for tokens in batch[0]),
+        top=tuple((tuple(map(repr, x)), tuple(map(repr, y))) for x, y in zip(*words, strict=True)),
+        first=tuple(next((t for t, equal in enumerate(row) if not equal), None) for row in same.tolist()),
+    )
+
+
+def _run(side: _Side, tokens: Int[Tensor, "batch pos"], at_end: bool, initial_state: InitialState) -> _Answers:
+    """The answers of one side after every loop, at the last position or at all but that."""
+    log_probs: list[Tensor] = []
+    top: list[Tensor] = []
+
+    def keep(loop: int, logits: Tensor) -> None:
+        check_finite(logits, f"the readout of {side.name} after loop {loop}")
+        log_probs.append(wide(logits[:, -1:] if at_end else logits[:, :-1]).log_softmax(-1))
+        top.append(logits[:, -1].argmax(-1))
+
+    with torch.no_grad(), side.model.hooks(fwd_hooks=list(side.hooks)):
+        side.model.forward(tokens, on_loop=keep, initial_state=rehearsal(initial_state))
+    return _Answers(log_probs, torch.stack(top))
+
+
+def _sides(models: Models, n_loops: int | tuple[int, int] | None, hooks: Hooks, other_prompts: bool) -> tuple[_Side, _Side]:
+    """The two sides, each called by what differs."""
+    if isinstance(models, LoopedBridge):
+        models = [models]
+    named = {str(name): model for name, model in models.items()} if isinstance(models, Mapping) else {}
+    listed: list[Any] = list(named.values() if isinstance(models, Mapping) else models)
+    if len(listed) not in (1, 2) or not all(isinstance(model, LoopedBridge) for model in listed):
+        raise LoopedError(f"{listed!r:.200} was given to compare; pass one LoopedBridge or two.")
+    counts = n_loops if isinstance(n_loops, tuple) else (n_loops, n_loops)
+    if len(counts) != 2:
+        raise LoopedError(f"n_loops={n_loops!r} was asked of two sides; pass one number, or one for each.")
+    first: LoopedBridge = listed[0]
+    second: LoopedBridge = listed[-1]
+    parts: list[tuple[str, str]] = []
+    if first is not second:
+        names = tuple(named) if named else (str(first.cfg.model_name), str(second.cfg.model_name))
+        parts.append((names[0], names[1]) if names[0] != names[1] else (f"first {names[0]}", f"second {names[1]}"))
+    deep = at_depth(first, counts[0]), at_depth(second, counts[1])
+    if isinstance(n_loops, tuple) and deep[0].n_loops != deep[1].n_loops:
+        parts.append((counted(deep[0].n_loops, "loop"), counted(deep[1].n_loops, "loop")))
+    if hooks:
+        parts.append(("without hooks", "with hooks"))
+    if other_prompts:
+        parts.append(("clean", "corrupted"))
+    if not parts:
+        raise LoopedError(
+            "one model was given, with the same loops, hooks and prompts on both sides; pass a second model, n_loops=(2, 4), "
+            "hooks= or corrupted=."
+        )
+    left, right = (", ".join(names) for names in zip(*parts, strict=True))
+    return _Side(left, deep[0], ()), _Side(right, deep[1], hooks)
+
+
+def _pairs(
+    sides: Sequence[_Side], prompts: Prompts, corrupted: Prompts | None, verbose: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The token batches of both sides."""
+    if not isinstance(prompts, (str, Tensor, Sequence)):
+        prompts = list(prompts)
+    streams = (
+        token_batches(sides[0].model, prompts, verbose=verbose, what="compare"),
+        token_batches(sides[1].model, prompts if corrupted is None else corrupted, verbose=False, what="compare"),
+    )
+    for first, second in zip_longest(*streams):
+        if first is None or second is None or len(first) != len(second):
+            n = [0 if tokens is None else len(tokens) for tokens in (first, second)]
+            raise LoopedError(
+                f"prompts and corrupted are no pairs: one of them goes on with {n[0]} rows beside {n[1]}. Pass as many of "
+                "both, in the same order."
+            )
+        yield first, second
+
+
+def _same_vocabulary(first: LoopedBridge, second: LoopedBridge) -> bool:
+    if first is second:
+        return True
+    if first.cfg.d_vocab != second.cfg.d_vocab:
+        return False
+    if first.tokenizer is None or second.tokenizer is None:
+        return True
+    return first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
+
+
+def _word(model: LoopedBridge, token: int) -> str:
+    return str(token) if model.tokenizer is None else model.tokenizer.decode([token])
+
+
+def _text(model: LoopedBridge, tokens: Int[Tensor, " pos"]) -> str:
+    return ",".join(map(str, tokens.tolist())) if model.tokenizer is None else model.tokenizer.decode(tokens.tolist())
+
+
+def _signed(estimate: Estimate, k: int) -> str:
+    error = estimate.stderr[k].item()
+    return f"{estimate.values[k]:+.3f}" + (f" ± {error:.2g}" if error == error else "")
