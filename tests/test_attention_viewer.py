@@ -68,6 +68,7 @@ def test_it_holds_the_patterns_of_every_stack(family: str) -> None:
 def test_what_is_chosen_is_shown_in_the_order_of_the_run() -> None:
     bridge, tokens = random_bridge("huginn"), random_tokens(1, 4)
     view = attention_viewer(bridge, tokens, layers=[2, 0], loops=[2, 0], heads=1)
+    assert view.sites[1] == ("core", 0, 2) and len(view.sites) == 4
     assert data(view)["stacks"] == [["core", [0, 2], [0, 2]]] and data(view)["heads"] == [1] and view.left_out == ""
     assert data(attention_viewer(bridge, tokens, stack="coda"))["stacks"] == [["coda", [""], [0]]]
     assert repr(view).startswith("AttentionViewer(stack core: 2 loops of 2 layers; 1 head, 4 positions;")

@@ -44,11 +44,13 @@ class AttentionViewer:
 
     Args:
         html: a div and its script, for any page.
+        sites: the layers that are shown.
         shown: one sentence: what is in it.
         left_out: one sentence: what is not, and how to see it; empty where all is there.
     """
 
     html: str
+    sites: tuple[Site, ...]
     shown: str
     left_out: str = ""
 
@@ -138,7 +140,8 @@ def attention_viewer(
     }
     what = "; ".join(_describe(shown) for shown in stacks)
     shown = f"{what}; {counted(len(which_heads), 'head')}, {counted(len(words), 'position')}"
-    return AttentionViewer(_html(data), shown, left_out)
+    sites = [Site(s.stack, t, j) for s in stacks for t in s.loops for j in s.layers]
+    return AttentionViewer(_html(data), tuple(sites), shown, left_out)
 
 
 def check_cache(cache: object, what: str) -> None:

@@ -39,7 +39,6 @@ def page(title: str, lead: str, prompts: str, findings: Sequence[str], sections:
 <title>{escape(title)}</title>
 <link rel="icon" href="data:,">
 <style>{_file("page.css")}</style>
-<script>{_plotly()}</script>
 </head>
 <body>
 <header>
@@ -93,7 +92,7 @@ def _unmeasured(sections: Sequence[Section]) -> str:
 
 
 def _figure(figure: Figure) -> str:
-    kind = " ".join((["wide"] if figure.width > 350 else []) + (["on-light"] if figure.is_light else []))
+    kind = "wide" if figure.is_wide or figure.width > 350 else ""
     content = figure.content if isinstance(figure.content, str) else _plot(figure.content)
     inside = f'<div style="min-width:{figure.width}px">{content}</div>' if figure.width > 320 else content
     return (
@@ -102,25 +101,18 @@ def _figure(figure: Figure) -> str:
 
 
 def _plot(figure: Any) -> str:
+    """The data of a plotly figure, which the page draws by itself."""
     found = plain(figure.to_plotly_json())
     layout = found["layout"]
     layout.pop("template", None)
     layout.pop("title", None)  # the caption says it
-    is_below = layout.setdefault("xaxis", {}).get("side") != "top"
+    layout.setdefault("xaxis", {})
     layout.setdefault("yaxis", {})
-    layout |= {"margin": {"l": 56, "r": 16, "t": 30, "b": 44 if is_below else 10}, "height": layout.get("height", 340)}
-    layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "font": {"size": 11}} | layout.get("legend", {})
-    data = in_script(json.dumps({"data": found["data"], "layout": layout}, allow_nan=False))
-    return f'<div class="plotly-figure"><div class="plot"></div><script type="application/json">{data}</script></div>'
+    layout.setdefault("height", 340)
+    data = in_script(json.dumps({"data": found["data"], "layout": layout}, allow_nan=False, separators=(",", ":")))
+    return f'<div class="drawing"><script type="application/json">{data}</script></div>'
 
 
 @lru_cache
 def _file(name: str) -> str:
     return (_HERE / name).read_text(encoding="utf-8")
-
-
-@lru_cache
-def _plotly() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return get_plotlyjs()

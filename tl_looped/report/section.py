@@ -34,13 +34,13 @@ class Figure:
         caption: what it shows.
         content: a plotly figure, or HTML.
         width: the least width in pixels at which it can be read; narrower pages scroll it.
-        is_light: it is drawn for a light page, and stands on one in the dark too.
+        is_wide: it has a row of its own, however narrow it may get.
     """
 
     caption: str
     content: Any
     width: int = 320
-    is_light: bool = False
+    is_wide: bool = False
 
 
 @dataclass
