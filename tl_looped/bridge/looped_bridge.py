@@ -7,10 +7,10 @@ import gc
 import logging
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -28,7 +28,7 @@ from ..model import LoopedModel
 from ..model.initial_state import InitialState
 from ..model.looped_model import initialise, set_mode
 from ..model.undo import Snapshot, undone, whole
-from ..schedule import Indices, Schedule, check_count, is_pattern, virtual_layer
+from ..schedule import Indices, LoopSelector, Schedule, check_count, is_pattern, virtual_layer
 from .adapter import LoopedArchitectureAdapter, bridge_config
 from .cache import LoopedCache
 from .components import InMemory, check_attn_in
@@ -37,6 +37,9 @@ from .hooking import Hooked, without_leftovers
 from .processing import check_options, check_running_sum, check_shared, has_output_bias, process_weights, stream_break
 from .run import Run
 from .tokens import check_real, configured, counts_from_end, encode, real_positions, refuse_unmarked_padding
+
+if TYPE_CHECKING:
+    from ..answers import Answers
 
 NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
@@ -443,9 +446,17 @@ class LoopedBridge(InMemory, GeneratingBridge):
                 "padding; pass positions=-1 for each one's last token, read them out one by one, or pass tokens with "
                 "attention_mask=."
             )
+        given = {"attention_mask": mask, "initial_state": initial_state, "token_type_ids": token_type_ids}
+        found = self._readouts(tokens, loops, positions, {name: value for name, value in given.items() if value is not None})
+        return found if isinstance(loop, str) else found[0]
+
+    def _readouts(
+        self, tokens: Tensor, loops: list[int], positions: Indices, inputs: dict[str, Any]
+    ) -> Float[Tensor, "loop batch chosen d_vocab"]:
+        """The readouts after several loops of one run, which ends with the last of them."""
         chosen = None
         if positions is not None:
-            columns = real_positions(positions, mask, tokens.shape[-1])
+            columns = real_positions(positions, inputs.get("attention_mask"), tokens.shape[-1])
             rows = torch.arange(1 if tokens.ndim == 1 else len(tokens), device="cpu")[:, None]
             chosen = rows, columns.expand(len(rows), -1)
         found: dict[int, Tensor] = {}
@@ -454,13 +465,58 @@ class LoopedBridge(InMemory, GeneratingBridge):
             if at in loops:
                 found[at] = logits if chosen is None else logits[tuple(index.to(logits.device) for index in chosen)]
 
-        inputs = {"attention_mask": mask, "initial_state": initial_state, "token_type_ids": token_type_ids}
-        given: dict[str, Any] = {name: value for name, value in inputs.items() if value is not None}
         if len(loops) == 1:  # also of processed weights, where every earlier readout is refused
-            keep(loops[0], self.forward(tokens, loop=loops[0], **given))
+            keep(loops[0], self.forward(tokens, loop=loops[0], **inputs))
         else:
-            self.forward(tokens, return_type=None, on_loop=keep, **given)
-        return torch.stack([found[t] for t in loops]) if isinstance(loop, str) else found[loops[0]]
+            self.forward(tokens, return_type=None, loop=max(loops), on_loop=keep, **inputs)
+        return torch.stack([found[t] for t in loops])
+
+    def answers(
+        self,
+        prompts: str | Sequence[str] | Int[Tensor, "*batch pos"] | Sequence[Int[Tensor, " _"]] | Sequence[Sequence[int]],
+        *,
+        loops: LoopSelector = "all",
+        top_k: int = 5,
+        targets: str | int | Sequence[str | int] | Int[Tensor, "*prompt"] | None = None,
+        n_loops: int | None = None,
+        initial_state: InitialState = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Answers:
+        """What the model would say next after every prompt if it stopped after each loop, as text.
+
+        Hooks on the model act; those on the coda act once for every loop that is read. Many prompts are run in batches.
+
+        Args:
+            prompts: a text, texts of any lengths, or token ids: a tensor [pos] or [batch, pos], or lists or tensors [pos] of
+                any lengths. Each prompt is answered after its own last token.
+            loops: after which loops (H cycles for HRM-Text): an int, a slice, several ints, "all" or "last".
+            top_k: how many of the most probable tokens.
+            targets: whose probability and rank to read too: text that is one token or a token id, for all prompts or one for
+                each.
+            n_loops: ask at another number of loops; None for the model's own.
+            initial_state: as in `forward`.
+            attention_mask: 1 for real tokens, for prompts that are one tensor.
+            token_type_ids: 1 for the tokens of a bidirectional prefix (HRM-Text), for prompts that are one tensor.
+
+        Raises:
+            OutOfRangeError: a loop that the run does not have.
+            LoopedError: no prompts, or an empty or too long one, named; a target that is not one token; weights that were
+                processed, in families where earlier readouts then differ.
+
+        Example:
+            >>> from tl_looped import LoopedBridge
+            >>> model = LoopedBridge.from_pretrained("toy:hop", device="cpu")
+            >>> found = model.answers(["A b B c C a ? A", "B c C b ? B"], targets="c", top_k=1)
+            >>> found.to_dataframe()[["text", "loop", "token_1", "target_rank"]].iloc[:3].values.tolist()
+            [['A b B c C a ? A', 0, 'b', 1], ['A b B c C a ? A', 1, 'c', 0], ['A b B c C a ? A', 2, 'a', 6]]
+        """
+        from ..analysis._prompts import at_depth
+        from ..answers import ask
+
+        inputs = {"initial_state": initial_state, "token_type_ids": token_type_ids}
+        model = at_depth(self, n_loops)
+        return ask(model, prompts, loops=loops, top_k=top_k, targets=targets, attention_mask=attention_mask, **inputs)
 
     def to_tokens(
         self,
