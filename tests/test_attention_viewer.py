@@ -298,3 +298,27 @@ def test_viewers_live_together_and_fit_the_page(browser: Any, tmp_path: Path, wi
     light = sum(map(int, re.findall(r"\d+", reader.view.evaluate(colour)))) > 600
     assert light == (scheme == "dark")
     assert reader.text(".words") == "<b></script>a↵bdefghijklmnopqrstuv"
+
+
+@a_browser
+def test_it_is_drawn_where_a_notebook_puts_it(browser: Any) -> None:
+    """As JupyterLab does: markup, then scripts made anew, then both into the page; a second view of an output draws too."""
+    bridge = random_bridge("nanbeige")
+    view = browser.new_page()
+    view.set_content("<!doctype html><body><div class='cell'></div><div class='cell'></div></body>")
+    view.evaluate(
+        """(html) => {
+          for (const cell of document.querySelectorAll(".cell")) {
+            const output = document.createElement("div");
+            output.innerHTML = html;
+            for (const old of output.querySelectorAll("script")) {
+              const script = document.createElement("script");
+              script.textContent = old.textContent;
+              old.replaceWith(script);
+            }
+            cell.append(output);
+          }
+        }""",
+        attention_viewer(bridge, random_tokens(1, 4)).html,
+    )
+    assert view.locator(".name").all_text_contents() == ["loop 2, layer 0, head 0"] * 2

@@ -45,7 +45,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from tl_looped import LoopedBridge, LoopedError
-from tl_looped.plots import attention_heads
+from tl_looped.plots import attention_viewer
 from tl_looped.toys.hop import WORDS, hop_accuracy, hop_prompts
 
 MODEL = "toy:hop"  # on a GPU, for example "ByteDance/Ouro-1.4B"
@@ -173,11 +173,11 @@ if HOP:
     assert [str_tokens[i] for i in looked_at[:, 0]] == right
 
 # %% [markdown]
-# `tl_looped.plots.attention_heads` is the view of circuitsvis: all heads side by side, each with its whole pattern. Its figure
-# is large and is not stored in this notebook. Run the cell to see it.
+# `tl_looped.plots.attention_viewer` shows every head of every loop. Point at one to see it large, click to keep it. "minus the
+# loop before" shows what a loop changes.
 
 # %%
-attention_heads(cache, model.to_str_tokens(prompt), layer=0, loops=2)
+attention_viewer(cache)
 
 # %% [markdown]
 # ## An answer after every loop

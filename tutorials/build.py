@@ -78,10 +78,6 @@ def build(script: Path) -> None:
     notebook = from_script(script)
     execute(notebook, script.parent)
     notebook.metadata.pop("language_info", None)  # the version of Python is of no interest
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            # circuitsvis puts more than a megabyte of script into every figure
-            cell.outputs = [output for output in cell.outputs if "circuitsvis" not in str(output.get("data"))]
     add_images(notebook)
     write(notebook, script.with_suffix(".ipynb"))
 
