@@ -1,156 +1,92 @@
-"""What the model would answer after a loop: every way to ask says the same as the model that has no further loop."""
+"""`at_loop=` and `n_loops=` in sweeps: the answer after loop t is that of the model with t + 1 loops."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from test_golden import FAMILIES, GOLDEN
-from torch import Tensor
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import random_bridge, random_tokens
 
-from tl_looped import LoopedBridge, LoopedConfig, LoopedError
+from tl_looped import LoopedBridge, LoopedError
+from tl_looped.attribution import attribution_sweep
+from tl_looped.metrics import logit_diff
+from tl_looped.patching import patch_between_loops, patch_sweep
+from tl_looped.path_patching import edge_sweep, path_patch
+from tl_looped.weight_gradients import influence, weight_gradients_by_pass
 
-TOKENS = random_tokens(2, 7)
-MASK = torch.tensor([[1] * 5 + [0] * 2, [1] * 7])
+CLEAN, CORRUPTED = random_tokens(2, 4, seed=1), random_tokens(2, 4)
+EDGE = ("loops.0.blocks.1.head.*", "loops.1.blocks.0.mlp_in")
+METRIC = logit_diff([4, 5], [7, 8])
+Tool = Callable[..., Any]
+
+TOOLS: dict[str, Tool] = {
+    "patch_sweep": lambda model, cache, **at: patch_sweep(model, CORRUPTED, cache, METRIC, verbose=False, **at),
+    "attribution_sweep": lambda model, cache, **at: attribution_sweep(model, CORRUPTED, cache, METRIC, **at),
+    "edge_sweep": lambda model, cache, **at: edge_sweep(model, CORRUPTED, cache, METRIC, *EDGE, **at),
+    "path_patch": lambda model, cache, **at: path_patch(model, CORRUPTED, cache, METRIC, *EDGE, **at),
+    "patch_between_loops": lambda model, cache, **at: patch_between_loops(model, CORRUPTED, METRIC, verbose=False, **at),
+}
 
 
-def shift(value: Tensor, hook: object) -> Tensor:
-    """An edit that no norm undoes."""
-    return value + torch.linspace(-1, 1, value.shape[-1])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_grad():
+def cache_of(model: LoopedBridge, **given: Any) -> Any:
     with torch.no_grad():
-        yield
+        return model.run_with_cache(CLEAN, **given)[1]
 
 
-@pytest.mark.parametrize("name", ZOO)
-def test_every_way_to_ask_agrees_with_the_shorter_model(name: str) -> None:
-    model = random_bridge(name)
-    every, padded = model.readout(TOKENS, "all"), model.readout(TOKENS, "all", attention_mask=MASK)
-    assert every.shape == (model.n_loops, 2, 7, 31)
-    for loop in range(model.n_loops - 1):  # the last one is the whole model
-        short = model.unroll(loop + 1)
-        right = short(TOKENS)
-        assert torch.equal(model(TOKENS, loop=loop), right)
-        assert torch.equal(model.readout(TOKENS, loop - model.n_loops), right)
-        torch.testing.assert_close(every[loop], right, atol=1e-5, rtol=1e-4)
-        ask: dict[str, Any] = {"return_type": "both", "loss_per_token": True, "attention_mask": MASK}
-        for ours, theirs in zip(model(TOKENS, loop=loop, **ask), short(TOKENS, **ask), strict=True):
-            assert torch.equal(ours, theirs)
-        logits, loss = model(TOKENS, return_type="both", loop=loop, attention_mask=MASK)
-        torch.testing.assert_close(padded[loop], logits, atol=1e-5, rtol=1e-4)
-        each = F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="none")
-        torch.testing.assert_close(loss, each[MASK[:, 1:].flatten().bool()].mean())
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("name", ["looped_qwen", "ouro"])
+def test_the_answer_after_a_loop_is_that_of_so_many_loops(name: str, tool: str) -> None:
+    model = random_bridge(name, torch.float64)
+    assert model.n_loops == 3
+    cache, sweep = cache_of(model), TOOLS[tool]
+    for n, given in ((2, {"at_loop": 1}), (2, {"n_loops": 2}), (2, {"at_loop": 1, "n_loops": 5}), (2, {"at_loop": -2})):
+        found, expected = sweep(model, cache, **given), sweep(model.unroll(n), cache_of(model.unroll(n)))
+        assert found.labels == expected.labels
+        torch.testing.assert_close(found.values, expected.values, equal_nan=True)
+    deeper = sweep(model, cache, n_loops=4)
+    torch.testing.assert_close(deeper.values, sweep(model.unroll(4), cache_of(model.unroll(4))).values, equal_nan=True)
+    assert sweep(model, cache, at_loop=2).labels == sweep(model, cache).labels
+    if tool == "patch_sweep":
+        with torch.no_grad():
+            torch.testing.assert_close(sweep(model, cache, at_loop=1).baseline_clean, METRIC(model.readout(CLEAN, loop=1)))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_reference_checkpoints_too(name: str) -> None:
-    model = LoopedBridge.from_pretrained(GOLDEN / name, device="cpu")
-    tokens = random_tokens(1, 5) % model.cfg.d_vocab
-    every = model.readout(tokens, "all")
-    for loop in range(model.n_loops):
-        right = model.unroll(loop + 1)(tokens)
-        assert torch.equal(model(tokens, loop=loop), right)
-        torch.testing.assert_close(every[loop], right, atol=1e-4, rtol=1e-4)
+def test_a_filtered_cache_is_made_again_with_what_it_held() -> None:
+    model = random_bridge("huginn", torch.float64)
+    few = cache_of(model, names_filter=["loops.*.hook_out"], initial_state=5)
+    found = patch_sweep(model, CORRUPTED, few, METRIC, "out", at_loop=0, verbose=False)
+    one = model.unroll(1)
+    expected = patch_sweep(one, CORRUPTED, cache_of(one, initial_state=5), METRIC, "out", verbose=False)
+    torch.testing.assert_close(found.values, expected.values)
+    with pytest.raises(LoopedError, match="lacks prelude"):
+        patch_sweep(model, CORRUPTED, few, METRIC, at_loop=0, verbose=False)
 
 
-@pytest.mark.parametrize("name", ZOO)
-def test_the_cache_holds_what_ran(name: str) -> None:
-    model = random_bridge(name)
-    for loop in range(model.n_loops - 1)[-1:]:
-        logits, cache = model.run_with_cache(TOKENS, loop=loop)
-        short = model.unroll(loop + 1)
-        right, theirs = short.run_with_cache(TOKENS)
-        assert torch.equal(logits, right)
-        last = f"{short.schedule.pass_prefix(short.schedule.passes[-1])}.norm."
-        early = model.looped_cfg.pass_norm_is_final and loop < model.n_loops - 1
-        assert len(cache.keys()) == len(theirs.keys())
-        for key, value in theirs.items():
-            where = key.replace("ln_final.", last) if early else short.schedule.loop_name(key)
-            assert torch.equal(cache[where], value), where
+def test_what_cannot_be_made_again_is_refused() -> None:
+    model = random_bridge("ouro", torch.float64)
+    cache = cache_of(model)
+    with pytest.raises(LoopedError, match="loop 5 is out of range"):
+        patch_sweep(model, CORRUPTED, cache, METRIC, at_loop=5, verbose=False)
+    with pytest.raises(LoopedError, match="loop 2 is out of range: there are 2"):
+        edge_sweep(model, CORRUPTED, cache, METRIC, *EDGE, at_loop=2, n_loops=2)
+    with model.hooks(fwd_hooks=[("loops.0.hook_out", lambda x, hook: x * 2)]):
+        hooked = cache_of(model)
+        with pytest.raises(LoopedError, match="that has hooks, such as"):
+            patch_sweep(model, CORRUPTED, cache, METRIC, at_loop=1, verbose=False)
+    for other in (hooked, cache_of(model, return_cache_object=False)):
+        with pytest.raises(LoopedError, match=r"cannot be made again|from a run of|lacks"):
+            patch_sweep(model, CORRUPTED, other, METRIC, at_loop=1, verbose=False)
 
 
-@pytest.mark.parametrize("name", ["ouro", "huginn", "hrm_text", "looped_qwen", "anchored"])
-def test_hooks_act_on_the_answer_after_a_loop(name: str) -> None:
-    model, loop = random_bridge(name), 0
-    short, stack = model.unroll(1), model.schedule.core_stacks[-1]
-    first = "H.loops.0.blocks.1.hook_mlp_out" if stack == "H" else "loops.0.blocks.1.hook_mlp_out"
-    where = [(first, shift), *([("coda.blocks.0.hook_resid_pre", shift)] if model.schedule.n_coda else [])]
-    with short.hooks(where):
-        right = short(TOKENS)
-    later = [("H.loops.1.hook_in" if stack == "H" else "loops.1.hook_in", shift)]
-    with model.hooks([*where, *later]):
-        assert torch.equal(model(TOKENS, loop=loop), right)
-        assert torch.equal(model.readout(TOKENS, loop), right)
-        torch.testing.assert_close(model.readout(TOKENS, "all")[loop], right, atol=1e-5, rtol=1e-4)
-        assert not torch.allclose(model.readout(TOKENS, "all")[1], model.unroll(2)(TOKENS), atol=1e-3)
-    assert not torch.allclose(right, short(TOKENS), atol=1e-3)
-
-
-@pytest.mark.parametrize("name", ["huginn", "looped_qwen", "anchored", "parcae"])
-def test_after_weight_processing(name: str) -> None:
-    model = random_bridge(name)
-    before = model.readout(TOKENS, "all").log_softmax(-1)
-    model.enable_compatibility_mode(disable_warnings=True)
-    torch.testing.assert_close(model.readout(TOKENS, "all").log_softmax(-1), before, atol=1e-4, rtol=1e-4)
-    for loop in range(model.n_loops):
-        torch.testing.assert_close(model(TOKENS, loop=loop).log_softmax(-1), before[loop], atol=1e-4, rtol=1e-4)
-
-
-def test_what_weight_processing_took_away_is_refused() -> None:
-    model = random_bridge("ouro")
-    model.enable_compatibility_mode(disable_warnings=True)
-    assert torch.equal(model.readout(TOKENS, -1), model(TOKENS))
-    for loop in (0, "all"):
-        with pytest.raises(LoopedError, match="weights were processed"):
-            model.readout(TOKENS, loop)
-
-
-def test_positions_of_rows_of_different_lengths() -> None:
-    model = LoopedBridge.from_pretrained("toy:text", device="cpu")
-    prompts = ["Return the number", "Return"]
-    alone = [model.readout(prompt, "all", positions=[-1])[:, 0, 0] for prompt in prompts]
-    both = model.readout(prompts, "all", positions=-1)
-    torch.testing.assert_close(both[:, :, 0], torch.stack(alone, 1), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(model.readout(prompts[0], 1, positions=-1)[0, 0], model(prompts[0], loop=1)[0, -1])
-    with pytest.raises(LoopedError, match=r"tokens were given.*positions=-1"):
-        model.readout(prompts, 1)
-    ids = model.to_tokens(prompts)
-    with pytest.raises(LoopedError, match=r"positions=-1 .*pad tokens"):
-        model.readout(ids, 0, positions=-1)
-
-
-def test_a_stopped_run_that_leaves_out_loops() -> None:
-    model = random_bridge("huginn")  # layers 0-1 prelude, three loops of three, layer 11 coda
-    short = model.unroll(1)
-    assert torch.equal(model(TOKENS, loop=0, stop_at_layer=11), short(TOKENS, stop_at_layer=5))
-    assert torch.equal(model(TOKENS, loop=0, stop_at_layer=12), short(TOKENS, stop_at_layer=6))
-    assert torch.equal(model(TOKENS, loop=0, stop_at_layer=4), model(TOKENS, stop_at_layer=4))
-    with pytest.raises(LoopedError, match=r"stop=6 .*after loop 0 skips the layers 5 to 10"):
-        model(TOKENS, loop=0, stop_at_layer=6)
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    ("loop", "says"), [(3, "loop 3 is out of range"), ("all", r"readout\(input, loop='all'\)"), (True, "an index is an int")]
-)
-def test_no_such_loop(loop: Any, says: str) -> None:
-    model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=31, n_core=1, n_loops=3))
-    with pytest.raises(LoopedError, match=says):
-        model(TOKENS, loop=loop)
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_the_arguments_of_a_readout_as_they_were() -> None:
-    model = random_bridge("ouro")
-    with pytest.warns(FutureWarning) as caught:
-        old = model.readout(TOKENS, 1, None, MASK)
-    assert str(caught[1].message) == "readout(attention_mask=) is given by name now."
-    assert torch.equal(old, model.readout(TOKENS, 1, attention_mask=MASK))
-    with pytest.raises(LoopedError, match="'last'"):
-        model.readout(TOKENS, "last")
+def test_weight_gradients() -> None:
+    model = random_bridge("ouro", torch.float64)
+    found = weight_gradients_by_pass(model, CLEAN, METRIC, at_loop=1)
+    expected = weight_gradients_by_pass(model.unroll(2), CLEAN, lambda logits: METRIC(logits).mean())
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name])
+    assert found["core.0.attn.q.weight"].shape[0] == 2
+    moved = influence(model, CLEAN, CORRUPTED, n_loops=2)
+    torch.testing.assert_close(moved.values, influence(model.unroll(2), CLEAN, CORRUPTED).values)

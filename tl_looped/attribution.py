@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .bridge.cache import LoopedCache
 from .bridge.looped_bridge import LoopedBridge
-from .comparison import Comparison, Metric
+from .comparison import Comparison, Metric, clean_at
 from .errors import LoopedError
 from .model.layers import wide
 from .results import Grid
@@ -37,6 +37,8 @@ def attribution_sweep(
     *,
     loops: LoopSelector = "all",
     stack: str | None = None,
+    at_loop: int | None = None,
+    n_loops: int | None = None,
     steps: int | None = None,
     **run: Any,
 ) -> Grid:
@@ -60,6 +62,9 @@ def attribution_sweep(
         loops: which loops. Where the axis "loop" is named and neither loops nor a stack is asked for, "prelude" and "coda" are
             entries of it beside the loops; layers that a stack lacks are NaN.
         stack: "core" for the loops alone; "L" or "H" for HRM-Text; "prelude" or "coda" for the layers that run once.
+        at_loop: measure the answer after this loop, as `model.unroll(at_loop + 1)` gives it; the clean run is then made again
+            at that depth. None for the last.
+        n_loops: of runs of this many loops; None for the model's own number.
         steps: None for the gradient at the corrupted run. `m` averages the gradients of `m` runs on the straight path from the
             corrupted input embedding to the clean one, at the fractions `1/m, ..., m/m` (EAP-IG, arXiv 2403.17806, eq. 3; 5
             is usual). Less wrong where the metric saturates; the differences stay those of the two runs.
@@ -83,6 +88,7 @@ def attribution_sweep(
         (('loop', 'layer', 'head'), (3, 2, 2))
     """
     check_site(site)
+    model, clean_cache = clean_at(model, clean_cache, at_loop, n_loops)
     dims = ("example", *AXES[site])
     outer = ("loop",) if site in PASSES else ("loop", "layer")
     _check_axes(site, axes, [*outer, *(axis for axis in dims[1:] if axis not in NO_AXES)])

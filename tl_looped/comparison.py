@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -10,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ._depth import stopping
+from ._words import counted
 from .bridge.cache import LoopedCache
 from .bridge.looped_bridge import LoopedBridge
 from .bridge.run import Run
@@ -147,6 +150,41 @@ class CleanRun:
             "the corrupted run starts from another initial state than the clean one, so that their difference would not be one "
             "of the prompts alone; leave initial_state= out to start like the clean run."
         )
+
+
+def clean_at(
+    model: LoopedBridge, cache: LoopedCache | Mapping[str, Tensor], at_loop: int | None, n_loops: int | None
+) -> tuple[LoopedBridge, Any]:
+    """The model that answers after a loop, and the clean run at that depth: run again, if its cache is of another one.
+
+    Args:
+        model: the model.
+        cache: the clean run.
+        at_loop: after which loop; None for the last.
+        n_loops: of how many loops; None for the model's own number.
+
+    Raises:
+        LoopedError: the clean run is of another depth and cannot be run again.
+    """
+    deeper = stopping(model, at_loop, n_loops)
+    if deeper is model or getattr(cache, "model", deeper).schedule == deeper.schedule:
+        return deeper, cache
+    record = cache.run if isinstance(cache, LoopedCache) else None
+    if not isinstance(cache, LoopedCache) or record is None or record.hooked:
+        raise LoopedError(
+            f"the answer after {counted(deeper.n_loops, 'loop')} was asked, but the clean cache is of another depth and cannot "
+            "be made again: it comes from a part of a run, or from one with hooks. Cache the clean run with "
+            f"model.unroll({deeper.n_loops}), and pass that model."
+        )
+    cache.weights.check(cast(LoopedModel, model.original_model), "a comparison with a clean cache")
+    kept = {_of_any_loop(cache.model.schedule.loop_name(name)) for name in cache}
+    names = [name for name in deeper.hook_dict if _of_any_loop(deeper.schedule.loop_name(name)) in kept]
+    with torch.no_grad():
+        return deeper, deeper.run_with_cache(record.input, names_filter=names, **record.arguments())[1]
+
+
+def _of_any_loop(name: str) -> str:
+    return re.sub(r"\bloops\.\d+\.", "loops.*.", name)
 
 
 class Comparison:

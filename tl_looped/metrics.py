@@ -169,6 +169,11 @@ class Divergence(RowMetric):
     chosen: Tensor | None = None
 
     @property
+    def has_logits(self) -> bool:
+        """Whether the clean run is known by its logits, not by its prompts."""
+        return _is_logits(self.clean)
+
+    @property
     def n_rows(self) -> int | None:
         one = isinstance(self.clean, str) or (_is_ids(self.clean) and self.clean.ndim == 1)
         return 1 if one else len(self.clean)
@@ -178,7 +183,7 @@ class Divergence(RowMetric):
         if self.chosen is not None:
             return replace(self, mask=mask)
         logits, own = self.clean, mask
-        if not _is_logits(logits):
+        if not self.has_logits:
             if model.looped_cfg.initial_state == "noise":
                 raise LoopedError(
                     f"kl_to(prompts) was asked of a {model.looped_cfg.family} model, whose runs start from noise; pass the "
@@ -199,7 +204,7 @@ class Divergence(RowMetric):
     def _score(self, logits: Float[Tensor, "batch chosen d_vocab"]) -> Float[Tensor, "batch chosen"]:
         clean = self.chosen
         if clean is None:
-            if not _is_logits(self.clean):
+            if not self.has_logits:
                 raise LoopedError(
                     "kl_to(prompts) knows no model yet; call metric.bind(model) before you use it outside the sweeps of "
                     "tl_looped, or pass the logits of the clean run."

@@ -15,13 +15,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ._depth import stopping
 from ._patcher import Cell, Edit, Patcher, position_axis
 from .bridge.cache import LoopedCache
 from .bridge.looped_bridge import LoopedBridge
 from .bridge.processing import check_pass_norms
 from .bridge.run import Run
 from .bridge.tokens import counts_from_end
-from .comparison import CleanRun, Metric
+from .comparison import CleanRun, Metric, clean_at
 from .errors import LoopedError
 from .metrics import metric_name
 from .model import LoopedModel
@@ -95,6 +96,8 @@ def patch_sweep(
     positions: Indices = None,
     heads: Indices = None,
     stack: str | None = None,
+    at_loop: int | None = None,
+    n_loops: int | None = None,
     initial_state: InitialState = None,
     max_batch: int | None = None,
     verbose: bool = True,
@@ -123,6 +126,9 @@ def patch_sweep(
         positions: which positions, the same in every row; None for all.
         heads: which heads (groups of heads for k and v with grouped keys); None for all.
         stack: "core" for the loops alone; "L" or "H" for HRM-Text; "prelude" or "coda" for the layers that run once.
+        at_loop: measure the answer after this loop, as `model.unroll(at_loop + 1)` gives it; the clean run is then made again
+            at that depth. None for the last.
+        n_loops: of runs of this many loops; None for the model's own number.
         initial_state: of the corrupted run; default: that of the clean run. Where it is random it must be the same one, or the
             patches would carry the difference between two random states.
         max_batch: how many rows (cells x batch) to run at once; None for what fits into a quarter of the free memory, and no
@@ -149,6 +155,7 @@ def patch_sweep(
         True
     """
     names = _check_axes(site, axes)
+    model, clean_cache = clean_at(model, clean_cache, at_loop, n_loops)
     placed = _places(model, site, names, loops, layers, stack)
     hooks = [place.hook for _, place in placed]
     source = CleanRun(model, clean_cache, initial_state)
@@ -194,6 +201,8 @@ def patch_between_loops(
     positions: Indices = None,
     heads: Indices = None,
     stack: str | None = None,
+    at_loop: int | None = None,
+    n_loops: int | None = None,
     initial_state: InitialState = None,
     max_batch: int | None = None,
     verbose: bool = True,
@@ -216,6 +225,8 @@ def patch_between_loops(
         positions: which positions are written; None for all.
         heads: which heads are written; None for all.
         stack: "L" or "H" for HRM-Text.
+        at_loop: measure the answer after this loop, as `model.unroll(at_loop + 1)` gives it; None for the last.
+        n_loops: of runs of this many loops; None for the model's own number.
         initial_state: of both runs.
         max_batch: as in `patch_sweep`.
         verbose: show a progress bar.
@@ -242,6 +253,7 @@ def patch_between_loops(
             + ("a pass has it once: leave layer out." if in_passes else "say which layer of the loop, layer=0 for the first.")
         )
     check_site(site)
+    model = stopping(model, at_loop, n_loops)
     places = select_places(model, site, loops, layer, stack)
     if site == "out":
         check_pass_norms(cast(LoopedModel, model.original_model), "a patch of states leaving one pass into another")

@@ -20,7 +20,7 @@ from transformer_lens.utilities.slice import Slice
 from .bridge.cache import LoopedCache
 from .bridge.decomposition import FINAL, Reader, Write, before_loop, check_sum, has_own_state, walk
 from .bridge.looped_bridge import LoopedBridge
-from .comparison import Comparison, Metric
+from .comparison import Comparison, Metric, clean_at
 from .errors import LoopedError, UnknownNameError
 from .model.layers import wide
 from .results import Grid
@@ -66,6 +66,9 @@ def edge_sweep(
     metric: Metric,
     sources: Names | None = None,
     receivers: Names | None = None,
+    *,
+    at_loop: int | None = None,
+    n_loops: int | None = None,
     **run: Any,
 ) -> Grid:
     """Estimate the effect of every direct path between two components of a run, from one forward and one backward.
@@ -86,6 +89,9 @@ def edge_sweep(
             head and letter may be `*`. None for all.
         receivers: as above, of "loops.2.blocks.1.head.0.q" (or `k`, `v`, whose heads are key-value heads),
             "loops.2.blocks.1.mlp_in" and "logits" (by the unembedding). None for all.
+        at_loop: measure the answer after this loop, as `model.unroll(at_loop + 1)` gives it; the clean run is then made again
+            at that depth. None for the last.
+        n_loops: of runs of this many loops; None for the model's own number.
         **run: what `model.forward` takes for the corrupted run, such as `attention_mask`.
 
     Returns:
@@ -105,6 +111,7 @@ def edge_sweep(
         >>> edges.labels["source"][0], edges.labels["receiver"], tuple(edges.values.shape)
         ('loops.0.blocks.0.head.0', ['loops.2.blocks.0.head.0.q', 'loops.2.blocks.0.head.1.q'], (4, 2))
     """
+    model, clean_cache = clean_at(model, clean_cache, at_loop, n_loops)
     paths = Paths(model, corrupted_tokens, clean_cache, metric, sources, receivers, run, estimate=True)
     values = paths.zeros()
     for at in paths.carried():
@@ -121,6 +128,9 @@ def path_patch(
     metric: Metric,
     sources: Names,
     receivers: Names,
+    *,
+    at_loop: int | None = None,
+    n_loops: int | None = None,
     **run: Any,
 ) -> Grid:
     """Patch direct paths one by one: change what a receiver reads by what one source's change is there, and run on.
@@ -138,6 +148,8 @@ def path_patch(
         metric: as there; no gradient is needed.
         sources: as there.
         receivers: as there.
+        at_loop: as there.
+        n_loops: as there.
         **run: as there.
 
     Returns:
@@ -156,6 +168,7 @@ def path_patch(
         >>> effect.axes, tuple(effect.values.shape)
         (('source', 'receiver'), (1, 1))
     """
+    model, clean_cache = clean_at(model, clean_cache, at_loop, n_loops)
     paths = Paths(model, corrupted_tokens, clean_cache, metric, sources, receivers, run)
     values, baseline, found = paths.zeros(), paths.pair.value(), False
     for at in paths.carried():

@@ -11,11 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ._depth import stopping
 from .bridge.looped_bridge import LoopedBridge
 from .bridge.processing import check_pass_norms
 from .bridge.tokens import refuse_unmarked_padding
 from .comparison import Metric
 from .errors import LoopedError
+from .metrics import RowMetric
 from .model import LoopedModel
 from .model.undo import undone
 from .results import Grid
@@ -27,7 +29,13 @@ T = TypeVar("T")
 
 
 def weight_gradients_by_pass(
-    model: LoopedBridge, tokens: str | list[str] | Int[Tensor, "*batch pos"], metric: Metric | None = None, **run: Any
+    model: LoopedBridge,
+    tokens: str | list[str] | Int[Tensor, "*batch pos"],
+    metric: Metric | None = None,
+    *,
+    at_loop: int | None = None,
+    n_loops: int | None = None,
+    **run: Any,
 ) -> dict[str, Float[Tensor, "loop ..."]]:
     """The gradient of every looped parameter, split by the pass that used it; the sum over passes is autograd's gradient.
 
@@ -37,7 +45,10 @@ def weight_gradients_by_pass(
     Args:
         model: the model; its hooks act as in any run.
         tokens: text, texts or tokens.
-        metric: from logits [batch, pos, d_vocab] to a number, such as a loss; None for the mean next-token cross-entropy.
+        metric: from logits [batch, pos, d_vocab] to a number, such as a loss; None for the mean next-token cross-entropy. Those
+            of `tl_looped.metrics` count as their mean over the rows.
+        at_loop: differentiate the answer after this loop, `model.unroll(at_loop + 1)`; None for the last.
+        n_loops: of a run of this many loops; None for the model's own number.
         **run: what `model.forward` takes, such as `initial_state` or `attention_mask`.
 
     Returns:
@@ -55,13 +66,19 @@ def weight_gradients_by_pass(
         >>> tuple(gradients["core.1.attn.q.weight"].shape)
         (3, 8, 8)
     """
+    model = stopping(model, at_loop, n_loops)
     with torch.inference_mode(False), torch.enable_grad():
         run = {name: x.clone() if isinstance(x, Tensor) else x for name, x in run.items()}
         asked = {"return_type": "loss" if metric is None else "logits", **run}
+        measure: Any = metric
+        if isinstance(metric, RowMetric):
+            _, mask = model._read(tokens, run.get("prepend_bos"), run.get("padding_side"), run.get("attention_mask"))
+            rows = metric.bind(model, mask)
+            measure = lambda logits: rows(logits).mean()  # noqa: E731
 
         def gradients_of(views: dict[str, list[nn.Parameter]]) -> list[Tensor | None]:
             output = model(tokens.clone() if isinstance(tokens, Tensor) else tokens, **asked)
-            value = output if metric is None else metric(output)
+            value = output if metric is None else measure(output)
             if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
                 found = f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise LoopedError(
@@ -87,6 +104,8 @@ def influence(
     *,
     loops: LoopSelector = "all",
     stack: str | None = None,
+    at_loop: int | None = None,
+    n_loops: int | None = None,
     by_train_loop: bool = False,
     verbose: bool = False,
 ) -> Grid:
@@ -106,6 +125,8 @@ def influence(
         loops: which loops.
         stack: "L" or "H" for HRM-Text, whose weights are then meant; elsewhere the weights are those of the looped layers, the
             injection, the pass norm and the exit gate.
+        at_loop: of the answer after this loop, `model.unroll(at_loop + 1)`; None for the last.
+        n_loops: of runs of this many loops; None for the model's own number.
         by_train_loop: split by the loop of the training example's run too.
         verbose: show a progress bar.
 
@@ -124,6 +145,7 @@ def influence(
     """
     for rows in (train_tokens, query_tokens):
         refuse_unmarked_padding(model.tokenizer, rows, "influence")
+    model = stopping(model, at_loop, n_loops)
     chosen = model.schedule.select_loops(loops, stack)
     kept = (f"{model.schedule.looped_stack(stack)}.", *(PASS_PARAMETERS if len(model.schedule.core_stacks) == 1 else ()))
 

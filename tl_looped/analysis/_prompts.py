@@ -10,11 +10,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..bridge.looped_bridge import LoopedBridge
+from .._depth import at_depth, first_hooked
 from ..bridge.tokens import refuse_unmarked_padding
 from ..errors import LoopedError
 from ..model.looped_model import check_tokens
-from ..schedule import check_count
+
+__all__ = ["Prompt", "Prompts", "at_depth", "check_finite", "first_hooked", "token_batches"]
 
 Prompt = str | Int[Tensor, "..."]  # [pos] or [batch, pos]; lengths may differ from prompt to prompt
 Prompts = Prompt | Iterable[Prompt]
@@ -52,31 +53,6 @@ def token_batches(
         yield tokens.to(model.cfg.device)
     if n_prompts < 0:
         raise LoopedError(f"{what} was asked of no prompts; pass at least one.")
-
-
-def at_depth(model: LoopedBridge, n_loops: int | None) -> LoopedBridge:
-    """The model with `n_loops` loops: itself where that is its own number or None, else an unroll without its hooks.
-
-    Args:
-        model: the model.
-        n_loops: the number asked for.
-
-    Raises:
-        LoopedError: `n_loops` is no positive int; the model has hooks, which would silently not act on the unroll.
-    """
-    if n_loops is None or check_count("n_loops", n_loops) == model.n_loops:
-        return model
-    if hooked := first_hooked(model):
-        raise LoopedError(
-            f"{n_loops} loops were asked of a model of {model.n_loops} that has hooks, such as at {hooked}; they would not act "
-            f"on the longer run. Hook deeper = model.unroll({n_loops}) and ask that."
-        )
-    return model.unroll(n_loops)
-
-
-def first_hooked(model: LoopedBridge) -> str | None:
-    """The name of a hook point of the model that has a hook; None if none has."""
-    return next((name for name, point in model.hook_dict.items() if point.has_hooks(including_permanent=True)), None)
 
 
 def check_finite(values: Float[Tensor, ...], name: str) -> None:
