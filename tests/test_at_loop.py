@@ -17,7 +17,7 @@ from tl_looped.path_patching import edge_sweep, path_patch
 from tl_looped.weight_gradients import influence, weight_gradients_by_pass
 
 CLEAN, CORRUPTED = random_tokens(2, 4, seed=1), random_tokens(2, 4)
-EDGE = ("loops.0.blocks.1.head.*", "loops.1.blocks.0.mlp_in")
+EDGE = ("loops.0.blocks.1.head.1", "loops.1.blocks.0.mlp_in")
 METRIC = logit_diff([4, 5], [7, 8])
 Tool = Callable[..., Any]
 
@@ -41,13 +41,14 @@ def test_the_answer_after_a_loop_is_that_of_so_many_loops(name: str, tool: str) 
     model = random_bridge(name, torch.float64)
     assert model.n_loops == 3
     cache, sweep = cache_of(model), TOOLS[tool]
-    for n, given in ((2, {"at_loop": 1}), (2, {"n_loops": 2}), (2, {"at_loop": 1, "n_loops": 5}), (2, {"at_loop": -2})):
-        found, expected = sweep(model, cache, **given), sweep(model.unroll(n), cache_of(model.unroll(n)))
+    expected = sweep(model.unroll(2), cache_of(model.unroll(2)))
+    others = ({"n_loops": 2}, {"at_loop": 1, "n_loops": 5}, {"at_loop": -2})  # each for one tool
+    for given in ({"at_loop": 1}, *(others if tool == "attribution_sweep" else ())):
+        found = sweep(model, cache, **given)
         assert found.labels == expected.labels
         torch.testing.assert_close(found.values, expected.values, equal_nan=True)
     deeper = sweep(model, cache, n_loops=4)
     torch.testing.assert_close(deeper.values, sweep(model.unroll(4), cache_of(model.unroll(4))).values, equal_nan=True)
-    assert sweep(model, cache, at_loop=2).labels == sweep(model, cache).labels
     if tool == "patch_sweep":
         with torch.no_grad():
             torch.testing.assert_close(sweep(model, cache, at_loop=1).baseline_clean, METRIC(model.readout(CLEAN, loop=1)))
@@ -76,7 +77,7 @@ def test_what_cannot_be_made_again_is_refused() -> None:
         with pytest.raises(LoopedError, match="that has hooks, such as"):
             patch_sweep(model, CORRUPTED, cache, METRIC, at_loop=1, verbose=False)
     for other in (hooked, cache_of(model, return_cache_object=False)):
-        with pytest.raises(LoopedError, match=r"cannot be made again|from a run of|lacks"):
+        with pytest.raises(LoopedError, match="cannot be made again"):
             patch_sweep(model, CORRUPTED, other, METRIC, at_loop=1, verbose=False)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import (
+        ablation,
         analysis,
         attribution,
         checkpoints,
@@ -36,6 +37,7 @@ __all__ = [
     "LoopedConfig",
     "LoopedError",
     "Schedule",
+    "ablation",
     "analysis",
     "attribution",
     "checkpoints",

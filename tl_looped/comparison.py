@@ -167,7 +167,7 @@ def clean_at(
         LoopedError: the clean run is of another depth and cannot be run again.
     """
     deeper = stopping(model, at_loop, n_loops)
-    if deeper is model or getattr(cache, "model", deeper).schedule == deeper.schedule:
+    if deeper is model or (isinstance(cache, LoopedCache) and cache.model.schedule == deeper.schedule):
         return deeper, cache
     record = cache.run if isinstance(cache, LoopedCache) else None
     if not isinstance(cache, LoopedCache) or record is None or record.hooked:
