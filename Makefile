@@ -4,7 +4,7 @@ PYTHON ?= python3
 PYTEST = .venv/bin/python -m pytest
 PIP = .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: test demo bench docs clean
+.PHONY: test demo lab bench docs clean
 
 test: .venv/installed
 	.venv/bin/ruff check
@@ -16,6 +16,10 @@ test: .venv/installed
 
 demo: .venv/installed
 	.venv/bin/tl-looped report --out report.html
+
+lab: .venv/installed
+	$(PIP) -e '.[all,lab]'
+	.venv/bin/jupyter lab tutorials
 
 bench: .venv/installed
 	$(PIP) -e '.[all,dev,bench]'

@@ -77,7 +77,7 @@ def test_nnsight_agrees_too(tmp_path: Path) -> None:
         torch.testing.assert_close(cell, found["sweep"].values[loop, layer, pos], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("page", ["index.md", "concepts.md"])
+@pytest.mark.parametrize("page", ["index.md", "concepts.md", "experiments.md", "datasets.md", "toys.md"])
 def test_pages_run(page: str, tmp_path: Path) -> None:
     assert run(page, (), tmp_path)
 
@@ -91,6 +91,25 @@ def test_the_reference_has_every_public_module() -> None:
     assert wanted - named <= {"tl_looped.config"} and "tl_looped.LoopedConfig" in named
     public = {f"tl_looped.{name}" for name in tl_looped.__all__ if isinstance(getattr(tl_looped, name), type)}
     assert public - named == {"tl_looped.Schedule"} and "tl_looped.schedule" in named
+
+
+@pytest.mark.parametrize("name", ["LoopedBridge", "LoopedCache", "interventions"])
+def test_what_is_spread_over_several_pages_is_all_there(name: str) -> None:
+    text = "\n".join(p.read_text() for p in (DOCS / "api").glob("*.md"))
+    named = set(re.findall(rf"^::: tl_looped\.{name}\.(\w+)$", text, flags=re.MULTILINE))
+    (listed,) = re.findall(rf"^::: tl_looped\.{name}\n +options: {{members: \[(.*)\]", text, flags=re.MULTILINE)
+    whole = getattr(tl_looped, name)
+    if isinstance(whole, type):
+        public = {key for key, value in vars(whole).items() if not key.startswith("_") and _documented(value)}
+    else:
+        public = {*whole.__all__}
+    again = {"boot_native", "boot_tl_legacy"}  # refuse as boot_transformers does
+    assert named | {*listed.split(", ")} == public - again
+
+
+def _documented(value: object) -> bool:
+    """Whether an attribute of a class is shown: a method or property with a docstring."""
+    return bool(getattr(value, "__doc__", None)) and not isinstance(value, (str, int, tuple, dict, type(None)))
 
 
 def test_every_page_is_in_the_navigation() -> None:

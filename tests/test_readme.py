@@ -19,17 +19,28 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_python_blocks_run() -> None:
+def test_python_blocks_print_what_the_readme_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    """A block of text after Python is what that prints."""
     namespace: dict[str, object] = {}
-    for block in blocks("python"):
+    for block, shown in re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", README, flags=re.DOTALL):
         exec(compile(block, "README.md", "exec"), namespace)
+        assert capsys.readouterr().out == shown
     pattern, patched = namespace["pattern"], namespace["patched"]
-    assert isinstance(pattern, torch.Tensor) and tuple(pattern.shape) == (1, 4, 3, 3)
-    assert isinstance(patched, torch.Tensor) and torch.isfinite(patched).all()
+    assert isinstance(pattern, torch.Tensor) and tuple(pattern.shape) == (1, 4, 11, 11)
+    assert isinstance(patched, torch.Tensor) and not torch.allclose(patched, namespace["model"]("A c B d C b D a ? A"))
 
 
-def test_the_example_is_short() -> None:
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) < 150
     assert len([line for line in blocks("python")[0].splitlines() if line.strip()]) <= 12
+
+
+def test_the_start_page_shows_the_same() -> None:
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert all(f"```python\n{block}```" in page for block in blocks("python"))
+    assert [line for line in README.splitlines() if line.startswith("| ")] == [
+        line for line in page.splitlines() if line.startswith("| ")
+    ]
 
 
 def test_commands_print_what_the_readme_shows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import (
         ablation,
+        ablation,
         analysis,
         attribution,
         checkpoints,
@@ -37,6 +38,7 @@ __all__ = [
     "LoopedConfig",
     "LoopedError",
     "Schedule",
+    "ablation",
     "ablation",
     "analysis",
     "attribution",
