@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import (
         ablation,
-        ablation,
         analysis,
         attribution,
         checkpoints,
@@ -38,7 +37,6 @@ __all__ = [
     "LoopedConfig",
     "LoopedError",
     "Schedule",
-    "ablation",
     "ablation",
     "analysis",
     "attribution",
