@@ -197,7 +197,8 @@ function draw(place) {
     const half = width(text, 11) / 2;
     raised = y === line && x - half < end + 4 && !raised ? 13 : 0;
     [end, line] = [x + half, y];
-    put(svg, "text", { class: "tick", x, y: y - raised, "text-anchor": isFirst ? "start" : "middle" }, text);
+    const size = Math.min(12, (12 * (full - (isFirst ? x : 0))) / width(text));
+    put(svg, "text", { class: "tick", x, y: y - raised, "text-anchor": isFirst ? "start" : "middle", style: `font-size: ${size}px` }, text);
   }
   place.mark = put(svg, "path", { class: "pointed" });
 }
