@@ -17,8 +17,9 @@ from .question import Question
 
 Prompt = str | Int[Tensor, "..."]
 PROMPTS = (
-    "Hello! I've been well. I hope that you're doing well.",  # of arXiv 2604.11791, as the next
-    "The square root of 16 is",
+    "Raises an error if the file does not",
+    "The square root of 16 is",  # of arXiv 2604.11791, as the next
+    "Hello! I've been well. I hope that you're doing well.",
     "Return the number of items in the list.",
     "If the file does not exist, an error is raised.",
 )

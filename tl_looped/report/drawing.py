@@ -37,6 +37,14 @@ def over_positions(grid: Grid, words: Sequence[str], positions: Sequence[int], d
     return figure.update_yaxes(title=down)
 
 
+def thinned(figure: Any, most: int = 8, title: str = "other loop") -> Any:
+    """A heat map of loops by loops with no more labels across than a narrow page has room for."""
+    labels = list(figure.layout.xaxis.ticktext)
+    every = -(-len(labels) // most)
+    ticks = {"tickvals": list(figure.layout.xaxis.tickvals)[::every], "ticktext": labels[::every]}
+    return figure.update_xaxes(**ticks, tickangle=0, title=title)
+
+
 def linear_if_narrow(figure: Any) -> Any:
     """A logarithmic axis over less than a factor of four would have a label or two."""
     drawn = [v for trace in figure.data for v in trace.y if v is not None and math.isfinite(v)]

@@ -18,7 +18,10 @@ from ..schedule import Indices
 from ..toys.hop import HopPrompts
 from .section import Unmeasured, number
 
-CAPITALS = ("The capital of France is", "The capital of Italy is")
+PAIRS = (
+    ("The capital of France is", "The capital of Italy is"),
+    ("Return the number of", "Return the name of"),
+)
 HANDFUL = 10  # prompts; fewer say little about others
 DOMINATES = 5  # times the length of the other tokens' states
 
@@ -77,7 +80,7 @@ class Question:
         """
         found = [batch for batch in self.prompts if batch.shape[1] >= least]
         if not found:
-            longer = "5,17,3" if self.model.tokenizer is None else CAPITALS[0] if self.hops is None else "A b B a ? A"
+            longer = "5,17,3" if self.model.tokenizer is None else PAIRS[0][0] if self.hops is None else "A b B a ? A"
             raise Unmeasured(f"No prompt has {least} tokens.", self.command(prompt=longer))
         return found
 
@@ -168,9 +171,10 @@ class Question:
         if self.hops is not None:
             return self.command(clean="A b B c C d D a ? A", corrupted="A c B d C b D a ? A")
         has_text = self.model.tokenizer is not None
-        if has_text and self.model.to_tokens(CAPITALS[0]).shape == self.model.to_tokens(CAPITALS[1]).shape:
-            return self.command(clean=CAPITALS[0], corrupted=CAPITALS[1])
-        tokens = self.prompts[0][0].tolist()
+        for clean, corrupted in PAIRS if has_text else ():
+            if self.model.to_tokens(clean).shape == self.model.to_tokens(corrupted).shape:
+                return self.command(clean=clean, corrupted=corrupted)
+        tokens = self.prompts[0][0, :12].tolist()
         at = len(tokens) // 2
         other = [*tokens[:at], (tokens[at] + 1) % self.model.cfg.d_vocab, *tokens[at + 1 :]]
         clean, corrupted = (",".join(map(str, one)) for one in (tokens, other))

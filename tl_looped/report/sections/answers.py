@@ -102,7 +102,10 @@ def _read(asked: Question, section: Section, answers: Int[Tensor, "loop pos"], e
     else:
         other = ends[own - 1, 1].argmax()
         if int(other) == said[-1]:
-            section.headline = f"After loop {own - 1} it answers both prompts alike: {at(own - 1)} and {at(own - 1, 1)}."
+            section.headline = (
+                f"After loop {own - 1} both prompts are answered alike, with {asked.quoted(said[-1])} "
+                f"({share(ends[own - 1, 0].max())} and {share(ends[own - 1, 1].max())})."
+            )
         else:
             section.headline = (
                 f"After loop {own - 1} it answers {at(own - 1)} to the clean prompt and {at(own - 1, 1)} to the corrupted one"

@@ -43,10 +43,11 @@ def the_exits(asked: Question, section: Section) -> None:
             if cost < model.n_loops
             else f"“{name}” never leaves before the last loop."
         )
-    section.draw(
-        "What exit policies cost and keep, against a fixed number of loops for every token.",
-        found.plot().update_yaxes(range=(-0.03, 1.03)),
-    )
+    if any(float(cost) < model.n_loops for cost in found.cost.values[: len(policies)]):
+        section.draw(
+            "What exit policies cost and keep, against a fixed number of loops for every token.",
+            found.plot().update_yaxes(range=(-0.03, 1.03)),
+        )
     if found.pdf:
         first = asked.prompts[0][0]
         pdf = found.pdf[0][:, 0, -SHOWN_POSITIONS:]

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._words import counted
 from ...metrics import logit_diff
 from ...patching import patch_sweep
+from ...results import Grid
 from ...schedule import Schedule, Site
 from .. import pointer_chasing
 from ..drawing import over_positions
@@ -16,6 +18,8 @@ from ..question import Question
 from ..section import Section, Unmeasured, listed, share
 from ._common import SHOWN_POSITIONS
 
+DECIDES = 0.5  # of the difference, restored by one state
+FAINT = 0.05  # of the difference; columns that stay below are not drawn
 SHOWN_PASSES = 8  # named in a sentence
 
 
@@ -65,12 +69,17 @@ def the_patches(asked: Question, section: Section) -> None:
     section.numbers["entering_layers"] = sweep
     between = f"{asked.quoted(chosen.right)} and {asked.quoted(chosen.wrong)}"
     _hand_over(schedule, section, sweep.values, pairs, positions, between)
-    figure = over_positions(sweep, pairs, positions, "layer")
+    kept = [k for k, p in enumerate(positions) if p in differs or float(sweep.values[:, k].abs().max()) >= FAINT]
+    kept = sorted({*kept, len(positions) - 1})
+    figure = _columns(sweep, kept, pairs, positions, "layer")
     _mark_stacks(figure, schedule)
-    cut = "" if len(positions) == clean.shape[1] else f" {len(positions)} of {clean.shape[1]} positions are shown."
+    n_left = len(positions) - len(kept)
+    cut = f" Left out: {counted(n_left, 'position')} where no patch moves it by {FAINT:.0%}." if n_left else ""
+    if len(positions) < clean.shape[1]:
+        cut += f" Patched: {len(positions)} of {clean.shape[1]} positions."
     part = "prelude, loops and coda" if schedule.n_prelude or schedule.n_coda else "all loops"
     caption = f"Patching the state entering each layer, {part}; clean | corrupted where the tokens differ.{cut}"
-    section.draw(caption, figure, 150 + 34 * len(pairs))
+    section.draw(caption, figure, 170 + 34 * len(kept))
     if section.figures:
         section.cover = section.figures[0]
     for stack in schedule.core_stacks:
@@ -88,8 +97,8 @@ def the_patches(asked: Question, section: Section) -> None:
             f"{name}Where the state leaving a {a_pass} restores most: after {listed(places[:SHOWN_PASSES])}"
             f"{', ...' if len(places) > SHOWN_PASSES else '.'}"
         )
-        figure = over_positions(after, pairs, positions, a_pass)
-        section.draw(f"{name}Patching the state leaving each {a_pass}.", figure, 110 + 34 * len(pairs))
+        figure = _columns(after, kept, pairs, positions, a_pass)
+        section.draw(f"{name}Patching the state leaving each {a_pass}.", figure, 130 + 34 * len(kept))
     if asked.hops is not None:
         pointer_chasing.transplants(asked, section)
 
@@ -142,15 +151,16 @@ def _hand_over(
     """Say from which layer on the last token holds the answer, and where it was before."""
     best, most = values.argmax(-1).tolist(), values.amax(-1)
     last = len(positions) - 1
-    at = next((i for i in range(len(best)) if all(b == last for b in best[i:])), None)
+    holds = [b == last and float(m) >= DECIDES for b, m in zip(best, most, strict=True)]
+    at = next((i for i in range(len(best)) if all(holds[i:])), None)
     section.numbers["hand_over_layer"] = at
     section.numbers["restored_by_layer"] = most
     if at is None:
         k = best[-1]
         found = (
-            f"Up to the last layer, {place(schedule.site(len(best) - 1))}, “{pairs[k]}” (position {positions[k]}) decides "
-            f"between {between}: the clean state there, put into the corrupted run, restores {share(most[-1])} of the "
-            "difference."
+            f"Up to the last layer, {place(schedule.site(len(best) - 1))}, the last token does not decide between {between}: "
+            f"the clean state there, put into the corrupted run, restores {share(values[-1, last])} of the difference; at "
+            f"“{pairs[k]}” (position {positions[k]}) it restores most, {share(most[-1])}."
         )
     else:
         found = (
@@ -159,9 +169,18 @@ def _hand_over(
         )
         if at > 0:
             k = best[at - 1]
-            found += f" One layer before, “{pairs[k]}” (position {positions[k]}) does most, {share(most[at - 1])}."
+            where = "it restores" if k == last else f"“{pairs[k]}” (position {positions[k]}) does most,"
+            found += f" One layer before, {where} {share(most[at - 1])}."
     section.headline = found
     section.reading.append(found)
+
+
+def _columns(grid: Grid, kept: list[int], pairs: list[str], positions: list[int], down: str) -> Any:
+    """A heat map of some columns of a sweep, the last axis."""
+    labels = {**grid.labels, grid.axes[-1]: [grid.labels[grid.axes[-1]][k] for k in kept]}
+    part = Grid(grid.values[..., kept], grid.axes, labels, "share restored")
+    figure = over_positions(part, [pairs[k] for k in kept], [positions[k] for k in kept], down)
+    return figure.update_traces(colorbar={"thickness": 14})
 
 
 def _mark_stacks(figure: Any, schedule: Schedule) -> None:

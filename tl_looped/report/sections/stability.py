@@ -8,6 +8,7 @@ from ..._words import counted
 from ...analysis import stability
 from ...plots import panels
 from .. import pointer_chasing
+from ..drawing import thinned
 from ..question import Question
 from ..section import Section, measured, number, says_something, share
 from ._common import left_out
@@ -57,9 +58,11 @@ def the_stability(asked: Question, section: Section) -> None:
             f"After {at_most} the most probable token is that after {its_own} at {share(agree)} of the positions."
         )
         section.headline = (
-            f"Looping on from {its_own} to {at_most} {verdict or 'changes the answers'}: predicting a token of the prompts "
-            f"costs {number(loss[own - 1])} nats after {own}, {number(loss[-1])} after {len(loss)} "
-            f"({counted(n_prompts, 'prompt')})."
+            f"Looping on from {own} to {at_most} {verdict}: predicting a token of the prompts costs {number(loss[own - 1])} "
+            f"nats after {own}, {number(loss[-1])} after {len(loss)} ({n_prompts} prompts)."
+            if verdict
+            else f"Predicting a token of the prompt costs {number(loss[own - 1])} nats after {its_own}, {number(loss[-1])} "
+            f"after {at_most} (one prompt)."
         )
     curves = [replace(getattr(found, metric), name=name) for metric, name in DRAWN.items()]
     curves = [one for one in curves if says_something(one.plot())]
@@ -68,4 +71,7 @@ def the_stability(asked: Question, section: Section) -> None:
         caption += " Overthinking is the share that was right after fewer loops and is wrong."
     if curves:
         section.draw(caption, panels(curves, " ", own))
-    section.draw("Share of positions with the same answer after two numbers of loops.", found.agreement.plot("agreement"))
+    section.draw(
+        "Share of positions with the same answer after two numbers of loops.",
+        thinned(found.agreement.plot("agreement"), title="other number"),
+    )

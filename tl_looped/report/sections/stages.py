@@ -55,7 +55,11 @@ def the_stages(asked: Question, section: Section) -> None:
         section.reading.append(f"{metric} ({TITLES[metric]}) is {number(value)} in every layer, and is not drawn.")
     left_out(asked, section, 2)
     # A line over two layers would be two points.
-    over, lines = ("recurrence", "one line per loop") if schedule.n_core > 2 else ("depth", "over all layers")
+    over, lines = (
+        ("recurrence", "one line per loop") if schedule.n_core > 2 else ("depth", "over all layers, with the loop above")
+    )
     say_first_token(asked, section, " (norm and entropy)")
     for metric in told:
-        section.draw(f"{metric}: {TITLES[metric]}, {lines}.", found.plot(metric, over))
+        figure = found.plot(metric, over)
+        figure.for_each_annotation(lambda note: note.update(text=note.text.replace("loop ", "")))  # it has no room
+        section.draw(f"{metric}: {TITLES[metric]}, {lines}.", figure)

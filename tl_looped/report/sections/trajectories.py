@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..._words import counted
 from ...analysis import step_geometry, trajectories
+from ..drawing import thinned
 from ..question import Question
 from ..section import Section, number, share
 from ._common import left_out, say_first_token
@@ -58,7 +59,7 @@ def the_trajectories(asked: Question, section: Section) -> None:
             )
         section.draw(
             "How alike the states of two loops are over the tokens (linear CKA, 1: alike up to rotation and scale).",
-            found.cka.plot("linear CKA"),
+            thinned(found.cka.plot("linear CKA")),
         )
 
     for part in (layers, ends, steps):
