@@ -78,6 +78,14 @@ def test_numbers_of_loops_and_answers() -> None:
     assert found.kl.values[:2].abs().max() < 1e-9 and found.kl.values[2:].min() > 1e-3
 
 
+def test_one_answer_for_all() -> None:
+    model, tokens = random_bridge("nanbeige"), random_tokens(3, 4)
+    each, for_all = (compare(model, tokens, n_loops=(1, 3), answers=a, verbose=False) for a in ([7, 7, 7], 7))
+    assert torch.equal(each.loss.values, for_all.loss.values) and for_all.scored == "the answers"
+    with pytest.raises(LoopedError, match="answer 31 was given"):
+        compare(model, tokens, n_loops=(1, 3), answers=31, verbose=False)
+
+
 def test_with_hooks_and_without() -> None:
     model, tokens = random_bridge("ouro"), random_tokens(2, 4)
     hooks = steer(model, torch.ones(24), 0.5, loops=1)

@@ -169,7 +169,7 @@ def compare(
     corrupted: Prompts | None = None,
     n_loops: int | tuple[int, int] | None = None,
     hooks: Hooks = (),
-    answers: Answers | None = None,
+    answers: str | int | Answers | None = None,
     initial_state: InitialState = None,
     verbose: bool = True,
 ) -> SideBySide:
@@ -187,8 +187,8 @@ def compare(
         corrupted: the prompts of the second side, in the order of the first's; None for the same.
         n_loops: how often to loop, for both sides or each; None for the models' own numbers.
         hooks: act on the second side only, such as what `tl_looped.interventions.steer` returns.
-        answers: the right next token after every example; None to score every next token of the prompts, or with `corrupted`
-            what the first side answers after its last loop.
+        answers: the right next token as text or id, for all examples or one for each; None to score every next token of the
+            prompts, or with `corrupted` what the first side answers after its last loop.
         initial_state: as in `LoopedBridge.forward`.
         verbose: show a progress bar.
 
@@ -205,13 +205,14 @@ def compare(
     """
     sides = _sides(models, n_loops, hooks, corrupted is not None)
     by_text = not _same_vocabulary(*(side.model for side in sides))
-    if by_text and (answers is None or not all(isinstance(answer, str) for answer in answers)):
+    one, listed = ([answers], None) if isinstance(answers, (str, int)) else (None, answers)
+    if by_text and (answers is None or not all(isinstance(answer, str) for answer in one or listed or ())):
         raise LoopedError(
             f"{sides[0].name} and {sides[1].name} have different vocabularies, so that losses per token are on different "
             "scales. Pass answers= as texts that are one token of both."
         )
     at_end = answers is not None or corrupted is not None
-    targets = [Targets(side.model, answers, "compare") for side in sides]
+    targets = [Targets(side.model, listed, "compare") for side in sides]
     scored = "the answers" if answers is not None else f"what {sides[0].name} answers" if at_end else "next tokens"
 
     def examples(batch: tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos_"]]) -> SideBySide:
@@ -223,12 +224,15 @@ def compare(
         both = [_run(side, tokens, at_end, initial_state) for side, tokens in zip(sides, batch, strict=True)]
         if answers is None and at_end:
             wanted = [both[0].top[-1][:, None]] * 2
+        elif one is not None:
+            here = [Targets(side.model, one * len(tokens), "compare") for side, tokens in zip(sides, batch, strict=True)]
+            wanted = [target.of(tokens) for target, tokens in zip(here, batch, strict=True)]
         else:
             wanted = [target.of(tokens) for target, tokens in zip(targets, batch, strict=True)]
         return _side_by_side(sides, batch, both, wanted, by_text, scored)
 
     result = reduce(add, map(examples, _pairs(sides, prompts, corrupted, verbose)))
-    if answers is not None:
+    if listed is not None:
         targets[0].check_used()
     return result
 

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         [read_prompt(first, text) for text in texts],
         corrupted=None if args.corrupted is None else [read_prompt(last, text) for text in args.corrupted],
         n_loops=args.n_loops,
-        answers=answers * len(texts) if answers is not None and len(answers) == 1 else answers,
+        answers=answers[0] if answers is not None and len(answers) == 1 else answers,
     )
     print(found.summary())
     if args.csv:
