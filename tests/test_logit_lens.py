@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import math
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tl_looped.schedule import Site
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENS = random_tokens()
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
 LAST = 30  # the last token of the zoo's vocabulary
 FAMILIES = pytest.mark.parametrize("name", ZOO)
 LENSES = pytest.mark.parametrize("lens", ["logit", "native"])
@@ -484,3 +487,83 @@ def test_a_lens_of_more_loops() -> None:
     for asked, says in (({"at_loop": 3}, "loop 3 is out of range"), ({"n_loops": 2, "at_loop": 2}, "loop 2 is out of range")):
         with pytest.raises(LoopedError, match=says):
             logit_lens(model, TOKENS, 3, **asked)
+
+
+@pytest.mark.parametrize("chunk_size", [2**22, 200])
+@pytest.mark.parametrize("name", ["ouro", "huginn", "hrm_text"])
+def test_the_divergence_from_the_last_row(name: str, chunk_size: int) -> None:
+    model = random_bridge(name)
+    found = logit_lens(model, TOKENS, 3, "native", top_k=31, chunk_size=chunk_size)
+    log_probs = torch.zeros_like(found.top_log_probs).scatter(-1, found.top_tokens, found.top_log_probs).double()
+    last = log_probs[-1]
+    right = (last.exp() * (last - log_probs)).sum(-1)
+    torch.testing.assert_close(found.kl.double(), right, atol=1e-4, rtol=1e-4)
+    assert not found.kl[-1].any() and (found.kl[0] > 0).all()
+    answer = model(TOKENS).double().log_softmax(-1)
+    torch.testing.assert_close(last, answer, atol=1e-4, rtol=1e-4)
+    part = logit_lens(model, TOKENS, 3, "native", loops=[0, 1], positions=[2, -1], chunk_size=chunk_size)
+    assert not part.kl[-1].any() and part.kl.shape == part.entropy.shape
+
+
+def test_the_grid_of_tokens() -> None:
+    model = bridge_with_tokenizer()
+    result = logit_lens(model, torch.tensor([[5, 17, 3], [5, 0, 0]]), ["t9", "t2"], "native", top_k=2, attention_mask=MASK)
+    figure = result.plot("tokens", colour="rank", target="t2")
+    (cells,) = figure.data
+    best = [[model.tokenizer.decode([i]) for i in row[0, :, 0].tolist()] for row in result.top_tokens]
+    assert [[html.unescape(text) for text in row] for row in cells.text] == best
+    assert list(figure.layout.xaxis.ticktext) == ["t5", "t17", "t3"]
+    ranks = result.ranks[:, 0, :, 1].double()
+    torch.testing.assert_close(10 ** torch.tensor(cells.z).double() - 1, ranks, atol=1e-4, rtol=1e-4)
+    names = list(figure.layout.yaxis.ticktext)
+    assert names[1:4] == ["prelude, layer 1", "loop 0, layer 0", "loop 0, layer 1"] and names[-1] == "coda, layer 0"
+    lines = [(shape.y0, shape.line.width) for shape in figure.layout.shapes]
+    assert lines == [(1.5, 3), (4.5, 1.5), (7.5, 1.5), (10.5, 3)]  # prelude, between loops, coda
+    said = cells.hovertext[2][1]
+    assert said.startswith("loop 0, layer 0, position 1 t17<br>") and f"rank of the target {int(ranks[2, 1])}" in said
+    for colour, right in (("prob", result.top_probs[..., 0]), ("entropy", result.entropy), ("kl", result.kl)):
+        z = torch.tensor(result.plot("tokens", colour=colour, example=1).data[0].z)
+        torch.testing.assert_close(z, right[:, 1, :1].double().to(z.dtype), atol=1e-6, rtol=1e-5)
+    some = result.plot("tokens", positions=[-1, 0])
+    assert list(some.layout.xaxis.ticktext) == ["t5", "t3"]
+    assert [line.name for line in result.plot(positions=1).data] == ["t9", "t2"]
+
+
+def test_tokens_that_plotly_would_eat() -> None:
+    model = bridge_with_tokenizer()
+    result = logit_lens(model, "t5 t3", top_k=1)
+    odd = {**result.words, **dict.fromkeys((str(int(result.top_tokens[0, 0, 0, 0])),), "<b>\n$")}
+    figure = replace(result, words=odd).plot("tokens")
+    assert figure.data[0].text[0][0] == "&lt;b&gt;↵&#36;" and "&lt;b&gt;" in figure.data[0].hovertext[0][0]
+
+
+def test_without_a_tokenizer_tokens_are_ids() -> None:
+    result = logit_lens(random_bridge("hrm_text"), TOKENS, top_k=1)
+    figure = result.plot("tokens")
+    assert list(figure.layout.xaxis.ticktext) == [str(i) for i in TOKENS[0].tolist()]
+    assert figure.layout.yaxis.ticktext[0] == "L loop 0, layer 0"
+    frame = result.to_dataframe()
+    assert (frame.top_text == frame.top_token.astype(str)).all() and frame.token[1] == str(int(TOKENS[0, 1]))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_figures_that_are_not_there() -> None:
+    result: Any = logit_lens(random_bridge("ouro"), TOKENS, [1, 2])
+    for asked, says in (
+        ((0,), r"plot\(example=0\)"),
+        (("heat",), "choose 'rank' or 'tokens'"),
+    ):
+        with pytest.raises(LoopedError, match=says):
+            result.plot(*asked)
+    for given, says in (
+        ({"colour": "loud"}, "colour='loud' was asked; choose 'prob', 'entropy', 'rank', 'kl'"),
+        ({"colour": "rank"}, r"target None was asked.*\[1, 2\]"),
+        ({"positions": 9}, "out of range"),
+        ({"example": 2}, "out of range"),
+    ):
+        with pytest.raises(LoopedError, match=says):
+            result.plot("tokens", **given)
+    with pytest.raises(LoopedError, match="are 2; ranks are drawn of one"):
+        result.plot(positions=[0, 1])
+    with pytest.warns(FutureWarning, match=r"plot\(pos=\) is now plot\(positions=\)"):
+        result.plot(pos=0)

@@ -109,8 +109,8 @@ def test_what_is_not_there_is_not_drawn(unchecked: None) -> None:
     lens = logit_lens(bridge, random_tokens(), targets=1)
     _, cache = bridge.run_with_cache(random_tokens())
     drawings = [
-        (lambda: lens.plot(9), "example 9 is out of range"),
-        (lambda: lens.plot(0, 9), "decoded position 9"),
+        (lambda: lens.plot(example=9), "example 9 is out of range"),
+        (lambda: lens.plot(positions=9), "decoded positions 9"),
         (lambda: floorplan(looped_floorplan(bridge, random_tokens(1)), bridge.unroll(2).schedule.sites), "layers and .* sites"),
         (lambda: attention_heads(cache, ["a"] * 7, layer=9), "layer 9 is out of range"),
         (lambda: attention_heads(cache, ["a"] * 7, example=9), "example 9 is out of range"),

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .._old_calls import accepts_old
+from .._tokens_shown import in_figure, token_texts, visible
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.tokens import real_positions, refuse_unmarked_padding
 from ..errors import LoopedError
 from ..kinds import plain
-from ..model import LoopedModel
 from ..model.initial_state import InitialState
 from ..model.looped_model import check_tokens
-from ..model.passes import PassEnds
-from ..schedule import Indices, LoopSelector, Schedule, Site, check_count, check_index
+from ..plots import rank_trajectories
+from ..schedule import Indices, LoopSelector, Schedule, Site, check_count, check_index, select_indices
+from ._decoder import Decoder, Lens
+from ._lens_grid import lens_grid
 from ._prompts import at_depth
 
 __all__ = ["Readout", "LogitLensResult", "logit_lens"]
 
-Lens = Literal["logit", "native"]
 Target = str | int
 TargetInput = Target | Sequence[Target] | Int[Tensor, "..."] | None
-
-# Tokens per block of logits: wide enough for an efficient product, so that a larger chunk takes more rows instead.
-VOCAB_CHUNK = 2**14
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +40,7 @@ class Readout:
         entropy: entropy of the whole distribution, in nats.
         top_tokens: the most probable tokens, best first.
         top_log_probs: their log-probabilities, in nats.
+        kl: KL(last row || this row), in nats: what this readout lacks of the last one that was decoded.
     """
 
     log_probs: Float[Tensor, "*row batch pos target"]
@@ -49,6 +48,7 @@ class Readout:
     entropy: Float[Tensor, "*row batch pos"]
     top_tokens: Int[Tensor, "*row batch pos k"]
     top_log_probs: Float[Tensor, "*row batch pos k"]
+    kl: Float[Tensor, "*row batch pos"]
 
     @property
     def probs(self) -> Float[Tensor, "*row batch pos target"]:
@@ -74,6 +74,8 @@ class LogitLensResult(Readout):
         real: where a decoded position is no padding.
         targets: the token whose probability and rank is in the same place of `log_probs` and `ranks`.
         target_names: the targets as they were asked for, if they are the same everywhere; None if each position has its own.
+        tokens: the token at every decoded position.
+        words: the text of every token in `tokens`, `targets` and `top_tokens`, by its id as a string; see `text`.
     """
 
     lens: Lens
@@ -83,6 +85,16 @@ class LogitLensResult(Readout):
     real: Bool[Tensor, "batch pos"]
     targets: Int[Tensor, "batch pos target"]
     target_names: tuple[Target, ...] | None
+    tokens: Int[Tensor, "batch pos"]
+    words: dict[str, str]
+
+    def text(self, token: int) -> str:
+        """A token of this result as text; its id where the model has no tokenizer.
+
+        Args:
+            token: its id.
+        """
+        return self.words.get(str(int(token)), str(int(token)))
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -114,27 +126,53 @@ class LogitLensResult(Readout):
             )
         return self.ranks[..., found.index(target)]
 
-    def plot(self, example: int = 0, pos: int = -1) -> Any:
-        """A plotly figure: the rank of every target over the layers, with a mark where a new pass begins.
+    @accepts_old("positions", pos="positions")
+    def plot(
+        self,
+        kind: Literal["rank", "tokens"] = "rank",
+        *,
+        example: int = 0,
+        positions: Indices = None,
+        colour: Literal["prob", "entropy", "rank", "kl"] = "prob",
+        target: Target | None = None,
+    ) -> Any:
+        """A plotly figure of one row of the batch.
 
         Args:
+            kind: "rank" for the rank of every target over the layers, at one position; "tokens" for a grid, virtual layer by
+                position, with the most probable token in every cell. Lines part loops, thick ones prelude and coda.
             example: which row of the batch.
-            pos: which of the decoded positions of this row, by its place among those that are no padding.
+            positions: which of the decoded positions of this row, by their places among those that are no padding. None for
+                all in a grid, and for the last one otherwise.
+            colour: of a grid: the probability of the token in the cell ("prob"), the entropy of the whole distribution
+                ("entropy", nats), the rank of a target ("rank"), or KL(last row || this row) ("kl", nats).
+            target: whose rank colours a grid, as it was asked for or its id; None for the only one.
 
         Raises:
-            LoopedError: plotly is not installed.
+            LoopedError: plotly is not installed; another kind or colour; a target that was not decoded.
             OutOfRangeError: an example or a position that was not decoded.
         """
-        from ..plots import rank_trajectories
-
+        if isinstance(kind, int):
+            raise LoopedError(f"plot({kind}) was asked; name the example: plot(example={kind}).")
+        if kind not in ("rank", "tokens"):
+            raise LoopedError(f"plot({kind!r}) was asked; choose 'rank' or 'tokens'.")
         example = check_index(example, self.ranks.shape[1], "example")
         real = self.real[example].nonzero().flatten().tolist()
-        pos = real[check_index(pos, len(real), "decoded position")]
+        if kind == "tokens":
+            places = [real[k] for k in select_indices(positions, len(real), "decoded positions")]
+            return lens_grid(self, example, places, colour, target)
+        chosen = select_indices(-1 if positions is None else positions, len(real), "decoded positions")
+        if len(chosen) > 1:
+            raise LoopedError(f"positions={positions!r} are {len(chosen)}; ranks are drawn of one, or ask for plot('tokens').")
+        pos = real[chosen[0]]
         ranks = self.ranks[:, example, pos].tolist()  # [row, target]
-        names = self.target_names or [f"token {token}" for token in self.targets[example, pos].tolist()]
-        lines = {str(name): [float(row[k]) for row in ranks] for k, name in enumerate(names)}
-        where = f"{self.lens} lens, position {self.positions[pos]}"
+        names = self.target_names or [self.text(token) for token in self.targets[example, pos].tolist()]
+        lines = {self._shown(name): [float(row[k]) for row in ranks] for k, name in enumerate(names)}
+        where = f"{self.lens} lens, position {self.positions[pos]}, {self._shown(int(self.tokens[example, pos]))}"
         return rank_trajectories(lines, self.schedule, self.layers, f"Rank of the target by layer ({where})")
+
+    def _shown(self, token: Target) -> str:
+        return in_figure(visible(token if isinstance(token, str) else self.text(token)))
 
     def at(self, loop: int | None, layer: int, stack: str | None = None) -> Readout:
         """The readout of one layer, without the row axis.
@@ -158,14 +196,14 @@ class LogitLensResult(Readout):
                 f"{self.schedule.site(index)} was asked, but this lens decoded {', '.join(self.labels)}; see loops=."
             )
         row = self.layers.index(index)
-        parts = (self.log_probs, self.ranks, self.entropy, self.top_tokens, self.top_log_probs)
+        parts = (self.log_probs, self.ranks, self.entropy, self.top_tokens, self.top_log_probs, self.kl)
         return Readout(*(part[row] for part in parts))
 
     def to_dataframe(self) -> Any:
         """A pandas DataFrame with one row for every (row, batch, position, target); padding is left out.
 
-        Columns: site, stack, loop, layer, batch, pos, target, prob, log_prob (nats), rank, entropy (nats), top_token, top_prob;
-        loop is missing in prelude and coda.
+        Columns: site, stack, loop, layer, batch, pos, token (the text there), target (its id), target_text, prob, log_prob
+        (nats), rank, entropy (nats), kl (nats), top_token (its id), top_text, top_prob; loop is missing in prelude and coda.
 
         Raises:
             ImportError: pandas is not installed.
@@ -188,12 +226,16 @@ class LogitLensResult(Readout):
             "layer": [sites[r].layer for r in row],
             "batch": batch,
             "pos": [self.positions[p] for p in pos],
+            "token": [self.text(token) for token in column(self.tokens[..., None])],
             "target": column(self.targets),
+            "target_text": [self.text(token) for token in column(self.targets)],
             "prob": column(self.probs),
             "log_prob": column(self.log_probs),
             "rank": column(self.ranks),
             "entropy": column(self.entropy[..., None]),
+            "kl": column(self.kl[..., None]),
             "top_token": column(self.top_tokens[..., :1]),
+            "top_text": [self.text(token) for token in column(self.top_tokens[..., :1])],
             "top_prob": column(self.top_probs[..., :1]),
         }
         return pd.DataFrame(columns)[column(self.real[..., None])].reset_index(drop=True)
@@ -276,7 +318,7 @@ def logit_lens(
         >>> result.rank_trajectory()[-1].tolist()
         [[0]]
     """
-    if lens not in ("logit", "native"):
+    if lens not in get_args(Lens):
         raise LoopedError(f"lens={lens!r} was asked; choose 'logit' or 'native'.")
     if model._weights_processed:
         raise LoopedError("the weights of this model were processed (compatibility mode); decode the model before that.")
@@ -297,16 +339,16 @@ def logit_lens(
     if asked is None:  # the last layer, the family's own way, is the model's prediction
         cells.append(("native", schedule.n_layers - 1))
     hidden = decoder.run(cells, columns, initial_state)  # [cell, batch, pos, d_model]
-    grid = (len(rows), *columns.shape)
     if asked is None:
-        none = ids.new_empty((grid[1] * grid[2], 0))
-        target_ids, names = decoder.read(hidden[-1], none, 1, chunk_size).top_tokens.view(*grid[1:], 1), None
+        none = ids.new_empty((columns.numel(), 0))
+        target_ids, names = decoder.read(hidden[-1:], none, 1, chunk_size).top_tokens.view(*columns.shape, 1), None
     else:
         target_ids, names = asked[0].gather(1, columns[..., None].expand(-1, -1, asked[0].shape[-1])), asked[1]
-    flat_targets = target_ids.expand(grid[0], *target_ids.shape).flatten(0, 2)
-    readout = decoder.read(hidden[: len(rows)], flat_targets, top_k, chunk_size)
+    readout = decoder.read(hidden[: len(rows)], target_ids.flatten(0, 1), top_k, chunk_size)
+    read = ids.gather(1, columns)
+    named = torch.cat([part.flatten() for part in (read, target_ids, readout.top_tokens)]).unique().tolist()
     return LogitLensResult(
-        *(part.unflatten(0, grid) for part in readout),
+        *(part.unflatten(1, columns.shape) for part in readout),
         lens=lens,
         schedule=schedule,
         layers=rows,
@@ -314,171 +356,9 @@ def logit_lens(
         real=torch.ones_like(columns, dtype=torch.bool) if mask is None else mask.bool().gather(1, columns),
         targets=target_ids,
         target_names=names,
+        tokens=read,
+        words=dict(zip(map(str, named), token_texts(model.tokenizer, named), strict=True)),
     )
-
-
-class FlatReadout(NamedTuple):
-    """The fields of a `Readout`, for states in one long list."""
-
-    log_probs: Float[Tensor, "state target"]
-    ranks: Int[Tensor, "state target"]
-    entropy: Float[Tensor, " state"]
-    top_tokens: Int[Tensor, "state k"]
-    top_log_probs: Float[Tensor, "state k"]
-
-
-class Decoder:
-    """The ways from a residual stream to the output, on a plain twin of the model: same parameters, one loop, no hooks.
-
-    Args:
-        model: the model whose runs are decoded.
-        schedule: what is decoded of it: its own, or that of its first loops, prelude and coda.
-        tokens: [batch, pos].
-        inputs: what the run takes beside the tokens.
-    """
-
-    def __init__(self, model: LoopedBridge, schedule: Schedule, tokens: Int[Tensor, "batch pos"], inputs: dict[str, Tensor]):
-        self.model: LoopedBridge = model
-        self.tokens: Int[Tensor, "batch pos"] = tokens
-        self.inputs: dict[str, Tensor] = inputs
-        self.schedule: Schedule = schedule
-        self.twin: LoopedModel = cast(LoopedModel, model.original_model).unrolled(1)
-        # What the current pass began with: in an anchored loop its state, in HRM-Text's L passes the state of the H stack.
-        self.entering: Tensor | None = None
-        self.anchor: Tensor | None = None
-
-    def run(
-        self, cells: Sequence[tuple[Lens, int]], positions: Int[Tensor, "batch chosen"], initial_state: InitialState
-    ) -> Float[Tensor, "cell batch pos d_model"]:
-        """Run the model once and bring each (lens, virtual layer) to the input of the unembedding, at the chosen positions.
-
-        Args:
-            cells: which lens to read which virtual layer with.
-            positions: which positions of every row, [batch, chosen].
-            initial_state: as in `LoopedBridge.forward`.
-        """
-        schedule, weight = self.schedule, self.twin.unembed.weight
-        shape = (len(cells), *positions.shape, self.twin.cfg.d_model)
-        hidden = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        chosen = (torch.arange(len(positions), device=weight.device)[:, None], positions.to(weight.device))
-
-        def decode(layer: int) -> Callable[..., None]:
-            def hook(resid: Tensor, hook: object) -> None:
-                if layer == schedule.passes[0].layers[-1]:
-                    self.anchor = resid
-                for row, (lens, i) in enumerate(cells):
-                    if i == layer:
-                        hidden[row] = (self.native(i, resid) if lens == "native" else self.twin.ln_final(resid))[chosen]
-
-            return hook
-
-        def keep(state: Tensor, hook: object) -> None:
-            self.entering = state
-
-        last = max(i for _, i in cells)
-        wanted = {i for _, i in cells} | {i for i in (schedule.passes[0].layers[-1],) if i <= last}
-        hooks: list[tuple[str, Callable[..., None]]]
-        hooks = [(schedule.name(i, "hook_resid_post"), decode(i)) for i in sorted(wanted)]  # in a shorter run, the same names
-        for p in schedule.passes:
-            if self.twin.cfg.strategy == "anchored":
-                hooks.append((f"{schedule.pass_prefix(p)}.hook_state", keep))
-            elif p.stack == "L":
-                hooks.append((f"{schedule.pass_prefix(p)}.hook_injection", keep))
-        run: Any = self.model.run_with_hooks
-        in_coda = last >= schedule.first_coda_layer
-        stop = last + 1 + (self.model.schedule.n_layers - schedule.n_layers if in_coda else 0)
-        loop = schedule.n_loops - 1 if in_coda else None
-        run(self.tokens, hooks, stop=stop, loop=loop, initial_state=initial_state, **self.inputs)
-        return hidden
-
-    def native(self, layer: int, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """The family's own way from the output of a virtual layer to the input of the unembedding.
-
-        Args:
-            layer: the virtual layer.
-            resid: the residual stream leaving it, [batch, pos, d_model].
-        """
-        twin, cfg, site = self.twin, self.twin.cfg, self.schedule.site(layer)
-        if site.stack == "coda":
-            x = self._layers(resid, "coda", site.layer + 1)
-        else:
-            p = self.schedule.pass_of_layer(layer)
-            state = self.entering if p is not None and cfg.strategy == "anchored" else None
-            ends = cast(PassEnds, twin.passes[-1])
-            if p is not None and p.stack == "L":
-                z_l = cast(PassEnds, twin.passes[0]).leave(resid, None, None)[0]
-                x, state = ends.enter(cast(Tensor, self.entering), z_l)
-                resid = self._layers(x, "H", 0)
-            x, _ = ends.leave(resid, state, twin.ln_final if cfg.pass_norm_is_final else None)
-            anchor = resid if p is None or p.index == 0 else self.anchor
-            x = self._layers(twin.loop_output(x, anchor), "coda", 0)
-        return x if cfg.pass_norm_is_final else twin.ln_final(x)
-
-    def _layers(self, x: Tensor, stack: str, first: int) -> Tensor:
-        """The last layers of the twin, from layer `first` of a stack on."""
-        schedule = self.twin.cfg.schedule
-        if first == schedule.stacks[stack]:
-            return x
-        start = schedule.virtual(Site(stack, None if stack == "coda" else 0, first))
-        return self.twin(self.tokens, inputs_embeds=x, start=start, stop=schedule.n_layers, **self.inputs).logits
-
-    def read(
-        self, hidden: Float[Tensor, "... d_model"], targets: Int[Tensor, "state target"], top_k: int, chunk_size: int
-    ) -> FlatReadout:
-        """Unembed states block by block of the vocabulary and keep what was asked.
-
-        Args:
-            hidden: what `run` returned, [..., d_model].
-            targets: the tokens asked about at every state, [state, target].
-            top_k: how many of the most probable tokens to keep.
-            chunk_size: how many logits to hold at once.
-        """
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        width = min(self.twin.cfg.d_vocab, VOCAB_CHUNK, chunk_size)
-        rows = max(1, chunk_size // width)
-        parts = [self._read_rows(x, t, top_k, width) for x, t in zip(flat.split(rows), targets.split(rows), strict=True)]
-        return FlatReadout(*map(torch.cat, zip(*parts, strict=True)))
-
-    def _read_rows(self, x: Tensor, targets: Tensor, top_k: int, width: int) -> FlatReadout:
-        d_vocab, wide = self.twin.cfg.d_vocab, torch.promote_types(x.dtype, torch.float32)
-        starts = range(0, d_vocab, width)
-        # A target's logit comes from the same product as the logits it is compared with; another kernel may round differently.
-        target_logits = torch.empty(targets.shape, dtype=wide, device=x.device)
-        for start in starts:
-            inside = (targets >= start) & (targets < start + width)
-            if inside.any():
-                block = self._logits(x, start, width)
-                picked = block.gather(1, (targets - start).clamp(0, block.shape[1] - 1))
-                target_logits = torch.where(inside, picked, target_logits)
-        ranks = torch.zeros_like(targets)
-        peak = torch.full((len(x), 1), -torch.inf, dtype=wide, device=x.device)
-        mass = moment = torch.zeros_like(peak)  # sums of exp(logit - peak), alone and times (logit - peak)
-        top, top_ids = peak[:, :0], targets.new_empty(len(x), 0)
-        for start in starts:
-            block = self._logits(x, start, width)
-            for t in range(targets.shape[1]):
-                ranks[:, t] += (block > target_logits[:, t : t + 1]).sum(1)
-            best, best_ids = block.topk(min(top_k, block.shape[1]))
-            top, order = torch.cat((top, best), 1).topk(min(top_k, top.shape[1] + best.shape[1]))
-            top_ids = torch.cat((top_ids, best_ids + start), 1).gather(1, order)
-            highest = torch.maximum(peak, best[:, :1])
-            if start:  # what was summed so far, relative to the new peak
-                shift = peak - highest
-                mass, moment = shift.exp() * mass, shift.exp() * (moment + shift * mass)
-            block = block - highest
-            weights = block.exp()
-            mass, moment = mass + weights.sum(1, keepdim=True), moment + (weights * block).sum(1, keepdim=True)
-            peak = highest
-        total = peak + mass.log()
-        entropy = (mass.log() - moment / mass).squeeze(1).clamp(min=0)
-        return FlatReadout(target_logits - total, ranks, entropy, top_ids, top - total)
-
-    def _logits(self, x: Tensor, start: int, width: int) -> Tensor:
-        """The logits of one block of the vocabulary, as the model computes them, in fp32 or wider."""
-        logits = F.linear(x, self.twin.unembed.weight[start : start + width])
-        cap = self.twin.cfg.logit_softcap
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _token_ids(
