@@ -57,9 +57,9 @@ def test_the_answer_after_a_loop_is_that_of_so_many_loops(name: str, tool: str) 
 def test_a_filtered_cache_is_made_again_with_what_it_held() -> None:
     model = random_bridge("huginn", torch.float64)
     few = cache_of(model, names_filter=["loops.*.hook_out"], initial_state=5)
-    found = patch_sweep(model, CORRUPTED, few, METRIC, "out", at_loop=0, verbose=False)
+    found = patch_sweep(model, CORRUPTED, few, METRIC, site="out", at_loop=0, verbose=False)
     one = model.unroll(1)
-    expected = patch_sweep(one, CORRUPTED, cache_of(one, initial_state=5), METRIC, "out", verbose=False)
+    expected = patch_sweep(one, CORRUPTED, cache_of(one, initial_state=5), METRIC, site="out", verbose=False)
     torch.testing.assert_close(found.values, expected.values)
     with pytest.raises(LoopedError, match="lacks prelude"):
         patch_sweep(model, CORRUPTED, few, METRIC, at_loop=0, verbose=False)

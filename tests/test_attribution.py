@@ -88,7 +88,7 @@ def worst_errors(
     for site in sites:
         has_heads = site in ("q", "k", "v", "z", "pattern")
         axes = ("loop", *(("layer",) if site not in PASSES else ()), *(("head",) if has_heads else ()))
-        found = attribution_sweep(bridge, CORRUPTED, cache, per_row, site, axes, stack=stack)
+        found = attribution_sweep(bridge, CORRUPTED, cache, per_row, site=site, axes=axes, stack=stack)
         assert found.axes == (*axes, "example")
         estimates[site] = found.values.flatten(0, -2)
         for cell in torch.cartesian_prod(*(torch.arange(n) for n in found.values.shape[:-1])).reshape(-1, len(axes)).tolist():
@@ -122,17 +122,19 @@ def test_the_error_is_of_the_next_order() -> None:
 def test_axes_are_sums_in_the_order_asked() -> None:
     bridge = random_bridge("looped_qwen", torch.float64)
     cache = run(bridge, CLEAN)
-    full = attribution_sweep(bridge, CORRUPTED, cache, per_row, "pattern", ("loop", "layer", "pos", "head", "src_pos"))
+    full = attribution_sweep(
+        bridge, CORRUPTED, cache, per_row, site="pattern", axes=("loop", "layer", "pos", "head", "src_pos")
+    )
     assert full.values.shape == (3, 2, 5, 3, 5, 2)
-    one = attribution_sweep(bridge, CORRUPTED, cache, total, "pattern", ("src_pos", "head", "loop"))
+    one = attribution_sweep(bridge, CORRUPTED, cache, total, site="pattern", axes=("src_pos", "head", "loop"))
     assert one.axes == ("src_pos", "head", "loop") and one.labels["src_pos"] == list("01234")
     torch.testing.assert_close(one.values, full.values.sum((1, 2, 5)).permute(2, 1, 0))
-    keys = attribution_sweep(bridge, CORRUPTED, cache, total, "k")
+    keys = attribution_sweep(bridge, CORRUPTED, cache, total, site="k")
     assert keys.values.shape == (3, 2, 1)  # one key-value head
-    by_position = attribution_sweep(bridge, CORRUPTED, cache, total, "resid_post", ["pos"])
-    whole = attribution_sweep(bridge, CORRUPTED, cache, total, "resid_post", ("layer", "pos", "loop"))
+    by_position = attribution_sweep(bridge, CORRUPTED, cache, total, site="resid_post", axes=["pos"])
+    whole = attribution_sweep(bridge, CORRUPTED, cache, total, site="resid_post", axes=("layer", "pos", "loop"))
     torch.testing.assert_close(by_position.values, whole.values.sum((0, 2)))
-    some = attribution_sweep(bridge, CORRUPTED, cache, total, "resid_post", ("loop", "layer", "pos"), loops=[2, 0])
+    some = attribution_sweep(bridge, CORRUPTED, cache, total, site="resid_post", axes=("loop", "layer", "pos"), loops=[2, 0])
     torch.testing.assert_close(some.values, whole.values.permute(2, 0, 1)[[2, 0]])
     assert some.labels["loop"] == ["2", "0"]
     assert {"loop", "layer", "pos", "attribution"} == set(some.to_dataframe().columns)
@@ -165,7 +167,7 @@ def test_integrated_gradients_average_over_the_way_of_the_embedding() -> None:
         total(bridge.run_with_hooks(way, bwd_hooks=[(name, lambda g, hook, seen=seen: seen.append(g.clone()))])).backward()
         gradients += seen
     expected = ((clean[name] - corrupted[name]) * torch.stack(gradients).mean(0)).sum()
-    found = attribution_sweep(bridge, CORRUPTED, clean, total, "mlp_out", ("loop", "layer"), steps=3)
+    found = attribution_sweep(bridge, CORRUPTED, clean, total, site="mlp_out", axes=("loop", "layer"), steps=3)
     torch.testing.assert_close(found.values[1, 2], expected)
 
 
@@ -176,7 +178,7 @@ def test_integrated_gradients_are_complete() -> None:
     whole = (total(bridge(close["hook_embed"])) - total(bridge(CORRUPTED))).item()
     errors = []
     for steps in (10, 20):
-        found = attribution_sweep(bridge, CORRUPTED, close, total, "state", ("loop", "pos"), loops=0, steps=steps)
+        found = attribution_sweep(bridge, CORRUPTED, close, total, site="state", axes=("loop", "pos"), loops=0, steps=steps)
         errors.append(abs(found.values.sum().item() - whole))
     assert errors[1] < 0.05 * abs(whole) and errors[0] / errors[1] == pytest.approx(2, rel=0.2)
 
@@ -186,7 +188,7 @@ def test_the_same_prompt_has_no_attribution_and_a_linear_end_is_exact() -> None:
     cache = run(bridge, CORRUPTED)
     assert not attribution_sweep(bridge, CORRUPTED, cache, total).values.any()
     clean = run(bridge, CLEAN)  # the state leaving the last pass goes into the unembedding, with nothing between
-    out = attribution_sweep(bridge, CORRUPTED, clean, total, "out", ["loop"], loops="last")
+    out = attribution_sweep(bridge, CORRUPTED, clean, total, site="out", axes=["loop"], loops="last")
     torch.testing.assert_close(out.values[0], total(bridge(CLEAN)) - total(bridge(CORRUPTED)))
 
 
@@ -260,8 +262,8 @@ def test_bad_input_is_explained(unchecked: None) -> None:
     bridge = random_bridge("ouro")
     clean = run(bridge, CLEAN)
 
-    def sweep(*args: object, **kwargs: object) -> None:
-        attribution_sweep(bridge, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+    def sweep(tokens: object, cache: object, metric: object, *at: object, **kwargs: object) -> None:
+        attribution_sweep(bridge, tokens, cache, metric, **dict(zip(("site", "axes"), at, strict=False)), **kwargs)  # pyright: ignore[reportArgumentType]
 
     with pytest.raises(LoopedError, match=r"\(2, 5, 3, 8\), the corrupted one \(2, 4, 3, 8\).*equally many"):
         sweep(CORRUPTED[:, :4], clean, total)

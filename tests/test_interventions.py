@@ -135,7 +135,7 @@ def test_a_skipped_loop_is_a_model_without_that_pass(name: str) -> None:
 def test_a_skipped_layer_is_no_layer(name: str) -> None:
     bridge, model, stack = bridge_of(name), plain(bridge_of(name)), stack_of(name)
     skipped = {virtual(bridge, t, 1, stack) for t in (0, -1)}
-    hooks = skip_layer(bridge, [0, -1], 1, stack=stack)
+    hooks = skip_layer(bridge, loops=[0, -1], layers=1, stack=stack)
     if bridge.schedule.n_prelude:
         hooks, skipped = hooks + skip_layer(bridge, layers=-1, stack="prelude"), {*skipped, bridge.schedule.n_prelude - 1}
     if bridge.schedule.n_coda:
@@ -149,7 +149,7 @@ def test_a_repeated_loop_runs_again_with_what_hooks_do_in_it(name: str) -> None:
     bridge = bridge_of(name)
     stack = bridge.schedule.core_stacks[-1]
     push = torch.randn(24, dtype=torch.float64)
-    edits = steer(bridge, push, loops=[0, 1], decay=0.5, stack=stack) + skip_layer(bridge, -1, 0, stack=stack)
+    edits = steer(bridge, push, loops=[0, 1], decay=0.5, stack=stack) + skip_layer(bridge, loops=-1, layers=0, stack=stack)
     deeper, hooks = repeat_loop(bridge, 0, times=2, fwd_hooks=edits)
     assert deeper.n_loops == bridge.n_loops + 2
     assert deeper.original_model.embed.weight is bridge.original_model.embed.weight
@@ -196,7 +196,8 @@ def test_zero_ablation_is_a_layer_with_zeroed_output_weights(name: str) -> None:
                 new.weight.data = old.weight.data.clone()
                 new.weight.data.unflatten(1, (-1, width))[:, units or slice(None)] = 0
                 setattr(owner, letter, new)
-        hooks = ablate(bridge, part, [0, -1], 1, units, stack=stack)
+        chosen = {} if units is None else {f"{part}s": units}
+        hooks = ablate(bridge, part, loops=[0, -1], layers=1, stack=stack, **chosen)
         close(bridge.run_with_hooks(TOKENS, fwd_hooks=hooks), by_hand(model))
 
 
@@ -226,8 +227,10 @@ def test_ablation_writes_what_another_run_holds(name: str, mode: str) -> None:
 
     inner.register_forward_pre_hook(other_head)
     outer.register_forward_hook(lambda module, args, out: mlp)
-    hooks = ablate(bridge, "head", 1, 0, 1, mode=mode, cache=cache, positions=positions.tolist(), stack=stack)
-    hooks += ablate(bridge, "mlp", 1, 0, mode=mode, cache=cache, stack=stack)
+    hooks = ablate(
+        bridge, "head", loops=1, layers=0, heads=1, mode=mode, cache=cache, positions=positions.tolist(), stack=stack
+    )
+    hooks += ablate(bridge, "mlp", loops=1, layers=0, mode=mode, cache=cache, stack=stack)
     close(bridge.run_with_hooks(TOKENS, fwd_hooks=hooks), by_hand(model))
 
 
@@ -296,7 +299,7 @@ def test_injections_are_frozen_replaced_and_dropped(name: str) -> None:
     assert torch.equal(run(replace_injection(bridge, own, stack=stack)), logits)
     if stack is None:
         assert torch.equal(run(freeze_injection(bridge, 0)), logits)
-        replaced = replace_injection(bridge, other, 0)
+        replaced = replace_injection(bridge, other, loops=0)
         wanted = by_hand(model, injection=lambda k, e: other["loops.0.hook_injection"])
         close(run(replaced + freeze_injection(bridge, 0)), wanted)
     at: dict[int, Tensor] = {}
@@ -309,7 +312,7 @@ def test_injections_are_frozen_replaced_and_dropped(name: str) -> None:
     vector = torch.randn(24, dtype=torch.float64)
     mask = (torch.arange(6) < 4)[:, None]
     for source in (other, other[f"{prefix}loops.1.hook_injection"], vector):
-        hooks = replace_injection(bridge, source, slice(1, None), positions=slice(0, 4), stack=stack)
+        hooks = replace_injection(bridge, source, loops=slice(1, None), positions=slice(0, 4), stack=stack)
 
         def replaced_at(k: int, e: Tensor, source: Any = source) -> Tensor:
             if k not in later:
@@ -319,7 +322,7 @@ def test_injections_are_frozen_replaced_and_dropped(name: str) -> None:
             return torch.where(mask, new, e)
 
         close(run(hooks), by_hand(model, injection=replaced_at))
-    close(run(drop_injection(bridge, "last", stack=stack)), by_hand(model, injection=lambda k, e: e * (k != later[-1])))
+    close(run(drop_injection(bridge, loops="last", stack=stack)), by_hand(model, injection=lambda k, e: e * (k != later[-1])))
 
 
 @FAMILIES
@@ -345,9 +348,9 @@ def test_steering_adds_the_direction(name: str) -> None:
     logits, direction = bridge(TOKENS), torch.randn(24, dtype=torch.float64)
     sites = ["state", "out", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
     for site in sites + (["injection"] if bridge.looped_cfg.injection != "none" else []):
-        hooks = steer(bridge, direction, 0.0, site=site, relative_to_rms=site == "out", stack=stack)
+        hooks = steer(bridge, direction, scale=0.0, site=site, relative_to_rms=site == "out", stack=stack)
         assert torch.equal(bridge.run_with_hooks(TOKENS, fwd_hooks=hooks), logits)
-        moved = steer(bridge, direction, 0.5, "last", site=site, stack=stack)
+        moved = steer(bridge, direction, scale=0.5, loops="last", site=site, stack=stack)
         assert not torch.allclose(bridge.run_with_hooks(TOKENS, fwd_hooks=moved), logits)
     loops = {p.index: p.loop for p in bridge.schedule.passes_of(slice(1, None), stack)}
     mask = (torch.arange(6) >= 3)[:, None]
@@ -357,13 +360,20 @@ def test_steering_adds_the_direction(name: str) -> None:
         return x + mask * size * direction / direction.square().mean().sqrt()
 
     hooks = steer(
-        bridge, direction, 0.7, slice(1, None), positions=slice(3, None), decay=0.5, relative_to_rms=True, stack=stack
+        bridge,
+        direction,
+        scale=0.7,
+        loops=slice(1, None),
+        positions=slice(3, None),
+        decay=0.5,
+        relative_to_rms=True,
+        stack=stack,
     )
     close(
         bridge.run_with_hooks(TOKENS, fwd_hooks=hooks),
         by_hand(model, state=lambda k, s: push(s, loops[k]) if k in loops else s),
     )
-    hooks = steer(bridge, direction, -2.0, "last", site="resid_post", layers=0, stack=stack)
+    hooks = steer(bridge, direction, scale=-2.0, loops="last", site="resid_post", layers=0, stack=stack)
     steered = virtual(bridge, -1, 0, stack)
     wanted = by_hand(model, layer=lambda i, x, inputs: model.blocks[i](x, inputs) - 2 * direction * (i == steered))
     close(bridge.run_with_hooks(TOKENS, fwd_hooks=hooks), wanted)
@@ -383,7 +393,9 @@ def test_a_direction_can_be_learned_and_is_added_in_the_dtype_of_the_stream() ->
 
 
 def drop_and_freeze(bridge: LoopedBridge) -> list:
-    return ablate(bridge, "head", 0, 0, 0) + freeze_attention(bridge, 0) + skip_layer(bridge, 2, 0)
+    return (
+        ablate(bridge, "head", loops=0, layers=0, heads=0) + freeze_attention(bridge, 0) + skip_layer(bridge, loops=2, layers=0)
+    )
 
 
 # All of them: generation, gradients, repetition, exceptions.
@@ -396,21 +408,21 @@ def every(bridge: LoopedBridge, name: str) -> tuple[list, list]:
     vector = torch.randn(24, dtype=torch.float64)
     one = [
         *steer(bridge, vector, positions=[0, 3], stack=stack),
-        *ablate(bridge, "head", 1, 0, 1, stack=stack),
+        *ablate(bridge, "head", loops=1, layers=0, heads=1, stack=stack),
         *freeze_attention(bridge, 0, stack=stack),
-        *steer(bridge, vector, 0.3, site="resid_mid", positions=slice(6, None), relative_to_rms=True, stack=stack),
-        *ablate(bridge, "layer", "last", 1, mode="mean", cache=other, stack=stack),
-        *skip_layer(bridge, [0, -1], 0, stack=stack),
+        *steer(bridge, vector, scale=0.3, site="resid_mid", positions=slice(6, None), relative_to_rms=True, stack=stack),
+        *ablate(bridge, "layer", loops="last", layers=1, mode="mean", cache=other, stack=stack),
+        *skip_layer(bridge, loops=[0, -1], layers=0, stack=stack),
     ]
     two = [
         *set_initial_state(bridge, "zero", positions=slice(3, None), stack=stack),
-        *ablate(bridge, "attn", 0, 1, mode="resample", cache=other, positions=slice(0, 6), stack=stack),
+        *ablate(bridge, "attn", loops=0, layers=1, mode="resample", cache=other, positions=slice(0, 6), stack=stack),
         *skip_loop(bridge, 1, stack=stack),
-        *ablate(bridge, "neuron", 0, 0, [1, 5, 7], stack=stack),
+        *ablate(bridge, "neuron", loops=0, layers=0, neurons=[1, 5, 7], stack=stack),
     ]
     if bridge.looped_cfg.injection != "none":
-        one += drop_injection(bridge, "last", stack=stack)
-        two += replace_injection(bridge, other, 0, positions=slice(0, 6), stack=stack) + freeze_injection(
+        one += drop_injection(bridge, loops="last", stack=stack)
+        two += replace_injection(bridge, other, loops=0, positions=slice(0, 6), stack=stack) + freeze_injection(
             bridge, 0, stack=stack
         )
     return one, two
@@ -454,7 +466,7 @@ def test_an_exit_policy_is_followed_or_refused(name: str) -> None:
         close(write_text(bridge, hooks, new=3)[1], logits)
     stack, vector = bridge.schedule.core_stacks[-1], torch.randn(24, dtype=torch.float64)
     per_pass = steer(bridge, vector, positions=1, stack=stack) + steer(bridge, -vector, positions=slice(6, 8), stack=stack)
-    per_pass += skip_layer(bridge, 0, 0, stack=stack)
+    per_pass += skip_layer(bridge, loops=0, layers=0, stack=stack)
     bridge.exit_policy = OneThenAll()
     tokens, logits = write_text(bridge, per_pass)
     bridge.exit_policy = OneThenAll()
@@ -503,7 +515,7 @@ def test_nothing_is_left_behind_after_an_exception(name: str) -> None:
 
 def ablate_wrong(bridge: LoopedBridge, name: str) -> list:
     _, short = bridge.run_with_cache(OTHER[:, :4])
-    return ablate(bridge, "mlp", "last", mode="resample", cache=short, stack=stack_of(name))
+    return ablate(bridge, "mlp", loops="last", mode="resample", cache=short, stack=stack_of(name))
 
 
 # Shared keys and values.
@@ -579,15 +591,16 @@ def test_what_cannot_be_meant_is_refused() -> None:
     cases: list[tuple[str, Callable[[], Any]]] = [
         ("loop 3 is out of range: there are 3 loops", lambda: skip_loop(ouro, 3)),
         ("loop 5 is out of range", lambda: steer(ouro, direction, loops=[0, 5])),
-        ("selects nothing", lambda: ablate(ouro, "mlp", slice(3, None))),
+        ("selects nothing", lambda: ablate(ouro, "mlp", loops=slice(3, None))),
         ("from_loop=slice", lambda: freeze_attention(ouro, slice(1, None))),
         ("loop 4 is out of range", lambda: freeze_attention(ouro, 4)),
         ("pass stack='L' or stack='H'", lambda: skip_loop(hrm, 0)),
-        ("runs once", lambda: skip_layer(huginn, 0, 0, stack="prelude")),
-        (r"layers 7 is out of range: there are 3 layers \(0\.\.2\)", lambda: skip_layer(huginn, 0, 7)),
+        ("runs once", lambda: skip_layer(huginn, loops=0, layers=0, stack="prelude")),
+        (r"layers 7 is out of range: there are 3 layers \(0\.\.2\)", lambda: skip_layer(huginn, loops=0, layers=7)),
         ("None selects nothing: there are 0 layers", lambda: ablate(ouro, "mlp", stack="coda")),
-        ("units 3 is out of range", lambda: ablate(ouro, "head", units=3)),
-        ("units are those of", lambda: ablate(ouro, "mlp", units=3)),
+        ("heads 3 is out of range", lambda: ablate(ouro, "head", heads=3)),
+        ("heads are those of", lambda: ablate(ouro, "mlp", heads=3)),
+        ("neurons are those of", lambda: ablate(ouro, "head", neurons=3)),
         ("choose part from", lambda: ablate(ouro, "heads")),
         ("needs cache=", lambda: ablate(ouro, "mlp", mode="mean")),
         ("needs no cache=", lambda: ablate(huginn, "mlp", cache=cache)),
@@ -602,10 +615,10 @@ def test_what_cannot_be_meant_is_refused() -> None:
         (r"direction of shape \(25,\)", lambda: steer(ouro, torch.ones(25))),
         ("direction has norm nan", lambda: steer(ouro, direction * torch.nan)),
         ("relative_to_rms=True not zero", lambda: steer(ouro, direction * 0, relative_to_rms=True)),
-        ("scale='much'", lambda: steer(ouro, direction, "much")),
+        ("scale='much'", lambda: steer(ouro, direction, scale="much")),
         ("belongs to a pass", lambda: steer(ouro, direction, layers=0)),
         ("site='resid' was asked", lambda: steer(ouro, direction, site="resid")),
-        ("times=0", lambda: repeat_loop(ouro, 0, 0)),
+        ("times=0", lambda: repeat_loop(ouro, 0, times=0)),
         ("a function of names", lambda: repeat_loop(ouro, 0, fwd_hooks=[(lambda n: True, print)])),
         ("policy='median'", lambda: share_kv(ouro, "median")),
         ("policy=0", lambda: share_kv(ouro, 0)),
@@ -626,7 +639,7 @@ def test_what_cannot_be_meant_is_refused() -> None:
 def test_what_does_not_fit_the_run_is_refused() -> None:
     huginn = new_bridge("huginn")
     _, cache = huginn.run_with_cache(OTHER[:, :5])
-    resample = lambda **kwargs: ablate(huginn, "mlp", 0, mode="resample", cache=cache, **kwargs)  # noqa: E731
+    resample = lambda **kwargs: ablate(huginn, "mlp", loops=0, mode="resample", cache=cache, **kwargs)  # noqa: E731
     direction = torch.ones(24)
 
     def run(hooks: list, tokens: Tensor = TOKENS) -> Tensor:

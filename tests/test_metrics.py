@@ -114,7 +114,7 @@ def test_every_tool_takes_them(kind: str) -> None:
         lambda metric: attribution_sweep(**given, metric=metric),
         lambda metric: edge_sweep(**given, metric=metric, sources=edge[0], receivers=edge[1]),
         lambda metric: path_patch(**given, metric=metric, sources=edge[0], receivers=edge[1]),
-        lambda metric: patch_between_loops(model, others, metric, "out", verbose=False),
+        lambda metric: patch_between_loops(model, others, metric, site="out", verbose=False),
     ):
         found, expected = tool(ready), tool(hand)
         assert found.axes == expected.axes and found.axes[-1] == "example"

@@ -95,7 +95,7 @@ SHARE = [(name, site) for name, site in SHARE if site != "injection" or ZOO[name
 @pytest.mark.parametrize("stack", ["prelude", "coda"])
 def test_layers_that_run_once(stack: str) -> None:
     with torch.no_grad():
-        found = quiet_sweep(zoo("huginn"), CORRUPTED, clean_cache("huginn"), metric, "z", stack=stack)
+        found = quiet_sweep(zoo("huginn"), CORRUPTED, clean_cache("huginn"), metric, site="z", stack=stack)
         assert found.labels["loop"] == [stack]
         check_some(zoo("huginn"), found, clean_cache("huginn"), "z", stack)
 
@@ -105,22 +105,22 @@ def test_prelude_and_coda_are_swept_with_the_loops(name: str) -> None:
     bridge, cache = zoo(name), clean_cache(name)
     schedule = bridge.schedule
     with torch.no_grad():
-        found = quiet_sweep(bridge, CORRUPTED, cache, metric, "resid_mid", ("loop", "layer"))
+        found = quiet_sweep(bridge, CORRUPTED, cache, metric, site="resid_mid", axes=("loop", "layer"))
         assert list(map(str, found.labels["loop"])) == ["prelude", "0", "1", "2", "coda"]
         n_layers = [schedule.n_prelude, *[schedule.n_core] * 3, schedule.n_coda]
         assert found.values[..., 0].isfinite().sum(1).tolist() == n_layers
         check_some(bridge, found, cache, "resid_mid", None, n=5)
         for stack, rows in (("prelude", slice(0, 1)), ("core", slice(1, 4)), ("coda", slice(4, 5))):
-            part = quiet_sweep(bridge, CORRUPTED, cache, metric, "resid_mid", ("loop", "layer"), stack=stack)
+            part = quiet_sweep(bridge, CORRUPTED, cache, metric, site="resid_mid", axes=("loop", "layer"), stack=stack)
             torch.testing.assert_close(part.values, found.values[rows, : schedule.stacks[stack]], atol=1e-9, rtol=1e-9)
-        whole = quiet_sweep(bridge, CORRUPTED, cache, metric, "z", ("head", "loop"))
+        whole = quiet_sweep(bridge, CORRUPTED, cache, metric, site="z", axes=("head", "loop"))
         check_some(bridge, whole, cache, "z", None, n=5)
         # A layer in all its loops is one of the loop's.
-        by_layer = quiet_sweep(bridge, CORRUPTED, cache, metric, "z", ("layer",))
+        by_layer = quiet_sweep(bridge, CORRUPTED, cache, metric, site="z", axes=("layer",))
         assert len(by_layer.labels["layer"]) == schedule.n_core
         figure = found.plot()  # the rows of layers that are, and bold lines where stacks meet
         assert len(figure.data[0].y if hasattr(figure.data[0], "y") else []) == 5
-        of_heads = quiet_sweep(bridge, CORRUPTED, cache, metric, "z").plot()
+        of_heads = quiet_sweep(bridge, CORRUPTED, cache, metric, site="z").plot()
         assert len(of_heads.data[0].z) == sum(n_layers)
         lines = {shape.y0 + 0.5: shape.line.width for shape in of_heads.layout.shapes}
         edges = [schedule.n_prelude, sum(n_layers) - schedule.n_coda]
@@ -136,7 +136,7 @@ def test_every_site_equals_a_patch_by_hand(name: str, site: str) -> None:
     where = None if "virtual_layer" in axes else stack
     with torch.no_grad():
         cache = clean_cache(name)
-        found = quiet_sweep(bridge, CORRUPTED, cache, metric, site, axes, stack=where)
+        found = quiet_sweep(bridge, CORRUPTED, cache, metric, site=site, axes=axes, stack=where)
         assert found.axes == (*axes, "example")
         check_some(bridge, found, cache, site, where)
 
@@ -150,9 +150,9 @@ def test_published_structures(path: Path) -> None:
     with torch.no_grad():
         _, cache = bridge.run_with_cache(clean)
         for site in ("resid_pre", "z", "out"):
-            found = quiet_sweep(bridge, corrupted, cache, metric, site, stack=stack)
+            found = quiet_sweep(bridge, corrupted, cache, metric, site=site, stack=stack)
             check_some(bridge, found, cache, site, stack, corrupted)
-            own = quiet_sweep(bridge, clean, cache, metric, site, stack=stack)
+            own = quiet_sweep(bridge, clean, cache, metric, site=site, stack=stack)
             cells = own.values[own.values[..., 0].isfinite()]
             assert torch.equal(cells, own.baseline_corrupted.expand_as(cells))
             assert torch.equal(own.baseline_clean, own.baseline_corrupted) and torch.equal(
@@ -176,14 +176,14 @@ def test_a_choice_of_cells_is_a_part_of_the_whole_grid() -> None:
     bridge = zoo("looped_qwen")
     with torch.no_grad():
         _, cache = bridge.run_with_cache(CLEAN)
-        whole = quiet_sweep(bridge, CORRUPTED, cache, metric, "z", ("loop", "layer", "pos", "head"), stack="core")
+        whole = quiet_sweep(bridge, CORRUPTED, cache, metric, site="z", axes=("loop", "layer", "pos", "head"), stack="core")
         part = quiet_sweep(
-            bridge, CORRUPTED, cache, metric, "z", ("head", "loop", "layer", "pos"),
+            bridge, CORRUPTED, cache, metric, site="z", axes=("head", "loop", "layer", "pos"),
             loops=slice(1, None), layers=-1, positions=[4, 2], heads=[0, 2],
         )  # fmt: skip
     assert part.labels["loop"] == ["1", "2"] and part.labels["pos"] == ["2", "4"] and part.labels["head"] == ["0", "2"]
     torch.testing.assert_close(part.values, whole.values[1:, 1:][:, :, [2, 4]][..., [0, 2], :].permute(3, 0, 1, 2, 4))
-    together = quiet_sweep(bridge, CORRUPTED, cache, metric, "z", ("loop",), layers=0, positions=[2, 4], heads=[0, 2])
+    together = quiet_sweep(bridge, CORRUPTED, cache, metric, site="z", axes=("loop",), layers=0, positions=[2, 4], heads=[0, 2])
 
     def patch(z: torch.Tensor, hook: object, value: torch.Tensor) -> torch.Tensor:
         for pos in (2, 4):
@@ -235,10 +235,10 @@ def test_hooks_that_are_attached_act_in_every_cell() -> None:
             assert found.baseline_clean is None
             with pytest.raises(LoopedError, match="metric of the clean run is not known"):
                 found.normalised()
-        assert quiet_sweep(bridge, CORRUPTED, cache, metric, "out").baseline_clean is not None
+        assert quiet_sweep(bridge, CORRUPTED, cache, metric, site="out").baseline_clean is not None
         # Hooks that carry something from an early pass to later ones meet a whole run in every cell.
         with bridge.hooks(fwd_hooks=freeze_attention(bridge, 0) + skip_loop(bridge, 1)):
-            check_some(bridge, quiet_sweep(bridge, CORRUPTED, cache, metric, "z"), cache, "z", None)
+            check_some(bridge, quiet_sweep(bridge, CORRUPTED, cache, metric, site="z"), cache, "z", None)
 
 
 def test_what_is_edited_after_the_run_changes_nothing() -> None:
@@ -247,7 +247,7 @@ def test_what_is_edited_after_the_run_changes_nothing() -> None:
         _, cache = bridge.run_with_cache(tokens, attention_mask=mask)
         tokens.fill_(1)
         mask[0, 0] = 0
-        assert torch.equal(quiet_sweep(bridge, CORRUPTED, cache, metric, "out").baseline_clean, metric(bridge(CLEAN)))
+        assert torch.equal(quiet_sweep(bridge, CORRUPTED, cache, metric, site="out").baseline_clean, metric(bridge(CLEAN)))
 
 
 def test_results_have_scales_labels_and_a_figure() -> None:
@@ -359,7 +359,15 @@ def test_passes_written_into_passes(name: str, onwards: bool) -> None:
             (("out", None, CLEAN), ("q", 1, CLEAN)) if onwards else (("state", None, None), ("v", 0, None))
         ):
             found = quiet_between(
-                bridge, CORRUPTED, metric, site, layer, source_tokens=source, onwards=onwards, positions=[1, 3], stack=stack
+                bridge,
+                CORRUPTED,
+                metric,
+                site=site,
+                layer=layer,
+                source_tokens=source,
+                onwards=onwards,
+                positions=[1, 3],
+                stack=stack,
             )
             _, cache = bridge.run_with_cache(CORRUPTED if source is None else source)
             for s, t in ((0, n - 1), (n - 1, 0), (1, 1)):

@@ -308,7 +308,7 @@ def test_passes_whose_norms_differ_are_not_compared(name: str) -> None:
         return [
             lambda: step_geometry(model, TOKENS, n_loops=model.n_loops, stack=stack, verbose=False),
             lambda: trajectories(model, TOKENS, over="loop_ends", n_components=2, stack=stack, verbose=False),
-            lambda: patch_between_loops(model, TOKENS, lambda x: x[:, -1, 0], "out", stack=stack, verbose=False),
+            lambda: patch_between_loops(model, TOKENS, lambda x: x[:, -1, 0], site="out", stack=stack, verbose=False),
             lambda: weight_gradients_by_pass(model, TOKENS),
         ]
 

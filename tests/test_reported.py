@@ -223,7 +223,7 @@ def test_estimates_on_a_frozen_model_are_those_on_a_trained_one() -> None:
             _, cache = model.run_with_cache(clean)
             for site in ("state", "resid_pre"):
                 sweep = attribution_sweep(
-                    model, corrupted, cache, lambda logits: logits[:, -1, 3].sum(), site, axes=("loop",), stack=stack
+                    model, corrupted, cache, lambda logits: logits[:, -1, 3].sum(), site=site, axes=("loop",), stack=stack
                 )
                 found.append(sweep.values)
         assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3]) and bool(found[0].any())
@@ -325,7 +325,7 @@ def test_a_cache_knows_its_model(name: str) -> None:
 
     def sweep(of: LoopedBridge, cache: Any) -> Tensor | None:
         stack = "L" if len(of.schedule.core_stacks) > 1 else None
-        return patch_sweep(of, corrupted, cache, metric, "state", loops=0, stack=stack, verbose=False).baseline_clean
+        return patch_sweep(of, corrupted, cache, metric, site="state", loops=0, stack=stack, verbose=False).baseline_clean
 
     right = model(clean)[:, -1, 3]  # the clean prompt, run
     _, cache = model.run_with_cache(clean)

@@ -88,7 +88,7 @@ def test_one_answer_for_all() -> None:
 
 def test_with_hooks_and_without() -> None:
     model, tokens = random_bridge("ouro"), random_tokens(2, 4)
-    hooks = steer(model, torch.ones(24), 0.5, loops=1)
+    hooks = steer(model, torch.ones(24), scale=0.5, loops=1)
     found = compare(model, tokens, hooks=hooks, verbose=False)
     a, b = ([x[:, :-1] for x in readouts(model, tokens, which)] for which in ((), hooks))
     expect(found, a, b, tokens[:, 1:])

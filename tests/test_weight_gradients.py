@@ -145,11 +145,11 @@ def test_influence_of_chosen_loops_and_another_loss() -> None:
     def last(logits: Tensor, tokens: Tensor) -> Tensor:
         return -logits[0, -1].log_softmax(-1)[tokens[0, 0]]
 
-    full = influence(bridge, train, query, last, by_train_loop=True)
-    some = influence(bridge, train, query, last, loops=[2, 0])
+    full = influence(bridge, train, query, loss_fn=last, by_train_loop=True)
+    some = influence(bridge, train, query, loss_fn=last, loops=[2, 0])
     assert some.labels["loop"] == ["2", "0"]
     torch.testing.assert_close(some.values, full.values.sum(2)[..., [2, 0]])
     with pytest.raises(OutOfRangeError, match="3 loops"):
         influence(bridge, train, query, loops=3)
     with pytest.raises(LoopedError, match="scalar"):
-        influence(bridge, train, query, lambda logits, tokens: logits[0])
+        influence(bridge, train, query, loss_fn=lambda logits, tokens: logits[0])

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ._old_calls import accepts_old
 from .bridge.cache import LoopedCache
 from .bridge.looped_bridge import LoopedBridge
 from .comparison import Comparison, Metric, clean_at
@@ -27,14 +28,15 @@ AXES: dict[str, tuple[str, ...]] = {
 NO_AXES = ("d_model", "d_head")
 
 
+@accepts_old("site", "axes")
 def attribution_sweep(
     model: LoopedBridge,
     corrupted_tokens: str | list[str] | Int[Tensor, "*batch pos"],
     clean_cache: LoopedCache,
     metric: Metric,
+    *,
     site: str = "z",
     axes: Sequence[str] = ("loop", "layer", "head"),
-    *,
     loops: LoopSelector = "all",
     stack: str | None = None,
     at_loop: int | None = None,

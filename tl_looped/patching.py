@@ -16,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ._depth import stopping
+from ._old_calls import accepts_old
 from ._patcher import Cell, Edit, Patcher, position_axis
 from .bridge.cache import LoopedCache
 from .bridge.looped_bridge import LoopedBridge
@@ -83,14 +84,15 @@ class PatchSweep(Grid):
         return PatchSweep(values, self.axes, self.labels, f"normalised {self.name}", zero, zero + 1)
 
 
+@accepts_old("site", "axes")
 def patch_sweep(
     model: LoopedBridge,
     corrupted_tokens: Tokens,
     clean_cache: LoopedCache | Mapping[str, Tensor],
     metric: Metric,
+    *,
     site: str = "resid_pre",
     axes: Sequence[str] | None = None,
-    *,
     loops: LoopSelector = "all",
     layers: Indices = None,
     positions: Indices = None,
@@ -188,13 +190,14 @@ def patch_sweep(
     return _result(patcher, values, names, labels, _baseline(source, patcher))
 
 
+@accepts_old("site", "layer")
 def patch_between_loops(
     model: LoopedBridge,
     tokens: Tokens,
     metric: Metric,
+    *,
     site: str = "out",
     layer: int | None = None,
-    *,
     source_tokens: Tokens | None = None,
     onwards: bool = False,
     loops: LoopSelector = "all",
@@ -242,7 +245,9 @@ def patch_between_loops(
         >>> from tl_looped import LoopedBridge, LoopedConfig
         >>> from tl_looped.patching import patch_between_loops
         >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
-        >>> moved = patch_between_loops(model, torch.tensor([[1, 2]]), lambda logits: logits[0, -1, 3], "z", 1, verbose=False)
+        >>> def metric(logits):
+        ...     return logits[0, -1, 3]
+        >>> moved = patch_between_loops(model, torch.tensor([[1, 2]]), metric, site="z", layer=1, verbose=False)
         >>> moved.axes, bool((moved.values.diag() == moved.baseline_corrupted).all())
         (('source_loop', 'destination_loop'), True)
     """

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ._depth import stopping
+from ._old_calls import accepts_old
 from .bridge.looped_bridge import LoopedBridge
 from .bridge.processing import check_pass_norms
 from .bridge.tokens import refuse_unmarked_padding
@@ -96,12 +97,13 @@ def weight_gradients_by_pass(
     }
 
 
+@accepts_old("loss_fn")
 def influence(
     model: LoopedBridge,
     train_tokens: Int[Tensor, "train pos"],
     query_tokens: Int[Tensor, "query query_pos"],
-    loss_fn: Loss | None = None,
     *,
+    loss_fn: Loss | None = None,
     loops: LoopSelector = "all",
     stack: str | None = None,
     at_loop: int | None = None,

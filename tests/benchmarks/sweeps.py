@@ -69,7 +69,7 @@ def against_transformer_lens(cfg: LoopedConfig, n_pos: int, rounds: int) -> dict
 
 
 def sweep(bridge: LoopedBridge, corrupted: torch.Tensor, cache: Any, site: str, axes: Any, **kwargs: Any) -> torch.Tensor:
-    return patch_sweep(bridge, corrupted, cache, metric, site, axes, verbose=False, **kwargs).values
+    return patch_sweep(bridge, corrupted, cache, metric, site=site, axes=axes, verbose=False, **kwargs).values
 
 
 def against_nnsight(d_model: int, n_pos: int) -> dict[str, float]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, cast
 
 import torch
 from torch import Tensor
 
+from .._old_calls import accepts_old
 from ..bridge.cache import LoopedCache
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.tokens import real_mean
@@ -14,6 +18,8 @@ from ..errors import LoopedError
 from ..schedule import Indices, LoopSelector, select_indices
 from ..sites import select_layers
 from ._hooks import Hooks, Positions, cached, here, real_in, unit_mask, write
+
+P = ParamSpec("P")
 
 HOOKS: dict[str, tuple[str, ...]] = {
     "attn": ("hook_attn_out",),
@@ -24,13 +30,32 @@ HOOKS: dict[str, tuple[str, ...]] = {
 }
 
 
+def _units(function: Callable[P, Hooks]) -> Callable[P, Hooks]:
+    """The release before called heads and neurons by one name."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Hooks:
+        if "units" in kwargs:
+            new = "neurons" if "neuron" in (kwargs.get("part"), *args[1:2]) else "heads"
+            if new in kwargs:
+                raise LoopedError(f"ablate(units=, {new}=) was called; they are one argument, pass {new}= alone.")
+            warnings.warn(f"ablate(units=) is now ablate({new}=).", FutureWarning, stacklevel=3)
+            kwargs[new] = kwargs.pop("units")
+        return function(*args, **kwargs)
+
+    return cast(Callable[P, Hooks], call)
+
+
+@accepts_old("loops", "layers", "units")
+@_units
 def ablate(
     model: LoopedBridge,
     part: Literal["attn", "mlp", "layer", "head", "neuron"],
+    *,
     loops: LoopSelector = "all",
     layers: Indices = None,
-    units: Indices = None,
-    *,
+    heads: Indices = None,
+    neurons: Indices = None,
     mode: Literal["zero", "mean", "resample"] = "zero",
     cache: LoopedCache | None = None,
     positions: Positions = None,
@@ -47,7 +72,8 @@ def ablate(
             bias; "neuron": `mlp.hook_post` of neurons. A "layer" keeps norms on the stream (Huginn); `skip_layer` does not.
         loops: in which loops.
         layers: layers inside the loop (or inside the prelude or coda); None for all.
-        units: heads or neurons; None for all.
+        heads: for "head": which; None for all.
+        neurons: for "neuron": which; None for all.
         mode: "zero"; "mean": the mean over all rows and positions of `cache` but padding, separately for every loop;
             "resample": the values of `cache` at the same loop, row and position, which needs a run of the same shape.
         cache: another run's cache, for "mean" and "resample".
@@ -55,14 +81,14 @@ def ablate(
         stack: "L" or "H" for HRM-Text; "prelude" or "coda" (without `loops`).
 
     Raises:
-        LoopedError: loops, layers or units that do not exist; a cache that lacks an activation or, when the hooks run, has
-            another shape.
+        LoopedError: loops, layers, heads or neurons that do not exist; a cache that lacks an activation or, when the hooks run,
+            has another shape.
 
     Example:
         >>> import torch
         >>> from tl_looped import LoopedBridge, LoopedConfig
         >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3))
-        >>> hooks = ablate(model, "head", loops=slice(1, None), layers=0, units=1)
+        >>> hooks = ablate(model, "head", loops=slice(1, None), layers=0, heads=1)
         >>> [name for name, _ in hooks]
         ['loops.1.blocks.0.attn.hook_z', 'loops.2.blocks.0.attn.hook_z']
         >>> model.run_with_hooks(torch.tensor([[1, 2, 3]]), fwd_hooks=hooks).shape
@@ -76,12 +102,15 @@ def ablate(
     if (cache is None) != (mode == "zero"):
         wants = "no cache=" if mode == "zero" else "cache= of another run, such as run_with_cache(other_tokens)[1]"
         raise LoopedError(f"mode={mode!r} needs {wants}.")
-    if units is not None and part not in ("head", "neuron"):
-        raise LoopedError(f'units={units!r} was asked of part={part!r}; units are those of part="head" or part="neuron".')
     mask = None
-    if units is not None:
-        n = model.looped_cfg.n_heads if part == "head" else model.looped_cfg.d_mlp
-        mask = unit_mask(select_indices(units, n, "units"), n, after=1 if part == "head" else 0)
+    for name, units, own, n in (
+        ("heads", heads, "head", model.looped_cfg.n_heads),
+        ("neurons", neurons, "neuron", model.looped_cfg.d_mlp),
+    ):
+        if units is not None and part != own:
+            raise LoopedError(f'{name}={units!r} was asked of part={part!r}; {name} are those of part="{own}".')
+        if units is not None:
+            mask = unit_mask(select_indices(units, n, name), n, after=1 if part == "head" else 0)
     chosen = select_layers(model.schedule, loops, layers, stack)
     names = [model.schedule.name(layer, hook_name) for layer in chosen for hook_name in HOOKS[part]]
     if cache is None:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .._old_calls import accepts_old
 from ..bridge.cache import LoopedCache
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
@@ -44,11 +45,12 @@ def freeze_injection(model: LoopedBridge, from_loop: int, *, stack: str | None =
     return [(name, seen.store), *frozen] if frozen else []
 
 
+@accepts_old("loops")
 def replace_injection(
     model: LoopedBridge,
     source: LoopedCache | Value,
-    loops: LoopSelector = "all",
     *,
+    loops: LoopSelector = "all",
     positions: Positions = None,
     stack: str | None = None,
 ) -> Hooks:
@@ -83,8 +85,9 @@ def replace_injection(
     return [(name, _write(value, positions, real_in(source, value))) for name, value in values.items()]
 
 
+@accepts_old("loops")
 def drop_injection(
-    model: LoopedBridge, loops: LoopSelector = "all", *, positions: Positions = None, stack: str | None = None
+    model: LoopedBridge, *, loops: LoopSelector = "all", positions: Positions = None, stack: str | None = None
 ) -> Hooks:
     """Inject zeros in chosen passes: the prompt no longer reaches them, except through the state.
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .._old_calls import accepts_old
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.processing import last_norm_is_folded
 from ..errors import LoopedError
@@ -17,7 +18,8 @@ from ..sites import select_layers
 from ._hooks import Hooks, Seen, passes_from, unit_mask
 
 
-def skip_layer(model: LoopedBridge, loops: LoopSelector = "all", layers: Indices = None, *, stack: str | None = None) -> Hooks:
+@accepts_old("loops", "layers")
+def skip_layer(model: LoopedBridge, *, loops: LoopSelector = "all", layers: Indices = None, stack: str | None = None) -> Hooks:
     """Make layers the identity on the residual stream in chosen loops: no branch, no norm on the stream.
 
     The layers are computed and their result is discarded, so a cache also holds what they would have written.
@@ -91,8 +93,9 @@ def _identities(pairs: Iterable[tuple[str, str]]) -> Hooks:
     return [hook for pair in pairs for hook in identity(*pair)]
 
 
+@accepts_old("times")
 def repeat_loop(
-    model: LoopedBridge, loop: int, times: int = 1, *, fwd_hooks: Iterable[tuple[str, Callable[..., Any]]] = ()
+    model: LoopedBridge, loop: int, *, times: int = 1, fwd_hooks: Iterable[tuple[str, Callable[..., Any]]] = ()
 ) -> tuple[LoopedBridge, Hooks]:
     """Run one loop several times in a row: the state that leaves it goes through the same loop again.
 
@@ -158,8 +161,9 @@ def _executions(old: Schedule, new: Schedule, loop: int, name: str) -> list[str]
     return [name]
 
 
+@accepts_old("layers", "heads")
 def freeze_attention(
-    model: LoopedBridge, from_loop: int, layers: Indices = None, heads: Indices = None, *, stack: str | None = None
+    model: LoopedBridge, from_loop: int, *, layers: Indices = None, heads: Indices = None, stack: str | None = None
 ) -> Hooks:
     """Let all loops after `from_loop` mix positions with the attention patterns of that loop.
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .._old_calls import accepts_old
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..schedule import Indices, LoopSelector
@@ -16,12 +17,13 @@ from ..sites import PASSES, STREAMS, check_site, select_places
 from ._hooks import Hooks, Positions, write
 
 
+@accepts_old("scale", "loops")
 def steer(
     model: LoopedBridge,
     direction: Float[Tensor, " d_model"],
+    *,
     scale: float = 1.0,
     loops: LoopSelector = "all",
-    *,
     site: Literal["state", "injection", "out", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"] = "state",
     layers: Indices = None,
     positions: Positions = None,
@@ -52,7 +54,7 @@ def steer(
         >>> import torch
         >>> from tl_looped import LoopedBridge, LoopedConfig
         >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3))
-        >>> hooks = steer(model, torch.ones(8), 0.02, loops=slice(1, None), decay=0.5, relative_to_rms=True)
+        >>> hooks = steer(model, torch.ones(8), scale=0.02, loops=slice(1, None), relative_to_rms=True)
         >>> model.generate(torch.tensor([[1, 2]]), 3, verbose=False, stop_at_eos=False).shape
         torch.Size([1, 5])
     """

@@ -87,7 +87,7 @@ def the_patches(asked: Question, section: Section) -> None:
             continue
         a_pass, name = ("loop", "") if stack == "core" else ("pass", f"{stack}: ")
         after = patch_sweep(
-            model, corrupted, cache, metric, "out", stack=stack, positions=positions, verbose=False
+            model, corrupted, cache, metric, site="out", stack=stack, positions=positions, verbose=False
         ).normalised()
         section.numbers[f"leaving_loops_{stack}"] = after
         most = after.values.amax(-1)
