@@ -84,7 +84,7 @@ def attention_viewer(
     heads: Indices = None,
     stack: str | None = None,
     example: int = 0,
-    max_bytes: int = 3_000_000,
+    max_bytes: int = 1_500_000,
 ) -> AttentionViewer:
     """Show attention patterns: rows are loops, columns heads, with a menu of layers.
 
@@ -99,8 +99,8 @@ def attention_viewer(
         heads: which heads.
         stack: "core", "L", "H", "prelude" or "coda"; None for all.
         example: which row of the batch.
-        max_bytes: how many attention weights at most, a byte each. Beyond it fewer layers are shown, then fewer loops, then
-            fewer queries, and the figure says so.
+        max_bytes: how many attention weights at most, a byte each. Beyond it prelude and coda are left out, then layers, loops
+            and queries, and the figure says so.
 
     Raises:
         LoopedError: the patterns were not cached, or not of all positions; tokens of another number; no such layer, loop, head,
@@ -268,11 +268,11 @@ def _within(stacks: list[_Shown], n_heads: int, n_pos: int, max_bytes: int) -> t
     full = size(stacks, n_pos)
     if full <= budget:
         return stacks, n_pos, ""
-    kept = stacks
+    looped = kept = [s for s in stacks if s.loops != [None]] or stacks  # what a loop does is the first question
     most = max(len(s.layers) for s in kept)
     while most > 1 and size(kept, n_pos) > budget:
         most -= 1
-        kept = [s._replace(layers=_spread(s.layers, most)) for s in stacks]
+        kept = [s._replace(layers=_spread(s.layers, most)) for s in looped]
     fewer = kept
     most = max(len(s.loops) for s in kept)
     while most > 2 and size(kept, n_pos) > budget:
@@ -280,10 +280,10 @@ def _within(stacks: list[_Shown], n_heads: int, n_pos: int, max_bytes: int) -> t
         kept = [s._replace(loops=_spread(s.loops, most)) for s in fewer]
     while n_queries > 1 and size(kept, n_queries) > budget:
         n_queries -= 1
-    parts = [_describe(s) for s, before in zip(kept, stacks, strict=True) if s != before]
+    parts = [_describe(s) for s in kept]
     parts += [f"the last {n_queries} of {n_pos} queries"] if n_queries < n_pos else []
     said = (
-        f"Only a part is shown, since all patterns take {full / 1e6:.1f} MB: {'; '.join(parts)}. Choose others with layers=, "
+        f"Only a part is shown, since all patterns take {full / 1e6:.1f} MB: {'; '.join(parts)}. Choose with stack=, layers=, "
         f"loops=, heads= or a shorter prompt, or allow more with max_bytes={full}."
     )
     return kept, n_queries, said
