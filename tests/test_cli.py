@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -65,9 +66,26 @@ def test_lens_takes_text_when_the_checkpoint_has_a_tokenizer(tmp_path: Path, cap
     assert "'t17'" in out and len(out[out.index("loop  ") :].strip().splitlines()) == 4
 
 
+def test_lens_of_a_file_of_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, table = tmp_path / "prompts.txt", tmp_path / "table.csv"
+    prompts.write_text("A b B c C a ? A\n\nB c C b ? B\n")
+    assert main(["lens", "toy:hop", "--prompts", str(prompts), "--csv", str(table), "--top-k", "2", "--n-loops", "3"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()[-3:]
+    assert cells(header) == ["prompt", "loop 0", "loop 1", "loop 2"]
+    assert [cell.split()[0] for cell in cells(rows[0])[1:]] == ["'b'", "'c'", "'a'"] and rows[1].startswith("B c C b ? B")
+    frame = pd.read_csv(table)
+    assert len(frame) == 6 and frame.token_1.tolist() == ["b", "c", "a", "c", "b", "c"] and "prob_2" in frame
+    ids = tmp_path / "ids.txt"
+    ids.write_text("5,17,3\n4\n")
+    assert main(["lens", str(GOLDEN / "ouro"), "--prompts", str(ids)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("4 ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        ([str(GOLDEN / "ouro"), "--prompts", "/no/such/file"], "--prompts '/no/such/file' cannot be read"),
+        ([str(GOLDEN / "ouro"), "--tokens", "5", "--csv", "/no/such/place/x.csv"], "no directory '/no/such/place'"),
         ([str(GOLDEN / "ouro"), "--prompt", "hello"], "no tokenizer.*--tokens"),
         ([str(GOLDEN / "ouro"), "--prompt", ""], "empty"),
         (["no/such-model", "--tokens", "1"], "no/such-model.*not a directory"),

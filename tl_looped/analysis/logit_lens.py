@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .._depth import at_depth
 from .._old_calls import accepts_old
 from .._tokens_shown import in_figure, token_texts, visible
 from ..bridge.looped_bridge import LoopedBridge
@@ -22,7 +23,6 @@ from ..plots import rank_trajectories
 from ..schedule import Indices, LoopSelector, Schedule, Site, check_count, check_index, select_indices
 from ._decoder import Decoder, Lens
 from ._lens_grid import lens_grid
-from ._prompts import at_depth
 
 __all__ = ["Readout", "LogitLensResult", "logit_lens"]
 

@@ -511,7 +511,7 @@ class LoopedBridge(InMemory, GeneratingBridge):
             >>> found.to_dataframe()[["text", "loop", "token_1", "target_rank"]].iloc[:3].values.tolist()
             [['A b B c C a ? A', 0, 'b', 1], ['A b B c C a ? A', 1, 'c', 0], ['A b B c C a ? A', 2, 'a', 6]]
         """
-        from ..analysis._prompts import at_depth
+        from .._depth import at_depth
         from ..answers import ask
 
         inputs = {"initial_state": initial_state, "token_type_ids": token_type_ids}
