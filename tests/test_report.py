@@ -361,13 +361,20 @@ def test_a_section_that_cannot_be_is_one_line_with_a_command_that_fills_it() -> 
 
 
 def test_made_for_so_many_loops_is_said_only_of_models_that_were() -> None:
-    for model, is_trained in (
-        (LoopedBridge.from_config(TINY, seed=0), False),
-        (LoopedBridge.from_pretrained(GOLDEN / "ouro"), True),
+    """Not of a config with random weights, nor of a checkpoint that predicts hardly better than chance."""
+    text_model = LoopedBridge.from_pretrained("toy:text", device="cpu")
+    random_ouro = LoopedBridge.from_pretrained(GOLDEN / "ouro", device="cpu")
+    for model, prompts, is_trained in (
+        (LoopedBridge.from_config(TINY, seed=0), TOKENS, False),
+        (random_ouro, TOKENS, False),
+        (text_model, "Return the number of items in the list.", True),
     ):
-        found = report(model, TOKENS, n_loops=6, sections=["model", "answers", "stability"], verbose=False)
+        found = report(model, prompts, n_loops=6, sections=["model", "answers", "stability"], verbose=False)
         text = found.html[found.html.index("<body>") :]
         assert ("made for" in text) == is_trained and ("it is set to" in text) == (not is_trained)
+    assert "hardly better than chance" in " ".join(
+        report(random_ouro, TOKENS, sections="model", verbose=False).sections[0].reading
+    )
 
 
 def test_figures_that_say_nothing_are_left_out() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from .._words import counted
 from ..analysis._prompts import at_depth, token_batches
@@ -23,6 +26,7 @@ PROMPTS = (
     "Return the number of items in the list.",
     "If the file does not exist, an error is raised.",
 )
+CLEARLY = 0.8  # of the loss of a uniform guess; a random model comes close to that by luck
 UNTRAINED = ("custom", "looped_llama")  # families whose number of loops somebody chose
 
 
@@ -40,7 +44,6 @@ def ask(
 ) -> Question:
     """The arguments of `report`, checked."""
     own = model.n_loops
-    made_for = None if model.looped_cfg.family in UNTRAINED else own
     if at_loop is not None:
         check_count("at_loop", at_loop, 0)
     n_loops = max(16, 2 * own, (at_loop or 0) + 1) if n_loops is None else check_count("n_loops", n_loops, 2)
@@ -79,7 +82,17 @@ def ask(
         raise LoopedError(f"answer={answer!r} and wrong={wrong!r} are one token; choose two.")
     if wrong is not None and answer is None:
         raise LoopedError(f"wrong={wrong!r} was given without an answer; say which token is right with answer=.")
-    return Question(answering, batches, n_loops, made_for, pair, hops, right, other, skip_first_token)
+    # A model that is hardly better than chance has random weights, whatever its config says it was made for.
+    is_trained = model.looped_cfg.family not in UNTRAINED and (hops is not None or _beats_chance(model, batches))
+    return Question(answering, batches, n_loops, own if is_trained else None, pair, hops, right, other, skip_first_token)
+
+
+@torch.no_grad()
+def _beats_chance(model: LoopedBridge, prompts: list[Int[Tensor, "_ _"]]) -> bool:
+    """Whether the model predicts the tokens of some prompts clearly better than a uniform guess, on average."""
+    some = [batch[:4] for batch in prompts[:8] if batch.shape[1] > 1]
+    losses = [cross_entropy(model(batch)[:, :-1].float().mT, batch[:, 1:], reduction="none").flatten() for batch in some]
+    return not losses or bool(torch.cat(losses).mean() < CLEARLY * math.log(model.cfg.d_vocab))
 
 
 def _pair(model: LoopedBridge, clean: Prompt, corrupted: Prompt) -> tuple[Tensor, Tensor]:

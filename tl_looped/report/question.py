@@ -140,7 +140,8 @@ class Question:
         if self.model.tokenizer is None:
             return str(token)
         text = self.model.tokenizer.decode([token])
-        return text.replace("\n", "↵").replace("\t", "⇥") or repr(text)
+        shown = text.replace("\n", "↵").replace("\t", "⇥") or repr(text)
+        return shown if shown.strip() else shown.replace(" ", "␣")
 
     def quoted(self, token: int) -> str:
         """A token in a sentence, without the space before it."""

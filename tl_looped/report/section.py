@@ -91,14 +91,14 @@ class Section:
             self.failed.append(f"{type(error).__name__}: {error}")
 
     def draw(self, caption: str, content: Any, width: int = 320) -> None:
-        """Add a figure, unless it says nothing: fewer than three points, or one number everywhere.
+        """Add a figure, unless it says nothing: no text, fewer than three points, or one number everywhere.
 
         Args:
             caption: what it shows.
             content: a plotly figure, or HTML.
             width: the least width in pixels at which it can be read.
         """
-        if isinstance(content, str) or says_something(content):
+        if content and (isinstance(content, str) or says_something(content)):
             self.figures.append(Figure(caption, content, width))
 
     def why_empty(self) -> str:

@@ -66,7 +66,7 @@ def facts(model: LoopedBridge, found: Sizes) -> str:
 
 
 def top_answers(asked: Question, top: Sequence[Any], own: int) -> str:
-    """The most probable tokens after each loop; columns in which nothing is probable are left out.
+    """The most probable tokens after each loop; columns in which nothing is probable are left out, and a table of one is "".
 
     Args:
         asked: whose tokenizer names them.
@@ -74,6 +74,8 @@ def top_answers(asked: Question, top: Sequence[Any], own: int) -> str:
         own: loops beyond this number are marked.
     """
     shown = [k for k in range(len(top[0].values)) if any(float(found.values[k]) >= SHOWN for found in top)]
+    if len(shown) < 2:
+        return ""
     rows = []
     for loop, found in enumerate(top):
         pairs = list(zip(asked.words(found.indices), found.values.tolist(), strict=True))

@@ -116,10 +116,12 @@ def _read(asked: Question, section: Section, answers: Int[Tensor, "loop pos"], e
         rank = (ends[:, 0] > chance[:, None]).sum(-1)
         numbers |= {"answer": asked.word(asked.answer), "answer_probability": chance, "answer_rank": rank}
         best = int(chance.argmax())
+        above = int(rank[own - 1])
+        place = "first" if above == 0 else f"below {counted(above, 'token')}"
         section.reading.append(
             f"The answer {asked.quoted(asked.answer)} has a probability of {share(chance[0])} after loop 0 and "
-            f"{share(chance[own - 1])} after loop {own - 1}, where {int(rank[own - 1])} tokens are more probable; "
-            f"it is highest after loop {best} ({share(chance[best])})."
+            f"{share(chance[own - 1])} after loop {own - 1}, where it comes {place}; it is highest after loop {best} "
+            f"({share(chance[best])})."
         )
 
 
@@ -176,5 +178,5 @@ def _cover(asked: Question, section: Section, ends: Float[Tensor, "loop row d_vo
     if loops[-1] >= own:
         caption += f" Rows with + are beyond {asked.own_words}."
     rows = [(f"{t}{' +' if t >= own else ''}", cells(t)) for t in loops]
-    section.cover = Figure(caption, bars(("loop", *heads), rows))
+    section.cover = Figure(caption, bars(("loop", *heads), rows), 320 if len(heads) < 3 else 60 + 95 * len(heads))
     section.numbers["cover"] = [[bar.share for bar in row] for _, row in rows]

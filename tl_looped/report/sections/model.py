@@ -53,6 +53,8 @@ def the_model(asked: Question, section: Section) -> None:
                 "the layers were trained to run once, and were looped afterwards."
                 if cfg.family == "looped_llama"
                 else "nothing tells how many loops it was trained for, or whether it was trained."
+                if cfg.family == "custom"
+                else "it predicts the prompts hardly better than chance, as with random weights."
             )
         )
     section.draw("The order in which the layers run.", schedule_diagram(cfg))

@@ -180,7 +180,10 @@ def _columns(grid: Grid, kept: list[int], pairs: list[str], positions: list[int]
     labels = {**grid.labels, grid.axes[-1]: [grid.labels[grid.axes[-1]][k] for k in kept]}
     part = Grid(grid.values[..., kept], grid.axes, labels, "share restored")
     figure = over_positions(part, [pairs[k] for k in kept], [positions[k] for k in kept], down)
-    return figure.update_traces(colorbar={"thickness": 14})
+    if float(part.values.min()) > -FAINT:  # what is below zero is nothing, and needs no colour of its own
+        most = max(1.0, float(part.values.max()))
+        figure.update_traces(colorscale="Blues", zmin=0, zmax=most, zmid=None)
+    return figure
 
 
 def _mark_stacks(figure: Any, schedule: Schedule) -> None:

@@ -17,7 +17,7 @@ DRAWN = {
     "loss": "loss (nats)",
     "accuracy": "accuracy",
     "margin": "margin (logits)",
-    "kl": "KL from the answer after the model's own loops (nats)",
+    "kl": "KL from the own loops' answer (nats)",
     "overthinking": "overthinking",
 }
 
