@@ -99,6 +99,12 @@ def test_edges_and_axes() -> None:
     full = quiet(bridge, TEXTS, logit_diff(RIGHT, WRONG))
     assert list(map(str, full.change.labels["loop"])) == ["prelude", "0", "1", "2", "coda"]
     assert full.change.values.isfinite().sum().item() == (2 + 3 * 3 + 1) * 3
+    frame = full.to_dataframe()  # without the layers that a stack lacks
+    assert len(frame) == 36 and frame.notna().all(axis=None) and set(frame.loop) == set(full.change.labels["loop"])
+    at = frame[(frame.loop == "coda") & (frame["head"] == full.change.labels["head"][2])].iloc[0]
+    assert at["logit difference change"] == full.change.values[4, 0, 2].item()
+    assert at["logit difference change_stderr"] == full.change.stderr[4, 0, 2].item()
+    assert len(full.plot().data[0].z) == 12
     by_loop = quiet(bridge, TEXTS, logit_diff(RIGHT, WRONG), by=("loop",), joint=[["0", 2], ["all"]])
     every = [(hook, [0, 1, 2]) for layer in range(3) for hook in hooks_of(1, layer, "head")]
     change = by_hand(bridge, every, slice(None), False) - by_hand(bridge, [], slice(None), False)

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tl_looped import LoopedBridge
 from tl_looped.cli import main
+from tl_looped.metrics import logit_diff
+from tl_looped.patching import patch_sweep
 
 pytestmark = pytest.mark.real
 
@@ -51,3 +53,16 @@ def test_loading_a_looped_copy_gives_the_same_bits(smollm2, tmp_path: Path) -> N
     bridge.save_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(LoopedBridge.from_pretrained(tmp_path)(PROMPT), bridge(PROMPT))
+
+
+def test_a_sweep_shows_what_the_coda_does(smollm2) -> None:
+    """The country is read at the last position in a layer of the coda, where a sweep of the loops alone sees nothing."""
+    hf, tokenizer = smollm2
+    bridge = LoopedBridge.loop_layers(hf, start=10, stop=20, n_loops=2, tokenizer=tokenizer)
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(PROMPT)
+        sweep = patch_sweep(bridge, "The capital of Italy is", cache, logit_diff(" Paris", " Rome"), verbose=False)
+    at_end = sweep.normalised().values[..., -1]  # [loop, layer]
+    assert list(map(str, sweep.labels["loop"])) == ["prelude", "0", "1", "coda"]
+    assert float(at_end[:3].abs().max()) < 0.1 and float(at_end[3, :4].abs().max()) < 0.1
+    assert bool((at_end[3, 4:] > 0.9).all())

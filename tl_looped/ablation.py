@@ -283,7 +283,7 @@ class _Plan:
         changes = values - (removed if self.restore else whole)[:, None]
         n = len(self.keys)
         grid, labels = laid_out(changes[:, :n].T, self.keys, self.names)
-        what = f"change of the {name}"
+        what = f"{name} change"
         joint = None
         if self.joint:
             joint = Estimate.of(changes[:, n:], ("joint",), {"joint": list(self.joint)}, what)

@@ -46,12 +46,21 @@ class Grid:
             )
 
     def to_dataframe(self) -> Any:
-        """A pandas DataFrame with one row per number and one column per axis (needs pandas, which TransformerLens installs)."""
+        """A pandas DataFrame with one row per number and one column per axis (needs pandas, which TransformerLens installs).
+
+        Layers that a stack lacks beside others (prelude, coda) have no rows.
+        """
         import pandas as pd
 
-        index = torch.ones_like(self.values).nonzero()
+        index = self._there().nonzero()
         columns: dict[str, Any] = {a: [self.labels[a][i] for i in index[:, k].tolist()] for k, a in enumerate(self.axes)}
-        return pd.DataFrame({**columns, self.name: self.values.detach().cpu().flatten().tolist()})
+        return pd.DataFrame({**columns, self.name: self.values.detach()[self._there()].cpu().tolist()})
+
+    def _there(self) -> Tensor:
+        """Which entries exist: where stacks of different depth share the axis "loop", not all do, and those are NaN."""
+        if {"prelude", "coda"}.isdisjoint(self.labels.get("loop", ())):
+            return torch.ones_like(self.values, dtype=torch.bool)
+        return ~self.values.isnan()
 
     def plot(self, title: str = "") -> Any:
         """A plotly figure: a heat map with the last axis across and the others down, or a line if there is one axis.
@@ -134,7 +143,7 @@ class Estimate(Grid):
     def to_dataframe(self) -> Any:
         """As for a `Grid`, with the columns `{name}_stderr` and `count` beside the mean."""
         frame = super().to_dataframe()
-        frame[f"{self.name}_stderr"] = self.stderr.cpu().flatten().tolist()
+        frame[f"{self.name}_stderr"] = self.stderr[self._there()].cpu().tolist()
         frame["count"] = self.count
         return frame
 
