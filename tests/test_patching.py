@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peak_memory import PeakMemory
@@ -101,7 +102,7 @@ def test_layers_that_run_once(stack: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["huginn", "parcae", "looped_qwen", "retrofit_llama"])
-def test_prelude_and_coda_are_swept_with_the_loops(name: str) -> None:
+def test_prelude_and_coda_are_swept_with_the_loops(name: str, unchecked: None) -> None:
     bridge, cache = zoo(name), clean_cache(name)
     schedule = bridge.schedule
     with torch.no_grad():
@@ -115,6 +116,8 @@ def test_prelude_and_coda_are_swept_with_the_loops(name: str) -> None:
             torch.testing.assert_close(part.values, found.values[rows, : schedule.stacks[stack]], atol=1e-9, rtol=1e-9)
         whole = quiet_sweep(bridge, CORRUPTED, cache, metric, site="z", axes=("head", "loop"))
         check_some(bridge, whole, cache, "z", None, n=5)
+        some = quiet_sweep(bridge, CORRUPTED, cache, metric, axes=("loop", "layer"), loops=np.array([0, 2]))
+        assert list(map(str, some.labels["loop"])) == ["0", "2"]
         # A layer in all its loops is one of the loop's.
         by_layer = quiet_sweep(bridge, CORRUPTED, cache, metric, site="z", axes=("layer",))
         assert len(by_layer.labels["layer"]) == schedule.n_core

@@ -39,7 +39,7 @@ def select_layers(schedule: Schedule, loops: LoopSelector, layers: Indices, stac
         LoopedError: loops of prelude or coda; loops or layers that do not exist.
     """
     if stack in ("prelude", "coda"):
-        if loops != "all":
+        if not isinstance(loops, str) or loops != "all":
             raise LoopedError(f"loops={loops!r} was asked of the {stack}, which runs once; leave loops out.")
         chosen: list[int | None] = [None]
     else:
@@ -92,7 +92,8 @@ def swept_places(
         stack: as in `select_places`.
     """
     schedule, places = model.schedule, select_places(model, site, loops, layers, stack)
-    if site not in PASSES and stack is None and layers is None and loops == "all" and "loop" in axes:
+    nothing_asked = stack is None and layers is None and isinstance(loops, str) and loops == "all"
+    if site not in PASSES and nothing_asked and "loop" in axes:
         edges = [layer_place(model, site, i) for i in range(schedule.n_layers) if schedule.site(i).loop is None]
         places = sorted([*places, *edges], key=lambda place: place.entry)
     labels = [{"loop": place.loop, "layer": str(place.site.layer)} for place in places]

@@ -109,7 +109,7 @@ _, clean_cache = model.run_with_cache(clean)
 # the last query.
 
 # %%
-sweep = patch_sweep(model, corrupted, clean_cache, metric, site="resid_pre", verbose=False)
+sweep = patch_sweep(model, corrupted, clean_cache, metric, site="resid_pre", stack="core", verbose=False)
 print(f"clean {float(sweep.baseline_clean):.1f}, corrupted {float(sweep.baseline_corrupted):.1f}; {sweep.values.numel()} runs")
 restored = sweep.normalised()  # [loop, layer, pos]
 restored.plot("Clean residual stream patched into the corrupted run (resid_pre)").show()
@@ -141,9 +141,10 @@ if HOP:
 # in how many does the patch restore more than half of the logit difference?
 
 # %%
-by_head = patch_sweep(model, corrupted, clean_cache, metric, site="z", verbose=False).normalised()
+by_head = patch_sweep(model, corrupted, clean_cache, metric, site="z", stack="core", verbose=False).normalised()
 by_head.plot("One head patched").show()
-by_layer = patch_sweep(model, corrupted, clean_cache, metric, site="z", axes=("loop", "layer"), verbose=False).normalised()
+by_layer = patch_sweep(model, corrupted, clean_cache, metric, site="z", axes=("loop", "layer"), stack="core", verbose=False)
+by_layer = by_layer.normalised()
 by_layer.plot("All heads of a layer patched").show()
 
 # %%
