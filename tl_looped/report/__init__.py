@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ __all__ = ["Figure", "Report", "Section", "report"]
 
 RANKED = ("answers", "patching", "stability", "fixed_points", "exits", "attention")  # whose headlines come first
 N_FINDINGS = 3
-AVERAGED = ("fixed_points", "attention", "stages", "stability", "exits")  # means over all prompts
+AVERAGED = {"fixed_points", "attention", "stages", "stability", "exits"}  # means over all prompts
 
 
 @dataclass
@@ -38,16 +39,18 @@ class Report:
     Args:
         title: above the page.
         lead: one line about the model and the prompts.
-        prompts: the prompts that are shown, as HTML.
+        prompt: the prompt that is shown.
         sections: what was found so far.
         missing: titles of the sections that an interruption left out.
+        tokens: the prompt token by token, beside the corrupted one if there is one, as HTML; "" for `prompt` as it is.
     """
 
     title: str
     lead: str
-    prompts: str
+    prompt: str
     sections: list[Section] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    tokens: str = ""
 
     @property
     def findings(self) -> list[str]:
@@ -64,7 +67,8 @@ class Report:
     def html(self) -> str:
         """The page; it holds its scripts, styles and data."""
         note = f"Interrupted: {', '.join(self.missing)} not done." if self.missing else ""
-        return page(self.title, self.lead, self.prompts, self.findings, self.sections, note)
+        tokens = self.tokens or f'<p class="prompts">{escape(self.prompt)}</p>'
+        return page(self.title, self.lead, tokens, self.findings, self.sections, note)
 
     def save(self, file: str | Path) -> Path:
         """Write the page; an earlier one is replaced in one step, its permissions are kept.
@@ -82,6 +86,7 @@ class Report:
         return {
             "title": self.title,
             "lead": self.lead,
+            "prompt": self.prompt,
             "findings": self.findings,
             "missing": self.missing,
             "sections": [section.to_dict() for section in self.sections],
@@ -162,7 +167,8 @@ def report(
         skip_first_token=skip_first_token,
     )
     name = str(model.cfg.model_name)
-    found = Report(f"Inside {Path(name).name if Path(name).is_dir() else name}", _lead(asked), prompts_table(asked))
+    title = f"Inside {Path(name).name if Path(name).is_dir() else name}"
+    found = Report(title, _lead(asked, names), " ".join(asked.words(asked.shown[0])), tokens=prompts_table(asked))
     bar = tqdm(names, desc="report", disable=not verbose)
     try:
         for name in bar:
@@ -194,9 +200,10 @@ def _chosen(sections: str | Sequence[str] | None) -> list[str]:
     return [name for name in SECTIONS if name in names]
 
 
-def _lead(asked: Question) -> str:
+def _lead(asked: Question, names: list[str]) -> str:
     """One line about the model and what was measured."""
+    basis = f" {asked.basis}" if AVERAGED & {*names} else ""
     return (
         f"{asked.model.schedule.describe()}. Loops are numbered from 0: the answer measured is that after loop "
-        f"{asked.model.n_loops - 1}, and the page looks at up to {counted(asked.n_loops, 'loop')}. {asked.basis}"
+        f"{asked.model.n_loops - 1}, and the page looks at up to {counted(asked.n_loops, 'loop')}.{basis}"
     )
