@@ -127,7 +127,7 @@ def test_axes_are_sums_in_the_order_asked() -> None:
     )
     assert full.values.shape == (3, 2, 5, 3, 5, 2)
     one = attribution_sweep(bridge, CORRUPTED, cache, total, site="pattern", axes=("src_pos", "head", "loop"))
-    assert one.axes == ("src_pos", "head", "loop") and one.labels["src_pos"] == list("01234")
+    assert one.axes == ("src_pos", "head", "loop") and one.labels["src_pos"] == [0, 1, 2, 3, 4]
     torch.testing.assert_close(one.values, full.values.sum((1, 2, 5)).permute(2, 1, 0))
     keys = attribution_sweep(bridge, CORRUPTED, cache, total, site="k")
     assert keys.values.shape == (3, 2, 1)  # one key-value head
@@ -136,7 +136,7 @@ def test_axes_are_sums_in_the_order_asked() -> None:
     torch.testing.assert_close(by_position.values, whole.values.sum((0, 2)))
     some = attribution_sweep(bridge, CORRUPTED, cache, total, site="resid_post", axes=("loop", "layer", "pos"), loops=[2, 0])
     torch.testing.assert_close(some.values, whole.values.permute(2, 0, 1)[[2, 0]])
-    assert some.labels["loop"] == ["2", "0"]
+    assert some.labels["loop"] == [2, 0]
     assert {"loop", "layer", "pos", "attribution"} == set(some.to_dataframe().columns)
 
 

@@ -126,7 +126,7 @@ def test_repetition_is_one_for_equal_passes_and_known_for_shifted_ones() -> None
     bridge = random_bridge("ouro", n_core=4)
     same = made_up(bridge, lambda i: (i % 4).sin()).repetition()
     assert same.values.shape == (2, 5, 2) and torch.allclose(same.values, torch.ones(2, 5, 2).double())
-    assert same.labels["loop"] == ["1", "2"]
+    assert same.labels["loop"] == [1, 2]
     shifted = made_up(bridge, lambda i: i).repetition()  # the same slope, 4 higher in every pass
     var = np.var(range(4))
     assert torch.allclose(shifted.values[..., 0], torch.ones(2, 5).double())

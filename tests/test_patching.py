@@ -184,7 +184,7 @@ def test_a_choice_of_cells_is_a_part_of_the_whole_grid() -> None:
             bridge, CORRUPTED, cache, metric, site="z", axes=("head", "loop", "layer", "pos"),
             loops=slice(1, None), layers=-1, positions=[4, 2], heads=[0, 2],
         )  # fmt: skip
-    assert part.labels["loop"] == ["1", "2"] and part.labels["pos"] == ["2", "4"] and part.labels["head"] == ["0", "2"]
+    assert part.labels["loop"] == [1, 2] and part.labels["pos"] == [2, 4] and part.labels["head"] == [0, 2]
     torch.testing.assert_close(part.values, whole.values[1:, 1:][:, :, [2, 4]][..., [0, 2], :].permute(3, 0, 1, 2, 4))
     together = quiet_sweep(bridge, CORRUPTED, cache, metric, site="z", axes=("loop",), layers=0, positions=[2, 4], heads=[0, 2])
 
@@ -259,7 +259,7 @@ def test_results_have_scales_labels_and_a_figure() -> None:
     with torch.no_grad():
         _, cache = bridge.run_with_cache(CLEAN[:1])
         found = quiet_sweep(bridge, CORRUPTED[:1], cache, lambda logits: logits[0, -1, 3])
-    assert found.values.shape == (3, 2, 5) and found.labels["loop"] == ["0", "1", "2"]
+    assert found.values.shape == (3, 2, 5) and found.labels["loop"] == [0, 1, 2]
     assert [label.split()[-1] for label in found.labels["pos"]] == ["0", "1", "2", "3", "4"]
     scaled = found.normalised()
     torch.testing.assert_close(scaled.values[:, :, 0][0], torch.zeros(2))  # the first tokens are the same

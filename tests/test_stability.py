@@ -51,7 +51,7 @@ def test_every_count_is_what_the_model_with_so_many_loops_answers(name: str, wit
     change = torch.stack(losses) - losses[trained - 1]
     assert torch.allclose(found.loss_change.values, change.mean(1)) and found.loss_change.count == 3
     assert torch.allclose(found.loss_change.stderr, change.std(1) / 3**0.5)
-    assert found.loss.labels["n_loops"] == [str(n) for n in range(1, n_loops + 1)]
+    assert found.loss.labels["n_loops"] == list(range(1, n_loops + 1))
     assert found.kl.values[trained - 1].item() == pytest.approx(0, abs=1e-12)
 
 

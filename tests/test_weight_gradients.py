@@ -147,7 +147,7 @@ def test_influence_of_chosen_loops_and_another_loss() -> None:
 
     full = influence(bridge, train, query, loss_fn=last, by_train_loop=True)
     some = influence(bridge, train, query, loss_fn=last, loops=[2, 0])
-    assert some.labels["loop"] == ["2", "0"]
+    assert some.labels["loop"] == [2, 0]
     torch.testing.assert_close(some.values, full.values.sum(2)[..., [2, 0]])
     with pytest.raises(OutOfRangeError, match="3 loops"):
         influence(bridge, train, query, loops=3)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .bridge.looped_bridge import LoopedBridge
     from .config import LoopedConfig
     from .errors import LoopedError
+    from .results import load_result
     from .schedule import Schedule
     from .side_by_side import compare
 
@@ -45,6 +46,7 @@ __all__ = [
     "exits",
     "families",
     "interventions",
+    "load_result",
     "metrics",
     "patching",
     "path_patching",
@@ -61,6 +63,7 @@ _HOMES = {
     "LoopedCache": "bridge.cache",
     "LoopedConfig": "config",
     "LoopedError": "errors",
+    "load_result": "results",
     "Schedule": "schedule",
     "compare": "side_by_side",
 }

@@ -11,13 +11,26 @@ from .errors import LoopedError
 
 
 def write_text(file: str | Path, text: str) -> Path:
-    """Write a text file in one step, so that a reader never meets half of it.
+    """Write a text file in one step; as `write_bytes`.
+
+    Args:
+        file: where to.
+        text: its content.
+
+    Raises:
+        LoopedError: as `write_bytes`.
+    """
+    return write_bytes(file, text.encode("utf-8"))
+
+
+def write_bytes(file: str | Path, content: bytes) -> Path:
+    """Write a file in one step, so that a reader never meets half of it.
 
     An earlier file is replaced and its permissions are kept; a symbolic link stays, and what it points to is replaced.
 
     Args:
         file: where to.
-        text: its content.
+        content: what it holds.
 
     Raises:
         LoopedError: the place cannot be written, or holds something else than a regular file.
@@ -28,7 +41,7 @@ def write_text(file: str | Path, text: str) -> Path:
         mode = stat.S_IMODE(place.stat().st_mode) if place.exists() else None
         try:
             with os.fdopen(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else 0o600), "wb") as out:
-                out.write(text.encode("utf-8"))
+                out.write(content)
                 out.flush()
                 os.fsync(out.fileno())
             if mode is not None:

@@ -103,7 +103,7 @@ def attribution_sweep(
     else:
         corrupted, gradients = _integrated(pair, names, check_count("steps", steps))
     kept = tuple(axis for axis in dims if axis in axes or (axis == "example" and pair.per_example))
-    cells: dict[tuple[str, ...], Tensor] = {}
+    cells: dict[tuple[str | int, ...], Tensor] = {}
     for key, place in placed:
         n = place.hook
         score = _summed((pair.clean(n, corrupted[n]) - wide(corrupted[n])) * gradients[n], dims, kept)
@@ -113,7 +113,7 @@ def attribution_sweep(
     wanted = tuple(axes) + (("example",) if pair.per_example else ())
     values = values.permute([(*swept, *kept).index(axis) for axis in wanted])
     sizes = dict(zip(wanted, values.shape, strict=True))
-    return Grid(values, wanted, {a: labels.get(a) or [str(i) for i in range(n)] for a, n in sizes.items()}, "attribution")
+    return Grid(values, wanted, {a: labels.get(a) or list(range(n)) for a, n in sizes.items()}, "attribution")
 
 
 def _check_axes(site: str, axes: Sequence[str], known: list[str]) -> None:

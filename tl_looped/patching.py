@@ -51,6 +51,9 @@ class PatchSweep(Grid):
     baseline_corrupted: Tensor | None = None
     baseline_clean: Tensor | None = None
 
+    def _weight(self) -> Tensor:
+        return self.values if self.baseline_corrupted is None else self.values - self.baseline_corrupted  # what a patch changes
+
     def plot(self, title: str = "") -> Any:
         """The figure of a `Grid`, of the mean over the examples if there are several.
 
@@ -312,7 +315,7 @@ def _check_axes(site: str, axes: Sequence[str] | None) -> tuple[str, ...]:
 
 def _places(
     model: LoopedBridge, site: str, names: Sequence[str], loops: LoopSelector, layers: Indices, stack: str | None
-) -> list[tuple[tuple[str, ...], Place]]:
+) -> list[tuple[tuple[Any, ...], Place]]:
     """Every activation that is patched, and the label of each on the axes of layers that are named."""
     if "virtual_layer" in names:
         if loops != "all" or stack is not None:
@@ -349,20 +352,20 @@ def _where(activation: Tensor, at: dict[str, list[int]]) -> Tensor:
     return where if "src_pos" in at else where[..., None]
 
 
-def _inner_labels(patcher: Patcher, axis: str, indices: list[int]) -> list[str]:
+def _inner_labels(patcher: Patcher, axis: str, indices: list[int]) -> list[Any]:
     model, run = patcher.model, cast(Run, patcher.base.run)
     if axis == "head" or model.tokenizer is None:
-        return [str(i) for i in indices]
+        return list(indices)
     rows = run.input[None] if run.input.ndim == 1 else run.input
     if len(rows) > 1:
-        return [str(i) for i in indices]
+        return list(indices)
     words: Any = model.to_str_tokens(rows[0])
     return [f"{words[i]} {i}" for i in indices]
 
 
 def _result(
-    patcher: Patcher, values: Tensor, axes: tuple[str, ...], labels: dict[str, list[str]], clean: Tensor | None
+    patcher: Patcher, values: Tensor, axes: tuple[str, ...], labels: dict[str, list[Any]], clean: Tensor | None
 ) -> PatchSweep:
     if values.ndim > len(axes):
-        axes, labels = (*axes, "example"), labels | {"example": [str(i) for i in range(values.shape[-1])]}
+        axes, labels = (*axes, "example"), labels | {"example": list(range(values.shape[-1]))}
     return PatchSweep(values, axes, labels, metric_name(patcher.metric), patcher.baseline, clean)

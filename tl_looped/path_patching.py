@@ -391,7 +391,7 @@ class Paths:
         labels = {"source": self.labels(self.sources), "receiver": self.labels(self.receivers)}
         if not self.pair.per_example:
             return Grid(values[..., 0], ("source", "receiver"), labels, name)
-        examples = [str(i) for i in range(values.shape[-1])]
+        examples = list(range(values.shape[-1]))
         return Grid(values, ("source", "receiver", "example"), {**labels, "example": examples}, name)
 
 

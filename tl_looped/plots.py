@@ -71,10 +71,12 @@ def heat_map(grid: Grid, title: str = "") -> Any:
     figure = go.Figure(layout={"title": title or _words(grid.name), "xaxis_title": _words(across), "template": "plotly_white"})
     if not down:
         figure.update_layout(yaxis_title=_words(grid.name))
-        if all(map(_is_number, x)):
+        if all(isinstance(label, int) or _is_number(label) for label in x):
             figure.add_scatter(x=[float(label) for label in x], y=values.tolist(), mode="lines+markers", line={"color": LINE})
             return figure.update_xaxes(dtick=1 if len(x) <= 12 else None)
-        return figure.add_bar(x=x, y=values.tolist(), marker={"color": LINE}).update_xaxes(type="category")
+        return figure.add_bar(x=[str(label) for label in x], y=values.tolist(), marker={"color": LINE}).update_xaxes(
+            type="category"
+        )
     rows = list(product(*(grid.labels[axis] for axis in down)))
     z = values.reshape(len(rows), len(x))
     if not EDGES.isdisjoint(grid.labels[down[0]]):  # a stack with fewer layers than another has no rows for those it lacks
@@ -103,7 +105,7 @@ def heat_map(grid: Grid, title: str = "") -> Any:
         **colours,
     )
     figure.update_xaxes(**_ticks(x, 24), showgrid=False)
-    names = [" · ".join(row) for row in rows]
+    names = [" · ".join(map(str, row)) for row in rows]
     figure.update_yaxes(title=" · ".join(map(_words, down)), autorange="reversed", showgrid=False, **_ticks(names, 48))
     firsts = [row[0] for row in rows]
     has_groups = len(set(firsts)) < len(rows)
@@ -399,10 +401,10 @@ def _mark_passes(figure: Any, schedule: Schedule, layers: Sequence[int]) -> None
     figure.update_xaxes(showgrid=False)
 
 
-def _ticks(labels: Sequence[str], most: int) -> dict[str, Any]:
+def _ticks(labels: Sequence[str | int], most: int) -> dict[str, Any]:
     """Ticks at evenly spaced labels, no more than `most` of them, in which plotly finds no tags: a token may be `<s>`."""
     every = -(-len(labels) // most)
-    return {"tickvals": list(range(0, len(labels), every)), "ticktext": [escape(label) for label in labels[::every]]}
+    return {"tickvals": list(range(0, len(labels), every)), "ticktext": [escape(str(label)) for label in labels[::every]]}
 
 
 def _words(name: str) -> str:

@@ -27,9 +27,9 @@ class Place(NamedTuple):
     entry: int
 
     @property
-    def loop(self) -> str:
+    def loop(self) -> str | int:
         """What its loop is called; prelude and coda have one loop, called so."""
-        return self.site.stack if self.site.loop is None else str(self.site.loop)
+        return self.site.stack if self.site.loop is None else self.site.loop
 
 
 def select_layers(schedule: Schedule, loops: LoopSelector, layers: Indices, stack: str | None) -> list[int]:
@@ -78,7 +78,7 @@ def select_places(
 
 def swept_places(
     model: LoopedBridge, site: str, axes: Sequence[str], loops: LoopSelector, layers: Indices, stack: str | None
-) -> list[tuple[tuple[str, ...], Place]]:
+) -> list[tuple[tuple[str | int, ...], Place]]:
     """The places of a sweep, each with its labels on those of the axes "loop" and "layer" that are swept.
 
     Where no part of the model is asked for and "loop" is an axis, prelude and coda are entries of it, in the order of the run.
@@ -96,13 +96,13 @@ def swept_places(
     if site not in PASSES and nothing_asked and "loop" in axes:
         edges = [layer_place(model, site, i) for i in range(schedule.n_layers) if schedule.site(i).loop is None]
         places = sorted([*places, *edges], key=lambda place: place.entry)
-    labels = [{"loop": place.loop, "layer": str(place.site.layer)} for place in places]
+    labels = [{"loop": place.loop, "layer": place.site.layer} for place in places]
     return [(tuple(label[axis] for axis in label if axis in axes), place) for label, place in zip(labels, places, strict=True)]
 
 
 def laid_out(
-    values: Float[Tensor, "cell ..."], keys: Sequence[tuple[str, ...]], axes: Sequence[str]
-) -> tuple[Float[Tensor, ...], dict[str, list[str]]]:
+    values: Float[Tensor, "cell ..."], keys: Sequence[tuple[str | int, ...]], axes: Sequence[str]
+) -> tuple[Float[Tensor, ...], dict[str, list[str | int]]]:
     """One value per cell as a grid, and the labels of its axes; NaN where stacks have fewer layers than others.
 
     Args:

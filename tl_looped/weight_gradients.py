@@ -162,8 +162,8 @@ def influence(
         trained = by_loop(row[None])
         trained = trained[chosen] if by_train_loop else trained.sum(0, keepdim=True)
         rows.append(torch.stack([trained @ query.T for query in queries]))
-    labels = {"train": [str(i) for i in range(len(train_tokens))], "query": [str(i) for i in range(len(query_tokens))]}
-    labels |= {axis: [str(t) for t in chosen] for axis in ("train_loop", "loop")}
+    labels = {"train": list(range(len(train_tokens))), "query": list(range(len(query_tokens)))}
+    labels |= {axis: list(chosen) for axis in ("train_loop", "loop")}
     if by_train_loop:
         return Grid(torch.stack(rows), ("train", "query", "train_loop", "loop"), labels, "influence")
     return Grid(torch.stack(rows).squeeze(2), ("train", "query", "loop"), labels, "influence")

@@ -54,7 +54,7 @@ class AttentionStability(Result):
             LoopedError: plotly is not installed; an unknown grouping.
         """
         grid = self.successive
-        at = [Site(self.stack, int(t), int(j)) for t in grid.labels["loop"] for j in grid.labels["layer"]]
+        at = [Site(self.stack, t, j) for t in grid.labels["loop"] for j in grid.labels["layer"]]
         layers = [self.schedule.virtual(site) for site in at]
         values, title = grid.values.mean(-1).flatten().tolist(), "Attention patterns against the loop before, mean over heads"
         return grouped(values, self.schedule, layers, group_by, "Frobenius distance / sqrt(pos)", title=title)
@@ -109,7 +109,7 @@ def attention_stability(
             )
             axes = ("loop", "layer", "head")
             counts = ([p.loop for p in passes[first:]], range(values.shape[2]), range(values.shape[3]))
-            labels = {axis: [str(k) for k in ks] for axis, ks in zip(axes, counts, strict=True)}
+            labels = {axis: list(ks) for axis, ks in zip(axes, counts, strict=True)}
             return Estimate.of(values.cpu(), axes, labels, name)
 
         return AttentionStability(
@@ -192,7 +192,7 @@ def attention_distances(
         norms = gram.diagonal(dim1=-2, dim2=-1).clone()
         distances = gram.mul_(-2).add_(norms[..., None, :]).add_(norms[..., None]).clamp_(min=0)
         distances = distances.div_(pos if per_head else cfg.n_heads * pos).sqrt_().movedim(1, -1)
-        labels = {"layer": names, "other": names, "head": [str(h) for h in range(cfg.n_heads)]}
+        labels = {"layer": names, "other": names, "head": list(range(cfg.n_heads))}
         axes = ("layer", "other", "head") if per_head else ("layer", "other")
         if not per_head:
             distances = distances[..., 0]
@@ -254,7 +254,7 @@ def attention_bound(
     kappas = [_kappa(deep, i) for i in passes[0].layers]
     hooks = {name: (at, "input") for name, at in layer_hooks(deep.schedule, passes, "attn.hook_in").items()}
     hooks |= {name: (at, "pattern") for name, at in layer_hooks(deep.schedule, passes, "attn.hook_pattern").items()}
-    labels = {"loop": [str(p.loop) for p in passes[1:]], "layer": [str(j) for j in range(passes[0].n_layers)]}
+    labels = {"loop": [p.loop for p in passes[1:]], "layer": list(range(passes[0].n_layers))}
 
     def examples(tokens: Int[Tensor, "batch pos"]) -> Estimate:
         before: dict[tuple[int, str], Tensor] = {}
@@ -327,7 +327,7 @@ def looped_floorplan(
 
     hooks = {f"{name}.attn.hook_pattern": i for i, name in enumerate(names)}
     visit(deep, batches[0], hooks, keep, stop=schedule.n_layers, initial_state=initial_state)
-    positions = [str(p) for p in range(batches[0].shape[1])]
+    positions = list(range(batches[0].shape[1]))
     labels = {"layer": names, "query": positions, "key": positions}
     return Grid(torch.stack(patterns), ("layer", "query", "key"), labels, "attention")
 

@@ -93,11 +93,11 @@ class FixedPoints(Result):
             known = f"{', '.join(get_args(Quantity))} in {', '.join(get_args(Metric))}"
             raise LoopedError(f"{quantity!r} in {metric!r} was asked; there are {known}.")
         grid = self.norm if quantity == "norm" else getattr(self, quantity)[metric]
-        at = [Site(self.stack, int(t), int(j)) for t in grid.labels["loop"] for j in grid.labels["layer"]]
+        at = [Site(self.stack, t, j) for t in grid.labels["loop"] for j in grid.labels["layer"]]
         layers = [self.schedule.virtual(site) for site in at]
         log_y = quantity != "norm" and metric != "cosine"
         values = grid.values.clone()
-        if quantity == "distance" and grid.labels["loop"][-1] == str(self.reference):
+        if quantity == "distance" and grid.labels["loop"][-1] == self.reference:
             values[-1] = torch.nan  # by construction
         title = f"{TITLES[quantity]}, {'mean over tokens' if self.reduction == 'token' else 'of the whole prompt'}"
         name = "L2 norm" if quantity == "norm" else NAMES[metric]
@@ -171,7 +171,7 @@ def fixed_points(
         compare = {RESID: metrics} | ({PATTERN: _frobenius} if patterns else {})
         found = compare_loops(deep, tokens, passes[-1], shown, initial_state, compare)
         resid, pattern = found[RESID], found.get(PATTERN)
-        loops, layers = [str(p.loop) for p in shown], [str(j) for j in range(shown[0].n_layers)]
+        loops, layers = [p.loop for p in shown], list(range(shown[0].n_layers))
 
         def estimate(cells: Cells, name: str) -> Estimate:
             first = len(loops) - len(cells) // len(layers)  # successive differences begin with the second loop

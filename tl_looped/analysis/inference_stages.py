@@ -204,7 +204,7 @@ class InferenceStages(Result):
             rows.append(torch.stack([_correlation(a, b), _concordance(a, b)], -1))
         n_loops = self.schedule.n_loops_of(self.schedule.looped_stack(stack))
         labels = {
-            "loop": [str(t) for t in range(first, n_loops)],
+            "loop": list(range(first, n_loops)),
             "metric": [*METRICS],
             "score": ["correlation", "concordance"],
         }

@@ -140,8 +140,8 @@ class LimitingBehaviour(Result):
     n_loops: int
 
     @property
-    def _layers(self) -> list[str]:
-        return [str(j) for j in range(len(self.examples[0].labels))]
+    def _layers(self) -> list[int]:
+        return list(range(len(self.examples[0].labels)))
 
     @property
     def counts(self) -> Grid:

@@ -65,7 +65,7 @@ class LocalStability(Result):
         columns = {name: column(name) for name in QUANTITIES}
         found = {name: values[~values.isnan()] for name, values in columns.items()}
         estimates = {name: Estimate.of(values, (), {}, name) for name, values in found.items() if len(values)}
-        labels = {"exponent": [str(k) for k in range(len(self.lyapunov[0]))]}
+        labels = {"exponent": list(range(len(self.lyapunov[0])))}
         return estimates | {"lyapunov": Estimate.of(column("lyapunov"), ("exponent",), labels, "lyapunov")}
 
     def to_dataframe(self) -> Any:

@@ -99,7 +99,7 @@ def path_independence(
     looped = deep.schedule.looped_stack(stack)
     passes = deep.schedule.passes_of("all", looped)
     kinds = [type(s).__name__.lower() if isinstance(s, (Tensor, torch.Generator)) else str(s) for s in initial_states]
-    n_states, layers = len(initial_states), [str(j) for j in range(passes[0].n_layers)]
+    n_states, layers = len(initial_states), list(range(passes[0].n_layers))
     if n_states < 2:
         raise LoopedError(f"{n_states} initial states were given to path_independence; it compares at least two.")
 
@@ -120,7 +120,7 @@ def path_independence(
         agreement = agree.masked_fill((labels == UNDEFINED).any(0), torch.nan).nanmean(-1)  # [batch, layer]
         values = torch.stack([spread[p.loop, j] for p in passes for j in range(p.n_layers)], 1)
         values = values.unflatten(1, (-1, len(layers))).cpu()
-        axes = {"loop": [str(p.loop) for p in passes], "layer": layers}
+        axes = {"loop": [p.loop for p in passes], "layer": layers}
         initial = _spread(torch.stack(states))[:, None].cpu()
         return PathIndependence(
             initial_spread=Estimate.of(initial, ("state",), {"state": ["initial"]}, "spread"),

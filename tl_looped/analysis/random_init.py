@@ -198,7 +198,7 @@ def random_init_sweep(
     progress.close()
 
     def of_seed(k: int) -> RandomInitSweep:
-        labels = {"layout": list(layouts), "loop": [str(t) for t in range(n_loops)]}
+        labels = {"layout": list(layouts), "loop": list(range(n_loops))}
         estimates = {}
         for key in ("distance", "cosine", "norm", "degeneracy"):
             values = torch.stack([runs[k][key] for runs in measured.values()])[None]

@@ -132,7 +132,7 @@ def stability(
     need_loops(n_loops, max(2, trained), "stability", f"a sweep around the trained number of {trained} loops")
     deep = at_depth(model, n_loops)
     targets = Targets(model, answers, "stability")
-    counts = [str(t + 1) for t in range(n_loops)]
+    counts = list(range(1, n_loops + 1))
 
     def examples(tokens: Int[Tensor, "batch pos"]) -> Stability:
         wanted = targets.of(tokens)
@@ -280,7 +280,7 @@ def injection_effect(
     entrances = [f"{schedule.pass_prefix(p)}.hook_state" for p in {p.stack: p for p in reversed(onwards)}.values()]
     untouched = {t for t in range(schedule.n_loops) if schedule.pass_of_loop(t).index < onwards[0].index}
     ends = {f"{schedule.pass_prefix(schedule.pass_of_loop(t))}.hook_out": t for t in range(schedule.n_loops)}
-    labels = {"loop": [str(t) for t in range(schedule.n_loops)]}
+    labels = {"loop": list(range(schedule.n_loops))}
 
     def examples(tokens: Int[Tensor, "batch pos"]) -> InjectionEffect:
         n, rows = len(tokens), [tokens, tokens]

@@ -182,12 +182,12 @@ def step_geometry(
 
         def estimate(name: str) -> Estimate:
             values = torch.stack(found[name], 1).cpu()
-            loops = [str(p.loop) for p in passes[-values.shape[1] :]]
+            loops = [p.loop for p in passes[-values.shape[1] :]]
             return Estimate.of(values, ("loop",), {"loop": loops}, name)
 
         features = torch.stack([grams[loop] for loop in compared], 1)
         cka = (features @ features.mT).clamp(max=1).cpu()
-        labels = [str(loop) for loop in compared]
+        labels = list(compared)
         return StepGeometry(
             **{name: estimate(name) for name in PER_LOOP},
             cka=Estimate.of(cka, ("loop", "other"), {"loop": labels, "other": labels}, "cka"),

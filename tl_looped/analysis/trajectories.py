@@ -186,7 +186,7 @@ def trajectories(
     else:
         passes = schedule.passes_of("all", stack)
         hooks = {f"{schedule.pass_prefix(p)}.hook_out": p.loop for p in passes}
-        stop, rows = None, [str(p.loop) for p in passes]
+        stop, rows = None, [p.loop for p in passes]
     components = [f"PC{k + 1}" for k in range(n_components)]
 
     def examples(tokens: Int[Tensor, "batch pos"]) -> Trajectories:
@@ -216,7 +216,7 @@ def trajectories(
         axes, labels = ("layer", "component"), {"layer": rows, "component": components}
         if over == "loop_ends":
             axes = ("loop", "pos", "component")
-            labels = {"loop": rows, "pos": [str(p) for p in chosen_pos], "component": components}
+            labels = {"loop": rows, "pos": list(chosen_pos), "component": components}
             coordinates = coordinates.unflatten(1, (len(rows), width))
         found = zip(coordinates, explained, mean, directions, strict=True)
         return Trajectories(

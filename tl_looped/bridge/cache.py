@@ -599,7 +599,8 @@ class LoopedCache(ActivationCache):
             own = real_positions(pos, mask, mask.shape[1]).to(mask.device)
             whole = self.attribute_logits(self._everywhere(tokens), self._everywhere(incorrect_tokens), unit, None, injections)
             index = (own if self.has_batch_dim else own[0]).to(whole.values.device)
-            return replace(whole, values=whole.values.gather(-1, index.expand(len(whole.labels), *index.shape))[..., 0])
+            own_values = whole.values.gather(-1, index.expand(len(whole.labels), *index.shape))[..., 0]
+            return replace(whole, values=own_values, axes=whole.axes[:-1])
         inner = branch_inputs(self.model.original_model, self, heads=unit == "head", neurons=False)
         decomposition = Decomposition(self, FINAL, _slice(pos), injections, inner)
         grads = decomposition.pull_back(self._direction(tokens, incorrect_tokens, pos, decomposition.like))
@@ -620,7 +621,8 @@ class LoopedCache(ActivationCache):
         stack = torch.stack(list(values.values()))
         if mask is not None and _slice(pos).mode == "identity":
             stack = stack.masked_fill(~(mask if self.has_batch_dim else mask[0]).to(stack.device), math.nan)
-        return LogitAttribution(stack, tuple(values), unit)
+        axes = ("component", *(["example"] if self.has_batch_dim else []), "pos")[: stack.ndim]
+        return LogitAttribution(stack, tuple(values), unit, axes)
 
     def _everywhere(self, tokens: Any) -> Any:
         """One token for each row as one for each position of each row."""

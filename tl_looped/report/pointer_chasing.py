@@ -166,7 +166,7 @@ def _accuracy(model: LoopedBridge, prompts: HopPrompts, name: str) -> Estimate:
     return Estimate.of(
         (_answers(model, prompts) == prompts.answers(model.n_loops)).double().mean(-1).T,
         ("loop",),
-        {"loop": [str(t) for t in range(model.n_loops)]},
+        {"loop": list(range(model.n_loops))},
         f"accuracy of {name}",
     )
 
@@ -220,7 +220,7 @@ def transplants(asked: Question, section: Section) -> None:
         as_the_task_says[t] = (found == expected).double().mean((1, 2))
         changed[t] = (found != own).double().mean((1, 2))
     axes = ("transplanted_after_loop", "answer_of_loop")
-    labels = {axis: [str(t) for t in range(n_loops)] for axis in axes}
+    labels = {axis: list(range(n_loops)) for axis in axes}
     section.numbers["transplants"] = says = Grid(as_the_task_says, axes, labels, "as the task says")
     section.numbers["transplants_changed"] = moved = Grid(changed, axes, labels, "changed answers")
     before = [changed[t, s] for t in range(n_loops) for s in range(t)]

@@ -42,7 +42,7 @@ def the_answers(asked: Question, section: Section) -> None:
     with torch.no_grad():
         deep(rows, on_loop=keep)
     answers, probability, ends = torch.stack(best), torch.stack(certain), torch.stack(last)  # [loop, pos], [loop, row, d_vocab]
-    loops = [str(t) for t in range(n_loops)]
+    loops = list(range(n_loops))
     section.numbers |= {
         "prompt": asked.words(tokens),
         "answers": [asked.words(row) for row in answers],

@@ -52,7 +52,7 @@ def the_exits(asked: Question, section: Section) -> None:
         first = asked.prompts[0][0]
         pdf = found.pdf[0][:, 0, -SHOWN_POSITIONS:]
         positions = list(range(len(first) - pdf.shape[1], len(first)))
-        labels = {"loop": [str(t) for t in range(len(pdf))], "pos": [str(p) for p in positions]}
+        labels = {"loop": list(range(len(pdf))), "pos": list(positions)}
         section.numbers["gate_pdf"] = grid = Grid(pdf, ("loop", "pos"), labels, "probability of leaving")
         words = [asked.word(int(first[p])) for p in positions]
         section.draw(

@@ -1,0 +1,156 @@
+"""Results in files: tensors as safetensors, the rest as JSON beside them. Reading one runs nothing that stands in the file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, is_dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._writing import write_bytes
+from ..errors import LoopedError
+from .showing import Shown
+
+if TYPE_CHECKING:
+    from ..bridge.looped_bridge import LoopedBridge
+
+FORMAT = 1
+KEY = "tl_looped"  # in the metadata of the file
+HOMES = ("analysis", "bridge.decomposition", "patching", "side_by_side")  # of the classes of results
+PLAIN = (str, int, float, bool, type(None))
+
+
+def save_result(result: Any, path: str | Path, model: LoopedBridge | None = None) -> Path:
+    """Write a result into one file.
+
+    Args:
+        result: a grid or a result.
+        path: the file.
+        model: whose fingerprint is kept, for `load_result` to compare.
+
+    Raises:
+        LoopedError: the file cannot be written, or a field is of a kind that files do not keep.
+    """
+    from safetensors.torch import save
+
+    tensors: dict[str, Tensor] = {}
+    content = _encode(result, tensors, type(result).__name__)
+    found = {"format": FORMAT, "result": content, "versions": versions()}
+    if model is not None:
+        found["model"] = _encode(_fingerprint(model), tensors, "model")
+    return write_bytes(path, save(tensors, {KEY: json.dumps(found)}))
+
+
+def load_result(path: str | Path, model: LoopedBridge | None = None) -> Any:
+    """Read what `result.save(path)` wrote, bit for bit.
+
+    Args:
+        path: the file.
+        model: refuse a result that was saved with another model than this one.
+
+    Raises:
+        LoopedError: the file cannot be read, is damaged, was written by a later version, or is of another model.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from tl_looped.results import Grid, load_result
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     grid = Grid(torch.tensor([1.0, 2.0]), ("loop",), {"loop": [0, 1]}, "norm")
+        ...     load_result(grid.save(Path(folder) / "norm.safetensors"))
+        Grid(norm [loop 2]: 1 to 2)
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise LoopedError(f"{str(path)!r} cannot be read as a result: {error}.") from error
+    try:
+        found = json.loads(text or "")
+        if found["format"] > FORMAT:
+            made = found["versions"]["tl_looped"]
+            raise LoopedError(f"{str(path)!r} was written by tl_looped {made}, a later version than this; update it.")
+        result = _decode(found["result"], tensors, _classes())
+        saved: Any = _decode(found["model"], tensors, _classes()) if "model" in found else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoopedError(f"{str(path)!r} holds no result of this package, or a damaged one ({error!r}).") from error
+    if model is not None and saved is None:
+        raise LoopedError(f"{str(path)!r} does not say which model it is of; save it with save(path, model=model).")
+    if model is not None and (why := saved.difference(_fingerprint(model))) is not None:
+        raise LoopedError(f"{str(path)!r} is a result of another model: {why}.")
+    return result
+
+
+def versions() -> dict[str, str]:
+    """Of what computed a result."""
+    return {name.replace("-", "_"): metadata.version(name) for name in ("tl-looped", "torch", "transformer-lens")}
+
+
+def _fingerprint(model: Any) -> Any:
+    from ..bridge.fingerprint import Fingerprint
+
+    return Fingerprint.of(model.original_model)
+
+
+def _classes() -> dict[str, type]:
+    """Every class that a file may hold, by name."""
+    homes = [import_module(f"..{home}", __package__) for home in HOMES]
+    from ..analysis.limiting_behaviour import BehaviourRule, TokenBehaviour
+    from ..analysis.trajectories import Path as Trajectory
+    from ..bridge.fingerprint import Fingerprint
+    from ..config import LoopedConfig
+    from ..schedule import Schedule
+
+    assert homes
+    found: list[type] = [Schedule, LoopedConfig, Fingerprint, BehaviourRule, TokenBehaviour, Trajectory]
+    more = [Shown]
+    while more:
+        found += (more := [sub for cls in more for sub in cls.__subclasses__()])
+    return {cls.__name__: cls for cls in found}
+
+
+def _encode(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+    """JSON for a value; tensors are put aside under their names."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if is_dataclass(value) and type(value).__name__ in _classes():
+        parts = {f.name: _encode(getattr(value, f.name), tensors, f"{name}.{f.name}") for f in fields(value)}
+        return {"class": type(value).__name__, "fields": parts}
+    if isinstance(value, dict):
+        return {"dict": [[_encode(k, tensors, ""), _encode(v, tensors, f"{name}.{k}")] for k, v in value.items()]}
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [_encode(v, tensors, f"{name}.{k}") for k, v in enumerate(value)]}
+    if type(value) in PLAIN:
+        return value
+    raise LoopedError(f"{name} is a {type(value).__name__}, {value!r}, which a file of results does not keep.")
+
+
+def _decode(content: Any, tensors: dict[str, Tensor], classes: dict[str, type]) -> Any:
+    if not isinstance(content, dict):
+        return content
+    ((kind, held), *rest) = content.items()
+    if kind == "tensor":
+        return tensors[held]
+    if kind == "dtype":
+        dtype = getattr(torch, held)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{held} is no dtype")
+        return dtype
+    if kind == "class":
+        parts = {name: _decode(value, tensors, classes) for name, value in rest[0][1].items()}
+        return classes[held](**parts)
+    if kind == "dict":
+        return {_decode(k, tensors, classes): _decode(v, tensors, classes) for k, v in held}
+    made = [_decode(v, tensors, classes) for v in held]
+    return tuple(made) if kind == "tuple" else made
