@@ -208,7 +208,7 @@ class _Plan:
             for key, place in swept_places(model, site, names, loops, layers, stack):
                 self.places.setdefault(key, []).append(place)
         self.hooks = [place.hook for group in self.places.values() for place in group]
-        by_head = [(str(h),) for h in self.heads] if "head" in names else [()]
+        by_head = [(h,) for h in self.heads] if "head" in names else [()]
         self.keys = [(*key, *head) for key, head in product(self.places, by_head)]
         self.joint = {_label(group): self._keys_of(group) for group in map(self._group, joint or ())}
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 KEY = "tl_looped"  # in the metadata of the file
-HOMES = ("analysis", "bridge.decomposition", "patching", "side_by_side")  # of the classes of results
+HOMES = ("ablation", "analysis", "answers", "bridge.decomposition", "patching", "side_by_side")  # of the classes of results
 PLAIN = (str, int, float, bool, type(None))
 
 
