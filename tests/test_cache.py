@@ -263,7 +263,7 @@ def test_a_token_for_every_position(batch: bool) -> None:
     wanted = tokens.roll(-1, 1) if batch else tokens[0].roll(-1)
     logits = logits if batch else logits[0]
     expected = logits.gather(-1, wanted[..., None])[..., 0]
-    torch.testing.assert_close(cache.attribute_logits(wanted, pos=None).values.sum(0), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(cache.attribute_logits(wanted, positions=None).values.sum(0), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(cache.attribute_logits(wanted).values.sum(0), expected[..., -1], atol=1e-4, rtol=0)
-    found = cache.attribute_logits(wanted, pos=[1, 3]).values.sum(0)
+    found = cache.attribute_logits(wanted, positions=[1, 3]).values.sum(0)
     torch.testing.assert_close(found, expected[..., [1, 3]], atol=1e-4, rtol=0)

@@ -68,7 +68,7 @@ def check_sums(cache: LoopedCache, tolerance: float) -> None:
         assert error(cache.logit_attrs(stack, wanted).sum(0), logits) < tolerance
         assert error(cache.logit_attrs(stack, wanted, other).sum(0), difference) < tolerance
     for unit in UNITS:
-        assert error(cache.attribute_logits(wanted, other, unit=unit, pos=None).values.sum(0), difference) < tolerance
+        assert error(cache.attribute_logits(wanted, other, unit=unit, positions=None).values.sum(0), difference) < tolerance
     applied = cache.decompose_resid(apply_ln=True)
     assert error(applied.sum(0), cache["unembed.hook_in"]) < tolerance
 
@@ -196,10 +196,10 @@ def test_pulling_back_equals_carrying(name: str) -> None:
     components, labels = in_loops(cache, cache.decompose_resid(return_labels=True))
     heads, head_labels = in_loops(cache, cache.stack_head_results(incl_remainder=True, return_labels=True))
     for stack, names, unit in ((components, labels, "component"), (heads, head_labels, "head")):
-        pulled = cache.attribute_logits(tokens, unit=unit, pos=None)
+        pulled = cache.attribute_logits(tokens, unit=unit, positions=None)
         assert list(pulled.labels) == names
         assert error(pulled.values, cache.logit_attrs(stack, tokens)) < 1e-5
-    layers = cache.attribute_logits(tokens, unit="layer", pos=None)
+    layers = cache.attribute_logits(tokens, unit="layer", positions=None)
     carried = cache.logit_attrs(components, tokens)
     for label, value in zip(layers.labels, layers.values, strict=True):
         rows = [i for i, other in enumerate(labels) if other.removesuffix(".attn_out").removesuffix(".mlp_out") == label]
@@ -286,10 +286,10 @@ def test_positions_and_batch_axis(name: str) -> None:
         torch.testing.assert_close(sliced_heads, heads[:, :, index], atol=1e-5, rtol=1e-5)
         logits = both["unembed.hook_out"][:, index, 4] - both["unembed.hook_out"][:, index, 9]
         assert error(both.logit_attrs(sliced, 4, 9, pos_slice=positions).sum(0), logits) < 1e-4
-        assert error(both.attribute_logits(4, 9, pos=positions).values.sum(0), logits) < 1e-4
+        assert error(both.attribute_logits(4, 9, positions=positions).values.sum(0), logits) < 1e-4
         one = alone.decompose_resid(pos_slice=positions)
         torch.testing.assert_close(one, full[:, 0, index], atol=1e-5, rtol=1e-5)
-        attribution = alone.attribute_logits(4, 9, pos=positions, unit="head").values
+        attribution = alone.attribute_logits(4, 9, positions=positions, unit="head").values
         assert error(attribution.sum(0), logits[0]) < 1e-4
         attrs = alone.logit_attrs(one, 4, 9, pos_slice=positions, has_batch_dim=False)
         assert error(attrs.sum(0), logits[0]) < 1e-4
@@ -310,7 +310,7 @@ def test_kinds_of_tokens() -> None:
     ]
     for tokens, expected in cases:
         assert error(cache.logit_attrs(stack, tokens).sum(0), expected) < 1e-4
-        assert error(cache.attribute_logits(tokens, pos=None).values.sum(0), expected) < 1e-4
+        assert error(cache.attribute_logits(tokens, positions=None).values.sum(0), expected) < 1e-4
     last = cache.attribute_logits(per_row).values
     assert error(last.sum(0), torch.stack([logits[0, -1, 3], logits[1, -1, 8]])) < 1e-4
     bridge.to_single_token = lambda text: {"five": 5}[text]
@@ -321,7 +321,7 @@ def test_kinds_of_tokens() -> None:
 
 
 def test_top_components() -> None:
-    parts = run(random_bridge("ouro")).attribute_logits(3, pos=-1)
+    parts = run(random_bridge("ouro")).attribute_logits(3, positions=-1)
     mean = parts.values.mean(-1)
     label, value = parts.top(2)[0]
     assert value == pytest.approx(mean[parts.labels.index(label)].item()) and abs(value) == pytest.approx(
@@ -363,7 +363,7 @@ def test_an_edited_stream_is_refused_and_an_edited_component_is_not(name: str) -
     middle = bridge.cfg.n_layers // 2
     with bridge.hooks(fwd_hooks=[(f"blocks.{middle}.hook_resid_mid", lambda tensor, hook: tensor + 1)]):
         cache = run(bridge)
-    for method in (cache.decompose_resid, cache.accumulated_resid, lambda: cache.attribute_logits(3, pos=None)):
+    for method in (cache.decompose_resid, cache.accumulated_resid, lambda: cache.attribute_logits(3, positions=None)):
         with pytest.raises(LoopedError, match="edited"):
             method()
     with bridge.hooks(fwd_hooks=[(f"blocks.{middle}.hook_attn_out", lambda tensor, hook: tensor * 0)]):

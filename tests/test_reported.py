@@ -1488,21 +1488,21 @@ def test_one_axis_of_tokens_that_fits_rows_and_positions_is_refused() -> None:
         _, other = bridge.run_with_cache(random_tokens(batch=5, pos=7))
     tokens, stack = torch.arange(5), cache.decompose_resid()
     for wrong in (
-        lambda: cache.attribute_logits(tokens, pos=None),
-        lambda: cache.attribute_logits(tokens, tokens + 1, pos=None),
+        lambda: cache.attribute_logits(tokens, positions=None),
+        lambda: cache.attribute_logits(tokens, tokens + 1, positions=None),
         lambda: cache.logit_attrs(stack, tokens),
-        lambda: other.attribute_logits(tokens, pos=slice(2, None)),
+        lambda: other.attribute_logits(tokens, positions=slice(2, None)),
         lambda: other.logit_attrs(other.decompose_resid(pos_slice=slice(2, None)), tokens, pos_slice=slice(2, None)),
     ):
         with pytest.raises(LoopedError, match=r"5 tokens .* 5 rows of 5 positions.*tokens\[:, None\] or tokens\[None\]"):
             wrong()
     for axis, named in ((0, tokens[:, None]), (1, tokens[None])):
         expected = torch.stack([logits.select(axis, i)[:, i] for i in range(5)], dim=axis)
-        torch.testing.assert_close(cache.attribute_logits(named, pos=None).values.sum(0), expected)
+        torch.testing.assert_close(cache.attribute_logits(named, positions=None).values.sum(0), expected)
         torch.testing.assert_close(cache.logit_attrs(stack, named).sum(0), expected)
     torch.testing.assert_close(cache.attribute_logits(tokens).values.sum(0), logits[range(5), -1, range(5)])  # one position
     with pytest.raises(LoopedError, match=r"shape \(4,\) were given for logits at \(5, 5\)"):
-        cache.attribute_logits(tokens[:4], pos=None)
+        cache.attribute_logits(tokens[:4], positions=None)
 
 
 def test_seeds_of_a_sweep_over_initialisations_draw_their_own_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1626,7 +1626,7 @@ def test_ints_of_numpy_and_torch_are_ints(as_index: Any, unchecked: None) -> Non
     assert torch.equal(cache.stack_loops("z", 0, np.array([1, 2])), cache.stack_loops("z", 0, [1, 2]))
     assert torch.equal(cache.stack_head_results(two), cache.stack_head_results(2))
     assert torch.equal(cache.decompose_resid(two, pos_slice=two), cache.decompose_resid(2, pos_slice=2))
-    assert torch.equal(cache.attribute_logits(5, pos=two).values, cache.attribute_logits(5, pos=2).values)
+    assert torch.equal(cache.attribute_logits(5, positions=two).values, cache.attribute_logits(5, pos=2).values)
     assert torch.equal(bridge(tokens, stop_at_layer=two), cache["resid_pre", 2]) and bridge.block_hooks(
         two
     ) == bridge.block_hooks(2)

@@ -15,6 +15,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
 
+from .._old_calls import accepts_old
 from ..errors import LoopedError, UnknownNameError
 from ..kinds import plain
 from ..model import LoopedModel
@@ -69,6 +70,7 @@ class LoopedCache(ActivationCache):
     model: Any  # a LoopedBridge; TransformerLens's own annotation knows less
     run: Run | None = None  # what made these activations, where a whole run did
     attention_mask: Tensor | None = None  # [batch, pos], 1 for real positions; None where all are
+    loop: int | None = None  # after which the run stopped; None after the last one
     _streams: Sequence[Callable[[], Tensor | None]] = ()
 
     def __init__(
@@ -557,12 +559,14 @@ class LoopedCache(ActivationCache):
             _check_which_axis(tokens, rows.apply(residual_stack, dim=1).shape[1], residual_stack.shape[2])
         return super().logit_attrs(residual_stack, tokens, incorrect_tokens, pos_slice, batch_slice, has_batch_dim)
 
+    @accepts_old("unit", "positions", "injections", pos="positions")
     def attribute_logits(
         self,
         tokens: Tokens,
         incorrect_tokens: Tokens | None = None,
+        *,
         unit: Unit = "component",
-        pos: Any = -1,
+        positions: Any = -1,
         injections: bool = False,
     ) -> LogitAttribution:
         """What every component adds to the logit of a token, by pulling the unembedding direction back; no vector is carried.
@@ -571,9 +575,11 @@ class LoopedCache(ActivationCache):
             tokens: as in `logit_attrs`: one token, [batch], [batch, pos], or [pos].
             incorrect_tokens: subtract the logits of these.
             unit: "component" (attention and MLP outputs), "layer" (the two of a layer together) or "head" (and a remainder).
-            pos: positions, as a TransformerLens `Slice` or what one is made of; None for all, where padding has NaN. A negative
-                int counts from the last real token of each row.
+            positions: as a TransformerLens `Slice` or what one is made of; None for all, where padding has NaN. A negative int
+                counts from the last real token of each row.
             injections: as in `decompose_resid`.
+
+        Of a run that stopped after a loop (`run_with_cache(x, loop=t)`), it is the logit that the model answers there.
 
         Returns:
             A `LogitAttribution` whose values sum to the logit in each unit (see `logit_attrs`).
@@ -594,10 +600,15 @@ class LoopedCache(ActivationCache):
         """
         if unit not in ("component", "layer", "head"):
             raise LoopedError(f'unit={unit!r} was asked; choose "component", "layer" or "head".')
-        pos = plain(pos)
+        pos = plain(positions)
+        if self.loop is not None:
+            return self._of_the_shorter_model().attribute_logits(
+                tokens, incorrect_tokens, unit=unit, positions=positions, injections=injections
+            )
         if (mask := self.padding()) is not None and isinstance(pos, int) and pos < 0 and not bool(mask[:, pos:][:, 0].all()):
             own = real_positions(pos, mask, mask.shape[1]).to(mask.device)
-            whole = self.attribute_logits(self._everywhere(tokens), self._everywhere(incorrect_tokens), unit, None, injections)
+            everywhere = self._everywhere(tokens), self._everywhere(incorrect_tokens)
+            whole = self.attribute_logits(*everywhere, unit=unit, positions=None, injections=injections)
             index = (own if self.has_batch_dim else own[0]).to(whole.values.device)
             own_values = whole.values.gather(-1, index.expand(len(whole.labels), *index.shape))[..., 0]
             return replace(whole, values=own_values, axes=whole.axes[:-1])
@@ -623,6 +634,15 @@ class LoopedCache(ActivationCache):
             stack = stack.masked_fill(~(mask if self.has_batch_dim else mask[0]).to(stack.device), math.nan)
         axes = ("component", *(["example"] if self.has_batch_dim else []), "pos")[: stack.ndim]
         return LogitAttribution(stack, tuple(values), unit, axes)
+
+    def _of_the_shorter_model(self) -> LoopedCache:
+        """The cache of a run that stopped after a loop, as one of a whole run of the model that has no further loop."""
+        self.check_weights("a decomposition")
+        schedule, short = self.model.schedule, self.model.unroll(cast(int, self.loop) + 1)
+        names = {short.expand_name(schedule.loop_name(name))[0]: value for name, value in self.cache_dict.items()}
+        cache = LoopedCache(names, short, self.has_batch_dim)
+        cache.attention_mask = self.attention_mask
+        return cache
 
     def _everywhere(self, tokens: Any) -> Any:
         """One token for each row as one for each position of each row."""

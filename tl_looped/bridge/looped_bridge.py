@@ -943,6 +943,8 @@ class LoopedBridge(InMemory, GeneratingBridge):
         if not return_cache_object:
             return output, cache
         cache.run, cache.attention_mask = record, mask
+        asked = None if kwargs.get("loop") is None else self.schedule.loop(kwargs["loop"])
+        cache.loop = None if asked == self.n_loops - 1 else asked
         return output, cache
 
     def get_caching_hooks(self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> Any:
