@@ -1626,7 +1626,7 @@ def test_ints_of_numpy_and_torch_are_ints(as_index: Any, unchecked: None) -> Non
     assert torch.equal(cache.stack_loops("z", 0, np.array([1, 2])), cache.stack_loops("z", 0, [1, 2]))
     assert torch.equal(cache.stack_head_results(two), cache.stack_head_results(2))
     assert torch.equal(cache.decompose_resid(two, pos_slice=two), cache.decompose_resid(2, pos_slice=2))
-    assert torch.equal(cache.attribute_logits(5, positions=two).values, cache.attribute_logits(5, pos=2).values)
+    assert torch.equal(cache.attribute_logits(5, positions=two).values, cache.attribute_logits(5, positions=2).values)
     assert torch.equal(bridge(tokens, stop_at_layer=two), cache["resid_pre", 2]) and bridge.block_hooks(
         two
     ) == bridge.block_hooks(2)
