@@ -73,7 +73,8 @@ from tl_looped.patching import patch_sweep
 from tl_looped.path_patching import edge_sweep, path_patch
 from tl_looped.plots import attention_heads
 from tl_looped.report import Report
-from tl_looped.report.section import Question, Section
+from tl_looped.report.question import Question
+from tl_looped.report.section import Section
 from tl_looped.report.sections import the_answers, the_fixed_points
 from tl_looped.toys.hop import hop_prompts, hop_tokenizer
 from tl_looped.weight_gradients import influence, weight_gradients_by_pass

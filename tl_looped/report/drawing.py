@@ -29,7 +29,8 @@ def over_positions(grid: Grid, words: Sequence[str], positions: Sequence[int], d
     """
     figure = plots.heat_map(grid, " ")
     # Words repeat, and plotly would merge columns of one name: columns have numbers and the words are ticks.
-    columns = list(range(len(positions)))
+    is_run = list(positions) == list(range(positions[0], positions[-1] + 1))
+    columns = list(positions) if is_run else list(range(len(positions)))
     hover = [[f"position {p}, {short(word)}" for p, word in zip(positions, words, strict=True)]] * len(figure.data[0].z)
     figure.update_traces(x=columns, customdata=hover)
     angle = 0 if max(map(len, words)) < 4 else -60

@@ -109,7 +109,7 @@ class Question:
         """What is to be said of the first token wherever it dominates, or is left out."""
         if self.skip_first:
             return "The first token is left out."
-        if self.first_token < DOMINATES:
+        if not self.first_token >= DOMINATES:  # NaN where every state is zero
             return ""
         option = "--skip-first-token" if self.is_checkpoint else "skip_first_token=True"
         return (
