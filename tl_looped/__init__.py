@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .config import LoopedConfig
     from .errors import LoopedError
     from .results import load_result
+    from .runs import run
     from .schedule import Schedule
     from .side_by_side import compare
 
@@ -53,6 +54,7 @@ __all__ = [
     "plots",
     "report",
     "results",
+    "run",
     "toys",
     "weight_gradients",
 ]
@@ -64,6 +66,7 @@ _HOMES = {
     "LoopedConfig": "config",
     "LoopedError": "errors",
     "load_result": "results",
+    "run": "runs",
     "Schedule": "schedule",
     "compare": "side_by_side",
 }

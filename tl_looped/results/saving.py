@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 KEY = "tl_looped"  # in the metadata of the file
-HOMES = ("ablation", "analysis", "answers", "bridge.decomposition", "patching", "side_by_side")  # of the classes of results
+HOMES = (
+    "ablation",
+    "analysis",
+    "answers",
+    "bridge.decomposition",
+    "patching",
+    "runs",
+    "side_by_side",
+)  # of the classes of results
 PLAIN = (str, int, float, bool, type(None))
 
 
