@@ -15,6 +15,7 @@ import torch
 import tl_looped
 from tl_looped import LoopedBridge, LoopedConfig
 from tl_looped.analysis import (
+    attention_distances,
     attention_stability,
     exit_steps,
     fixed_points,
@@ -22,6 +23,7 @@ from tl_looped.analysis import (
     injection_effect,
     limiting_behaviour,
     local_stability,
+    logit_lens,
     looped_floorplan,
     path_independence,
     random_init_sweep,
@@ -36,6 +38,20 @@ from tl_looped.results import Estimate, Grid, Result, load_result, saving
 TOKENS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [2, 4, 6, 8]])
 CFG: dict[str, Any] = {"d_model": 8, "n_heads": 2, "d_vocab": 11, "n_core": 2, "n_loops": 3, "n_prelude": 1}
 QUIET: dict[str, Any] = {"verbose": False}
+ANALYSES: list[Any] = [
+    attention_distances,
+    attention_stability,
+    exit_steps,
+    fixed_points,
+    limiting_behaviour,
+    local_stability,
+    logit_lens,
+    looped_floorplan,
+    path_independence,
+    stability,
+    step_geometry,
+    trajectories,
+]
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +128,12 @@ def test_differences_and_ratios(grid: Grid) -> None:
         grid - grid[0]
     with pytest.raises(LoopedError, match=r"loop 2 was subtracted from effect with loop 1, 2"):
         grid - grid.sel(loop=[2])
+
+
+def test_a_difference_has_the_finer_of_two_kinds_of_number() -> None:
+    counts = Grid(torch.tensor([1, 2]), ("loop",), {"loop": [0, 1]}, "count")
+    halves = Grid(torch.tensor([0.5, 0.25], dtype=torch.float64), ("loop",), {"loop": [0, 1]}, "count")
+    assert (counts - halves).values.tolist() == [0.5, 1.75] and (counts / halves).values.tolist() == [2.0, 8.0]
 
 
 def test_an_estimate_stays_one_when_it_is_selected() -> None:
@@ -246,3 +268,10 @@ def test_every_class_of_results_can_be_read() -> None:
         ours = {cls.__name__ for cls in more if cls.__module__.startswith("tl_looped.")}
         assert ours <= saving._classes().keys()
         more = [sub for cls in more for sub in cls.__subclasses__()]
+
+
+@pytest.mark.parametrize("analysis", ANALYSES, ids=lambda analysis: analysis.__name__)
+def test_what_is_no_looped_model_is_refused_in_a_sentence(analysis: Any, unchecked: None) -> None:
+    for model in ("toy:hop", torch.nn.Linear(2, 2), None):
+        with pytest.raises(LoopedError, match=r"^a (str|Linear|NoneType) was given as the model; pass a LoopedBridge"):
+            analysis(model, TOKENS)

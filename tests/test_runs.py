@@ -110,6 +110,36 @@ def test_a_file_of_another_run_is_refused(model: LoopedBridge, tmp_path: Path) -
         run(fixed_points, model, prompts(3), out=out, **SETTINGS)
 
 
+def test_rows_of_one_tensor_are_prompts_of_their_own(model: LoopedBridge, tmp_path: Path) -> None:
+    rows = torch.arange(12).view(4, 3) % 11
+    out = tmp_path / "run"
+    found = run(fixed_points, model, list(rows), out=out, **SETTINGS)
+    assert same(run(fixed_points, model, [row.clone() for row in rows], out=out, **SETTINGS), found)
+    with pytest.raises(LoopedError, match="of other prompts"):
+        run(fixed_points, model, list(rows.flip(0)), out=out, **SETTINGS)
+
+
+def test_what_a_name_leaves_open_is_told_apart(model: LoopedBridge, tmp_path: Path) -> None:
+    def counting(n: int) -> Any:
+        return lambda model, prompt: fixed_points(model, prompt, n_loops=n, verbose=False)
+
+    out = tmp_path / "run"
+    found = run(counting(3), model, prompts(2), out=out, verbose=False)
+    assert same(run(counting(3), model, prompts(2), out=out, verbose=False), found)
+    with pytest.raises(LoopedError, match="with analysis="):
+        run(counting(4), model, prompts(2), out=out, verbose=False)
+    with pytest.raises(LoopedError, match="with loops of the model=3, not 4"):
+        run(counting(3), model.unroll(4), prompts(2), out=out, verbose=False)
+    with model.hooks([("loops.1.hook_state", lambda state, hook: state * 2)]), pytest.raises(LoopedError, match="with hooks="):
+        run(counting(3), model, prompts(2), out=out, verbose=False)
+
+
+def test_a_mistake_in_the_call_is_no_failed_prompt(model: LoopedBridge, tmp_path: Path) -> None:
+    with pytest.raises(LoopedError, match="unexpected keyword argument 'n_lops'"):
+        run(fixed_points, model, prompts(2), out=tmp_path / "run", on_error="skip", n_lops=4)
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_no_list_of_prompts_is_refused(model: LoopedBridge, tmp_path: Path, unchecked: None) -> None:
     for given, says in (("text", "of one prompt"), (torch.tensor([[1]]), "of one prompt"), ([], "of no prompts")):
         with pytest.raises(LoopedError, match=says):

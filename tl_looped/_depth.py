@@ -18,6 +18,7 @@ def stopping(model: LoopedBridge, at_loop: int | None, n_loops: int | None) -> L
     Raises:
         LoopedError: a loop or a number that does not exist; the model has hooks, which would silently not act on the unroll.
     """
+    check_model(model)
     if at_loop is None:
         return at_depth(model, n_loops)
     total = model.n_loops if n_loops is None else check_count("n_loops", n_loops)
@@ -34,6 +35,7 @@ def at_depth(model: LoopedBridge, n_loops: int | None) -> LoopedBridge:
     Raises:
         LoopedError: `n_loops` is no positive int; the model has hooks, which would silently not act on the unroll.
     """
+    check_model(model)
     if n_loops is None or check_count("n_loops", n_loops) == model.n_loops:
         return model
     if hooked := first_hooked(model):
@@ -42,6 +44,22 @@ def at_depth(model: LoopedBridge, n_loops: int | None) -> LoopedBridge:
             f"on that run. Hook other = model.unroll({n_loops}) and ask that."
         )
     return model.unroll(n_loops)
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no looped model, in a sentence.
+
+    Args:
+        model: what was given.
+
+    Raises:
+        LoopedError: it is none.
+    """
+    if not isinstance(model, LoopedBridge):
+        raise LoopedError(
+            f"a {type(model).__name__} was given as the model; pass a LoopedBridge, from LoopedBridge.from_pretrained(name) or "
+            "LoopedBridge.from_hf(model)."
+        )
 
 
 def first_hooked(model: LoopedBridge) -> str | None:

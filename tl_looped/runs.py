@@ -5,15 +5,19 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ._depth import check_model, first_hooked
 from .bridge.looped_bridge import LoopedBridge
 from .errors import LoopedError
 from .results import Grid, Result, load_result
@@ -111,8 +115,14 @@ def run(
     every, asked_for = check_count("every", every), list(prompts)
     if not asked_for:
         raise LoopedError("run was asked of no prompts; pass at least one.")
+    check_model(model)
     quiet = {"verbose": False} if "verbose" in inspect.signature(analysis).parameters else {}
     asked = {"analysis": _described(analysis), **{k: _described(v) for k, v in settings.items()}, "prompts": _digest(asked_for)}
+    asked |= {"loops of the model": str(model.n_loops), "hooks": str(first_hooked(model))}
+    try:
+        inspect.signature(analysis).bind(model, asked_for[0], **quiet, **settings)
+    except TypeError as error:
+        raise LoopedError(f"{asked['analysis']} was asked with {', '.join(settings) or 'no settings'}: {error}.") from error
     state = Run(None, (), 0, len(asked_for), asked)
     if Path(out).exists():
         state = _begun(out, state, model)
@@ -137,6 +147,8 @@ def run(
                 state.save(out, model)
                 written = state.done
     except KeyboardInterrupt:
+        state.save(out, model)
+        written = state.done
         print(
             f"{state.done} of {len(asked_for)} prompts are in {str(out)!r}; the same call goes on with the next.",
             file=sys.stderr,
@@ -173,9 +185,18 @@ def _described(value: Any) -> str:
         return f"dict {_digest(list(value.items()))}"
     if isinstance(value, Grid):
         return f"{type(value).__name__} {_digest([value.values, *value.axes])}"
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    return repr(value)
+    if isinstance(value, (FunctionType, BuiltinFunctionType, type)):
+        code = getattr(value, "__code__", None)
+        held = [] if code is None else [code.co_code.hex(), repr([c for c in code.co_consts if not isinstance(c, CodeType)])]
+        held += [_described(c) for c in _enclosed(value) if isinstance(c, (str, int, float, tuple, FunctionType))]
+        tells = "<lambda>" in value.__qualname__ or "<locals>" in value.__qualname__  # what the name leaves open
+        return f"{value.__module__}.{value.__qualname__}" + (f" {_digest(held)}" if tells else "")
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # an address is another in every process
+
+
+def _enclosed(function: Any) -> list[Any]:
+    """What a function holds from around it; what may change while it runs is no part of what was asked."""
+    return [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
 
 
 def _digest(value: Any) -> str:
@@ -184,9 +205,9 @@ def _digest(value: Any) -> str:
 
     def add(part: Any) -> None:
         if isinstance(part, Tensor):
-            whole = part.detach().cpu().contiguous()
+            whole = part.detach().cpu().clone(memory_format=torch.contiguous_format)  # a row shares the storage of its batch
             found.update(f"{whole.dtype}{tuple(whole.shape)}".encode())
-            found.update(bytes(whole.flatten().view(-1).untyped_storage()) if whole.numel() else b"")
+            found.update(bytes(whole.untyped_storage()))
         elif isinstance(part, (list, tuple)):
             found.update(f"[{len(part)}".encode())
             for one in part:

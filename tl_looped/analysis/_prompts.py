@@ -10,12 +10,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from .._depth import at_depth, first_hooked
+from .._depth import at_depth, check_model, first_hooked
 from ..bridge.tokens import refuse_unmarked_padding
 from ..errors import LoopedError
 from ..model.looped_model import check_tokens
 
-__all__ = ["Prompt", "Prompts", "at_depth", "check_finite", "first_hooked", "token_batches"]
+__all__ = ["Prompt", "Prompts", "at_depth", "check_finite", "check_model", "first_hooked", "token_batches"]
 
 Prompt = str | Int[Tensor, "..."]  # [pos] or [batch, pos]; lengths may differ from prompt to prompt
 Prompts = Prompt | Iterable[Prompt]

@@ -19,7 +19,7 @@ from ..model.layers import is_observed
 from ..plots import GroupBy, grouped
 from ..results import Estimate, Grid, Result, table
 from ..schedule import Schedule, Site
-from ._prompts import Prompts, at_depth, token_batches
+from ._prompts import Prompts, at_depth, check_model, token_batches
 from ._streaming import layer_hooks, need_loops, visit
 from .fixed_points import PATTERN, compare_loops, frobenius_per_head
 
@@ -237,6 +237,7 @@ def attention_bound(
         >>> tuple(ratio.values.shape), bool((ratio.values <= 1).all())
         ((2, 2), True)
     """
+    check_model(model)
     cfg = model.looped_cfg
     reasons = {
         "rotary positions": cfg.rope_layout != "none",

@@ -21,7 +21,7 @@ from ..plots import GroupBy, grouped
 from ..results import Estimate, Result, table
 from ..schedule import Indices, Pass, Schedule, Site, check_count
 from ._directions import cosine, relative_distance
-from ._prompts import Prompts, at_depth, token_batches
+from ._prompts import Prompts, at_depth, check_model, token_batches
 from ._streaming import at_positions, layer_hooks, need_loops, visit
 
 __all__ = ["FixedPoints", "fixed_points"]
@@ -157,6 +157,7 @@ def fixed_points(
     """
     if reduction not in get_args(Reduction):
         raise LoopedError(f'reduction={reduction!r} was asked; choose "token" or "matrix".')
+    check_model(model)
     n_loops = model.n_loops if n_loops is None else check_count("n_loops", n_loops)
     if n_reference is not None and check_count("n_reference", n_reference) < n_loops:
         raise LoopedError(f"n_reference={n_reference} was asked, but X* comes from no earlier loop than n_loops={n_loops}.")

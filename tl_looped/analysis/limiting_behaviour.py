@@ -21,7 +21,7 @@ from ..model.layers import wide
 from ..results import Estimate, Grid, Result
 from ..schedule import check_count
 from ._directions import cosine
-from ._prompts import Prompts, at_depth, token_batches
+from ._prompts import Prompts, at_depth, check_model, token_batches
 from ._streaming import layer_hooks, need_loops, visit
 
 __all__ = ["BehaviourRule", "TokenBehaviour", "LimitingBehaviour", "limiting_behaviour"]
@@ -273,6 +273,7 @@ def checked(
     """
     if check_count("window", window, 2) % check_count("period", period, 2):
         raise LoopedError(f"period={period} does not divide window={window}, so no frequency of the transform stands for it.")
+    check_model(model)
     rule, looped = rule or BehaviourRule(), model.schedule.looped_stack(stack)
     schedule = model.schedule if n_loops is None else model.looped_cfg.replace(n_loops=n_loops).schedule
     n = schedule.n_loops_of(looped)

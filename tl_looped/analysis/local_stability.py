@@ -19,7 +19,7 @@ from ..model.initial_state import InitialState
 from ..results import Estimate, Result
 from ..schedule import check_count
 from ._one_loop import OneLoop
-from ._prompts import Prompts, check_finite, token_batches
+from ._prompts import Prompts, check_finite, check_model, token_batches
 from ._streaming import need_loops
 
 __all__ = ["LocalStability", "local_stability"]
@@ -149,6 +149,7 @@ def local_stability(
     need_loops(check_count("n_loops", n_loops), 4, "local_stability", "a rate of change")
     check_count("n_exponents", n_exponents)
     check_count("iterations", iterations)
+    check_model(model)
     if model.cfg.dtype in (torch.float16, torch.bfloat16):
         raise LoopedError(
             f"local_stability was asked of a model in {model.cfg.dtype}, too coarse for a fixed point; use float32."

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .._depth import at_depth
+from .._depth import at_depth, check_model
 from .._old_calls import accepts_old
 from .._tokens_shown import in_figure, token_texts, visible
 from ..bridge.looped_bridge import LoopedBridge
@@ -320,6 +320,7 @@ def logit_lens(
     """
     if lens not in get_args(Lens):
         raise LoopedError(f"lens={lens!r} was asked; choose 'logit' or 'native'.")
+    check_model(model)
     if model._weights_processed:
         raise LoopedError("the weights of this model were processed (compatibility mode); decode the model before that.")
     d_vocab = model.looped_cfg.d_vocab

@@ -20,7 +20,7 @@ from ..model.layers import wide
 from ..results import Estimate, Result, table
 from ..schedule import check_count
 from ._directions import relative_distance
-from ._prompts import Prompts, at_depth, check_finite, token_batches
+from ._prompts import Prompts, at_depth, check_finite, check_model, token_batches
 from ._streaming import need_loops
 from ._targets import Answers, Targets
 
@@ -127,6 +127,7 @@ def stability(
         >>> found.loss.labels["n_loops"], found.loss.count, found.agreement.values.shape
         (['1', '2', '3', '4', '5', '6'], 2, torch.Size([6, 6]))
     """
+    check_model(model)
     trained = model.n_loops if trained is None else check_count("trained", trained)
     n_loops = 2 * trained if n_loops is None else check_count("n_loops", n_loops)
     need_loops(n_loops, max(2, trained), "stability", f"a sweep around the trained number of {trained} loops")
@@ -261,6 +262,7 @@ def injection_effect(
         >>> found.state_change.values.tolist()[0], bool(found.state_change.values[1] > 0)
         (0.0, True)
     """
+    check_model(model)
     if model.looped_cfg.injection == "none":
         raise LoopedError(
             f"injection_effect was asked of a {model.looped_cfg.family} model, which injects nothing; pass initial_state to a "

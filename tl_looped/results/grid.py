@@ -188,7 +188,9 @@ class Grid(Shown):
         """
         if isinstance(other, Grid):
             name = f"{self.name} − {other.name}" if self.name != other.name else f"difference of {self.name}"
-            return Grid(self.values - self._same(other, "subtracted from").values.to(self.values), self.axes, self.labels, name)
+            return Grid(
+                self.values - self._same(other, "subtracted from").values.to(self.values.device), self.axes, self.labels, name
+            )
         return Grid(self.values - other, self.axes, self.labels, self.name)
 
     def __truediv__(self, other: Grid | float) -> Grid:
@@ -199,7 +201,9 @@ class Grid(Shown):
         """
         if isinstance(other, Grid):
             name = f"{self.name} / {other.name}" if self.name != other.name else f"ratio of {self.name}"
-            return Grid(self.values / self._same(other, "divided into").values.to(self.values), self.axes, self.labels, name)
+            return Grid(
+                self.values / self._same(other, "divided into").values.to(self.values.device), self.axes, self.labels, name
+            )
         return Grid(self.values / other, self.axes, self.labels, self.name)
 
     def _same(self, other: Grid, done: str) -> Grid:

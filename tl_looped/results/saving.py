@@ -82,13 +82,18 @@ def load_result(path: str | Path, model: LoopedBridge | None = None) -> Any:
         raise LoopedError(f"{str(path)!r} cannot be read as a result: {error}.") from error
     try:
         found = json.loads(text or "")
-        if found["format"] > FORMAT:
-            made = found["versions"]["tl_looped"]
-            raise LoopedError(f"{str(path)!r} was written by tl_looped {made}, a later version than this; update it.")
-        result = _decode(found["result"], tensors, _classes())
-        saved: Any = _decode(found["model"], tensors, _classes()) if "model" in found else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        later = found["versions"]["tl_looped"] if found["format"] > FORMAT else None
+        held: dict[str, Any] = {}
+        if later is None:
+            held = {key: _decode(found[key], tensors, _classes()) for key in ("result", "model") if key in found}
+        result: Any = held.get("result")
+        saved: Any = held.get("model")
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, LoopedError) as error:
         raise LoopedError(f"{str(path)!r} holds no result of this package, or a damaged one ({error!r}).") from error
+    if later is not None:
+        raise LoopedError(f"{str(path)!r} was written by tl_looped {later}, a later version than this; update it.")
+    if result is None:
+        raise LoopedError(f"{str(path)!r} holds no result of this package.")
     if model is not None and saved is None:
         raise LoopedError(f"{str(path)!r} does not say which model it is of; save it with save(path, model=model).")
     if model is not None and (why := saved.difference(_fingerprint(model))) is not None:
