@@ -65,7 +65,7 @@ def test_other_settings_are_refused(
 def test_stacks_are_not_mixed() -> None:
     for analysis, options in ((attention_stability, {}), (injection_effect, {"from_loop": 0})):
         a, b = (analysis(model("hrm_text", 2), TOKENS, stack=stack, verbose=False, **options) for stack in ("L", "H"))
-        with pytest.raises(LoopedError, match=r"stack=|cannot be added"):
+        with pytest.raises(LoopedError, match=r"stack=|was added to"):
             a + b
 
 

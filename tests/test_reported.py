@@ -1923,7 +1923,7 @@ def test_figures_number_virtual_layers_by_their_own_index(name: str, stack: str 
     assert list(path.marker.color) == own
     # a lens on some loops, where the readout of a layer is that of the whole lens
     lens, whole = logit_lens(model, tokens, targets=3, loops=[-1]), logit_lens(model, tokens, targets=3)
-    drawn = lens.plot(example=1, pos=2).data[0]
+    drawn = lens.plot(example=1, positions=2).data[0]
     passes = model.schedule.passes
     assert list(drawn.x) == [i for p in passes[-len(passes) // 3 :] for i in p.layers]  # a third of the passes is a loop
     assert [y - 1 for y in drawn.y] == [float(whole.ranks[i, 1, 2, 0]) for i in drawn.x]

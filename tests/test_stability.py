@@ -65,7 +65,7 @@ def test_split_work_answers_in_order_and_text_answers() -> None:
     for measure in MEASURES:
         a, b = getattr(whole, measure), getattr(merged, measure)
         assert torch.allclose(a.values, b.values) and torch.allclose(a.stderr, b.stderr) and a.count == b.count == 3
-    assert list(whole.to_dataframe()["n_loops"]) == ["1", "2", "3", "4"]
+    assert list(whole.to_dataframe()["n_loops"]) == [1, 2, 3, 4]
     assert len(whole.plot().data) == 5
     word = next(w for w in bridge.tokenizer.get_vocab() if bridge.to_tokens(w, prepend_bos=False).numel() == 1)
     text = stability(bridge, prompts[1], answers=[word], verbose=False)

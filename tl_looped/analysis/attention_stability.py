@@ -91,7 +91,7 @@ def attention_stability(
         >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
         >>> found = attention_stability(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), n_loops=5, verbose=False)
         >>> tuple(found.successive.values.shape), found.successive.labels["loop"]
-        ((4, 2, 2), ['1', '2', '3', '4'])
+        ((4, 2, 2), [1, 2, 3, 4])
     """
     deep = at_depth(model, n_loops)
     passes = deep.schedule.passes_of("all", stack)

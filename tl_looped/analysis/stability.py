@@ -125,7 +125,7 @@ def stability(
         >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
         >>> found = stability(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), answers=[4, 7], verbose=False)
         >>> found.loss.labels["n_loops"], found.loss.count, found.agreement.values.shape
-        (['1', '2', '3', '4', '5', '6'], 2, torch.Size([6, 6]))
+        ([1, 2, 3, 4, 5, 6], 2, torch.Size([6, 6]))
     """
     check_model(model)
     trained = model.n_loops if trained is None else check_count("trained", trained)

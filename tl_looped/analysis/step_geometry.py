@@ -136,7 +136,7 @@ def step_geometry(
         >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=4), seed=0)
         >>> found = step_geometry(model, torch.tensor([[1, 2, 3, 4]]), verbose=False)
         >>> found.step_cosine.labels["loop"], found.hook
-        (['2', '3'], 'loops.*.hook_out')
+        ([2, 3], 'loops.*.hook_out')
         >>> bool((found.cka.values.diagonal() - 1).abs().max() < 1e-5)
         True
     """
