@@ -179,6 +179,8 @@ def grouped(
     figure.update_xaxes(title=across[group_by])
     if group_by == "depth":
         _mark_passes(figure, schedule, layers)
+    if group_by == "layer" and len({site.loop for site in sites}) <= 12:
+        figure.update_xaxes(dtick=1)  # there is no loop 1.5
     return figure
 
 
