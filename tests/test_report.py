@@ -430,7 +430,8 @@ def test_the_command_has_the_options_of_the_function(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize("family", ["hrm_text", "huginn", "parcae"])
 def test_every_kind_of_loop_has_a_report(family: str) -> None:
     model = LoopedBridge.from_pretrained(GOLDEN / family, device="cpu")
-    found = report(model, [torch.tensor([[5, 17, 3, 9, 22]])], n_loops=max(4, model.n_loops), verbose=False)
+    pair = {"clean": torch.tensor([[5, 17, 3, 9, 22]]), "corrupted": torch.tensor([[5, 18, 3, 9, 22]])}
+    found = report(model, [torch.tensor([[5, 17, 3, 9, 22]])], n_loops=max(4, model.n_loops), **pair, verbose=False)
     refused = {section.name: section.refused for section in found.sections if section.refused}
     assert not refused and "nan" not in " ".join(sentence for section in found.sections for sentence in section.reading)
 
