@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,9 +12,6 @@ from torch import Tensor
 
 from ..errors import LoopedError
 from .showing import Shown, html_table, matrix
-
-if TYPE_CHECKING:
-    from ..bridge.looped_bridge import LoopedBridge
 
 Label = str | int  # an int where it counts something (loop, layer, head, example), which "prelude" and "coda" may stand beside
 Selection = Label | slice | Sequence[Label]
@@ -262,20 +258,6 @@ class Grid(Shown):
         from ..plots import heat_map
 
         return heat_map(self, title)
-
-    def save(self, path: str | Path, model: LoopedBridge | None = None) -> Path:
-        """Write the grid into one file, without pickle; `tl_looped.load_result` reads it.
-
-        Args:
-            path: the file, `.safetensors` by custom.
-            model: the model it is of, whose fingerprint is kept: `load_result(path, model)` refuses another one.
-
-        Raises:
-            LoopedError: the file cannot be written.
-        """
-        from .saving import save_result
-
-        return save_result(self, path, model)
 
     def _described(self) -> list[str]:
         known = self.values[self.values.isfinite()] if self.values.is_floating_point() else self.values

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from ..errors import LoopedError
 from .grid import Estimate
 from .showing import Shown
-
-if TYPE_CHECKING:
-    from ..bridge.looped_bridge import LoopedBridge
 
 AnyResult = TypeVar("AnyResult", bound="Result")
 
@@ -32,20 +28,6 @@ class Result(Shown):
 
     def __radd__(self, other: Any) -> Any:
         return self if isinstance(other, int) and other == 0 else NotImplemented  # where `sum` begins
-
-    def save(self, path: str | Path, model: LoopedBridge | None = None) -> Path:
-        """Write the result into one file, without pickle; `tl_looped.load_result` reads it.
-
-        Args:
-            path: the file, `.safetensors` by custom.
-            model: the model it is of, whose fingerprint is kept: `load_result(path, model)` refuses another one.
-
-        Raises:
-            LoopedError: the file cannot be written.
-        """
-        from .saving import save_result
-
-        return save_result(self, path, model)
 
 
 def _merge(name: str, a: Any, b: Any) -> Any:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import fields, is_dataclass
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ..bridge.looped_bridge import LoopedBridge
     from .grid import Grid
 
 MOST_ROWS, MOST_COLUMNS = 12, 12  # of a table in a notebook
@@ -37,6 +39,20 @@ class Shown:
     def to_dataframe(self) -> Any:
         """A pandas DataFrame of the numbers."""
         raise NotImplementedError
+
+    def save(self, path: str | Path, model: LoopedBridge | None = None) -> Path:
+        """Write the result into one file, without pickle; `tl_looped.load_result` reads it.
+
+        Args:
+            path: the file, `.safetensors` by custom.
+            model: the model it is of, whose fingerprint is kept: `load_result(path, model)` refuses another one.
+
+        Raises:
+            LoopedError: the file cannot be written.
+        """
+        from .saving import save_result
+
+        return save_result(self, path, model)
 
     def _repr_html_(self) -> str:
         frame = self.to_dataframe()
