@@ -19,6 +19,7 @@ from test_results import same
 from tl_looped import LoopedBridge, LoopedConfig
 from tl_looped.analysis import fixed_points, limiting_behaviour
 from tl_looped.errors import LoopedError
+from tl_looped.interventions import steer
 from tl_looped.results import load_result
 from tl_looped.runs import Run, run
 
@@ -132,6 +133,76 @@ def test_what_a_name_leaves_open_is_told_apart(model: LoopedBridge, tmp_path: Pa
         run(counting(3), model.unroll(4), prompts(2), out=out, verbose=False)
     with model.hooks([("loops.1.hook_state", lambda state, hook: state * 2)]), pytest.raises(LoopedError, match="with hooks="):
         run(counting(3), model, prompts(2), out=out, verbose=False)
+
+
+def test_hooks_are_told_apart_by_all_their_places_and_by_what_they_are(model: LoopedBridge, tmp_path: Path) -> None:
+    def doubled(state: torch.Tensor, hook: object) -> torch.Tensor:
+        return state * 2
+
+    def halved(state: torch.Tensor, hook: object) -> torch.Tensor:
+        return state / 2
+
+    def asked(*hooks: tuple[str, Any]) -> str:
+        with model.hooks(list(hooks)):
+            return run(fixed_points, model, prompts(1), out=tmp_path / "run", n_loops=3, verbose=False).asked["hooks"]
+
+    at, later = "loops.1.hook_state", "loops.2.hook_state"
+    with model.hooks([(at, doubled)]):
+        found = run(fixed_points, model, prompts(1), out=tmp_path / "run", n_loops=3, verbose=False)
+    assert found.asked["hooks"].startswith(f"{at} ") and "doubled" in found.asked["hooks"]
+    assert asked((at, doubled)) == found.asked["hooks"]
+    for hooks in (
+        [(at, halved)],
+        [(at, doubled), (later, doubled)],
+        [(at, doubled), (at, doubled)],
+        [],
+        steer(model, torch.ones(8), loops=1),
+    ):
+        with pytest.raises(LoopedError, match="with hooks="):
+            asked(*hooks)
+    (tmp_path / "run").unlink()
+    asked(*steer(model, torch.ones(8), loops=1))
+    asked(*steer(model, torch.ones(8), loops=1))
+    with pytest.raises(LoopedError, match="with hooks="):
+        asked(*steer(model, -torch.ones(8), loops=1))
+
+
+def test_a_mistake_in_the_analysis_is_not_skipped_prompt_by_prompt(model: LoopedBridge, tmp_path: Path) -> None:
+    out, mistakes = tmp_path / "run", [True]
+
+    def analysis(model: Any, prompt: torch.Tensor) -> Any:
+        if mistakes[0] or len(prompt) == 5:
+            raise TypeError("no such thing")
+        return fixed_points(model, prompt, **SETTINGS)
+
+    for n, first in ((2, 2), (6, 3)):
+        with pytest.raises(LoopedError, match=rf"^the first {first} of {n} prompts failed alike: TypeError: no such thing"):
+            run(analysis, model, prompts(n), out=out, every=1, on_error="skip", verbose=False)
+        assert load_result(out).done == 0
+        out.unlink()
+    mistakes[0] = False
+    found = run(analysis, model, prompts(6), out=out, on_error="skip", verbose=False)  # one among others that do not fail
+    assert [index for index, _ in found.failed] == [3] and found.done == 6
+
+
+@pytest.mark.skipif(os.name != "posix", reason="this system does not tell which processes are alive")
+def test_what_a_killed_write_leaves_is_removed_by_the_next_run(model: LoopedBridge, tmp_path: Path) -> None:
+    out = tmp_path / "run[1].safetensors"
+    code = f"""
+import os
+from tl_looped import _writing
+os.replace = lambda *paths: os.kill(os.getpid(), 9)
+_writing.write_bytes({str(out)!r}, b"half")
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".") and left.read_bytes() == b"half"
+    others = left.name.rpartition(".")[0].rpartition(".")[0]
+    alive = tmp_path / f"{others}.{os.getpid()}.abc"
+    for file in (alive, tmp_path / "other"):
+        file.touch()
+    run(fixed_points, model, prompts(1), out=out, **SETTINGS)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([alive.name, "other", out.name])
 
 
 def test_a_mistake_in_the_call_is_no_failed_prompt(model: LoopedBridge, tmp_path: Path) -> None:

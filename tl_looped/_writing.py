@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
+from contextlib import suppress
+from glob import escape
+from hashlib import sha256
 from pathlib import Path
 from uuid import uuid4
 
@@ -36,7 +40,7 @@ def write_bytes(file: str | Path, content: bytes) -> Path:
         LoopedError: the place cannot be written, or holds something else than a regular file.
     """
     place = checked_place(file)
-    draft = place.with_name(f".{place.name}.{uuid4().hex[:8]}")
+    draft = place.with_name(f"{_draft_of(place)}{os.getpid()}.{uuid4().hex[:8]}")
     try:
         mode = stat.S_IMODE(place.stat().st_mode) if place.exists() else None
         try:
@@ -52,6 +56,36 @@ def write_bytes(file: str | Path, content: bytes) -> Path:
     except OSError as error:
         raise LoopedError(f"{str(file)!r} cannot be written: {error.strerror or error}. Choose another place.") from error
     return Path(file)
+
+
+def remove_drafts(file: str | Path) -> None:
+    """Remove what processes of this machine left of a file when they were killed while they wrote it.
+
+    Args:
+        file: the file.
+    """
+    place = Path(file).resolve()
+    begin = _draft_of(place)
+    for draft in place.parent.glob(f"{escape(begin)}*") if os.name == "posix" else ():
+        pid = draft.name.removeprefix(begin).partition(".")[0]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            with suppress(OSError):  # another may clean up too
+                draft.unlink()
+
+
+def _draft_of(place: Path) -> str:
+    """How the names of drafts begin: with the machine, whose processes alone can be asked for."""
+    return f".{place.name}.{sha256(socket.gethostname().encode()).hexdigest()[:6]}."
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
 
 
 def checked_place(file: str | Path) -> Path:

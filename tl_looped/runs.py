@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._depth import check_model, first_hooked
+from ._depth import check_model
+from ._writing import remove_drafts
 from .bridge.looped_bridge import LoopedBridge
 from .errors import LoopedError
 from .results import Grid, Result, load_result
@@ -26,6 +27,9 @@ from .schedule import check_count
 __all__ = ["Run", "run"]
 
 OnError = Literal["raise", "skip"]
+MISTAKES = (TypeError, AttributeError, NameError, ImportError, NotImplementedError)  # of who wrote the call, not of a prompt
+FIXED = (str, int, float, tuple, slice, Tensor, FunctionType)  # what a function may hold that makes it another one
+N_ALIKE = 3  # first prompts that fail by the same mistake: the others would too
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +93,8 @@ def run(
         prompts: texts, tokens, or whatever the analysis takes, one by one.
         out: the file. One of other prompts, settings, weights or another analysis is refused, not replaced.
         every: how many prompts between two writes.
-        on_error: "raise" stops at a prompt that fails and names it; "skip" lists it in `failed` and goes on.
+        on_error: "raise" stops at a prompt that fails and names it; "skip" lists it in `failed` and goes on, but stops where
+            the first prompts all fail by the same mistake in the code, as a `TypeError` is.
         verbose: show a progress bar.
         **settings: of the analysis.
 
@@ -118,12 +123,13 @@ def run(
     check_model(model)
     quiet = {"verbose": False} if "verbose" in inspect.signature(analysis).parameters else {}
     asked = {"analysis": _described(analysis), **{k: _described(v) for k, v in settings.items()}, "prompts": _digest(asked_for)}
-    asked |= {"loops of the model": str(model.n_loops), "hooks": str(first_hooked(model))}
+    asked |= {"loops of the model": str(model.n_loops), "hooks": _hooks(model)}
     try:
         inspect.signature(analysis).bind(model, asked_for[0], **quiet, **settings)
     except TypeError as error:
         raise LoopedError(f"{asked['analysis']} was asked with {', '.join(settings) or 'no settings'}: {error}.") from error
     state = Run(None, (), 0, len(asked_for), asked)
+    remove_drafts(out)
     if Path(out).exists():
         state = _begun(out, state, model)
     bar = tqdm(total=len(asked_for), initial=state.done, desc=getattr(analysis, "__name__", "run"), disable=not verbose)
@@ -140,7 +146,14 @@ def run(
                         f"prompt {index} of {len(asked_for)} failed: {error} The {index} before it are in {str(out)!r}. Mend "
                         'the cause and run again, which goes on there, or leave such prompts out with on_error="skip".'
                     ) from error
-                state = replace(state, failed=(*state.failed, (index, f"{type(error).__name__}: {error}")), done=index + 1)
+                reason = f"{type(error).__name__}: {error}"
+                state = replace(state, failed=(*state.failed, (index, reason)), done=index + 1)
+                if isinstance(error, MISTAKES) and _all_alike(state):
+                    state = replace(state, failed=(), done=0)  # no prompt is to blame, and none is left out when it is mended
+                    raise LoopedError(
+                        f"the first {index + 1} of {len(asked_for)} prompts failed alike: {reason}. This is no matter of a "
+                        "prompt; mend the call and run again."
+                    ) from error
                 bar.set_postfix(failed=len(state.failed))
             bar.update()
             if state.done - max(written, 0) >= every:
@@ -174,6 +187,23 @@ def _begun(out: str | Path, wanted: Run, model: LoopedBridge) -> Run:
     return found
 
 
+def _all_alike(state: Run) -> bool:
+    """Whether all prompts so far failed, for one reason, and they are enough to tell of the others."""
+    reasons = [reason for _, reason in state.failed]
+    return len(reasons) == state.done == min(N_ALIKE, state.n_prompts) and len(set(reasons)) == 1
+
+
+def _hooks(model: LoopedBridge) -> str:
+    """Every hooked point of a model and what its hooks are; "None" without hooks."""
+    points = {id(point): (name, point) for name, point in reversed(model.hook_dict.items())}  # an alias is no other point
+    hooks = [
+        f"{name} {_described(getattr(handle, 'user_hook', None))}"
+        for name, point in reversed(points.values())
+        for handle in (*point.fwd_hooks, *point.bwd_hooks)
+    ]
+    return ", ".join(hooks) or "None"
+
+
 def _described(value: Any) -> str:
     """The same text for the same value, in every process."""
     if isinstance(value, functools.partial):
@@ -188,7 +218,7 @@ def _described(value: Any) -> str:
     if isinstance(value, (FunctionType, BuiltinFunctionType, type)):
         code = getattr(value, "__code__", None)
         held = [] if code is None else [code.co_code.hex(), repr([c for c in code.co_consts if not isinstance(c, CodeType)])]
-        held += [_described(c) for c in _enclosed(value) if isinstance(c, (str, int, float, tuple, FunctionType))]
+        held += [_described(c) for c in _enclosed(value) if isinstance(c, FIXED)]
         tells = "<lambda>" in value.__qualname__ or "<locals>" in value.__qualname__  # what the name leaves open
         return f"{value.__module__}.{value.__qualname__}" + (f" {_digest(held)}" if tells else "")
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # an address is another in every process
