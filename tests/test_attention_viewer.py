@@ -322,3 +322,12 @@ def test_it_is_drawn_where_a_notebook_puts_it(browser: Any) -> None:
         attention_viewer(bridge, random_tokens(1, 4)).html,
     )
     assert view.locator(".name").all_text_contents() == ["loop 2, layer 0, head 0"] * 2
+
+
+def test_a_token_that_looks_like_markup_does_not_end_a_script() -> None:
+    bridge, tokens = random_bridge("nanbeige"), random_tokens(1, 3)
+    _, cache = bridge.run_with_cache(tokens)
+    shown = attention_heads(cache, ["</script>", "<!--", "\u2028"], loops=0, layer=0)
+    for html in (shown.local_src, shown.cdn_src):
+        assert html.count("</script>") == 1 and "<!--" not in html.rpartition("AttentionHeads")[2]
+        assert "\\u003c/script>" in html and "\u2028" not in html.rpartition("AttentionHeads")[2]

@@ -7,6 +7,7 @@ from functools import cache, partial
 import pytest
 import torch
 from torch import Tensor
+from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 from zoo import ZOO, random_bridge, random_tokens
 
@@ -301,3 +302,33 @@ def test_bad_input_is_explained(unchecked: None) -> None:
     two = random_bridge("hrm_text")
     with pytest.raises(LoopedError, match="stack='L' or stack='H'"):
         whole_sweep(two, CORRUPTED, run(two, CLEAN), total)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_gradients_are_not_decomposed_as_activations(name: str) -> None:
+    """As TransformerLens's demo makes its gradient caches; what streams hold of gradients may be read as it is."""
+    bridge, tokens = random_bridge(name), random_tokens()
+    _, both = bridge.run_with_cache(tokens, incl_bwd=True, return_type="loss")
+    gradients = {n.removesuffix("_grad"): g for n, g in both.items() if n.endswith("_grad")}
+    cache = ActivationCache(gradients, bridge)
+    suffixed = ActivationCache({f"{n}_grad": g for n, g in gradients.items()}, bridge)
+    torch.testing.assert_close(both.decompose_resid().sum(0), both["ln_final.hook_in"], atol=1e-3, rtol=1e-3)
+    calls = {
+        "decompose_resid": {}, "accumulated_resid": {}, "stack_head_results": {}, "stack_neuron_results": {"layer": None},
+        "get_full_resid_decomposition": {}, "get_neuron_results": {"layer": 1}, "attribute_logits": {"tokens": 1},
+    }  # fmt: skip
+    for holder in (cache, suffixed):
+        for method, arguments in calls.items():
+            with pytest.raises(LoopedError, match=r"gradients.*attribution_sweep"):
+                getattr(holder, method)(**arguments)
+    stack = torch.zeros(1, 2, 7, 24)
+    for call in (
+        lambda: cache.apply_ln_to_stack(stack),
+        lambda: cache.logit_attrs(stack, 1),
+        lambda: cache.accumulated_resid(layer=None, apply_ln=True),
+        lambda: cache.logit_lens(),
+    ):
+        with pytest.raises(LoopedError, match=r"gradients.*attribution_sweep"):
+            call()
+    as_they_are = cache.accumulated_resid(carried=False)
+    assert torch.equal(as_they_are[0], gradients["blocks.0.hook_resid_pre"])

@@ -12,12 +12,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from zoo import random_bridge
+from zoo import GOLDEN, random_bridge
 
 from tl_looped import LoopedBridge
 from tl_looped.cli import main
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def cells(line: str) -> list[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import json
+import math
 from copy import deepcopy
 
+import numpy as np
 import pytest
 
+from tl_looped import LoopedConfig, LoopedError
 from tl_looped import config as config_module
-from tl_looped.config import LoopedConfig
-from tl_looped.errors import LoopedError
 
 BASE = {"d_model": 16, "n_heads": 4, "d_vocab": 20, "n_core": 2, "n_loops": 3}
 TWO_STACKS = {"l_cycles": 2, "injection": "add", "initial_state": "learned", "pass_norm": True}
@@ -132,3 +134,44 @@ def test_widths_that_follow_from_others_follow_them() -> None:
 def test_values_that_would_fail_later_or_silently_fail_at_once(changes: dict[str, object], why: str) -> None:
     with pytest.raises(LoopedError, match=why):
         LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=1, n_loops=2, **changes)  # pyright: ignore[reportArgumentType]
+
+
+WRONG = [None, True, 0, -1, 1.5, 10**400, 10**5000, math.nan, math.inf, "false", "x", [], ["x"], [-1], {}, {"rope_type": []}]
+
+
+ACCEPTED = {
+    **dict.fromkeys("norm_weight prelude_norm pass_norm final_norm exit_gate attn_gate tied prefix_lm".split(), (True,)),
+    **dict.fromkeys("n_prelude n_coda n_kv_heads d_head d_mlp value_gate_width".split(), (0,)),
+    **dict.fromkeys("norm_eps noise_std noise_scale embed_scale".split(), (0, 1.5)),
+    **dict.fromkeys("biases windows value_embed_layers".split(), ([],)),
+    "qk_norm_eps": [None, 0, 1.5],
+    "logit_softcap": [None, 1.5],
+    "rope_theta": [1.5],
+    "rope_scaling": [None, {}],
+    "l_cycles": [None],
+    "beta": [0],
+    "family": ["false", "x"],
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(LoopedConfig)])
+def test_every_field_of_a_config_has_a_kind(field: str, unchecked: None) -> None:
+    """What a field accepts is written down here; everything else in the list is refused, with the field's name."""
+    base = {"d_model": 16, "n_heads": 4, "d_vocab": 20, "n_core": 2, "n_loops": 3}
+    for value in WRONG:
+        if any(value == right and type(value) is type(right) for right in ACCEPTED.get(field, [])):
+            LoopedConfig(**{**base, field: value})
+            continue
+        with pytest.raises(LoopedError, match=f"{field}|rope scaling"):
+            LoopedConfig(**{**base, field: value})
+        with pytest.raises(LoopedError, match=f"{field}|rope scaling"):
+            LoopedConfig.from_dict({**base, field: value})
+
+
+def test_numpys_numbers_are_numbers(unchecked: None) -> None:
+    plain = LoopedConfig(d_model=16, n_heads=4, d_vocab=20, n_core=2, n_loops=3, norm_eps=0.5, tied=True, windows=(4, None))
+    made = LoopedConfig(
+        d_model=np.int64(16), n_heads=np.int32(4), d_vocab=20, n_core=np.uint8(2), n_loops=3,
+        norm_eps=np.float32(0.5), tied=np.bool_(True), windows=[np.int64(4), None],
+    )  # fmt: skip
+    assert made == plain and json.loads(json.dumps(made.to_dict())) == json.loads(json.dumps(plain.to_dict()))

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from transformer_lens.tools.analysis import direct_logit_attribution, logit_lens
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import CHECKPOINTS, GOLDEN, ZOO, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedCache, LoopedError
 from tl_looped.bridge.decomposition import FINAL
 from tl_looped.errors import UnknownNameError
 
-GOLDEN = Path(__file__).parent / "golden"
-CHECKPOINTS = sorted(folder.name for folder in GOLDEN.iterdir())
 TOKENS = random_tokens(pos=5)
 FAMILIES = pytest.mark.parametrize("name", ZOO)
 UNITS = ("component", "layer", "head")
@@ -480,3 +477,28 @@ def test_bad_choices(unchecked: None) -> None:
         cache.decompose_resid(mode="both")  # pyright: ignore[reportArgumentType]
     with pytest.raises(LoopedError, match="unit='neuron'"):
         cache.attribute_logits(3, unit="neuron")  # pyright: ignore[reportArgumentType]
+
+
+def test_one_axis_of_tokens_that_fits_rows_and_positions_is_refused() -> None:
+    """What each reading gives is compared with the logits themselves: nothing is left of these but a sum of parts."""
+    bridge = random_bridge("huginn", torch.float64)
+    with torch.no_grad():
+        logits, cache = bridge.run_with_cache(random_tokens(batch=5, pos=5))
+        _, other = bridge.run_with_cache(random_tokens(batch=5, pos=7))
+    tokens, stack = torch.arange(5), cache.decompose_resid()
+    for wrong in (
+        lambda: cache.attribute_logits(tokens, positions=None),
+        lambda: cache.attribute_logits(tokens, tokens + 1, positions=None),
+        lambda: cache.logit_attrs(stack, tokens),
+        lambda: other.attribute_logits(tokens, positions=slice(2, None)),
+        lambda: other.logit_attrs(other.decompose_resid(pos_slice=slice(2, None)), tokens, pos_slice=slice(2, None)),
+    ):
+        with pytest.raises(LoopedError, match=r"5 tokens .* 5 rows of 5 positions.*tokens\[:, None\] or tokens\[None\]"):
+            wrong()
+    for axis, named in ((0, tokens[:, None]), (1, tokens[None])):
+        expected = torch.stack([logits.select(axis, i)[:, i] for i in range(5)], dim=axis)
+        torch.testing.assert_close(cache.attribute_logits(named, positions=None).values.sum(0), expected)
+        torch.testing.assert_close(cache.logit_attrs(stack, named).sum(0), expected)
+    torch.testing.assert_close(cache.attribute_logits(tokens).values.sum(0), logits[range(5), -1, range(5)])  # one position
+    with pytest.raises(LoopedError, match=r"shape \(4,\) were given for logits at \(5, 5\)"):
+        cache.attribute_logits(tokens[:4], positions=None)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from zoo import random_bridge, random_tokens
+from linear import linear_loop
+from torch import Tensor
+from zoo import ZOO, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError, exits
-from tl_looped.analysis import exit_steps, gate_pdf
+from tl_looped.analysis import (
+    exit_steps,
+    gate_pdf,
+)
+from tl_looped.exits import LoopHistory
 
 POLICIES = [exits.KL(0.05), exits.StateChange(0.8), exits.TwoHitAcceleration(30.0)]
 
@@ -139,3 +146,143 @@ def test_half_precision_states_do_not_overflow_and_one_policy_needs_no_list() ->
     bridge = random_bridge("ouro")
     one, listed = (exit_steps(bridge, random_tokens(), p, verbose=False) for p in (exits.KL(), [exits.KL()]))
     assert torch.equal(one.cost.values, listed.cost.values) and one.cost.labels == listed.cost.labels
+
+
+class Recorded:
+    """A policy that keeps what it was shown of the last position at every loop, and leaves at a loop that depends on it."""
+
+    def __init__(self, leaves: Callable[[LoopHistory], Tensor]):
+        self.leaves = leaves
+        self.seen: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, history: LoopHistory) -> Tensor:
+        def last(x: Tensor, dims: int) -> Tensor:  # generate has no axis of positions
+            return x[:, -1] if x.ndim > dims else x
+
+        gate = last(history.exit_logits[-1], 1) if history.exit_logits else torch.zeros(0)
+        readout = last(history.readout(history.loop), 2)
+        states = (last(history.states[0], 2), last(history.states[-1], 2))
+        self.seen.append((history.loop, *states, gate, readout))
+        return self.leaves(history)
+
+
+def has_grown(history: LoopHistory) -> Tensor:
+    """Compares with the first state, however long ago that was."""
+    return history.states[-1].norm(dim=-1) > 1.3 * history.states[0].norm(dim=-1)
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_generate_and_exit_steps_show_a_policy_what_hooks_leave(name: str, cached: bool) -> None:
+    # By hand from the activations of a whole hooked run, and from the readouts of that run after every loop.
+    model, tokens = random_bridge(name, torch.float64, n_loops=6), random_tokens(3, 5)
+    schedule, n_loops = model.schedule, model.n_loops
+    ends = [schedule.pass_prefix(schedule.pass_of_loop(t)) for t in range(n_loops)]
+
+    def add(size: float) -> Callable[[Tensor, object], Tensor]:
+        return lambda x, hook: x + size * torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype) if x.ndim == 3 else x + size
+
+    def overwrite(x: Tensor, hook: object) -> None:  # in place, on the way into a layer: what a loop left is not the layer's
+        x.mul_(0.7)
+
+    hooks: list[Any] = [
+        (f"{ends[0]}.hook_state", add(0.8)),
+        (f"{ends[1]}.hook_out", add(-0.4)),
+        (f"{ends[2]}.hook_state", add(0.3)),
+        (f"{ends[3]}.blocks.0.hook_resid_pre", overwrite),
+    ]
+    if model.looped_cfg.exit_gate:
+        hooks.append((f"{ends[1]}.hook_exit_logit", add(0.5)))
+    first, rest = f"{ends[0]}.hook_state", [f"{end}.hook_out" for end in ends]
+    kept: dict[str, Tensor] = {}
+
+    def keep(x: Tensor, hook: Any) -> None:
+        kept.setdefault(schedule.loop_name(hook.name), x.clone())
+
+    gates = [f"{end}.hook_exit_logit" for end in ends] if model.looped_cfg.exit_gate else []
+    watched = [(hook, keep) for hook in (first, *rest, *gates)]
+    for leaves in (has_grown, lambda h: torch.zeros_like(h.states[-1][..., 0], dtype=torch.bool)):
+        shown, generated = Recorded(leaves), Recorded(leaves)
+        with model.hooks(fwd_hooks=hooks):
+            found = exit_steps(model, tokens, {"mine": shown}, answers=[1, 2, 3], verbose=False)
+            model.exit_policy = generated
+            options = {"do_sample": False, "stop_at_eos": False, "verbose": False, "use_past_kv_cache": cached}
+            model.generate(tokens, 1, **options)
+            model.exit_policy = None
+            kept.clear()
+            model.run_with_hooks(tokens, fwd_hooks=watched)
+            readouts = [model.readout(tokens, loop=t)[:, -1] for t in range(n_loops)]
+        states = [kept[hook][:, -1] for hook in (first, *rest)]
+        for record in (shown, generated):
+            assert leaves is has_grown or [at[0] for at in record.seen] == list(range(n_loops - 1))
+            for loop, start, state, gate, readout in record.seen:
+                assert torch.allclose(start, states[0]) and torch.allclose(state, states[loop + 1])
+                assert torch.allclose(readout, readouts[loop])
+                assert not gates or torch.allclose(gate, kept[gates[loop]][:, -1])
+        leaving = [(states[t + 1].norm(dim=-1) > 1.3 * states[0].norm(dim=-1)).tolist() for t in range(n_loops)]
+        by_hand = [
+            next((t + 1 for t in range(n_loops) if leaving[t][row] and leaves is has_grown), n_loops) for row in range(3)
+        ]
+        assert found.passes[0][0, :, -1].tolist() == by_hand
+        report = model.generation_report
+        assert report is not None and report.passes_per_token[:, 0].tolist() == by_hand
+
+
+def test_a_policy_that_looks_back_leaves_where_its_formula_says() -> None:
+    # The state doubles in every loop: it is above 100 times the first one after 2^7 = 128 times, that is, after 7 loops.
+    model, tokens = linear_loop(2 * torch.eye(24), n_loops=12), random_tokens()
+
+    def far(history: LoopHistory) -> Tensor:
+        return history.states[-1].norm(dim=-1) > 100 * history.states[0].norm(dim=-1)
+
+    assert (exit_steps(model, tokens, far, verbose=False).passes[0] == 7).all()
+    model.exit_policy = far
+    model.generate(tokens, 2, do_sample=False, stop_at_eos=False, verbose=False)
+    report = model.generation_report
+    assert report is not None and (report.passes_per_token == 7).all()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda states: states[1],
+        lambda states: states[-len(states) + 1],
+        lambda states: states[:3],
+        lambda states: list(states),
+        lambda states: torch.stack(states),
+        lambda states: sum(state.norm(dim=-1) for state in states),
+        lambda states: list(reversed(states)),
+    ],
+    ids=["index", "negative", "slice", "iteration", "stack", "sum", "reversed"],
+)
+def test_a_state_that_is_no_longer_kept_is_refused_and_in_generate_it_is_there(use: Callable[[Any], Any]) -> None:
+    model, tokens = random_bridge("nanbeige", n_loops=8), random_tokens()
+    lengths: list[int] = []
+
+    def policy(history: LoopHistory) -> Tensor:
+        lengths.append(len(history.states))
+        if history.loop == 6:
+            use(history.states)
+        return torch.zeros_like(history.states[-1][..., 0], dtype=torch.bool)
+
+    with pytest.raises(LoopedError, match="no longer kept: exit_steps keeps the first state and the last 4"):
+        exit_steps(model, tokens, policy, verbose=False)
+    assert lengths == [2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("ahead", [1, -5])
+def test_a_readout_of_a_loop_that_has_not_run_is_refused(ahead: int) -> None:
+    # Under a cache the states of such a loop are there, of earlier positions: their readout is not that of this token.
+    model, tokens = random_bridge("huginn", n_loops=5), random_tokens()
+
+    def policy(history: LoopHistory) -> Tensor:
+        lengths.append(len(history.states))
+        if len(lengths) > 4:  # the first token looped to the end
+            history.log_probs(history.loop + ahead)
+        return torch.zeros_like(history.states[-1][..., 0], dtype=torch.bool)
+
+    lengths: list[int] = []
+    model.exit_policy = policy
+    with pytest.raises(LoopedError, match=rf"the readout of loop {ahead}; up to now there are those of 0..0"):
+        model.generate(tokens, 2, do_sample=False, stop_at_eos=False, verbose=False)
+    assert lengths == [2, 3, 4, 5, 2]

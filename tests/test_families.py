@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from zoo import GOLDEN
 
 from tl_looped import LoopedError, families
 from tl_looped.checkpoints import Checkpoint, MemoryCheckpoint, load_model, open_checkpoint
@@ -23,7 +24,6 @@ from tl_looped.families import huginn, llama, ouro
 from tl_looped.model import LoopedModel
 from tl_looped.schedule import Site
 
-GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("ouro", "huginn", "retrofit_llama", "retrofit_olmo", "hrm_text", "nanbeige", "parcae")
 TOLERANCE = 2e-4
 

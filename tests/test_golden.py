@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from zoo import GOLDEN
 
 from tl_looped import LoopedBridge
 
-GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = sorted(folder.name for folder in GOLDEN.iterdir())
 ATOL = 2e-4  # fp32, logits of order 10
 

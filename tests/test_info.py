@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import ZOO, random_bridge
+from zoo import GOLDEN, ZOO, random_bridge
 
 from tl_looped import LoopedBridge, families
 from tl_looped.cli import compare, info, lens, main, report, sweep_init
 from tl_looped.errors import CheckpointError
 from tl_looped.info import checkpoint_text, hooks_text
 from tl_looped.sizes import human, sizes
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def counted(bridge: LoopedBridge, n_loops: int, n_tokens: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from zoo import GOLDEN
 
 from tl_looped import LoopedBridge
 from tl_looped.checkpoints import MemoryCheckpoint, load_model, load_tokenizer, open_checkpoint, save_model
@@ -21,7 +22,6 @@ from tl_looped.errors import CheckpointError, LoopedError
 from tl_looped.model import LoopedModel
 from tl_looped.model.looped_model import initialise
 
-GOLDEN = Path(__file__).parent / "golden"
 TOKENS = torch.tensor([[3, 1, 4, 1, 5]])
 
 

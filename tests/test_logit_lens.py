@@ -7,7 +7,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,14 +14,13 @@ import torch
 from peak_memory import PeakMemory
 from test_cli import word_tokenizer
 from transformer_lens.tools.analysis import logit_lens as transformer_lens_lens
-from zoo import SMALL, ZOO, random_bridge, random_tokens
+from zoo import GOLDEN, SMALL, ZOO, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped.analysis import LogitLensResult, logit_lens
 from tl_looped.errors import OutOfRangeError
 from tl_looped.schedule import Site
 
-GOLDEN = Path(__file__).parent / "golden"
 TOKENS = random_tokens()
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
 LAST = 30  # the last token of the zoo's vocabulary

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
 from test_attribution import near, per_row, run, total
 from torch import Tensor
+from transformer_lens import patching
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import ZOO, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedCache, LoopedError
+from tl_looped.bridge.processing import stream_break
 from tl_looped.errors import UnknownNameError
 from tl_looped.path_patching import edge_sweep, path_patch
 
@@ -218,3 +225,165 @@ def test_bad_input_is_explained(unchecked: None) -> None:
     with pytest.raises(LoopedError, match="one number, or one per row"):
         edge_sweep(bridge, CORRUPTED, clean, lambda logits: logits[0])
     assert not any(hook.fwd_hooks for hook in bridge.hook_dict.values())
+
+
+def looped_and_plain() -> tuple[LoopedBridge, TransformerBridge]:
+    """Layers 1 and 2 of a Llama run twice, and TransformerLens's own bridge of the Llama with these layers copied."""
+    shape: Any = dict(vocab_size=31, hidden_size=24, intermediate_size=20, num_attention_heads=3, head_dim=8)
+    hf, twin = (LlamaForCausalLM(LlamaConfig(num_hidden_layers=n, **shape)).eval() for n in (4, 6))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in hf.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = 1 + 0.3 * noise if parameter.ndim == 1 else 1.2 * noise / parameter.shape[-1] ** 0.5
+    twin.load_state_dict(hf.state_dict(), strict=False)
+    for layer, copied in enumerate((0, 1, 2, 1, 2, 3)):
+        twin.model.layers[layer].load_state_dict(hf.model.layers[copied].state_dict())
+    theirs = build_bridge_from_module(twin, "LlamaForCausalLM", hf_config=twin.config, dtype=torch.float32, device="cpu")
+    return LoopedBridge.loop_layers(hf, 1, 3, n_loops=2), theirs
+
+
+def difference(logits: Tensor) -> Tensor:
+    return logits[:, -1, 5].sum() - logits[:, -1, 6].sum()
+
+
+def test_paths_on_a_model_of_one_running_sum_are_those_of_the_papers() -> None:
+    """Wang et al. as TransformerLens runs it on the copied layers; Syed et al. from its split inputs and autograd."""
+    ours, theirs = looped_and_plain()
+    clean, corrupted, layer, head = random_tokens(pos=4), random_tokens(pos=4, seed=1), 1, 2
+    with torch.no_grad():
+        (_, cache), (_, their_clean), (_, their_corrupted) = (
+            model.run_with_cache(tokens) for model, tokens in ((ours, clean), (theirs, clean), (theirs, corrupted))
+        )
+        baseline = difference(theirs(corrupted))
+        expected = {
+            letter: patching.get_act_patch_direct_path(
+                theirs, corrupted, their_clean, their_corrupted, difference, layer, head, letter, verbose=False
+            )
+            - baseline
+            for letter in "qkv"
+        }
+    source = f"blocks.{layer}.head.{head}"
+    for letter, scores in expected.items():
+        found = path_patch(ours, corrupted, cache, difference, source, f"blocks.2:.head.*.{letter}").values.view(4, 3)
+        assert found.abs().max() > 0.1
+        torch.testing.assert_close(found, scores[2:].to(found), atol=1e-4, rtol=1e-4)
+
+    theirs.set_use_split_qkv_input(True)
+    slopes: dict[str, Tensor] = {}
+
+    def keep(gradient: Tensor, hook: Any, name: str) -> None:
+        slopes[name] = gradient.clone()
+
+    inputs = [f"blocks.{i}.hook_{letter}_input" for i in range(2, 6) for letter in "qkv"]
+    difference(theirs.run_with_hooks(corrupted, bwd_hooks=[(name, partial(keep, name=name)) for name in inputs])).backward()
+    change = (their_clean["z", layer] - their_corrupted["z", layer])[..., head, :] @ theirs.blocks[layer].attn.W_O[head]
+    for letter in "qkv":
+        found = edge_sweep(ours, corrupted, cache, difference, source, f"blocks.2:.head.*.{letter}").values.view(4, 3)
+        by_hand = [torch.einsum("bphd,bpd->h", slopes[f"blocks.{i}.hook_{letter}_input"], change) for i in range(2, 6)]
+        torch.testing.assert_close(found, torch.stack(by_hand), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_path_into_an_mlp_or_the_logits_computes_their_norm_anew(name: str) -> None:
+    """By hand: hold what every head and MLP writes but the source, run on, and take what the receiver then reads."""
+    bridge = random_bridge(name, torch.float64)
+    clean, corrupted = random_tokens(pos=4), random_tokens(pos=4, seed=1)
+    with torch.no_grad():
+        (_, cache), (logits, other) = (bridge.run_with_cache(tokens) for tokens in (clean, corrupted))
+    last = bridge.cfg.n_layers - 1
+    receivers = {f"blocks.{last}.mlp_in": f"blocks.{last}.mlp.hook_in", "logits": "unembed.hook_in"}
+    held = [n for n in bridge.hook_dict if n.endswith(("attn.hook_z", "hook_mlp_out", "hook_embed"))]
+    read: dict[str, Tensor] = {}
+
+    def write(x: Tensor, hook: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    def keep(x: Tensor, hook: Any, name: str) -> None:
+        read[name] = x.clone()
+
+    hooks: list[Any] = [(n, partial(write, value=(cache if n == "blocks.0.hook_mlp_out" else other)[n])) for n in held]
+    hooks += [(n, partial(keep, name=n)) for n in receivers.values()]
+    found = path_patch(bridge, corrupted, cache, difference, "blocks.0.mlp_out", list(receivers)).values.flatten()
+    with torch.no_grad():
+        bridge.run_with_hooks(corrupted, hooks)
+        for entry, effect in zip(receivers.values(), found.tolist(), strict=True):
+            expected = bridge.run_with_hooks(corrupted, [(entry, partial(write, value=read[entry]))])
+            assert effect == pytest.approx((difference(expected) - difference(logits)).item(), rel=1e-8, abs=1e-10)
+
+
+def test_a_path_through_an_edited_stream_or_norm_is_refused() -> None:
+    """The weights no longer say what a receiver reads; an edit of what a component writes is part of the run."""
+    bridge, tokens = random_bridge("ouro"), random_tokens(pos=4)
+    _, cache = bridge.run_with_cache(tokens)
+    for name in ("blocks.1.hook_resid_post", "loops.1.hook_out", "blocks.3.ln1.hook_scale", "ln_final.hook_normalized"):
+        for sweep in (path_patch, edge_sweep):
+            with bridge.hooks([(name, lambda x, hook: 1.5 * x + 1)]), pytest.raises(LoopedError, match="was edited"):
+                sweep(bridge, tokens.flip(1), cache, difference, "embed", ["blocks.3.head.0.q", "logits"])
+    with bridge.hooks([("blocks.2.hook_attn_out", lambda x, hook: 0 * x)]):
+        assert edge_sweep(bridge, tokens.flip(1), cache, difference, "embed", "logits").values.abs().item() > 1e-3
+
+
+def test_one_input_for_query_key_and_value_needs_as_many_keys_as_heads() -> None:
+    """TransformerLens wires head h to the input of group h there."""
+    bridge = random_bridge("looped_qwen")
+    for switch in (lambda: bridge.set_use_attn_in(True), lambda: setattr(bridge.cfg, "use_attn_in", True)):
+        with pytest.raises(LoopedError, match=r"3 heads .* share 1 .*set_use_split_qkv_input\(True\)"):
+            switch()
+    bridge.blocks[0].attn.config.use_attn_in = True  # past every setter
+    with pytest.raises(LoopedError, match="share 1"):
+        bridge(random_tokens())
+    even = random_bridge("looped_qwen", n_kv_heads=3)
+    even.set_use_attn_in(True)
+    assert even.run_with_cache(random_tokens())[1]["blocks.1.hook_attn_in"].shape == (2, 7, 3, 24)
+
+
+def test_split_inputs_of_grouped_keys_are_those_of_the_groups() -> None:
+    """By hand: key head 1 of 2, read by query heads 2 and 3 of 4, projects the edited stream; and so does its gradient."""
+    sizes = {"n_heads": 4, "d_head": 6, "n_kv_heads": 2}
+    bridge, tokens = random_bridge("looped_qwen", torch.float64, **sizes), random_tokens()
+    gradients: dict[str, Tensor] = {}
+    shift = torch.randn(24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def edit(x: Tensor, hook: Any) -> Tensor:
+        x = x.clone()
+        x[:, :, 1] += shift
+        return x
+
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(tokens)
+    block = bridge.original_model.blocks[2]
+    for letter in "kv":
+        linear = getattr(block.attn, letter)
+        stream = (cache["resid_pre", 2] + shift).requires_grad_()
+        normed = stream / (stream.square().mean(-1, keepdim=True) + bridge.looped_cfg.norm_eps).sqrt() * block.ln1.weight
+        projected = (normed @ linear.weight.T + linear.bias).unflatten(-1, (2, 6))[:, :, 1]
+
+        def replace(x: Tensor, hook: Any, projected: Tensor = projected) -> Tensor:
+            return torch.stack((x[:, :, 0], projected), dim=2)
+
+        expected = difference(bridge.run_with_hooks(tokens, [(f"blocks.2.attn.hook_{letter}", replace)]))
+        (by_hand,) = torch.autograd.grad(expected, stream)
+        bridge.set_use_split_qkv_input(True)
+        keep = [(f"blocks.2.hook_{letter}_input", lambda g, hook: gradients.update({"g": g.clone()}))]
+        found = difference(bridge.run_with_hooks(tokens, [(f"blocks.2.hook_{letter}_input", edit)], keep))
+        found.backward()
+        bridge.set_use_split_qkv_input(False)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-10)
+        torch.testing.assert_close(gradients["g"][:, :, 1], by_hand, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_edge_attribution_by_others_is_warned_of_where_the_stream_is_no_running_sum(name: str) -> None:
+    """Whoever computes edges splits the inputs; one warning for each model, none where the sum is right."""
+    bridge = random_bridge(name)
+    breaks = [i for i in range(bridge.cfg.n_layers) if stream_break(bridge.looped_cfg, i) is not None]
+    assert bool(breaks) == (name != "looped_qwen")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        bridge.set_use_split_qkv_input(True)
+        assert bridge.unroll(2).cfg.use_split_qkv_input  # not asked for by the user, and told before
+        bridge.set_use_split_qkv_input(False)
+        bridge.cfg.use_split_qkv_input = True
+    told = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    assert len(told) == bool(breaks)
+    assert all(f"from layer {breaks[0]} " in message and "edge_sweep" in message for message in told)

@@ -10,7 +10,15 @@ import torch
 from zoo import random_bridge, random_tokens
 
 from tl_looped import LoopedError, exits
-from tl_looped.analysis import exit_steps, logit_lens, looped_floorplan, stability, trajectories
+from tl_looped.analysis import (
+    attention_stability,
+    exit_steps,
+    fixed_points,
+    logit_lens,
+    looped_floorplan,
+    stability,
+    trajectories,
+)
 from tl_looped.plots import attention_heads, floorplan, grouped, heat_map, panels, rank_trajectories
 from tl_looped.results import Estimate, Grid
 from tl_looped.schedule import Schedule
@@ -126,3 +134,34 @@ def test_what_is_not_there_is_not_drawn(unchecked: None) -> None:
     assert Estimate.of(torch.tensor([1.0, 3.0]), (), {}, "one").to_dataframe().to_dict("records") == [
         {"one": 2.0, "one_stderr": 1.0, "count": 2}
     ]
+
+
+@pytest.mark.parametrize(("name", "stack"), [("huginn", None), ("hrm_text", "L"), ("hrm_text", "H"), ("parcae", None)])
+def test_figures_number_virtual_layers_by_their_own_index(name: str, stack: str | None) -> None:
+    # Every figure says of a point which layer it is: that one's activation, fetched by that index, has the number drawn.
+    model, tokens = random_bridge(name, torch.float64, n_loops=3), random_tokens()
+    cache = model.run_with_cache(tokens)[1]
+    resid = [cache[f"blocks.{i}.hook_resid_post"] for i in range(model.schedule.n_layers)]
+    loops = [p for p in model.schedule.passes if p.stack == (stack or "core")]
+    own = [i for p in loops for i in p.layers]  # virtual indices, prelude and the other stack left out
+    options = {"n_loops": None, "stack": stack, "verbose": False}
+    line = fixed_points(model, tokens, **options).plot("norm", group_by="depth").data[0]
+    assert list(line.x) == own and own != list(range(len(own)))
+    assert [float(y) for y in line.y] == pytest.approx([resid[i].norm(dim=-1).mean().item() for i in own])
+    figure = fixed_points(model, tokens, **options).plot("successive", "l2", group_by="depth")
+    moved = [(resid[i] - resid[i - loops[1].first + loops[0].first]).norm(dim=-1).mean().item() for i in loops[1].layers]
+    assert list(figure.data[0].x) == own[loops[0].n_layers :]
+    assert list(figure.data[0].y[: len(moved)]) == pytest.approx(moved)
+    assert [shape.x0 for shape in figure.layout.shapes] == [p.first - 0.5 for p in loops[2:]]  # where a pass begins
+    marks = {note.text.split()[-1]: note.x for note in figure.layout.annotations}
+    assert marks == {str(p.loop): (p.first + p.layers[-1]) / 2 for p in loops[1:]}
+    patterns = attention_stability(model, tokens, **options).plot("depth").data[0]
+    assert list(patterns.x) == own[loops[0].n_layers :]
+    path = trajectories(model, tokens, **{**options, "n_components": 2, "stack": stack or "core"}).plot().data[0]
+    assert list(path.marker.color) == own
+    # a lens on some loops, where the readout of a layer is that of the whole lens
+    lens, whole = logit_lens(model, tokens, targets=3, loops=[-1]), logit_lens(model, tokens, targets=3)
+    drawn = lens.plot(example=1, positions=2).data[0]
+    passes = model.schedule.passes
+    assert list(drawn.x) == [i for p in passes[-len(passes) // 3 :] for i in p.layers]  # a third of the passes is a loop
+    assert [y - 1 for y in drawn.y] == [float(whole.ranks[i, 1, 2, 0]) for i in drawn.x]

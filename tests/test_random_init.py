@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
-from tl_looped.analysis import random_init_sweep
+from tl_looped.analysis import (
+    random_init,
+    random_init_sweep,
+)
 from tl_looped.analysis.random_init import INJECTIONS, NORMS, draw
 from tl_looped.cli import main
 
@@ -82,3 +85,12 @@ def test_refusals(unchecked: None) -> None:
             random_init_sweep(**SMALL, std=wrong)
         with pytest.raises(LoopedError, match="embed_std"):
             random_init_sweep(**SMALL, embed_std=wrong)
+
+
+def test_seeds_of_a_sweep_over_initialisations_draw_their_own_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the weights of one seed for all, only the initial noise is left to differ, where a layout has one."""
+    draw = random_init.draw
+    monkeypatch.setattr(random_init, "draw", lambda model, seed, std: draw(model, 0, std))
+    found = random_init.random_init_sweep(n_layers=1, d_model=8, n_loops=4, seeds=3, std=0.3, verbose=False)
+    for layout, error in zip(found.distance.labels["layout"], found.distance.stderr[:, 0].tolist(), strict=True):
+        assert error > 1e-3 if layout.endswith(", injection") else error < 1e-6

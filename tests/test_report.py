@@ -18,19 +18,23 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from zoo import GOLDEN, random_bridge, random_tokens
 
-from tl_looped import LoopedBridge, LoopedConfig, plots
+from tl_looped import LoopedBridge, LoopedConfig, LoopedError, plots
 from tl_looped._writing import write_text
-from tl_looped.analysis import fixed_points, stability
+from tl_looped.analysis import (
+    fixed_points,
+    stability,
+)
 from tl_looped.cli import main
-from tl_looped.errors import LoopedError
-from tl_looped.report import report, sections
+from tl_looped.report import Report, report, sections
 from tl_looped.report.drawing import short
 from tl_looped.report.pointer_chasing import right_answers
+from tl_looped.report.question import Question
 from tl_looped.report.section import Section, says_something, share
+from tl_looped.report.sections import the_answers
 from tl_looped.toys import hop_prompts
 
-GOLDEN = Path(__file__).parent / "golden"
 TINY = LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=2, rope_theta=100.0)
 TOKENS = [torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), torch.tensor([[9, 8, 7]])]
 
@@ -629,3 +633,32 @@ def test_an_error_of_the_page_is_no_traceback(tmp_path: Path) -> None:
     found = report(LoopedBridge.from_config(TINY, seed=0), TOKENS, n_loops=2, verbose=False)
     with pytest.raises(LoopedError, match="cannot be written"):
         found.save(tmp_path / "none" / "report.html")
+
+
+def test_a_report_replaces_regular_files_only_and_keeps_their_permissions(tmp_path: Path) -> None:
+    page, target, link = Report("title", "lead", "prompt"), tmp_path / "target.html", tmp_path / "link.html"
+    target.write_text("old")
+    target.chmod(0o600)
+    link.symlink_to(target)
+    page.save(link)
+    assert link.is_symlink() and "lead" in target.read_text() and target.stat().st_mode & 0o777 == 0o600
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    for place in (tmp_path / "pipe", Path(os.devnull), tmp_path / "nowhere", tmp_path):
+        kind = place.lstat().st_mode
+        with pytest.raises(LoopedError, match="cannot be written"):
+            page.save(place)
+        assert main(["report", "toy:hop", "--out", str(place)]) == 1  # before the work begins
+        assert place.lstat().st_mode == kind
+
+
+def test_the_report_numbers_positions_by_their_own_index() -> None:
+    # Of a long prompt the last positions are shown; what the page says of the last one is what the model answers there.
+    model, tokens = random_bridge("ouro", n_ctx=40), random_tokens(1, 40)
+    section = Section("answers", "")
+    the_answers(Question(model, [tokens], 3, None, None), section)
+    heat = section.figures[0].content
+    shown = heat.data[0]
+    assert list(shown.x) == list(range(8, 40)) and list(heat.layout.xaxis.tickvals) == list(shown.x)
+    best = model.readout(tokens, loop=0).softmax(-1).amax(-1)[0]
+    assert [float(z) for z in shown.z[0]] == pytest.approx([best[i].item() for i in shown.x], abs=1e-5)

@@ -9,7 +9,10 @@ from test_cli import word_tokenizer
 from zoo import ZOO, random_bridge, random_tokens
 
 from tl_looped import LoopedError
-from tl_looped.analysis import injection_effect, stability
+from tl_looped.analysis import (
+    injection_effect,
+    stability,
+)
 
 MEASURES = ["loss", "accuracy", "margin", "kl", "overthinking", "loss_change", "agreement"]
 
@@ -153,3 +156,17 @@ def test_injection_of_two_stacks_and_refusals() -> None:
         injection_effect(broken, tokens, 0, verbose=False)
     with pytest.raises(LoopedError, match="generator"):
         injection_effect(huginn, tokens, 0, initial_state=torch.Generator(), verbose=False)
+
+
+@pytest.mark.parametrize(("name", "stack"), [("huginn", None), ("parcae", None), ("hrm_text", "L"), ("hrm_text", "H")])
+def test_rows_that_round_differently_have_no_effect_before_the_edit(name: str, stack: str | None) -> None:
+    """0 by definition: before the edit there is one computation. The hook stands for rows that round differently."""
+    bridge, tokens = random_bridge(name, torch.float64, n_loops=4), random_tokens(2, 5)
+    first = bridge.schedule.passes[0]
+    bridge.add_hook(
+        f"{bridge.schedule.pass_prefix(first)}.hook_out", lambda x, hook: x + 1e-6 * torch.arange(len(x)).view(-1, 1, 1)
+    )
+    n_passes = bridge.schedule.n_loops_of(bridge.schedule.looped_stack(stack))
+    found = injection_effect(bridge, tokens, n_passes // 2, stack=stack, verbose=False)
+    assert found.state_change.values.tolist()[:2] == found.kl.values.tolist()[:2] == [0.0, 0.0]
+    assert found.state_change.values[2:].min() > 1e-3 and found.kl.values[2:].min() > 1e-9

@@ -1,11 +1,24 @@
-"""Small random models of the structure of every family, with grouped keys, odd head numbers and uneven stacks."""
+"""Small random models of the structure of every family, with grouped keys, odd head numbers and uneven stacks.
+
+And the golden checkpoints, with some keys of their configs changed.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from tl_looped import LoopedBridge, LoopedConfig
+from tl_looped.checkpoints import MemoryCheckpoint
 
+GOLDEN = Path(__file__).parent / "golden"
+CHECKPOINTS = sorted(path.name for path in GOLDEN.iterdir())
 SMALL = {"d_model": 24, "n_heads": 3, "d_head": 8, "d_mlp": 20, "d_vocab": 31, "n_ctx": 32}
 
 ZOO = {
@@ -61,3 +74,14 @@ def random_bridge(name: str, dtype: torch.dtype = torch.float32, **changes: obje
 def random_tokens(batch: int = 2, pos: int = 7, seed: int = 0) -> torch.Tensor:
     """Tokens of the zoo's vocabulary, [batch, pos]."""
     return torch.randint(0, SMALL["d_vocab"], (batch, pos), generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+def golden_tensors(checkpoint: str) -> dict[str, Tensor]:
+    return load_file(GOLDEN / checkpoint / "model.safetensors")
+
+
+def with_config(checkpoint: str, **changes: Any) -> MemoryCheckpoint:
+    """A golden checkpoint with some keys of its config.json changed."""
+    config = json.loads((GOLDEN / checkpoint / "config.json").read_text())
+    return MemoryCheckpoint(config | changes, golden_tensors(checkpoint))
