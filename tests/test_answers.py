@@ -202,3 +202,11 @@ def test_tokens_are_shown_so_that_plotly_does_not_eat_them() -> None:
     assert [visible(t) for t in (" a ", "\n", "  ", "\x00", "a b")] == ["␣a␣", "↵", "␣␣", "\\x00", "a b"]
     assert token_texts(None, [3, 5]) == ["3", "5"]
     assert token_texts(word_tokenizer(), torch.tensor([3, 5])) == ["t3", "t5"]
+
+
+def test_one_line_says_what_it_would_answer() -> None:
+    found = with_words().answers(TEXTS, targets="t9", loops=[0, 2])
+    last = [prompt[-1][0] for prompt in found.texts]
+    hit = last.count("t9")
+    assert repr(found) == f"Answers(3 prompts, 2 loops, after loop 2 {' '.join(map(repr, last))}, its target in {hit} of 3)"
+    assert "after loop 2 " in repr(found + found) and repr(found + found).count("…") == 1

@@ -544,6 +544,41 @@ def test_without_a_tokenizer_tokens_are_ids() -> None:
     assert (frame.top_text == frame.top_token.astype(str)).all() and frame.token[1] == str(int(TOKENS[0, 1]))
 
 
+def test_a_part_of_a_lens_is_selected_by_label_and_by_place() -> None:
+    bridge = random_bridge("huginn")  # a prelude, a core and a coda
+    lens = logit_lens(bridge, TOKENS, targets=[3, 5])
+    part = lens.sel(loop=[1, "coda"], layer=0, batch=-1, pos=slice(1, 3))
+    assert part.labels == ("loops.1.blocks.0", "coda.blocks.0") and part.positions == (1, 2)
+    rows = [lens.labels.index(label) for label in part.labels]
+    assert torch.equal(part.ranks, lens.ranks[rows][:, [1], 1:3]) and torch.equal(part.kl, lens.kl[rows][:, [1], 1:3])
+    assert torch.equal(part.tokens, lens.tokens[[1], 1:3]) and torch.equal(part.targets, lens.targets[[1], 1:3])
+    assert torch.equal(part.at(1, 0).entropy, lens.at(1, 0).entropy[[1], 1:3])
+    assert torch.equal(lens[-1, :, [-1]].top_tokens, lens.top_tokens[[-1]][:, :, [-1]])
+    assert lens[..., 0].positions == (0,) and lens[1:3].labels == lens.labels[1:3]
+    whole, some = (one.to_dataframe().drop(columns="batch") for one in (lens, part))
+    assert len(some) == 8 and len(some.merge(whole, on=list(some.columns))) == 8
+    for asked, says in (({"loop": 9}, "loop=9"), ({"pos": 7}, "pos=7"), ({"loop": "coda", "layer": 9}, "layer=9")):
+        with pytest.raises(LoopedError, match=rf"^sel\({says.split('=')[0]}.*was asked"):
+            lens.sel(**asked)
+    with pytest.raises(LoopedError, match="no layer of this lens is so"):
+        lens.sel(loop="coda", stack="core")
+
+
+def test_lenses_of_two_batches_are_one_of_both() -> None:
+    bridge = random_bridge("ouro")
+    whole = logit_lens(bridge, TOKENS)
+    both: Any = sum(logit_lens(bridge, row[None]) for row in TOKENS)
+    assert both.to_dataframe().drop(columns="batch").shape == whole.to_dataframe().drop(columns="batch").shape
+    assert torch.equal(both.top_tokens, whole.top_tokens) and torch.equal(both.targets, whole.targets)
+    torch.testing.assert_close(both.log_probs, whole.log_probs)
+    for other in (
+        logit_lens(bridge, TOKENS, lens="native"), logit_lens(bridge, TOKENS[:, :2]), logit_lens(bridge, TOKENS, top_k=2),
+        logit_lens(bridge, TOKENS, loops=1), logit_lens(bridge, TOKENS, targets=3),
+    ):  # fmt: skip
+        with pytest.raises(LoopedError, match="was added to one with"):
+            whole + other
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_figures_that_are_not_there() -> None:
     result: Any = logit_lens(random_bridge("ouro"), TOKENS, [1, 2])

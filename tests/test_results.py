@@ -77,6 +77,7 @@ def test_selecting_by_label_and_by_place(grid: Grid) -> None:
     assert grid.sel(loop=-1).values.tolist() == grid[-1].values.tolist() == grid.sel(loop=[2]).values[0].tolist()
     assert grid.sel(layer=slice(-2, None)).labels["layer"] == [1, 2]
     assert grid.sel(head=[3, 0]).labels == {"loop": [1, 2], "layer": [0, 1, 2], "head": [3, 0]}
+    assert grid[[-1], ..., [1, -2]].values.tolist() == grid[[1], :, [1, 0]].values.tolist()
     last = grid[..., 1]
     assert (last.axes, last.labels) == (("loop", "layer"), {"loop": [1, 2], "layer": [0, 1, 2]})
     assert grid[:, [2, 0]].values[1].tolist() == [[7.0, 2.0], [-2.0, 8.0]]
@@ -171,6 +172,7 @@ def made(model: LoopedBridge, injected: LoopedBridge) -> dict[str, Any]:
         "step_geometry": step_geometry(model, TOKENS, **QUIET),
         "trajectories": trajectories(model, TOKENS, n_components=2, **QUIET),
         "patch_sweep": patch_sweep(model, TOKENS[1:2], cache, lambda logits: logits[0, -1, 3], **QUIET),
+        "logit_lens": logit_lens(model, TOKENS, attention_mask=torch.tensor([[1, 1, 1, 0]] + [[1] * 4] * 2)),
         "floorplan": looped_floorplan(model, TOKENS[0]),
         "logit_attribution": cache.attribute_logits(3),
     }

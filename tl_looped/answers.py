@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._token_grid import COLOURS, Colours, check_colour, lines, token_grid
 from ._tokens_shown import cut, token_texts, visible
+from ._words import counted
 from .bridge.tokens import Mask, encode, refuse_unmarked_padding
 from .errors import LoopedError
 from .kinds import plain, shown
@@ -71,6 +72,14 @@ class Answers(Result):
         joined = {name: _joined(getattr(self, name), getattr(other, name)) for name in grids}
         targets = None if self.targets is None or other.targets is None else self.targets + other.targets
         return replace(self, prompts=self.prompts + other.prompts, texts=self.texts + other.texts, targets=targets, **joined)
+
+    def _described(self) -> list[str]:
+        loops, n = self.probs.labels["loop"], len(self.prompts)
+        said = [repr(cut(prompt[-1][0], 16)) for prompt in self.texts[:3]] + ["…"] * (n > 3)
+        parts = [counted(n, "prompt"), counted(len(loops), "loop"), f"after loop {loops[-1]} " + " ".join(said)]
+        if self.target_ranks is not None:
+            parts.append(f"its target in {int((self.target_ranks.values[:, -1] == 0).sum())} of {n}")
+        return parts
 
     def to_dataframe(self) -> Any:
         """A pandas DataFrame with one row per (prompt, loop).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,6 +20,9 @@ from ..kinds import plain
 from ..model.initial_state import InitialState
 from ..model.looped_model import check_tokens
 from ..plots import rank_trajectories
+from ..results import Grid, Result
+from ..results.grid import Selection
+from ..results.showing import MOST_ROWS
 from ..schedule import Indices, LoopSelector, Schedule, Site, check_count, check_index, select_indices
 from ._decoder import Decoder, Lens
 from ._lens_grid import lens_grid
@@ -62,8 +65,11 @@ class Readout:
 
 
 @dataclass(frozen=True, eq=False)
-class LogitLensResult(Readout):
+class LogitLensResult(Result, Readout):
     """A lens over the virtual layers of a run; row `r` of every tensor is the output of virtual layer `layers[r]`.
+
+    `lens[row, batch, pos]` selects by place and `sel` by label; what is selected is a smaller lens with the same axes. `a + b`
+    has the rows of both batches.
 
     Args:
         lens: "logit" or "native".
@@ -95,6 +101,108 @@ class LogitLensResult(Readout):
             token: its id.
         """
         return self.words.get(str(int(token)), str(int(token)))
+
+    def __add__(self, other: LogitLensResult) -> LogitLensResult:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not isinstance(other, LogitLensResult):
+            return NotImplemented
+        for name in ("lens", "schedule", "layers", "positions", "target_names"):
+            if getattr(self, name) != getattr(other, name):
+                raise LoopedError(
+                    f"a lens with {name}={getattr(self, name)} was added to one with {name}={getattr(other, name)}; add lenses "
+                    "of the same layers and positions of one model."
+                )
+        found: dict[str, Any] = {name: (getattr(self, name), getattr(other, name)) for name in self._tensors()}
+        for name, (mine, theirs) in found.items():
+            axis = self._batch_axis(name)
+            if mine.shape[axis + 1 :] != theirs.shape[axis + 1 :]:
+                raise LoopedError(f"a lens with {name} {list(mine.shape)} was added to one with {list(theirs.shape)}.")
+            found[name] = torch.cat((mine, theirs.to(mine.device)), axis)
+        return replace(self, **found, words=self.words | other.words)
+
+    def sel(
+        self,
+        *,
+        loop: Selection | None = None,
+        layer: Selection | None = None,
+        stack: Selection | None = None,
+        batch: Selection | None = None,
+        pos: Selection | None = None,
+    ) -> LogitLensResult:
+        """Select by label: a label, several of them, or a slice, as in `Grid.sel`. Every axis stays.
+
+        Args:
+            loop: of looped layers, and "prelude" or "coda"; None for all.
+            layer: the layer inside its stack.
+            stack: its name.
+            batch: the row of the batch.
+            pos: as in `positions`.
+
+        Raises:
+            LoopedError: no such label, or no layer that has them all.
+
+        Example:
+            >>> from tl_looped import LoopedBridge, LoopedConfig
+            >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
+            >>> lens = logit_lens(model, torch.tensor([[1, 2, 3]]))
+            >>> lens.sel(loop=slice(1, None), layer=-1, pos=2).labels
+            ('loops.1.blocks.1', 'loops.2.blocks.1')
+        """
+        sites = self.sites
+        rows = set(range(len(sites)))
+        of_sites: tuple[tuple[str, Any, list[Any]], ...] = (
+            ("loop", loop, [site.stack if site.loop is None else site.loop for site in sites]),
+            ("layer", layer, [site.layer for site in sites]),
+            ("stack", stack, [site.stack for site in sites]),
+        )
+        for name, asked, labels in of_sites:
+            known = list(dict.fromkeys(labels))
+            kept = [known[k] for k in _chosen(name, asked, sorted(known) if name == "layer" else known)]
+            rows &= {r for r, label in enumerate(labels) if label in kept}
+        if not rows:
+            raise LoopedError(f"sel(loop={loop!r}, layer={layer!r}, stack={stack!r}) was asked; no layer of this lens is so.")
+        n_batch = list(range(self.ranks.shape[1]))
+        return self._take(sorted(rows), _chosen("batch", batch, n_batch), _chosen("pos", pos, list(self.positions)))
+
+    def __getitem__(self, index: Any) -> LogitLensResult:
+        """Select by place among (row, batch, pos): ints, slices, `...` and lists."""
+        shape = self.ranks.shape[:3]
+        places: dict[str, list[Any]] = dict(zip(("row", "batch", "pos"), map(list, map(range, shape)), strict=True))
+        given = index if isinstance(index, tuple) else (index,)
+        kept = Grid(torch.zeros(shape), tuple(places), places)[tuple([k] if isinstance(k, int) else k for k in given)]
+        return self._take(*kept.labels.values())
+
+    def _take(self, rows: list[int], batch: list[int], pos: list[int]) -> LogitLensResult:
+        """The lens at some places."""
+        found: dict[str, Any] = {}
+        for name, x in self._tensors().items():
+            axis = self._batch_axis(name)
+            found[name] = x[:, batch][:, :, pos].clone() if axis else x[batch][:, pos].clone()
+            found[name] = found[name][rows] if axis else found[name]
+        return replace(
+            self, **found, layers=tuple(self.layers[r] for r in rows), positions=tuple(self.positions[p] for p in pos)
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+
+    def _batch_axis(self, name: str) -> int:
+        return int(name in Readout.__dataclass_fields__)  # behind the rows, where there are any
+
+    def _described(self) -> list[str]:
+        rows, batch, pos, _ = self.ranks.shape
+        last = self.real[0].nonzero().flatten().tolist()[-1:]
+        says = [
+            f"{self.labels[-1]} says {self.text(int(self.top_tokens[-1, 0, p, 0]))!r} ({self.top_probs[-1, 0, p, 0]:.3f})"
+            for p in last
+        ]
+        return [f"{self.lens} lens [row {rows}, batch {batch}, pos {pos}]", *says]
+
+    def _few(self, frame: Any) -> Any:
+        """The last position of the first text, at layers from all over the run."""
+        frame = frame[frame.batch == 0]
+        frame = frame[frame.pos == frame.pos.iloc[-1]] if len(frame) else frame
+        sites = frame.site.unique()[:: -max(1, -(-len(frame) // MOST_ROWS))]
+        return frame[frame.site.isin(sites)][["site", "token", "top_text", "top_prob", "target_text", "prob", "rank"]]
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -239,6 +347,16 @@ class LogitLensResult(Readout):
             "top_prob": column(self.top_probs[..., :1]),
         }
         return pd.DataFrame(columns)[column(self.real[..., None])].reset_index(drop=True)
+
+
+def _chosen(axis: str, asked: Selection | None, labels: list[Any]) -> list[int]:
+    """The places of labels on an axis; all if none are asked for."""
+    every = list(range(len(labels)))
+    return (
+        every
+        if asked is None
+        else Grid(torch.tensor(every), (axis,), {axis: labels}).sel(**{axis: asked}).values.reshape(-1).tolist()
+    )
 
 
 @torch.no_grad()

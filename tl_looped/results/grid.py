@@ -112,7 +112,7 @@ class Grid(Shown):
                 )
             if not isinstance(asked, slice) and (wrong := [k for k in asked if not -n <= k < n]):
                 raise LoopedError(f"[{wrong[0]}] was asked of the axis {axis!r}, which has {n} entries; see sel() for labels.")
-            places.append(one if isinstance(one, (int, slice)) else list(one))
+            places.append(one if isinstance(one, (int, slice)) else [k % n for k in one])
         return self._take(places)
 
     def _places(self, axis: str, asked: Selection) -> Any:

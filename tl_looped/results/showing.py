@@ -56,9 +56,14 @@ class Shown:
 
     def _repr_html_(self) -> str:
         frame = self.to_dataframe()
-        rows = [[_cell(value) for value in row] for row in frame.head(MOST_ROWS).itertuples(index=False)]
-        more = f"{len(frame)} rows; to_dataframe() has them all" if len(frame) > MOST_ROWS else ""
-        return html_table(repr(self), [str(name) for name in frame.columns], rows, more)
+        few = self._few(frame).head(MOST_ROWS)
+        rows = [[_cell(value) for value in row] for row in few.itertuples(index=False)]
+        more = f"{len(frame)} rows; to_dataframe() has them all" if len(frame) > len(few) else ""
+        return html_table(repr(self), [str(name) for name in few.columns], rows, more)
+
+    def _few(self, frame: Any) -> Any:
+        """What a notebook shows of a DataFrame, of which the first rows fit."""
+        return frame
 
 
 def _brief(value: Any) -> str:
