@@ -12,12 +12,10 @@ import pytest
 import torch
 from transformer_lens import ActivationCache, patching
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.utilities import get_act_name
 from zoo import ZOO, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedCache, LoopedError
-from tl_looped.bridge.adapter import ARCHITECTURE, bridge_config
 from tl_looped.model import LoopedModel
 
 TOKENS = random_tokens()
@@ -627,21 +625,6 @@ def test_an_exception_in_a_hook_leaves_nothing_behind() -> None:
         bridge(TOKENS)
     assert not any(h.has_hooks() for h in bridge.hook_points())
     assert torch.equal(bridge(TOKENS), logits)
-
-
-def test_registered_with_transformer_lens() -> None:
-    cfg = ZOO["huginn"]
-    model = LoopedModel(cfg)
-    bridge = build_bridge_from_module(model, ARCHITECTURE, tl_config=bridge_config(cfg, "any"))
-    assert type(bridge) is TransformerBridge and bridge.cfg.n_layers == cfg.schedule.n_layers
-    _, cache = bridge.run_with_cache(TOKENS)
-    for method in (cache.decompose_resid, cache.accumulated_resid, cache.stack_head_results):
-        with pytest.raises(LoopedError, match=r"plain TransformerBridge.*LoopedBridge"):
-            method()
-    with pytest.raises(LoopedError, match=r"weight processing.*LoopedBridge"):
-        bridge.enable_compatibility_mode(disable_warnings=True)
-    with pytest.raises(LoopedError, match="LoopedBridge"):
-        build_bridge_from_module(torch.nn.Linear(2, 2), ARCHITECTURE, tl_config=bridge_config(cfg, "any"))
 
 
 def test_made_from_config_is_reproducible() -> None:

@@ -31,7 +31,7 @@ def counted(bridge: LoopedBridge, n_loops: int, n_tokens: int) -> tuple[int, int
 def test_costs_are_those_that_torch_counts(structure: str) -> None:
     bridge = random_bridge(structure)
     found = sizes(bridge.looped_cfg)
-    assert found.n_parameters == sum(p.numel() for p in bridge._model.canonical_parameters().values())
+    assert found.n_parameters == sum(p.numel() for p in bridge.plain.canonical_parameters().values())
     few, more = (counted(bridge, n, n_tokens=4) for n in (2, 3))
     assert (more[0] - few[0]) // 4 == found.flops_per_loop
     assert few[0] // 4 == found.flops(2)
@@ -40,7 +40,7 @@ def test_costs_are_those_that_torch_counts(structure: str) -> None:
 @pytest.mark.parametrize("structure", ZOO)
 def test_the_cache_of_a_loop_is_what_generation_keeps(structure: str) -> None:
     bridge = random_bridge(structure).unroll(2)
-    model, tokens = bridge._model, torch.tensor([[5, 17, 3]])
+    model, tokens = bridge.plain, torch.tensor([[5, 17, 3]])
     from transformers import DynamicCache
 
     cache = DynamicCache()

@@ -152,7 +152,7 @@ def test_sentences_follow_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, weight in still.core_weights.items():
             if name.endswith(("o.weight", "out.weight")):
                 weight.zero_()  # the layers write nothing, so the state is the injected one from the first loop on
-        still._model.set_parameter("inject.weight", torch.nn.Parameter(torch.cat((torch.zeros(8, 8), torch.eye(8)), 1)))
+        still.plain.set_parameter("inject.weight", torch.nn.Parameter(torch.cat((torch.zeros(8, 8), torch.eye(8)), 1)))
     moving = LoopedBridge.from_config(TINY, seed=0)
     said = {}
     for name, model in (("still", still), ("moving", moving)):

@@ -16,7 +16,6 @@ from .bridge.run import INPUTS, Run
 from .comparison import Metric, measured
 from .errors import LoopedError
 from .metrics import bound
-from .model import LoopedModel
 from .model.initial_state import InitialState
 from .model.layers import is_observed
 from .model.rerun import Recording, rerun
@@ -174,10 +173,9 @@ class Patcher:
                 by_hook.setdefault(edit.hook, []).append((c, edit))
         hooks: list[Any] = [(name, self._patch(edits, start)) for name, edits in by_hook.items()]
         if self.one_by_one:  # hooks may look anywhere in a run, and pass on what they see
-            run: Any = self.model.run_with_hooks
-            yield self.score(run(cast(Run, self.base.run).input, fwd_hooks=hooks, **self.run_arguments()))
+            yield self.score(self.model.run_with_hooks(cast(Run, self.base.run).input, fwd_hooks=hooks, **self.run_arguments()))
             return
-        plain = cast(LoopedModel, self.model.original_model)
+        plain = self.model.plain
         with self.model.hooks(fwd_hooks=hooks):
             x = rerun(plain, self.recording, [cell.entry for cell in cells], start)
         per_cell = x.unflatten(0, (len(cells), self.n_rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,6 @@ from .bridge.looped_bridge import LoopedBridge
 from .bridge.run import Run
 from .errors import LoopedError, UnknownNameError
 from .metrics import bound
-from .model import LoopedModel
 from .model.initial_state import InitialState
 from .model.layers import wide
 
@@ -53,7 +52,7 @@ class CleanRun:
                 f"the clean cache comes from a run of {cache.model.schedule.describe()}, but the model runs "
                 f"{model.schedule.describe()}; cache the clean run with this model."
             )
-        cache.weights.check(cast(LoopedModel, model.original_model), "a comparison with a clean cache")
+        cache.weights.check(model.plain, "a comparison with a clean cache")
         self.model: LoopedBridge = model
         self.cache: LoopedCache = cache
         self.record: Run | None = cache.run
@@ -176,7 +175,7 @@ def clean_at(
             "be made again: it comes from a part of a run, or from one with hooks. Cache the clean run with "
             f"model.unroll({deeper.n_loops}), and pass that model."
         )
-    cache.weights.check(cast(LoopedModel, model.original_model), "a comparison with a clean cache")
+    cache.weights.check(model.plain, "a comparison with a clean cache")
     kept = {_of_any_loop(cache.model.schedule.loop_name(name)) for name in cache}
     names = [name for name in deeper.hook_dict if _of_any_loop(deeper.schedule.loop_name(name)) in kept]
     with torch.no_grad():
@@ -261,8 +260,8 @@ class Comparison:
             return x  # where a hook reshapes, what it returns is what goes on, so gradients reach it
 
         watched = [(name, partial(see, name)) for name in dict.fromkeys([self.state, *names])]
-        run: Any = self.model.run_with_hooks
-        logits = run(self.tokens, fwd_hooks=[*hooks, *watched], **{"return_type": "logits", **self.run})
+        options: dict[str, Any] = {"return_type": "logits", **self.run}
+        logits = self.model.run_with_hooks(self.tokens, [*hooks, *watched], **options)
         if missed := [name for name in names if name not in seen]:
             missing = self.model.schedule.loop_name(missed[0])
             raise LoopedError(f"the corrupted run did not reach {missing}; run the whole model.")

@@ -26,7 +26,6 @@ from .bridge.tokens import counts_from_end
 from .comparison import CleanRun, Metric, clean_at
 from .errors import LoopedError
 from .metrics import metric_name
-from .model import LoopedModel
 from .model.initial_state import InitialState
 from .results import Grid
 from .schedule import Indices, LoopSelector, select_indices
@@ -264,7 +263,7 @@ def patch_between_loops(
     model = stopping(model, at_loop, n_loops)
     places = select_places(model, site, loops, layer, stack)
     if site == "out":
-        check_pass_norms(cast(LoopedModel, model.original_model), "a patch of states leaving one pass into another")
+        check_pass_norms(model.plain, "a patch of states leaving one pass into another")
     hooks = [place.hook for place in places]
     targets = select_places(model, site, "all", layer, stack) if onwards else places
     patcher = Patcher(model, tokens, metric, [place.hook for place in targets], initial_state, inputs, max_batch)

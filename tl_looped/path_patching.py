@@ -269,7 +269,7 @@ class Paths:
         self.reads: dict[str, str] = {s.hook: _read(s) for s in self.sources.values()}
         pair.require(self.reads.values())
         layers = {s.layer for s in self.sources.values() if s.head is not None}
-        self.plain: Any = model.original_model
+        self.plain: Any = model.plain
         self.dtype: torch.dtype = self.plain.embed.weight.dtype
         kept = ["hook_embed", *(name for name in model.hook_dict if name.endswith(("hook_attn_out", "hook_mlp_out")))]
         kept += [f"blocks.{i}.attn.hook_z" for i in layers]

@@ -19,7 +19,6 @@ from .bridge.tokens import refuse_unmarked_padding
 from .comparison import Metric
 from .errors import LoopedError
 from .metrics import RowMetric
-from .model import LoopedModel
 from .model.undo import undone
 from .results import Grid
 from .schedule import LoopSelector
@@ -180,8 +179,7 @@ def _with_weights_of_their_own(
 
     The views, by canonical name and in run order, are what the action is called with; they are returned too.
     """
-    looped: Any = model.original_model
-    assert isinstance(looped, LoopedModel)
+    looped = model.plain
     check_pass_norms(looped, "a gradient for every pass")
     prefixes = (*(f"{stack}." for stack in model.schedule.core_stacks), *PASS_PARAMETERS)
     slots = {name: holders for name, holders in looped.parameter_slots.items() if name.startswith(prefixes)}

@@ -46,9 +46,9 @@ class Decoder:
     def __init__(self, model: LoopedBridge, schedule: Schedule, tokens: Int[Tensor, "batch pos"], inputs: dict[str, Tensor]):
         self.model: LoopedBridge = model
         self.tokens: Int[Tensor, "batch pos"] = tokens
-        self.inputs: dict[str, Tensor] = inputs
+        self.inputs: dict[str, Any] = inputs
         self.schedule: Schedule = schedule
-        self.twin: LoopedModel = cast(LoopedModel, model.original_model).unrolled(1)
+        self.twin: LoopedModel = model.plain.unrolled(1)
         # What the current pass began with: in an anchored loop its state, in HRM-Text's L passes the state of the H stack.
         self.entering: Tensor | None = None
         self.anchor: Tensor | None = None
@@ -90,11 +90,10 @@ class Decoder:
                 hooks.append((f"{schedule.pass_prefix(p)}.hook_state", keep))
             elif p.stack == "L":
                 hooks.append((f"{schedule.pass_prefix(p)}.hook_injection", keep))
-        run: Any = self.model.run_with_hooks
         in_coda = last >= schedule.first_coda_layer
         stop = last + 1 + (self.model.schedule.n_layers - schedule.n_layers if in_coda else 0)
         loop = schedule.n_loops - 1 if in_coda else None
-        run(self.tokens, hooks, stop=stop, loop=loop, initial_state=initial_state, **self.inputs)
+        self.model.run_with_hooks(self.tokens, hooks, stop=stop, loop=loop, initial_state=initial_state, **self.inputs)
         return hidden
 
     def native(self, layer: int, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:

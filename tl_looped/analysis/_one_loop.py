@@ -41,7 +41,7 @@ class OneLoop:
                 "not act on it; take them off (model.reset_hooks())."
             )
         # A second loop, so that the first one is not the last, which may end otherwise.
-        twin: Any = model.unroll(2).original_model
+        twin: Any = model.unroll(2).plain
         self.twin: LoopedModel = twin
         schedule = twin.cfg.schedule
         self.stacks = schedule.core_stacks

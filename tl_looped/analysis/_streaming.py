@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +12,6 @@ from torch import Tensor
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.processing import check_pass_norms
 from ..errors import LoopedError
-from ..model import LoopedModel
 from ..model.initial_state import InitialState
 from ..schedule import Indices, Pass, Schedule, select_indices
 from ._prompts import check_finite
@@ -55,7 +54,7 @@ def visit(
         LoopedError: an activation that is not finite, named; states leaving passes whose norms differ (weight processing).
     """
     if not hooks.keys().isdisjoint(f"{model.schedule.pass_prefix(p)}.hook_out" for p in model.schedule.passes):
-        check_pass_norms(cast(LoopedModel, model.original_model), "an analysis of the states leaving the loops")
+        check_pass_norms(model.plain, "an analysis of the states leaving the loops")
 
     def reader(name: str, key: Key) -> Callable[..., None]:
         def read(value: Tensor, hook: object) -> None:
@@ -64,8 +63,9 @@ def visit(
 
         return read
 
-    run: Any = model.run_with_hooks
-    run(tokens, [(name, reader(name, key)) for name, key in hooks.items()], stop=stop, initial_state=initial_state)
+    model.run_with_hooks(
+        tokens, [(name, reader(name, key)) for name, key in hooks.items()], stop=stop, initial_state=initial_state
+    )
 
 
 def at_positions(x: Float[Tensor, "batch pos d_model"], positions: Indices) -> Float[Tensor, "batch chosen d_model"]:

@@ -208,9 +208,8 @@ def exit_steps(
         hooks: list[Any] = [(f"{ends[0]}.hook_state", keep_state), *((f"{end}.hook_out", keep_state) for end in ends)]
         if deep.looped_cfg.exit_gate:
             hooks += [(f"{end}.hook_exit_logit", keep_gate) for end in ends]
-        run: Any = deep.run_with_hooks
         with torch.no_grad():
-            run(tokens, hooks, on_loop=on_loop, initial_state=initial_state)
+            deep.run_with_hooks(tokens, hooks, on_loop=on_loop, initial_state=initial_state)
         cost, accuracy, loss = (
             Estimate.of(torch.stack([*scores[name].mean(-1), *fixed_scores[name]], 1).cpu(), ("policy",), labels, name)
             for name in names

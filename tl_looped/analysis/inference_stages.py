@@ -296,12 +296,11 @@ def inference_stages(
 
             return hook
 
-        hooks: list[tuple[str, Callable[..., None]]] = []
+        hooks: list[Any] = []
         for i in range(schedule.n_layers):
             hooks += [(f"blocks.{i}.attn.hook_pattern", read_pattern(i)), (f"blocks.{i}.hook_resid_post", read_resid(i))]
-        run: Any = model.run_with_hooks
         with torch.no_grad():
-            run(tokens, fwd_hooks=hooks, **options)
+            model.run_with_hooks(tokens, fwd_hooks=hooks, **options)
         if values["colsum"].isnan().any():
             raise LoopedError(
                 "some layers showed no attention pattern; inference_stages needs attention that has one in every layer, "

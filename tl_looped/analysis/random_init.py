@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -188,7 +188,7 @@ def random_init_sweep(
         cfg = LoopedConfig(**common, rope_layout="none", embed_scale=embed_std / drawn, noise_std=embed_std, **layout)
         bridge = LoopedBridge.from_config(cfg)
         for seed in chosen:
-            draw(cast(LoopedModel, bridge.original_model), seed, std)
+            draw(bridge.plain, seed, std)
             noise = seed if cfg.initial_state == "noise" else None
             found = fixed_points(bridge, tokens, n_loops=None, initial_state=noise, verbose=False)
             curves = {"distance": found.distance["relative"], "cosine": found.distance["cosine"], "norm": found.norm}

@@ -321,14 +321,13 @@ def injection_effect(
                 kls[:, loop] = (clean.exp() * (clean - other)).sum(-1).mean(-1)
 
         state = initial_state.repeat(len(rows), 1, 1) if isinstance(initial_state, Tensor) else initial_state
-        run: Any = deep.run_with_hooks
         with torch.no_grad():
             hooks = [
                 *((name, fork) for name in entrances),
                 *((name, edit) for name in edited),
                 *((name, read) for name in ends),
             ]
-            run(torch.cat(rows), hooks, on_loop=on_loop, initial_state=state)
+            deep.run_with_hooks(torch.cat(rows), hooks, on_loop=on_loop, initial_state=state)
         return InjectionEffect(
             state_change=Estimate.of(changes, ("loop",), labels, "state_change"),
             kl=Estimate.of(kls, ("loop",), labels, "kl"),

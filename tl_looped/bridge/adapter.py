@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 from transformer_lens.config import TransformerBridgeConfig
@@ -12,7 +12,6 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.types import ComponentMapping
 
 from ..config import LoopedConfig
-from ..errors import LoopedError
 from ..model import LoopedModel
 from .components import (
     InputProjection,
@@ -27,7 +26,6 @@ from .components import (
 )
 from .processing import LoopedEmbedding, StreamBlock
 
-# Not the name of a published class: TransformerLens skips external adapters under names that it has itself.
 ARCHITECTURE = "TLLoopedForCausalLM"
 
 
@@ -71,17 +69,12 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
         }
         self.component_mapping: ComponentMapping | None = {}  # filled by prepare_model, once the structure is known
 
-    def prepare_model(self, hf_model: Any) -> None:
+    def prepare_model(self, hf_model: LoopedModel) -> None:
         """Map the components of this model.
 
-        Raises:
-            LoopedError: the model is not a `LoopedModel`.
+        Args:
+            hf_model: the model.
         """
-        if not isinstance(hf_model, LoopedModel):
-            raise LoopedError(
-                f"the architecture {ARCHITECTURE} wraps a tl_looped LoopedModel, not a {type(hf_model).__name__}; "
-                "use LoopedBridge.from_pretrained or LoopedBridge.from_hf."
-            )
         looped = hf_model.cfg
         self.cfg.gated_mlp = looped.mlp == "gated"
         self.component_mapping = {
@@ -97,17 +90,6 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
             "ln_final": LoopedNorm(name="ln_final", config=self.cfg),
             "unembed": LoopedUnembedding(name="unembed", config=self.cfg),
         }
-
-    def preprocess_weights(self, state_dict: dict[str, Any]) -> NoReturn:
-        """Refused: only a `LoopedBridge` processes weights so that the passes still share them.
-
-        Raises:
-            LoopedError: always.
-        """
-        raise LoopedError(
-            "weight processing was asked of a plain TransformerBridge, which does not know that layers share weights and have "
-            "norms of their own; use LoopedBridge(model), or no_processing=True."
-        )
 
     def _norms(self, parent: nn.Module, *names: str) -> dict[str, GeneralizedComponent]:
         return {name: LoopedNorm(name=name, config=self.cfg) for name in names if getattr(parent, name) is not None}

@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,7 +18,6 @@ from transformer_lens.utilities.slice import Slice
 from .._old_calls import accepts_old
 from ..errors import LoopedError, UnknownNameError
 from ..kinds import plain
-from ..model import LoopedModel
 from ..schedule import LoopSelector, Site, is_pattern, virtual_layer
 from .decomposition import FINAL, REMAINDER, Decomposition, LogitAttribution, Reader, Write, branch_inputs, check_activations
 from .fingerprint import Fingerprint
@@ -78,7 +77,7 @@ class LoopedCache(ActivationCache):
     ):
         super().__init__(cache_dict, model, has_batch_dim)
         # Nothing is known of a cache that somebody makes by hand; it is taken for one of the model as it is.
-        self.weights: Fingerprint = Fingerprint.of(model.original_model) if weights is None else weights
+        self.weights: Fingerprint = Fingerprint.of(model.plain) if weights is None else weights
 
     def __getitem__(self, key: Any) -> Tensor:
         if not isinstance(key, (str, tuple)) or not key:
@@ -235,7 +234,7 @@ class LoopedCache(ActivationCache):
         Raises:
             LoopedError: the weights were changed since.
         """
-        self.weights.check(self.model.original_model, what)
+        self.weights.check(self.model.plain, what)
 
     def decompose_resid(
         self,
@@ -509,8 +508,8 @@ class LoopedCache(ActivationCache):
         rows = _slice(batch_slice)
         stack = rows.apply(residual_stack, dim=1) if has_batch_dim else residual_stack
         name = "ln_final" if point == FINAL else f"blocks.{self._layer(layer)}.ln{2 if mlp_input else 1}"
-        blocks: Any = self.model.original_model.blocks
-        norm = self.model.original_model.ln_final if point == FINAL else getattr(blocks[self._layer(layer)], name[-3:])
+        blocks: Any = self.model.plain.blocks
+        norm = self.model.plain.ln_final if point == FINAL else getattr(blocks[self._layer(layer)], name[-3:])
         if norm is None:
             return stack
         scale = _slice(pos_slice).apply(self[f"{name}.hook_scale"], dim=-2)
@@ -612,7 +611,7 @@ class LoopedCache(ActivationCache):
             index = (own if self.has_batch_dim else own[0]).to(whole.values.device)
             own_values = whole.values.gather(-1, index.expand(len(whole.labels), *index.shape))[..., 0]
             return replace(whole, values=own_values, axes=whole.axes[:-1])
-        inner = branch_inputs(self.model.original_model, self, heads=unit == "head", neurons=False)
+        inner = branch_inputs(self.model.plain, self, heads=unit == "head", neurons=False)
         decomposition = Decomposition(self, FINAL, _slice(pos), injections, inner)
         grads = decomposition.pull_back(self._direction(tokens, incorrect_tokens, pos, decomposition.like))
         values: dict[str, Tensor] = {}
@@ -772,7 +771,7 @@ class LoopedCache(ActivationCache):
         apply_ln: bool = False,
     ) -> tuple[Tensor, list[str]]:
         """Contributions of heads, of neurons or MLPs, of embeddings, and of the rest in a last row without label."""
-        model, schedule = self.model.original_model, self.model.schedule
+        model, schedule = self.model.plain, self.model.schedule
         inner = branch_inputs(model, self, heads, neurons is not None)
         decomposition = self._decomposition(layer, mlp_input, pos_slice, also=inner)
         numbers = [] if neurons is None else neurons.apply(torch.arange(model.cfg.d_mlp, device="cpu")).tolist()
@@ -826,33 +825,6 @@ class LoopedCache(ActivationCache):
             columns.append(out)
         stacked = torch.stack(columns, dim=-1)
         return (stacked.squeeze(-1) if project.ndim == 1 else stacked), labels
-
-
-class UnloopedCache(ActivationCache):
-    """What a plain `TransformerBridge` around a looped model returns: activations, but no sums of them."""
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise LoopedError(
-            "a decomposition was asked of a cache of a plain TransformerBridge, which takes the residual stream for one "
-            "running sum; use LoopedBridge(model)."
-        )
-
-    decompose_resid: Callable[..., NoReturn] = _refuse
-    accumulated_resid: Callable[..., NoReturn] = _refuse
-    get_full_resid_decomposition: Callable[..., NoReturn] = _refuse
-    stack_head_results: Callable[..., NoReturn] = _refuse
-    stack_neuron_results: Callable[..., NoReturn] = _refuse
-
-
-def _new_cache(cls: type, cache_dict: Any = None, model: Any = None, *args: Any, **kwargs: Any) -> ActivationCache:
-    """`ActivationCache(activations, model)` is a `LoopedCache` if the model loops."""
-    if cls is ActivationCache and isinstance(getattr(model, "original_model", None), LoopedModel):
-        return object.__new__(LoopedCache if hasattr(model, "looped_cfg") else UnloopedCache)
-    return object.__new__(cls)
-
-
-# Caches made from caching hooks go through TransformerLens's constructor; its methods would add up what is no running sum.
-ActivationCache.__new__ = _new_cache  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class CacheView(Mapping[str, Tensor]):

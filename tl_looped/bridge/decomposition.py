@@ -290,7 +290,7 @@ class Reader:
         self.cache: Any = cache
         self.positions: Any = positions
         self.bridge: Any = cache.model
-        self.model: LoopedModel = self.bridge.original_model
+        self.model: LoopedModel = self.bridge.plain
         cache.check_weights("a decomposition")
 
     def get(self, name: str, dim: int = -2) -> Tensor:

@@ -29,6 +29,7 @@ from ..model.initial_state import InitialState
 from ..model.looped_model import initialise, set_mode
 from ..model.undo import Snapshot, undone, whole
 from ..schedule import Indices, LoopSelector, Schedule, check_count, is_pattern, virtual_layer
+from . import new_caches  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from .adapter import LoopedArchitectureAdapter, bridge_config
 from .cache import LoopedCache
 from .components import InMemory, check_attn_in
@@ -90,7 +91,7 @@ class LoopedBridge(InMemory, GeneratingBridge):
     @property
     def cfg(self) -> Any:
         """TransformerLens's config; dtype and device are those of the parameters, which another unroll may have moved."""
-        cfg, weight = self.__dict__["cfg"], self._model.embed.weight
+        cfg, weight = self.__dict__["cfg"], self.plain.embed.weight
         if cfg.dtype != weight.dtype or cfg.device != str(weight.device):
             cfg.dtype, cfg.device = weight.dtype, str(weight.device)
         return cfg
@@ -109,7 +110,8 @@ class LoopedBridge(InMemory, GeneratingBridge):
         self._tokenizer = None if value is None else configured(value, self.cfg)
 
     @property
-    def _model(self) -> LoopedModel:
+    def plain(self) -> LoopedModel:
+        """The model that is wrapped, in plain PyTorch; hooks on the bridge act in it too."""
         return cast(LoopedModel, self.original_model)
 
     @property
@@ -289,7 +291,7 @@ class LoopedBridge(InMemory, GeneratingBridge):
         """
         if self._weights_processed:
             raise LoopedError("the weights of this model were processed (compatibility mode); unroll the model before that.")
-        model = _without_collections(partial(self._model.unrolled, n_loops))
+        model = _without_collections(partial(self.plain.unrolled, n_loops))
         unrolled = LoopedBridge(model, None, self.cfg.model_name)
         unrolled._warned_of_paths = self._warned_of_paths
         unrolled._tokenizer = self.tokenizer
@@ -315,7 +317,7 @@ class LoopedBridge(InMemory, GeneratingBridge):
         """
         if self._weights_processed:
             raise LoopedError("the weights of this model were processed (compatibility mode); save the model before that.")
-        checkpoints.save_model(self._model, directory, self.tokenizer)
+        checkpoints.save_model(self.plain, directory, self.tokenizer)
 
     def forward(
         self,
@@ -579,14 +581,14 @@ class LoopedBridge(InMemory, GeneratingBridge):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LoopedBridge:
         def apply() -> None:
             super(LoopedBridge, self)._apply(fn, recurse)
-            self._model._apply(fn, recurse)
+            self.plain._apply(fn, recurse)
 
-        whole(apply, Snapshot(self, self._model, tensors_only=True).restore)
+        whole(apply, Snapshot(self, self.plain, tensors_only=True).restore)
         return self
 
     def _put_back(self) -> Callable[[], None]:
         """What makes the modules hold again what they hold now."""
-        return _without_collections(partial(Snapshot, self, self._model)).restore
+        return _without_collections(partial(Snapshot, self, self.plain)).restore
 
     def to(self, *args: Any, print_details: bool = False, **kwargs: Any) -> LoopedBridge:
         """Move the model or change its dtype; other unrolls of the same parameters move with it.
@@ -608,14 +610,14 @@ class LoopedBridge(InMemory, GeneratingBridge):
             mode: False for evaluation.
         """
         set_mode(self, mode)
-        self._model.train(mode)
+        self.plain.train(mode)
         return self
 
     @property
     def core_weights(self) -> dict[str, nn.Parameter]:
         """Every parameter of the looped layers once, uncopied, as in "core.3.attn.q.weight" (HRM-Text: "L.3", "H.3")."""
         stacks = tuple(f"{stack}." for stack in self.schedule.core_stacks)
-        return {name: p for name, p in self._model.canonical_parameters().items() if name.startswith(stacks)}
+        return {name: p for name, p in self.plain.canonical_parameters().items() if name.startswith(stacks)}
 
     def enable_compatibility_mode(
         self,
@@ -686,7 +688,7 @@ class LoopedBridge(InMemory, GeneratingBridge):
         )
 
         def process() -> None:
-            process_weights(self._model, fold_ln=fold_ln, center_unembed=center_unembed, fold_value_biases=fold_value_biases)
+            process_weights(self.plain, fold_ln=fold_ln, center_unembed=center_unembed, fold_value_biases=fold_value_biases)
             self._weights_processed = True
 
         whole(process, self._put_back())
@@ -702,7 +704,7 @@ class LoopedBridge(InMemory, GeneratingBridge):
         Raises:
             LoopedError: the tensors differ where this model has one parameter.
         """
-        check_shared(self._model, self._tl_key_to_actual_keys(), state_dict)
+        check_shared(self.plain, self._tl_key_to_actual_keys(), state_dict)
         return super().load_state_dict(state_dict, strict, assign)
 
     def _is_valid_bridge_path(self, hf_path: str) -> bool:
@@ -722,7 +724,7 @@ class LoopedBridge(InMemory, GeneratingBridge):
             LoopedError: biases that the stream does not simply add up on the way to that layer.
         """
         layer = self._stop(layer)
-        if not has_output_bias(self._model):
+        if not has_output_bias(self.plain):
             return torch.zeros(self.cfg.d_model, device=self.cfg.device, dtype=self.cfg.dtype)
         check_running_sum(self.looped_cfg, range(layer + mlp_input), "accumulated_bias")
         return super().accumulated_bias(layer, mlp_input, include_mlp_biases)
@@ -852,7 +854,17 @@ class LoopedBridge(InMemory, GeneratingBridge):
         return Hooked(self, super().hooks(self._expand_hooks(fwd_hooks), self._expand_hooks(bwd_hooks), **kwargs))
 
     def run_with_hooks(
-        self, input: Any, fwd_hooks: Iterable[Hook] = (), bwd_hooks: Iterable[Hook] = (), *args: Any, **kwargs: Any
+        self,
+        input: str | list[str] | Tensor,
+        fwd_hooks: Iterable[Hook] = (),
+        bwd_hooks: Iterable[Hook] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        return_type: str | None = "logits",
+        stop_at_layer: int | None = None,
+        start_at_layer: int | None = None,
+        remove_batch_dim: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """Run with hooks, as in TransformerBridge; names may be loop-indexed and may be patterns.
 
@@ -860,14 +872,22 @@ class LoopedBridge(InMemory, GeneratingBridge):
             input: as in `forward`.
             fwd_hooks: as in `hooks`.
             bwd_hooks: as in `hooks`.
-            *args: as in TransformerBridge.
-            **kwargs: as in TransformerBridge, and what `forward` takes.
+            reset_hooks_end: take these hooks off at the end.
+            clear_contexts: clear the contexts of their hook points then, too.
+            return_type: as in `forward`.
+            stop_at_layer: as in `forward`.
+            start_at_layer: as in `forward`.
+            remove_batch_dim: give hooks activations without a batch dimension of 1.
+            **kwargs: what `forward` takes.
 
         Raises:
             LoopedError: no such hook; a loop or layer that this run does not have; inputs that do not fit the model.
         """
-        hooks = self._expand_hooks(fwd_hooks), self._expand_hooks(bwd_hooks)
-        return without_leftovers(self, partial(super().run_with_hooks, input, *hooks, *args, **kwargs))
+        run = partial(
+            super().run_with_hooks, input, self._expand_hooks(fwd_hooks), self._expand_hooks(bwd_hooks), reset_hooks_end,
+            clear_contexts, return_type, stop_at_layer, start_at_layer, remove_batch_dim, **kwargs,
+        )  # fmt: skip
+        return without_leftovers(self, run)
 
     @overload
     def run_with_cache(

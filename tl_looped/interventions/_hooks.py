@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +15,6 @@ from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.tokens import counts_from_end, real_positions
 from ..errors import LoopedError, OutOfRangeError
 from ..kinds import plain
-from ..model import LoopedModel
 from ..model.layers import Inputs, running
 from ..schedule import Pass
 
@@ -125,7 +124,7 @@ def cached(model: LoopedBridge, cache: object, names: Sequence[str]) -> dict[str
     """Activations of another run of the model, under their loop-indexed names."""
     if not isinstance(cache, LoopedCache) or not cache.has_batch_dim:
         raise LoopedError("a cache was asked for: pass the LoopedCache that run_with_cache returns, with its batch dimension.")
-    cache.weights.check(cast(LoopedModel, model.original_model), "an intervention with a cache")
+    cache.weights.check(model.plain, "an intervention with a cache")
     return {name: cache[name].detach() for name in names}
 
 

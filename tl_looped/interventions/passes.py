@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from .._old_calls import accepts_old
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.processing import last_norm_is_folded
 from ..errors import LoopedError
-from ..model import LoopedModel
 from ..schedule import Indices, LoopSelector, Pass, Schedule, check_count, select_indices
 from ..sites import select_layers
 from ._hooks import Hooks, Seen, passes_from, unit_mask
@@ -74,7 +73,7 @@ def skip_loop(model: LoopedBridge, loops: LoopSelector, *, stack: str | None = N
     """
     schedule = model.schedule
     chosen = schedule.passes_of(loops, stack)
-    if schedule.passes[-1] in chosen and last_norm_is_folded(cast(LoopedModel, model.original_model)):
+    if schedule.passes[-1] in chosen and last_norm_is_folded(model.plain):
         raise LoopedError(
             f"loops={loops!r} skips the last loop, but the unembedding has absorbed the weight of its norm (compatibility "
             "mode), which the state of earlier loops still has; use a model without weight processing, or fold_ln=False."

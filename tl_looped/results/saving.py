@@ -109,7 +109,7 @@ def versions() -> dict[str, str]:
 def _fingerprint(model: Any) -> Any:
     from ..bridge.fingerprint import Fingerprint
 
-    return Fingerprint.of(model.original_model)
+    return Fingerprint.of(model.plain)
 
 
 def _classes() -> dict[str, type]:
