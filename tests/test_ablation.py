@@ -13,6 +13,7 @@ from zoo import ZOO, random_bridge
 
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.ablation import ablation_sweep
+from tl_looped.errors import OutOfRangeError
 from tl_looped.interventions import ablate
 from tl_looped.metrics import kl_to, logit_diff, prob
 from tl_looped.patching import patch_sweep
@@ -116,6 +117,43 @@ def test_edges_and_axes() -> None:
     names = [(hook, [2]) for loop in (1, 2) for hook in hooks_of(loop, 2, "head")]
     change = by_hand(bridge, names, slice(None), False) - by_hand(bridge, [], slice(None), False)
     torch.testing.assert_close(some.change.values[1, 0], change.mean())
+
+
+def test_positions_are_an_axis() -> None:
+    """Every position by itself: of prompts of one length from the start, of others from the end."""
+    bridge, metric = zoo("huginn"), logit_diff(RIGHT, WRONG)
+    plain = by_hand(bridge, [], slice(None), False)
+    heads = quiet(bridge, TEXTS, metric, by=("loop", "head", "pos"), heads=[0, 2], positions=[-2, -1], joint=[[(1, 2, "all")]])
+    assert heads.change.axes == ("loop", "head", "pos") and heads.change.labels["pos"] == [-2, -1]
+    layers = quiet(bridge, TEXTS, metric, by=("layer", "pos"), part="layer", stack="core", positions=[-1, -2], mode="mean")
+    core = [(hook, [2]) for layer in range(3) for hook in hooks_of(1, layer, "head")]
+    for pos, at in ((-2, slice(-2, -1)), (-1, slice(-1, None))):
+        change = by_hand(bridge, core, at, False) - plain
+        cell = heads.change.sel(loop=1, head=2, pos=[pos])
+        torch.testing.assert_close(cell.values[0], change.mean())
+        torch.testing.assert_close(heads.change.stderr[2, 1, pos], change.std() / 2)
+        every: list[Any] = [(hook, None) for loop in range(3) for hook in hooks_of(loop, 1, "layer")]
+        torch.testing.assert_close(
+            layers.change.sel(layer=1, pos=[pos]).values[0], (by_hand(bridge, every, at, True) - plain).mean()
+        )
+    assert heads.joint is not None
+    torch.testing.assert_close(heads.joint.values[0], (by_hand(bridge, core, slice(-2, None), False) - plain).mean())
+    one = quiet(bridge, TEXTS[0], logit_diff(RIGHT[0], WRONG[0]), by="pos", part="mlp")
+    assert one.change.axes == ("pos",) and one.change.labels["pos"] == list(range(bridge.to_tokens(TEXTS[0]).shape[1]))
+    kept = quiet(bridge, TEXTS[0], logit_diff(RIGHT[0], WRONG[0]), by="pos", part="mlp", stack="core", restore=True)
+    mlps: list[Any] = [(hook, None) for loop in range(3) for layer in range(3) for hook in hooks_of(loop, layer, "mlp")]
+    n = len(kept.change.values)
+    but_last, whole = by_hand(bridge, mlps, slice(n - 1), False)[0], by_hand(bridge, mlps, slice(None), False)[0]
+    torch.testing.assert_close(kept.change.values[-1], but_last - whole)
+    for asked, says in (
+        ({"by": "pos"}, "that all have, such as"),
+        ({"by": "pos", "positions": slice(-2, None)}, "that all have, such as"),
+        ({"by": ("layer", "neuron"), "part": "mlp"}, "every neuron would be a run of its own"),
+    ):
+        with pytest.raises(LoopedError, match=says):
+            quiet(bridge, TEXTS, metric, **asked)
+    with pytest.raises(OutOfRangeError, match="positions"):
+        quiet(bridge, TEXTS, metric, by="pos", positions=[-40])
 
 
 def test_restored_alone() -> None:

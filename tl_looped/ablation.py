@@ -124,8 +124,8 @@ def ablation_sweep(
         metric: from logits to one number per row; those of `tl_looped.metrics` take an answer for every prompt.
         part: "head" (its summand of the attention output, `attn.hook_z`), "attn" or "mlp" (what the branch adds), or "layer"
             (both).
-        by: the axes of the grid, of "loop", "layer" and, for heads, "head". Along the others everything is removed at once.
-            Default: all of them.
+        by: the axes of the grid, of "loop", "layer", for heads "head", and "pos". Along the others everything is removed at
+            once. Default: all of them but "pos".
         mode: replace by "zero", or by the "mean" over all real positions of `reference`, for every loop by itself.
         joint: groups of cells that are removed (or restored) together, each a list of cells such as
             `[(2, 0, 1), (2, 0, 3)]`, along `by`; "all" stands for every label, as in `(2, 0, "all")`.
@@ -135,7 +135,8 @@ def ablation_sweep(
         loops: which loops. As in `patch_sweep`, "prelude" and "coda" are entries of the axis "loop" where no part is asked for.
         layers: which layers of the loop; None for all.
         heads: which heads; None for all.
-        positions: at which positions of each prompt; None for all.
+        positions: at which positions of each prompt; None for all. With "pos" in `by` and prompts of different lengths, ints
+            that every prompt has, such as `[-2, -1]`.
         stack: "core" for the loops alone; "L" or "H" for HRM-Text; "prelude" or "coda".
         at_loop: measure the answer after this loop, `model.unroll(at_loop + 1)`; None for the last.
         n_loops: of a run of this many loops; None for the model's own number.
@@ -161,7 +162,9 @@ def ablation_sweep(
     model = stopping(model, at_loop, n_loops)
     rows = _rows(model, prompts, attention_mask, "prompts")
     _check_rows(metric, rows)
-    plan = _Plan(model, part, names, loops, layers, heads, stack, joint, restore)
+    if "pos" in names:
+        positions = _common(positions, {len(row) for row in rows})
+    plan = _Plan(model, part, names, loops, layers, heads, positions, stack, joint, restore)
     means = None
     if mode == "mean":
         means = _means(model, rows if reference is None else _rows(model, reference, None, "reference"), plan, initial_state)
@@ -170,7 +173,7 @@ def ablation_sweep(
         for chosen, tokens in _batches(rows):
             bound = metric.rows(chosen) if isinstance(metric, RowMetric) else metric
             patcher = Patcher(model, tokens, bound, plan.hooks, initial_state, {}, max_batch)
-            cells = plan.cells(patcher, means, positions)
+            cells = plan.cells(patcher, means)
             found = torch.cat((patcher.baseline[None], patcher.run(cells, False, "")))
             if found.ndim == 1 and len(chosen) > 1:
                 raise LoopedError(
@@ -195,11 +198,12 @@ class _Plan:
         loops: LoopSelector,
         layers: Indices,
         heads: Indices,
+        positions: Indices,
         stack: str | None,
         joint: Sequence[Sequence[CellName]] | None,
         restore: bool,
     ):
-        self.model, self.part, self.names, self.restore = model, part, names, restore
+        self.model, self.part, self.names, self.restore, self.positions = model, part, names, restore, positions
         if heads is not None and part != "head":
             raise LoopedError(f'heads={heads!r} was asked of part={part!r}; heads are those of part="head".')
         self.heads = select_indices(heads, model.looped_cfg.n_heads, "heads") if part == "head" else []
@@ -208,8 +212,9 @@ class _Plan:
             for key, place in swept_places(model, site, names, loops, layers, stack):
                 self.places.setdefault(key, []).append(place)
         self.hooks = [place.hook for group in self.places.values() for place in group]
-        by_head = [(h,) for h in self.heads] if "head" in names else [()]
-        self.keys = [(*key, *head) for key, head in product(self.places, by_head)]
+        inner: list[Any] = [self.heads] if "head" in names else []
+        inner += [positions] if "pos" in names else []
+        self.keys = [(*key, *more) for key, more in product(self.places, product(*inner))]
         self.joint = {_label(group): self._keys_of(group) for group in map(self._group, joint or ())}
 
     def _group(self, asked: Any) -> list[Any]:
@@ -242,40 +247,52 @@ class _Plan:
             keys += found
         return list(dict.fromkeys(keys))
 
-    def cells(self, patcher: Patcher, means: dict[str, Tensor] | None, positions: Indices) -> list[Cell]:
+    def cells(self, patcher: Patcher, means: dict[str, Tensor] | None) -> list[Cell]:
         """All removed; every cell; every joint group."""
         values: dict[str, Tensor] = {}
         for hook in self.hooks:
             x = patcher.base[hook]
             new = x.new_zeros(()) if means is None else means[hook].to(x.device, x.dtype)
             values[hook] = new.expand_as(x)
-        at = torch.zeros(patcher.n_pos, dtype=torch.bool, device=patcher.logits.device)
-        chosen = select_indices(positions, patcher.n_pos, "positions")
-        at[chosen] = True
+        device, size = patcher.logits.device, len(self.heads) or 1
+        chosen = select_indices(self.positions, patcher.n_pos, "positions")
+        entries = {place.hook: place.entry for group in self.places.values() for place in group}
 
-        def cell(keys: Sequence[tuple[Any, ...]]) -> Cell:
-            heads: dict[str, set[int]] = {}
-            entry = patcher.model.schedule.n_layers
+        def masks(keys: Sequence[tuple[Any, ...]]) -> dict[str, Tensor]:
+            """Where some cells are, [pos, head] of every hook."""
+            found: dict[str, Tensor] = {}
             for key in keys:
-                outer = key[:-1] if "head" in self.names else key
-                for place in self.places[outer]:
-                    heads.setdefault(place.hook, set()).update([int(key[-1])] if "head" in self.names else self.heads)
-                    entry = min(entry, place.entry)
-            edits = [Edit(hook, values[hook], self._where(at, units)) for hook, units in heads.items()]
-            return Cell(edits, entry, min(chosen))
+                label = dict(zip(self.names, key, strict=True))
+                at = select_indices(label["pos"], patcher.n_pos, "positions") if "pos" in label else chosen
+                heads = [self.heads.index(label["head"])] if "head" in label else range(size)
+                for place in self.places[tuple(label[axis] for axis in label if axis in ("loop", "layer"))]:
+                    if place.hook not in found:
+                        found[place.hook] = torch.zeros(patcher.n_pos, size, dtype=torch.bool, device=device)
+                    found[place.hook][torch.tensor(at)[:, None], torch.tensor([*heads])] = True
+            return found
 
-        def without(kept: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-            return [key for key in self.keys if key not in kept]
+        def cell(masks: dict[str, Tensor]) -> Cell:
+            there = {hook: mask for hook, mask in masks.items() if bool(mask.any())}
+            starts = [int(mask.any(1).nonzero()[0]) for mask in there.values()]
+            edits = [Edit(hook, values[hook], self._where(mask)) for hook, mask in there.items()]
+            return Cell(
+                edits, min((entries[hook] for hook in there), default=patcher.model.schedule.n_layers), min(starts, default=0)
+            )
 
-        groups = [*([key] for key in self.keys), *self.joint.values()]
-        return [cell(self.keys), *(cell(without(group) if self.restore else group) for group in groups)]
+        def all_but(kept: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {hook: mask & ~kept[hook] if hook in kept else mask for hook, mask in every.items()}
 
-    def _where(self, at: Tensor, heads: set[int]) -> Tensor:
+        every = masks(self.keys)
+        groups = map(masks, [*([key] for key in self.keys), *self.joint.values()])
+        return [cell(every), *(cell(all_but(group) if self.restore else group) for group in groups)]
+
+    def _where(self, mask: Tensor) -> Tensor:
+        """A mask of positions and chosen heads as one of the activation."""
         if self.part != "head":
-            return at[:, None]
-        units = torch.zeros(self.model.looped_cfg.n_heads, dtype=torch.bool, device=at.device)
-        units[list(heads)] = True
-        return (at[:, None] & units)[..., None]
+            return mask
+        where = torch.zeros(len(mask), self.model.looped_cfg.n_heads, dtype=torch.bool, device=mask.device)
+        where[:, self.heads] = mask
+        return where[..., None]
 
     def result(self, examples: Float[Tensor, "example cell"], name: str, mode: str, means: str | None) -> AblationSweep:
         """The estimates."""
@@ -312,11 +329,31 @@ def _check(part: str, by: Sequence[str] | None, mode: str, reference: Any) -> tu
         )
     if reference is not None and mode != "mean":
         raise LoopedError(f'reference= was given with mode={mode!r}; it is for mode="mean".')
-    known = ("loop", "layer", "head") if part == "head" else ("loop", "layer")
-    names = known if by is None else (by,) if isinstance(by, str) else tuple(by)
+    known = ("loop", "layer", "head", "pos") if part == "head" else ("loop", "layer", "pos")
+    names = known[:-1] if by is None else (by,) if isinstance(by, str) else tuple(by)
+    if "neuron" in names:
+        raise LoopedError(
+            f"by={names!r} was asked; every neuron would be a run of its own. Ablate chosen ones with hooks: "
+            'tl_looped.interventions.ablate(model, "neuron", neurons=...).'
+        )
     if not names or len(set(names)) < len(names) or set(names) - set(known):
         raise LoopedError(f"by={names!r} was asked; part={part!r} has the axes {', '.join(known)}, each at most once.")
     return tuple(axis for axis in known if axis in names)
+
+
+def _common(positions: Indices, lengths: set[int]) -> list[int]:
+    """The labels of positions that all prompts have: numbers from the start where all are as long, else as they were given."""
+    if len(lengths) == 1:
+        return select_indices(positions, max(lengths), "positions")
+    asked: Any = plain(positions)
+    if not isinstance(asked, (int, list, tuple, range)):
+        raise LoopedError(
+            f"positions={positions!r} were asked as an axis of prompts of {min(lengths)} to {max(lengths)} tokens; name "
+            "positions that all have, such as positions=[-2, -1]."
+        )
+    for n in lengths:
+        select_indices(asked, n, "positions")
+    return [asked] if isinstance(asked, int) else list(dict.fromkeys(asked))
 
 
 def _rows(model: LoopedBridge, prompts: Any, attention_mask: Tensor | None, what: str) -> list[Tensor]:
