@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ._depth import stopping
 from ._patcher import Cell, Edit, Patcher
+from ._precision import wide
 from .bridge.looped_bridge import LoopedBridge
 from .bridge.tokens import refuse_unmarked_padding
 from .comparison import Metric
@@ -24,7 +25,6 @@ from .errors import LoopedError
 from .kinds import plain, shown
 from .metrics import Divergence, RowMetric, metric_name
 from .model.initial_state import InitialState
-from .model.layers import wide
 from .results import Estimate, Grid, Result
 from .schedule import Indices, LoopSelector, select_indices
 from .sites import Place, laid_out, swept_places

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ._precision import wide
 from ._token_grid import COLOURS, Colours, check_colour, lines, token_grid
 from ._tokens_shown import cut, token_texts, visible
 from ._words import counted
@@ -17,7 +18,6 @@ from .bridge.tokens import Mask, encode, refuse_unmarked_padding
 from .errors import LoopedError
 from .kinds import plain, shown
 from .metrics import one_token
-from .model.layers import wide
 from .results import Grid, Result
 from .schedule import LoopSelector, check_count
 

@@ -10,11 +10,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ._old_calls import accepts_old
+from ._precision import wide
 from .bridge.cache import LoopedCache
 from .bridge.looped_bridge import LoopedBridge
 from .comparison import Comparison, Metric, clean_at
 from .errors import LoopedError
-from .model.layers import wide
 from .results import Grid
 from .schedule import LoopSelector, check_count
 from .sites import HEADS, PASSES, STREAMS, check_site, laid_out, swept_places

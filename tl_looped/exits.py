@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ._precision import wide
 from .errors import LoopedError
-from .model.layers import wide
 
 
 @dataclass

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ._precision import wide
 from .bridge.tokens import Mask, encode, real_positions
 from .errors import LoopedError
 from .kinds import plain, shown
-from .model.layers import wide
 from .schedule import Indices
 
 if TYPE_CHECKING:

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.utilities.slice import Slice
 
+from ._precision import wide
 from .bridge.cache import LoopedCache
 from .bridge.decomposition import FINAL, Reader, Write, before_loop, check_sum, has_own_state, walk
 from .bridge.looped_bridge import LoopedBridge
+from .bridge.named_cache import as_slice
 from .comparison import Comparison, Metric, clean_at
 from .errors import LoopedError, UnknownNameError
-from .model.layers import wide
 from .results import Grid
 
 Names = str | Sequence[str]
@@ -283,7 +283,7 @@ class Paths:
         self.gradients: dict[str, Tensor] = gradients
         self.cache: LoopedCache = LoopedCache({name: seen[name] for name in kept}, model)
         self.own_state: bool = has_own_state(model.looped_cfg, self.cache)
-        self.read: Reader = Reader(self.cache, Slice())
+        self.read: Reader = Reader(self.cache, as_slice(None))
         self.like: Tensor = self.read.get("hook_embed")
 
     def _through(self, x: Tensor, norm: Any, name: str = "") -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ._precision import wide
 from ._words import counted
 from .analysis._prompts import Prompts, at_depth, check_finite, token_batches
 from .analysis._targets import Answers, Targets
@@ -20,7 +21,6 @@ from .bridge.looped_bridge import LoopedBridge
 from .bridge.run import rehearsal
 from .errors import LoopedError
 from .model.initial_state import InitialState
-from .model.layers import wide
 from .results import Estimate, Result, table
 
 Models = LoopedBridge | Sequence[LoopedBridge] | Mapping[str, LoopedBridge]

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
 from .._depth import at_depth, check_model, first_hooked
+from ..bridge.structure import AnyBridge
 from ..bridge.tokens import refuse_unmarked_padding
 from ..errors import LoopedError
 from ..model.looped_model import check_tokens
@@ -21,9 +21,7 @@ Prompt = str | Int[Tensor, "..."]  # [pos] or [batch, pos]; lengths may differ f
 Prompts = Prompt | Iterable[Prompt]
 
 
-def token_batches(
-    model: TransformerBridge, prompts: Prompts, *, verbose: bool, what: str
-) -> Iterator[Int[Tensor, "batch pos"]]:
+def token_batches(model: AnyBridge, prompts: Prompts, *, verbose: bool, what: str) -> Iterator[Int[Tensor, "batch pos"]]:
     """The prompts as token batches, one after the other; nothing of a batch is kept.
 
     Args:

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
-from ..model.layers import wide
 from .logit_lens import _target_id
 
 Answers = Sequence[str | int] | Int[Tensor, " example"]

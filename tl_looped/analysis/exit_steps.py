@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._precision import wide
 from .._words import counted
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..exits import ExitPolicy, LoopHistory
 from ..model.initial_state import InitialState
-from ..model.layers import wide
 from ..results import Estimate, Result, table
 from ._prompts import Prompts, at_depth, check_finite, token_batches
 from ._targets import Answers, Targets

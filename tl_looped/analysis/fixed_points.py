@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
-from ..model.layers import wide
 from ..plots import GroupBy, grouped
 from ..results import Estimate, Result, table
 from ..schedule import Indices, Pass, Schedule, Site, check_count

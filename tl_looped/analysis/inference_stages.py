@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
+from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.structure import AnyBridge
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
-from ..model.layers import wide
 from ..plots import GroupBy, grouped
 from ..results import Estimate, Grid, Result, table
 from ..schedule import Indices, Schedule
@@ -212,7 +212,7 @@ class InferenceStages(Result):
 
 
 def inference_stages(
-    model: TransformerBridge,
+    model: AnyBridge,
     prompts: Prompts,
     *,
     n_loops: int | None = None,
@@ -313,7 +313,7 @@ def inference_stages(
     return reduce(add, map(examples, token_batches(model, prompts, verbose=verbose, what="inference_stages")))
 
 
-def output_neurons(model: TransformerBridge, *, kurtosis: float = 10.0) -> Grid:
+def output_neurons(model: AnyBridge, *, kurtosis: float = 10.0) -> Grid:
     """The share of prediction and of suppression neurons in every layer, from the weights alone (arXiv 2401.12181, 2406.19384).
 
     A neuron writes `W_U w_out` to the logits, with the weights of the last norm and of the norm on the MLP's output applied. It

@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
-from ..model.layers import wide
 from ..results import Estimate, Grid, Result
 from ..schedule import check_count
 from ._directions import cosine

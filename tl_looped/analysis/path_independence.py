@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
-from ..model.layers import wide
 from ..results import Estimate, Result
 from ._prompts import Prompts, token_batches
 from ._streaming import visit

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
 from ..errors import LoopedError
 from ..kinds import plain
 from ..model.initial_state import InitialState
-from ..model.layers import wide
 from ..results import Estimate, Result, table
 from ..schedule import check_count
 from ._directions import relative_distance

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
-from ..model.layers import wide
 from ..plots import panels
 from ..results import Estimate, Result, table
 from ..schedule import Indices, LoopSelector, Site, select_indices

@@ -9,23 +9,20 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
-from ..config import LoopedConfig
 from ..errors import LoopedError
 from ..exits import ExitPolicy, Gate, GenerationReport
 from ..model.early_exit import EarlyExit
 from ..model.undo import undone, whole
 from .tokens import encode, refuse_unmarked_padding
+from .weights import WeightsBridge
 
 # What `generate` takes beside TransformerBridge's own arguments; every step must see it, with and without cache.
 EXTRA = ("initial_state", "token_type_ids")
 
 
-class GeneratingBridge(TransformerBridge):
+class GeneratingBridge(WeightsBridge):
     """The part of a `LoopedBridge` that writes text."""
-
-    looped_cfg: LoopedConfig
 
     @property
     def exit_policy(self) -> ExitPolicy | None:

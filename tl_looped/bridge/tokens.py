@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import LoopedError
 from ..kinds import plain
 from ..schedule import Indices, select_indices
+from .structure import StructuredBridge
 
 Mask = Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None  # 1 for real tokens; None where all are
 
@@ -270,3 +271,74 @@ def real_mean(values: Float[Tensor, "batch pos *rest"], mask: Mask) -> Float[Ten
             "are padding; cache all positions, or rows of different lengths one by one."
         )
     return values[mask.bool().to(values.device)].mean(0)
+
+
+class ReadingBridge(StructuredBridge):
+    """The part of a `LoopedBridge` that reads text."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, a copy with TransformerLens's settings whenever it is set; None if there is none."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, value: Any) -> None:
+        self._tokenizer = None if value is None else configured(value, self.cfg)
+
+    def to_tokens(
+        self,
+        input: str | list[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool = False,
+    ) -> Int[Tensor, "batch pos"]:
+        """Tokens of a text, as in TransformerBridge; a text longer than the context is cut only if `truncate` is True.
+
+        Args:
+            input: a text, or several, which are padded to the longest.
+            prepend_bos: put a beginning-of-sequence token first; None for the model's default.
+            padding_side: "left" or "right"; None for the tokenizer's own.
+            move_to_device: return the tokens where the model is.
+            truncate: cut a text to the context.
+
+        Raises:
+            LoopedError: there is no tokenizer, or it has no token for a part of the text.
+        """
+        tokens, _ = encode(self.tokenizer, self.cfg, input, prepend_bos, padding_side, truncate)
+        return tokens.to(self.cfg.device) if move_to_device else tokens
+
+    def input_to_embed(
+        self,
+        input: str | list[str] | Int[Tensor, "*batch pos"],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, None, Tensor | None]:
+        """The stream entering the first layer, the tokens, None, and the mask of those that are real, as in TransformerBridge.
+
+        Args:
+            input: as in `forward`.
+            prepend_bos: as in `to_tokens`.
+            padding_side: as in `to_tokens`.
+            attention_mask: as in `forward`.
+        """
+        tokens, mask = self._read(input, prepend_bos, padding_side, attention_mask)
+        tokens = tokens[None] if tokens.ndim == 1 else tokens
+        return self.forward(tokens, attention_mask=mask, stop_at_layer=0), tokens, None, mask
+
+    def _accepts_derived_position_ids(self) -> bool:
+        """No: the model derives positions from the mask row by row, so that no row depends on the padding of its neighbours."""
+        return False
+
+    def _read(
+        self, input: Any, prepend_bos: bool | None, padding_side: str | None, attention_mask: Tensor | None
+    ) -> tuple[Any, Tensor | None]:
+        """Texts as tokens and the mask of those that are real; what is no text as it is, with the mask it came with."""
+        if not isinstance(input, (str, list, tuple)):
+            if isinstance(input, Tensor) and input.ndim == 1 and attention_mask is not None and attention_mask.ndim == 1:
+                attention_mask = attention_mask[None]
+            return input, attention_mask
+        tokens, mask = encode(self.tokenizer, self.cfg, input, prepend_bos, padding_side)
+        mask = mask if attention_mask is None else attention_mask
+        return tokens.to(self.cfg.device), None if mask is None else mask.to(self.cfg.device)

@@ -64,11 +64,6 @@ def running() -> Inputs | None:
     return None if reference is None else reference()
 
 
-def wide(x: Float[Tensor, ...]) -> Float[Tensor, ...]:
-    """In fp32 or wider: differences of half-precision states round away."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def is_observed(slot: nn.Module) -> bool:
     """Whether a hook is attached to a slot."""
     return bool(slot._forward_hooks or slot._forward_pre_hooks or slot._backward_hooks or slot._backward_pre_hooks)

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..bridge.looped_bridge import Hook, LoopedBridge
+from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.names import Hook
 from ..plots import heat_map, plotly
 from ..results import Estimate, Grid
 from ..toys.hop import WORDS, HopPrompts, hop_prompts

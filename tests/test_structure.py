@@ -1,0 +1,69 @@
+"""How the files of the package hang together: who imports whom, and how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "tl_looped"
+FILES = {path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")}
+N_LINES = 450
+# Files that are longer, with their numbers of lines: they may shrink, and leave this list once they are short.
+LONGER = {
+    "tl_looped.analysis.logit_lens": 556,
+    "tl_looped.bridge.decomposition": 472,
+    "tl_looped.model.looped_model": 583,
+    "tl_looped.schedule": 530,
+}
+
+
+def imported(name: str, *, when_loaded: bool) -> Iterator[str]:
+    """What a module imports, as absolute names: everything, or what runs when it is loaded."""
+    package = name if FILES[name].name == "__init__.py" else name.rpartition(".")[0]
+    pending: list[ast.AST] = [ast.parse(FILES[name].read_text(encoding="utf-8"))]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        later = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not when_loaded or not (isinstance(node, later) or for_types):
+            pending.extend(ast.iter_child_nodes(node))
+
+
+def test_only_the_bridge_imports_transformer_lens() -> None:
+    def does(name: str) -> bool:
+        return any(f"{module}.".startswith("transformer_lens.") for module in imported(name, when_loaded=False))
+
+    assert does("tl_looped.bridge.names")
+    assert [name for name in FILES if does(name) and not name.startswith("tl_looped.bridge.")] == []
+
+
+def room(name: str) -> str:
+    """The package or module directly under `tl_looped` in which a module lies."""
+    return ".".join(name.split(".")[1:2])
+
+
+def test_rooms_do_not_import_each_other_in_a_circle() -> None:
+    modules = {name.removesuffix(".__init__"): name for name in FILES}
+    needs: dict[str, set[str]] = {}
+    for name in FILES:
+        found = {m if m in modules else m.rpartition(".")[0] for m in imported(name, when_loaded=True)} & modules.keys()
+        needs.setdefault(room(name), set()).update({room(m) for m in found} - {room(name), ""})
+    try:
+        order = list(TopologicalSorter(needs).static_order())
+    except CycleError as circle:
+        raise AssertionError(" <- ".join(circle.args[1])) from None
+    assert order.index("schedule") < order.index("model") < order.index("bridge") < order.index("patching")
+
+
+def test_no_file_is_long_and_the_long_ones_do_not_grow() -> None:
+    lines = {name: path.read_text(encoding="utf-8").count("\n") for name, path in FILES.items()}
+    assert {name: n for name, n in lines.items() if n > LONGER.get(name, N_LINES)} == {}
+    assert {name for name in LONGER if lines.get(name, 0) <= N_LINES} == set(), "these are short now: take them off the list"

@@ -1,0 +1,198 @@
+"""The parameters of a bridge: moved, loaded and processed once for all passes, and what TransformerLens asks of them."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..model.looped_model import set_mode
+from ..model.undo import Snapshot, undone, whole
+from .names import NamedBridge
+from .processing import check_options, check_running_sum, check_shared, has_output_bias, process_weights
+
+T = TypeVar("T")
+Self = TypeVar("Self", bound="WeightsBridge")
+
+
+class WeightsBridge(NamedBridge):
+    """The part of a `LoopedBridge` that holds parameters."""
+
+    def _apply(self: Self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        def apply() -> None:
+            super(WeightsBridge, self)._apply(fn, recurse)
+            self.plain._apply(fn, recurse)
+
+        whole(apply, Snapshot(self, self.plain, tensors_only=True).restore)
+        return self
+
+    def _put_back(self) -> Callable[[], None]:
+        """What makes the modules hold again what they hold now."""
+        return without_collections(partial(Snapshot, self, self.plain)).restore
+
+    def to(self: Self, *args: Any, print_details: bool = False, **kwargs: Any) -> Self:
+        """Move the model or change its dtype; other unrolls of the same parameters move with it.
+
+        Args:
+            *args: as in `torch.nn.Module.to`.
+            print_details: say where the model is now.
+            **kwargs: as in `torch.nn.Module.to`.
+        """
+        nn.Module.to(self, *args, **kwargs)
+        if print_details:
+            print(f"Model on {self.cfg.device} in {self.cfg.dtype}")
+        return self
+
+    def train(self: Self, mode: bool = True) -> Self:
+        """Training or evaluation mode, of the wrapped model too.
+
+        Args:
+            mode: False for evaluation.
+        """
+        set_mode(self, mode)
+        self.plain.train(mode)
+        return self
+
+    @property
+    def core_weights(self) -> dict[str, nn.Parameter]:
+        """Every parameter of the looped layers once, uncopied, as in "core.3.attn.q.weight" (HRM-Text: "L.3", "H.3")."""
+        stacks = tuple(f"{stack}." for stack in self.schedule.core_stacks)
+        return {name: p for name, p in self.plain.canonical_parameters().items() if name.startswith(stacks)}
+
+    def enable_compatibility_mode(
+        self,
+        disable_warnings: bool = False,
+        no_processing: bool = False,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """TransformerLens's compatibility mode: legacy names, and weights processed by `process_weights`.
+
+        Args:
+            disable_warnings: as in TransformerBridge.
+            no_processing: leave the weights alone.
+            fold_ln: see `process_weights`, as for the options below.
+            center_writing_weights: as above.
+            center_unembed: as above.
+            fold_value_biases: as above.
+            refactor_factored_attn_matrices: as above.
+
+        Raises:
+            LoopedError: processing that would change what the model computes.
+        """
+        options = {"fold_value_biases": fold_value_biases, "refactor_factored_attn_matrices": refactor_factored_attn_matrices}
+        if not no_processing:  # before anything is switched on
+            check_options(self.looped_cfg, **options)
+        enable = partial(
+            super().enable_compatibility_mode,
+            disable_warnings, no_processing, fold_ln, center_writing_weights, center_unembed, **options,
+        )  # fmt: skip
+        whole(enable, self._put_back())
+
+    def process_weights(
+        self,
+        verbose: bool = False,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """Process the weights, each parameter once: all passes still share them, and the log-probabilities stay.
+
+        In families whose last norm is the norm of every pass (Ouro, Nanbeige), the state leaving the last pass is then without
+        the weight of that norm, and earlier loops cannot be read out.
+
+        Args:
+            verbose: ignored.
+            fold_ln: fold the norms before attention, MLP and unembedding into what reads them. Norms on branch outputs, on the
+                stream and between passes stay.
+            center_writing_weights: nothing to do for RMS norms, as in TransformerBridge.
+            center_unembed: centre the unembedding over the vocabulary, unless it is tied or a softcap follows.
+            fold_value_biases: move the biases of v into the biases of o.
+            refactor_factored_attn_matrices: refused.
+
+        Raises:
+            LoopedError: processing that would change what the model computes.
+        """
+        if self._weights_processed:
+            logging.warning("The weights were processed already; load the model again to process them with other options.")
+            return
+        check_options(
+            self.looped_cfg,
+            fold_value_biases=fold_value_biases,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+        )
+
+        def process() -> None:
+            process_weights(self.plain, fold_ln=fold_ln, center_unembed=center_unembed, fold_value_biases=fold_value_biases)
+            self._weights_processed = True
+
+        whole(process, self._put_back())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` returned, as in TransformerBridge.
+
+        Args:
+            state_dict: tensors under TransformerLens's names; those of one layer repeat in every pass.
+            strict: raise if names are missing or unknown.
+            assign: as in `torch.nn.Module.load_state_dict`.
+
+        Raises:
+            LoopedError: the tensors differ where this model has one parameter.
+        """
+        check_shared(self.plain, self._tl_key_to_actual_keys(), state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _is_valid_bridge_path(self, hf_path: str) -> bool:
+        return True  # TransformerLens would leave out what it has no component for: injections, exit gates, value gates
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """Sum of the biases written to the residual stream before a virtual layer, as in TransformerBridge.
+
+        Args:
+            layer: virtual layer; `n_layers` for the end of the stream.
+            mlp_input: include the attention bias of the layer itself.
+            include_mlp_biases: include the biases of the MLPs.
+
+        Raises:
+            LoopedError: biases that the stream does not simply add up on the way to that layer.
+        """
+        layer = self._stop(layer)
+        if not has_output_bias(self.plain):
+            return torch.zeros(self.cfg.d_model, device=self.cfg.device, dtype=self.cfg.dtype)
+        check_running_sum(self.looped_cfg, range(layer + mlp_input), "accumulated_bias")
+        return super().accumulated_bias(layer, mlp_input, include_mlp_biases)
+
+    def all_composition_scores(self, mode: str) -> Any:
+        """Composition scores of all pairs of heads, as in TransformerBridge; labels are virtual layers.
+
+        Args:
+            mode: "Q", "K" or "V".
+
+        Raises:
+            LoopedError: between two layers the stream is more than a running sum, so products of weights mean nothing.
+        """
+        check_running_sum(self.looped_cfg, range(self.schedule.n_layers), "all_composition_scores")
+        return super().all_composition_scores(mode)
+
+
+def without_collections(make: Callable[[], T]) -> T:
+    """What is made, without garbage collections, each of which would scan all virtual layers made so far; it stays alive."""
+
+    def made() -> T:
+        gc.disable()
+        return make()
+
+    return undone(made, gc.enable if gc.isenabled() else gc.disable)
