@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tl_looped import names as names_module
 from tl_looped import schedule as schedule_module
 from tl_looped.errors import LoopedError, OutOfRangeError, UnknownNameError
 from tl_looped.schedule import Schedule, Site, is_pattern
@@ -30,6 +31,16 @@ def two_stacks(draw: st.DrawFn) -> Schedule:
 
 
 schedules = st.one_of(one_stack(), two_stacks())
+UNEVEN = Schedule.from_passes([("A", 2), ("B", 3), ("A", 2), ("A", 2), ("B", 3)], n_prelude=1, n_coda=2)
+
+
+@st.composite
+def any_order(draw: st.DrawFn) -> tuple[list[tuple[str, int]], int, int]:
+    """Passes in any order, nested cycles among them, and the layers before and after them."""
+    lengths = {stack: draw(st.integers(1, 3)) for stack in ("A", "B", "core")}
+    order = draw(st.lists(st.sampled_from(list(lengths)), min_size=1, max_size=4))
+    nested = (order * draw(st.integers(1, 2)) + draw(st.lists(st.sampled_from(order), max_size=2))) * draw(st.integers(1, 2))
+    return [(stack, lengths[stack]) for stack in nested], draw(st.integers(0, 2)), draw(st.integers(0, 2))
 
 
 def numbers(name: str) -> list[int]:
@@ -226,8 +237,9 @@ def test_description_counts_everything() -> None:
 
 
 def test_examples_in_the_module_run() -> None:
-    results = doctest.testmod(schedule_module)
-    assert results.attempted and not results.failed
+    for module in (schedule_module, names_module):
+        results = doctest.testmod(module)
+        assert results.attempted and not results.failed
 
 
 def test_loop_selectors() -> None:
@@ -258,3 +270,69 @@ def test_an_index_of_a_layer_may_be_negative_and_must_exist() -> None:
     assert ONE_STACK.layer_name(-2) == "loops.3.blocks.2" and Schedule(1, 1).describe() == (
         "1 loop over one stack of 1 layer, 0 prelude and 0 coda layers: 1 virtual layer"
     )
+
+
+def test_an_order_that_no_family_has() -> None:
+    names = "prelude.blocks.0 A.loops.0.blocks.0 A.loops.0.blocks.1 B.loops.0.blocks.0 B.loops.0.blocks.1 B.loops.0.blocks.2 "
+    names += "A.loops.1.blocks.0 A.loops.1.blocks.1 A.loops.2.blocks.0 A.loops.2.blocks.1 "
+    names += "B.loops.1.blocks.0 B.loops.1.blocks.1 B.loops.1.blocks.2 coda.blocks.0 coda.blocks.1"
+    assert [UNEVEN.layer_name(i) for i in range(UNEVEN.n_layers)] == names.split()
+    assert UNEVEN.stacks == {"prelude": 1, "A": 2, "B": 3, "coda": 2} and UNEVEN.core_stacks == ("A", "B")
+    assert UNEVEN.physical == (0, 1, 2, 3, 4, 5, 1, 2, 1, 2, 3, 4, 5, 6, 7)
+    assert (UNEVEN.n_loops, UNEVEN.n_loops_of("A"), UNEVEN.n_passes, UNEVEN.first_coda_layer) == (2, 3, 5, 13)
+    assert [UNEVEN.pass_of_loop(t).index for t in range(2)] == [1, 4] and UNEVEN.is_last(UNEVEN.passes[4])
+    assert UNEVEN.expand("A.loops.1:.blocks.-1.x") == ["blocks.7.x", "blocks.9.x"]
+    assert UNEVEN.expand("B.loops.*.hook_out") == ["B.loops.0.hook_out", "B.loops.1.hook_out"]
+    assert UNEVEN.describe() == (
+        "2 loops over stacks A (3 x 2 layers) and B (2 x 3 layers), 1 prelude and 2 coda layers: 15 virtual layers"
+    )
+    with pytest.raises(OutOfRangeError, match=r"there are 2 loops \(0\.\.1\)\.$"):  # unroll knows no more of this order
+        UNEVEN.loop(2)
+    with pytest.raises(LoopedError, match="stacks A and B; pass stack='A' or stack='B'"):
+        UNEVEN.looped_stack()
+    assert eval(repr(UNEVEN), {"Schedule": Schedule}) == UNEVEN
+
+
+def test_the_stack_that_runs_last_ends_the_loops() -> None:
+    schedule = Schedule.from_passes([("A", 1), ("B", 2), ("A", 1)])
+    assert schedule.core_stacks == ("B", "A") and schedule.n_loops == 2
+    assert [schedule.pass_of_loop(t).index for t in (0, 1)] == [0, 2]
+
+
+@given(any_order())
+def test_any_order_of_passes_has_names_that_find_back(made: tuple[list[tuple[str, int]], int, int]) -> None:
+    passes, schedule = made[0], Schedule.from_passes(*made)
+    assert [(p.stack, p.n_layers) for p in schedule.passes] == passes
+    seen: dict[str, int] = {}
+    layer = schedule.n_prelude
+    for p in schedule.passes:
+        assert (p.loop, p.first) == (seen.get(p.stack, 0), layer)
+        seen[p.stack], layer = p.loop + 1, layer + p.n_layers
+    assert layer == schedule.first_coda_layer and {s: schedule.n_loops_of(s) for s in seen} == seen
+    names = [schedule.name(i, "hook_z") for i in range(schedule.n_layers)]
+    assert len(set(names)) == len(names)
+    for i, name in enumerate(names):
+        assert schedule.expand(name) == [f"blocks.{i}.hook_z"] and schedule.virtual(schedule.site(i)) == i
+        assert schedule.loop_name(f"blocks.{i}.hook_z") == name
+        assert schedule.pass_of_layer(i) is next((p for p in schedule.passes if i in p.layers), None)
+
+
+@given(schedules)
+def test_the_passes_of_a_formula_are_that_formula(schedule: Schedule) -> None:
+    passes = [(p.stack, p.n_layers) for p in schedule.passes]
+    assert Schedule.from_passes(passes, schedule.n_prelude, schedule.n_coda) == schedule
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ([], "no passes"),
+        ([("A", 2), ("A", 3)], r"'A' runs with \[2, 3\] layers"),
+        ([("A", 0)], "layers of 'A'=0 was asked"),
+        ([("coda", 1)], "a stack 'coda' was asked"),
+        ([("A.b", 1)], "a stack 'A.b' was asked"),
+    ],
+)
+def test_passes_that_are_no_schedule_are_refused(passes: list[tuple[str, int]], message: str) -> None:
+    with pytest.raises(LoopedError, match=message):
+        Schedule.from_passes(passes)

@@ -15,7 +15,6 @@ LONGER = {
     "tl_looped.analysis.logit_lens": 556,
     "tl_looped.bridge.decomposition": 472,
     "tl_looped.model.looped_model": 583,
-    "tl_looped.schedule": 530,
 }
 
 

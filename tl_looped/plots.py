@@ -12,6 +12,7 @@ import torch
 from ._html import in_script
 from .attention_viewer import Tokens, attention_viewer, check_cache, token_texts
 from .errors import LoopedError
+from .names import stack_prefix
 from .schedule import LoopSelector, Schedule, Site, check_index
 
 if TYPE_CHECKING:
@@ -157,14 +158,13 @@ def grouped(
     physical = list(dict.fromkeys(sorted(places, key=lambda at: (at[0] == "coda") - (at[0] == "prelude"))))
     lines: dict[str, list[tuple[Any, float]]] = {}
     for i, site, value in zip(layers, sites, values, strict=True):
-        stack = "" if site.stack == "core" else f"{site.stack} "
         if group_by == "depth":
             line, x = name, i
         elif group_by == "recurrence":
-            line = stack.strip() if site.loop is None else f"{stack}loop {site.loop}"
+            line = site.where
             x = 100 * physical.index((site.stack, site.layer)) / max(1, len(physical) - 1)
         else:
-            line = f"{stack}layer {site.layer}"
+            line = f"{stack_prefix(site.stack, ' ')}layer {site.layer}"
             x = site.loop if site.loop is not None else 0 if site.stack == "prelude" else max(s.loop or 0 for s in sites)
         lines.setdefault(line, []).append((x, value))
     looped = [line for line in lines if line not in ("prelude", "coda")]
@@ -305,13 +305,12 @@ def floorplan(grid: Grid, sites: Sequence[Site], title: str = "") -> Any:
     z = grid.values.new_full((len(rows) * size, max(map(len, rows)) * size), float("nan"))
     names, boxes = [], []
     for r, row in enumerate(rows):
-        stack, loop, _ = sites[row[0]]
-        names.append(stack if loop is None else f"loop {loop}" if stack == "core" else f"{stack} loop {loop}")
+        names.append(sites[row[0]].where)
         for c, i in enumerate(row):
             z[r * size : (r + 1) * size - 1, c * size : (c + 1) * size - 1] = grid.values[i]
-        if loop is None:
+        if (edge := sites[row[0]]).loop is None:
             ends = {"x0": -1, "x1": len(row) * size - 1, "y0": r * size - 1, "y1": (r + 1) * size - 1}
-            boxes.append({"type": "rect", **ends, "line": {"color": "blue" if stack == "prelude" else "red", "width": 2}})
+            boxes.append({"type": "rect", **ends, "line": {"color": "blue" if edge.stack == "prelude" else "red", "width": 2}})
     figure = go.Figure(layout={"title": title or _words(grid.name), "template": "plotly_white", "shapes": boxes})
     bar = {"title": {"text": "share of attention", "side": "right"}}
     figure.add_heatmap(z=z.float().tolist(), colorscale="Viridis", zmin=0, zmax=1, colorbar=bar, hoverongaps=False)
@@ -359,7 +358,7 @@ def attention_heads(
     patterns = [cache.stack_loops("pattern", j, loops, stack) for j in layers]  # [loop, batch, head, query, key] each
     example = check_index(example, patterns[0].shape[1], "example")
     words = token_texts(cache, tokens, example, patterns[0].shape[-1])
-    prefix = "" if looped == "core" else f"{looped} "
+    prefix = stack_prefix(looped, " ")
     names = [f"{prefix}loop {t}, layer {j}, head {h}" for t in chosen for j in layers for h in range(patterns[0].shape[2])]
     heads = [pattern[k, example] for k in range(len(chosen)) for pattern in patterns]
     shown = show(torch.cat(heads).float().cpu(), words, names)

@@ -1,34 +1,27 @@
-"""Which layer runs when: passes, virtual layers, and the names that carry the loop.
+"""Which layer runs when: passes and virtual layers.
 
-A looped model runs stacks of layers several times. Unrolled, every execution of a layer is one *virtual layer*;
-TransformerLens names it `blocks.{i}`. This module is the only place that converts between that index, the site (stack, loop,
-layer) and the names.
+A looped model runs stacks of layers several times. Unrolled, every execution of a layer is one *virtual layer*. This module is
+the only place that converts between its index and its site (stack, loop, layer); `names` says what it is called.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Literal, NamedTuple
+from itertools import groupby
+from operator import attrgetter
+from typing import Any, NamedTuple
 
-from ._words import counted
-from .errors import LoopedError, OutOfRangeError, UnknownNameError
-from .kinds import count, plain
-
-__all__ = ["Indices", "LoopSelector", "Pass", "Schedule", "Site"]
-
-_MAX_INT64 = 2**63 - 1
-_INDEX = r"(\*|-?\d+|(?:-?\d+)?:(?:-?\d+)?)"
-_BLOCK = re.compile(rf"blocks\.{_INDEX}\.(.+)")
-_EDGE = re.compile(rf"(prelude|coda)\.blocks\.{_INDEX}\.(.+)")
-_LOOP = re.compile(rf"(?:(\w+)\.)?loops\.{_INDEX}(?:\.blocks\.{_INDEX})?\.(.+)")
-
-# Which loops: one, a slice, several, every one, the last one. Everywhere the same; negative indices count from the end.
-LoopSelector = int | slice | Sequence[int] | Literal["all", "last"]
-# Which layers, positions or heads; None for all.
-Indices = int | slice | Sequence[int] | None
+from ._indices import Indices as Indices
+from ._indices import LoopSelector, check_count, pick_loops, pick_one
+from ._indices import check_index as check_index
+from ._indices import select_indices as select_indices
+from .errors import LoopedError, OutOfRangeError
+from .names import HookNames, stack_prefix
+from .names import is_pattern as is_pattern
+from .names import virtual_layer as virtual_layer
 
 
 class Site(NamedTuple):
@@ -37,6 +30,11 @@ class Site(NamedTuple):
     stack: str
     loop: int | None
     layer: int
+
+    @property
+    def where(self) -> str:
+        """Stack and loop in words, as in "loop 2", "L loop 2" or "coda"."""
+        return self.stack if self.loop is None else f"{stack_prefix(self.stack, ' ')}loop {self.loop}"
 
 
 @dataclass(frozen=True)
@@ -55,24 +53,18 @@ class Pass:
         return range(self.first, self.first + self.n_layers)
 
 
-_UNITS = {"head": "H", "neuron": "N"}  # parts of a layer, in labels
+class _Run(NamedTuple):
+    """A stack that runs `times` times in a row, and what precedes it in its cycle: passes, layers, runs of the same stack."""
+
+    stack: str
+    n_layers: int
+    times: int
+    at: int
+    first: int
+    loop: int
 
 
-def check_count(name: str, value: object, minimum: int = 1) -> int:
-    """Return `value` if it is an int of at least `minimum`; raise a `LoopedError` that names it otherwise.
-
-    Args:
-        name: what the message calls it.
-        value: what was given.
-        minimum: the least that is accepted.
-
-    Raises:
-        LoopedError: it is no int, or too small.
-    """
-    return count(minimum, _MAX_INT64)(name, plain(value))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Schedule:
     """The order in which the layers of a looped model run.
 
@@ -82,6 +74,7 @@ class Schedule:
         n_prelude: layers before the loop.
         n_coda: layers after the loop.
         l_cycles: runs of the L stack before each run of the H stack (HRM-Text), or None for one looped stack.
+        order: stack and number of layers of every pass where no formula gives them; use `from_passes`.
 
     Example:
         >>> schedule = Schedule(n_core=3, n_loops=4, n_prelude=2, n_coda=1)
@@ -89,10 +82,6 @@ class Schedule:
         15
         >>> schedule.site(7)
         Site(stack='core', loop=1, layer=2)
-        >>> schedule.name(7, "attn.hook_z")
-        'loops.1.blocks.2.attn.hook_z'
-        >>> schedule.expand("loops.2:.blocks.0.hook_resid_pre")
-        ['blocks.8.hook_resid_pre', 'blocks.11.hook_resid_pre']
     """
 
     n_core: int
@@ -100,6 +89,7 @@ class Schedule:
     n_prelude: int = 0
     n_coda: int = 0
     l_cycles: int | None = None
+    order: tuple[Any, ...] | None = None
 
     def __post_init__(self) -> None:
         check_count("n_core", self.n_core)
@@ -109,20 +99,104 @@ class Schedule:
         if self.l_cycles is not None:
             check_count("l_cycles", self.l_cycles)
 
+    def __repr__(self) -> str:
+        known = {f.name: getattr(self, f.name) for f in fields(self)}
+        return f"Schedule({', '.join(f'{k}={v!r}' for k, v in known.items() if k != 'order' or v is not None)})"
+
+    @classmethod
+    def from_passes(cls, passes: Iterable[tuple[str, int]], n_prelude: int = 0, n_coda: int = 0) -> Schedule:
+        """The schedule of passes in any order. A loop ends whenever the stack that runs last has run.
+
+        Args:
+            passes: stack and number of layers of every pass, in the order of the run.
+            n_prelude: layers before the first pass.
+            n_coda: layers after the last one.
+
+        Raises:
+            LoopedError: no pass; a stack whose name is no word, or "prelude" or "coda"; a stack of two lengths.
+
+        Example:
+            >>> schedule = Schedule.from_passes([("A", 2), ("B", 3), ("A", 2), ("A", 2), ("B", 3)])
+            >>> schedule.name(7, "hook_mlp_out"), schedule.n_loops
+            ('A.loops.2.blocks.0.hook_mlp_out', 2)
+            >>> Schedule.from_passes([("core", 3)] * 4) == Schedule(n_core=3, n_loops=4)
+            True
+        """
+        order = tuple((stack, check_count(f"layers of {stack!r}", n)) for stack, n in passes)
+        if not order:
+            raise LoopedError("a schedule of no passes was asked; name at least one, as in [('core', 3)].")
+        for stack in {stack for stack, _ in order}:
+            if not stack.isidentifier() or stack in ("prelude", "coda", "loops", "blocks"):
+                raise LoopedError(
+                    f"a stack {stack!r} was asked; its name must be a word other than prelude, coda, loops, blocks."
+                )
+            if len(lengths := sorted({n for other, n in order if other == stack})) > 1:
+                raise LoopedError(f"the stack {stack!r} runs with {lengths} layers; one stack has one length.")
+        last, n_core = order[-1]
+        n_loops = order.count(order[-1])
+        l_cycles = None if last == "core" else len(order) // n_loops - 1
+        if last in ("core", "H") and l_cycles != 0:
+            formula = cls(n_core, n_loops, n_prelude, n_coda, l_cycles)
+            if order == tuple((p.stack, p.n_layers) for p in formula.passes):
+                return formula
+        return cls(n_core, n_loops, n_prelude, n_coda, order=order)
+
+    @cached_property
+    def names(self) -> HookNames:
+        """What the layers and passes are called."""
+        return HookNames(self)
+
+    @cached_property
+    def _cycle(self) -> tuple[_Run, ...]:
+        """The passes of a cycle; the run is `_n_cycles` of them. Never unrolled, for a config may say 10^9 loops."""
+        if self.order is not None:
+            found = [(*key, len(list(run))) for key, run in groupby(self.order)]
+        elif self.l_cycles is None:
+            found = [("core", self.n_core, 1)]
+        else:
+            found = [("L", self.n_core, self.l_cycles), ("H", self.n_core, 1)]
+        runs: list[_Run] = []
+        index, first, loops = 0, 0, dict.fromkeys([stack for stack, _, _ in found], 0)
+        for stack, n_layers, times in found:
+            runs.append(_Run(stack, n_layers, times, index, first, loops[stack]))
+            index, first, loops[stack] = index + times, first + times * n_layers, loops[stack] + times
+        return tuple(runs)
+
     @property
+    def _n_cycles(self) -> int:
+        return self.n_loops if self.order is None else 1
+
+    @cached_property
+    def _runs_of(self) -> dict[str, list[_Run]]:
+        """The part of a cycle that is each looped stack's; the stack that ends the loops stands last."""
+        stacks = [stack for stack in dict.fromkeys(run.stack for run in self._cycle) if stack != self._cycle[-1].stack]
+        return {s: [run for run in self._cycle if run.stack == s] for s in (*stacks, self._cycle[-1].stack)}
+
+    @cached_property
     def core_stacks(self) -> tuple[str, ...]:
-        """The looped stacks."""
-        return ("core",) if self.l_cycles is None else ("L", "H")
+        """The looped stacks, last the one whose passes end the loops."""
+        return tuple(self._runs_of)
 
     @cached_property
     def stacks(self) -> dict[str, int]:
         """Number of physical layers of every stack, in the order of their physical indices."""
-        return {"prelude": self.n_prelude, **dict.fromkeys(self.core_stacks, self.n_core), "coda": self.n_coda}
+        core = {stack: runs[0].n_layers for stack, runs in self._runs_of.items()}
+        return {"prelude": self.n_prelude, **core, "coda": self.n_coda}
+
+    @property
+    def pass_word(self) -> str:
+        """What a pass is called in sentences: a loop, if there is one stack."""
+        return "loop" if len(self.core_stacks) == 1 else "pass"
+
+    @cached_property
+    def _per_cycle(self) -> tuple[int, int]:
+        """Passes and layers of a cycle."""
+        return sum(run.times for run in self._cycle), sum(run.times * run.n_layers for run in self._cycle)
 
     @property
     def n_passes(self) -> int:
         """How often a looped stack runs, all stacks together."""
-        return self.n_loops * (1 if self.l_cycles is None else self.l_cycles + 1)
+        return self._n_cycles * self._per_cycle[0]
 
     @cached_property
     def passes(self) -> tuple[Pass, ...]:
@@ -132,33 +206,37 @@ class Schedule:
     def _pass(self, index: int) -> Pass:
         """The pass at a place in the run, always the same object."""
         if index not in self._made:
-            stack, loop = "core", index
-            if self.l_cycles is not None:
-                loop, step = divmod(index, self.l_cycles + 1)
-                stack, loop = ("H", loop) if step == self.l_cycles else ("L", loop * self.l_cycles + step)
-            self._made[index] = Pass(index, stack, loop, self.n_prelude + index * self.n_core, self.n_core)
+            cycle, at = divmod(index, self._per_cycle[0])
+            run = self._cycle[bisect_right(self._cycle, at, key=attrgetter("at")) - 1]
+            loop = cycle * self._loops_of(run.stack) + run.loop + at - run.at
+            first = self.n_prelude + cycle * self._per_cycle[1] + run.first + (at - run.at) * run.n_layers
+            self._made[index] = Pass(index, run.stack, loop, first, run.n_layers)
         return self._made[index]
 
     @cached_property
     def _made(self) -> dict[int, Pass]:
         return {}
 
+    def _loops_of(self, stack: str) -> int:
+        """How often a stack runs in a cycle."""
+        return self._runs_of[stack][-1].loop + self._runs_of[stack][-1].times
+
     def _pass_of(self, stack: str, loop: int) -> Pass:
         """The pass that is the execution number `loop` of a stack."""
-        if self.l_cycles is None:
-            return self._pass(loop)
-        h, step = (loop, self.l_cycles) if stack == "H" else divmod(loop, self.l_cycles)
-        return self._pass(h * (self.l_cycles + 1) + step)
+        cycle, at = divmod(loop, self._loops_of(stack))
+        runs = self._runs_of[stack]
+        run = runs[bisect_right(runs, at, key=attrgetter("loop")) - 1]
+        return self._pass(cycle * self._per_cycle[0] + run.at + at - run.loop)
 
     @property
     def n_layers(self) -> int:
         """Number of virtual layers."""
-        return self.n_prelude + self.n_passes * self.n_core + self.n_coda
+        return self.first_coda_layer + self.n_coda
 
-    @property
+    @cached_property
     def first_coda_layer(self) -> int:
         """Virtual index of the first coda layer (`n_layers` where there is no coda)."""
-        return self.n_layers - self.n_coda
+        return self.n_prelude + self._n_cycles * self._per_cycle[1]
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -183,7 +261,7 @@ class Schedule:
         """
         if stack not in self.core_stacks:
             return 0
-        return self.n_loops * self.l_cycles if stack == "L" and self.l_cycles is not None else self.n_loops
+        return self._n_cycles * self._loops_of(stack)
 
     def looped_stack(self, stack: str | None = None) -> str:
         """Check the name of a looped stack; None for the only one.
@@ -196,7 +274,8 @@ class Schedule:
         """
         stacks = list(self.core_stacks)
         if stack is None and len(stacks) > 1:
-            raise LoopedError("this model loops the stacks L and H; pass stack='L' or stack='H'.")
+            asked = " or ".join(f"stack={name!r}" for name in stacks)
+            raise LoopedError(f"this model loops the stacks {' and '.join(stacks)}; pass {asked}.")
         if stack is not None and stack not in stacks:
             raise LoopedError(f"stack={stack!r} was asked, but this model loops {' and '.join(map(repr, stacks))}.")
         return stacks[0] if stack is None else stack
@@ -216,22 +295,8 @@ class Schedule:
             >>> schedule.select_loops(slice(2, None)), schedule.select_loops([0, -1]), schedule.select_loops("last")
             ([2, 3], [0, 3], [3])
         """
-        stack, loops = self.looped_stack(stack), plain(loops)
-        n = self.n_loops_of(stack)
-        if isinstance(loops, str):
-            if loops not in ("all", "last"):
-                raise LoopedError(f'loops={loops!r} was asked; pass an int, a slice, a list of ints, "all" or "last".')
-            return list(range(n)) if loops == "all" else [n - 1]
-        if isinstance(loops, slice):
-            chosen = list(range(n)[loops])
-        else:
-            asked = [loops] if isinstance(loops, int) else loops
-            if not isinstance(asked, Sequence):
-                raise LoopedError(f'loops={loops!r} was asked; pass an int, a slice, a list of ints, "all" or "last".')
-            chosen = [_pick_one(t, n, "loop", "loops", more_loops=stack == "core") for t in asked]
-        if not chosen:
-            raise OutOfRangeError(f"loops={loops!r} selects nothing: there are {n} loops{_span(n)}.")
-        return chosen
+        stack = self.looped_stack(stack)
+        return pick_loops(loops, self.n_loops_of(stack), self.is_unrolled(stack))
 
     def passes_of(self, loops: LoopSelector = "all", stack: str | None = None) -> list[Pass]:
         """The passes of a looped stack that a loop selector names, in the order asked.
@@ -255,7 +320,7 @@ class Schedule:
         Raises:
             OutOfRangeError: there is no such layer.
         """
-        return _pick_one(index, self.n_layers, "layer", "virtual layers")
+        return pick_one(index, self.n_layers, "layer", "virtual layers")
 
     def loop(self, index: int) -> int:
         """Check a loop index (of the H stack for HRM-Text) and make it non-negative.
@@ -266,7 +331,7 @@ class Schedule:
         Raises:
             OutOfRangeError: there is no such loop.
         """
-        return _pick_one(index, self.n_loops, "loop", "loops", more_loops=True)
+        return pick_one(index, self.n_loops, "loop", "loops", self.order is None)
 
     def pass_of_loop(self, loop: int) -> Pass:
         """The pass that ends a loop (the H pass for HRM-Text).
@@ -288,8 +353,12 @@ class Schedule:
         Raises:
             OutOfRangeError: there is no such layer.
         """
-        layer = self.layer(index) - self.n_prelude
-        return self._pass(layer // self.n_core) if 0 <= layer < self.n_passes * self.n_core else None
+        layer = self.layer(index)
+        if not self.n_prelude <= layer < self.first_coda_layer:
+            return None
+        cycle, at = divmod(layer - self.n_prelude, self._per_cycle[1])
+        run = self._cycle[bisect_right(self._cycle, at, key=attrgetter("first")) - 1]
+        return self._pass(cycle * self._per_cycle[0] + run.at + (at - run.first) // run.n_layers)
 
     def site(self, index: int) -> Site:
         """The site of a virtual layer.
@@ -300,14 +369,12 @@ class Schedule:
         Raises:
             OutOfRangeError: there is no such layer.
         """
-        layer = self.layer(index)
+        layer, p = self.layer(index), self.pass_of_layer(index)
+        if p is not None:
+            return Site(p.stack, p.loop, layer - p.first)
         if layer < self.n_prelude:
             return Site("prelude", None, layer)
-        which, j = divmod(layer - self.n_prelude, self.n_core)
-        if which >= self.n_passes:
-            return Site("coda", None, layer - self.first_coda_layer)
-        p = self._pass(which)
-        return Site(p.stack, p.loop, j)
+        return Site("coda", None, layer - self.first_coda_layer)
 
     def virtual(self, site: Site) -> int:
         """The virtual index of a site.
@@ -321,13 +388,26 @@ class Schedule:
         stack, loop, layer = site
         is_looped = stack in self.core_stacks
         if loop is not None and is_looped:
-            loop = _pick_one(loop, self.n_loops_of(stack), "loop", "loops", more_loops=stack == "core")
-        layer = _pick_one(layer, self.stacks.get(stack, 0), "layer", f"layers in stack {stack!r}")
+            loop = pick_one(loop, self.n_loops_of(stack), "loop", "loops", self.is_unrolled(stack))
+        layer = pick_one(layer, self.stacks.get(stack, 0), "layer", f"layers in stack {stack!r}")
         if (loop is not None) != is_looped:
             raise OutOfRangeError(f"{site} was asked, but this run has {self.describe()}.")
+        return self.first_layer(stack, loop) + layer
+
+    def first_layer(self, stack: str, loop: int | None) -> int:
+        """The virtual index of the first layer of a stack in one of its loops.
+
+        Args:
+            stack: a looped stack, "prelude" or "coda".
+            loop: which loop; None in prelude and coda.
+        """
         if loop is not None:
-            return self._pass_of(stack, loop).first + layer
-        return layer if stack == "prelude" else self.first_coda_layer + layer
+            return self._pass_of(stack, loop).first
+        return 0 if stack == "prelude" else self.first_coda_layer
+
+    def is_unrolled(self, stack: str) -> bool:
+        """Whether `unroll` gives this stack any number of loops."""
+        return self.order is None and stack == "core"
 
     def is_last(self, p: Pass) -> bool:
         """Whether a pass is the last one of the run.
@@ -338,193 +418,33 @@ class Schedule:
         return p.index == self.n_passes - 1
 
     def pass_prefix(self, p: Pass) -> str:
-        """The loop-indexed name of a pass, without a hook, such as "loops.2".
-
-        Args:
-            p: one of `passes`.
-        """
-        return f"{self._stack_prefix(p.stack)}loops.{p.loop}"
-
-    def _stack_prefix(self, stack: str) -> str:
-        return "" if stack == "core" else f"{stack}."
+        """See `HookNames.pass_prefix`."""
+        return self.names.pass_prefix(p)
 
     def name(self, index: int, hook: str) -> str:
-        """The loop-indexed name of hook point `hook` of virtual layer `index`.
-
-        Args:
-            index: a virtual layer; negative ones count from the end.
-            hook: such as "attn.hook_z".
-
-        Raises:
-            OutOfRangeError: there is no such layer.
-        """
-        return f"{self.layer_name(index)}.{hook}"
+        """See `HookNames.name`."""
+        return self.names.name(index, hook)
 
     def layer_name(self, index: int) -> str:
-        """The loop-indexed name of a virtual layer, such as "loops.2.blocks.5".
-
-        Args:
-            index: a virtual layer; negative ones count from the end.
-
-        Raises:
-            OutOfRangeError: there is no such layer.
-        """
-        site = self.site(index)
-        loop = "" if site.loop is None else f"loops.{site.loop}."
-        return f"{self._stack_prefix(site.stack)}{loop}blocks.{site.layer}"
+        """See `HookNames.layer_name`."""
+        return self.names.layer_name(index)
 
     def loop_name(self, name: str) -> str:
-        """The loop-indexed spelling of a TransformerLens hook name; other names come back as they are.
-
-        Args:
-            name: such as "blocks.3.hook_mlp_out".
-
-        Raises:
-            OutOfRangeError: there is no such layer.
-        """
-        match = _BLOCK.fullmatch(name)
-        return self.name(int(match[1]), match[2]) if match and match[1].lstrip("-").isdigit() else name
+        """See `HookNames.loop_name`."""
+        return self.names.loop_name(name)
 
     def tl_label(self, label: str) -> str:
-        """TransformerLens's label of a component or stream, from the loop-indexed one; others come back unchanged.
-
-        Args:
-            label: such as "loops.2.blocks.1.mlp_out".
-
-        Example:
-            >>> schedule = Schedule(n_core=3, n_loops=4)
-            >>> [schedule.tl_label(f"loops.1.blocks.0.{part}") for part in ("attn_out", "head.2", "neuron.7", "resid_mid")]
-            ['3_attn_out', 'L3H2', 'L3N7', '3_mid']
-        """
-        name = self.expand(label)[0]
-        layer = virtual_layer(name)
-        if layer is None:
-            return "final_post" if label == "final" else label
-        part, _, unit = name.split(".", 2)[2].partition(".")
-        return f"L{layer}{_UNITS[part]}{unit}" if unit else f"{layer}_{part.removeprefix('resid_')}"
+        """See `HookNames.tl_label`."""
+        return self.names.tl_label(label)
 
     def loop_label(self, label: str) -> str:
-        """The loop-indexed label of a component or stream, from TransformerLens's; the inverse of `tl_label`.
-
-        Args:
-            label: such as "5_mlp_out", "L5H3", "L5N17", "5_pre" or "final_post".
-
-        Example:
-            >>> [Schedule(n_core=3, n_loops=4).loop_label(label) for label in ("3_attn_out", "L3H2", "embed")]
-            ['loops.1.blocks.0.attn_out', 'loops.1.blocks.0.head.2', 'embed']
-        """
-        if match := re.fullmatch(r"L(\d+)([HN])(\d+)", label):
-            kind = next(kind for kind, letter in _UNITS.items() if letter == match[2])
-            return self.name(int(match[1]), f"{kind}.{match[3]}")
-        if match := re.fullmatch(r"(\d+)_(attn_out|mlp_out|pre|mid)", label):
-            return self.name(int(match[1]), match[2] if "out" in match[2] else f"resid_{match[2]}")
-        return "final" if label == "final_post" else label
+        """See `HookNames.loop_label`."""
+        return self.names.loop_label(label)
 
     def expand(self, name: str) -> list[str]:
-        """All TransformerLens names that a name or pattern in either spelling stands for.
-
-        Indices may be negative (from the end), `*` (all) or `a:b` (a half-open range). Names without an index come back
-        unchanged; whether the hook itself exists is for the bridge to say.
-
-        Raises:
-            OutOfRangeError: an index outside the run.
-            UnknownNameError: a stack that this model does not have.
-        """
-        if match := _BLOCK.fullmatch(name):
-            index, hook = match.groups()
-            return [f"blocks.{i}.{hook}" for i in _pick(index, self.n_layers, name, "virtual layers")]
-        if match := _EDGE.fullmatch(name):
-            stack, index, hook = match.groups()
-            layers = _pick(index, self.stacks[stack], name, f"{stack} layers")
-            return [f"blocks.{self.virtual(Site(stack, None, j))}.{hook}" for j in layers]
-        if match := _LOOP.fullmatch(name):
-            stack, loop, layer, hook = match.groups()
-            stack = stack or "core"
-            if stack not in self.core_stacks:
-                exist = " and ".join(f"'{self._stack_prefix(s)}loops.'" for s in self.core_stacks)
-                raise UnknownNameError(f"{name!r} was asked, but the looped names of this model begin with {exist}.")
-            loops = _pick(loop, self.n_loops_of(stack), name, "loops", more_loops=stack == "core")
-            if layer is None:
-                return [f"{self._stack_prefix(stack)}loops.{t}.{hook}" for t in loops]
-            layers = _pick(layer, self.stacks[stack], name, "layers in a loop")
-            return [f"blocks.{self.virtual(Site(stack, t, j))}.{hook}" for t in loops for j in layers]
-        return [name]
+        """See `HookNames.expand`."""
+        return self.names.expand(name)
 
     def describe(self) -> str:
-        """One line: what runs in this model."""
-        core = "one stack" if self.l_cycles is None else f"stacks L ({self.l_cycles} x per loop) and H"
-        edges = f"{self.n_prelude} prelude and {counted(self.n_coda, 'coda layer')}"
-        loops, layers = counted(self.n_loops, "loop"), counted(self.n_core, "layer")
-        return f"{loops} over {core} of {layers}, {edges}: {counted(self.n_layers, 'virtual layer')}"
-
-
-def virtual_layer(name: str) -> int | None:
-    """The virtual index in a TransformerLens name, `blocks.{i}` or `blocks.{i}.{hook}`; None for names outside the layers."""
-    match = re.match(r"blocks\.(\d+)(?:\.|$)", name)
-    return int(match[1]) if match else None
-
-
-def select_indices(asked: Indices, n: int, what: str) -> list[int]:
-    """The indices below `n` that were asked for, without repeats, in ascending order; negative ones count from the end.
-
-    Raises:
-        OutOfRangeError: an index that does not exist, or none at all.
-    """
-    asked = plain(asked)
-    if asked is None or isinstance(asked, slice):
-        chosen = list(range(n)[asked if isinstance(asked, slice) else slice(None)])
-    elif isinstance(asked, int) or (isinstance(asked, Sequence) and not isinstance(asked, str)):
-        indices = [asked] if isinstance(asked, int) else asked
-        chosen = sorted({_pick_one(i, n, what, what) for i in indices})
-    else:
-        raise LoopedError(f"{what}={asked!r} was asked; pass an int, a slice, a list of ints, or None for all.")
-    if not chosen:
-        raise OutOfRangeError(f"{asked!r} selects nothing: there are {n} {what}{_span(n)}.")
-    return chosen
-
-
-def check_index(index: int, n: int, what: str) -> int:
-    """Check an index and make it non-negative.
-
-    Args:
-        index: the index; negative ones count from the end.
-        n: how many there are.
-        what: what they are, in the singular, for the error.
-
-    Raises:
-        OutOfRangeError: there is no such entry.
-    """
-    return _pick_one(index, n, what, f"{what}s")
-
-
-def is_pattern(name: str) -> bool:
-    """Whether a name may stand for several hook points."""
-    return "*" in name or ":" in name
-
-
-def _pick(token: str, n: int, asked: str, what: str, more_loops: bool = False) -> list[int]:
-    if token == "*":
-        chosen = list(range(n))
-    elif ":" in token:
-        start, stop = (int(end) if end else None for end in token.split(":"))
-        chosen = list(range(n)[start:stop])
-    else:
-        return [_pick_one(int(token), n, asked, what, more_loops)]
-    if not chosen:
-        raise OutOfRangeError(f"{asked!r} selects nothing: there are {n} {what}{_span(n)}.")
-    return chosen
-
-
-def _pick_one(index: int, n: int, asked: str, what: str, more_loops: bool = False) -> int:
-    index = plain(index)
-    if isinstance(index, bool) or not isinstance(index, int):
-        raise LoopedError(f"{asked} {index!r} was asked, but an index is an int.")
-    if not -n <= index < n:
-        advice = f"; for more, load with n_loops= or use model.unroll({index + 1})" if more_loops and index >= n else ""
-        where = f"index {index} in {asked!r}" if "." in asked else f"{asked} {index}"
-        raise OutOfRangeError(f"{where} is out of range: there are {n} {what}{_span(n)}{advice}.")
-    return index % n
-
-
-def _span(n: int) -> str:
-    return f" (0..{n - 1})" if n else ""
+        """See `HookNames.describe`."""
+        return self.names.describe()

@@ -57,7 +57,7 @@ def sizes(cfg: LoopedConfig) -> Sizes:
     """
     parameters = dict(parameter_shapes(cfg))
     stacks = [name for name, n_layers in cfg.schedule.stacks.items() if n_layers]
-    runs = {stack: cfg.l_cycles if stack == "L" else 1 for stack in cfg.schedule.core_stacks}
+    runs = {stack: cfg.schedule.n_loops_of(stack) // cfg.n_loops for stack in cfg.schedule.core_stacks}
     counts, per_loop, outside = dict.fromkeys(["embed", *stacks, "between", "unembed"], 0), 0, 0
     for name, shape in parameters.items():
         first = name.split(".")[0]
@@ -67,14 +67,14 @@ def sizes(cfg: LoopedConfig) -> Sizes:
         if len(shape) < 2 or part == "embed":
             continue
         if part in runs:
-            per_loop += (runs[part] or 1) * n
+            per_loop += runs[part] * n
         elif first in ("inject", "exit_gate"):
-            per_loop += sum(runs[stack] or 1 for stack in runs) * n if first == "inject" else n
+            per_loop += sum(runs.values()) * n if first == "inject" else n
         else:
             outside += n
     if cfg.tied:
         outside += math.prod(parameters["embed.weight"])
-    layers_per_loop = sum((runs[stack] or 1) * cfg.n_core for stack in runs)
+    layers_per_loop = sum(runs[stack] * cfg.schedule.stacks[stack] for stack in runs)
     return Sizes(
         {part: n for part, n in counts.items() if n},
         flops_per_loop=2 * per_loop,

@@ -58,9 +58,7 @@ def row_name(site: Site) -> str:
     Args:
         site: of the row.
     """
-    stack, loop, layer = site
-    where = stack if loop is None else f"loop {loop}" if stack == "core" else f"{stack} loop {loop}"
-    return f"{where}, layer {layer}"
+    return f"{site.where}, layer {site.layer}"
 
 
 def bands(sites: tuple[Site, ...]) -> list[Band]:

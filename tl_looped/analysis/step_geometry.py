@@ -16,6 +16,7 @@ from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
+from ..names import stack_prefix
 from ..plots import panels
 from ..results import Estimate, Result, table
 from ..schedule import Indices, LoopSelector, Site, select_indices
@@ -152,7 +153,7 @@ def step_geometry(
         stop, hook = passes[-1].layers.stop, f"blocks.{index}.hook_resid_post"
     spaced = sorted({round(k * (len(passes) - 1) / 15) for k in range(16)})
     compared = schedule.select_loops(spaced if cka_loops is None else cka_loops, stack)
-    where = f"{'' if looped == 'core' else looped + '.'}loops.*.{hook}"
+    where = f"{stack_prefix(looped)}loops.*.{hook}"
 
     def examples(tokens: Int[Tensor, "batch pos"]) -> StepGeometry:
         n_tokens = len(select_indices(positions, tokens.shape[1], "positions"))

@@ -28,11 +28,11 @@ def schedule_diagram(cfg: LoopedConfig) -> str:
             {"noise": "the state begins as noise", "learned": "the states begin as a learned vector"}[cfg.initial_state]
         )
     first = drawing.bottom
-    if cfg.l_cycles is None:
-        drawing.box("looped layers", _layers(cfg.n_core), loop=True)
-    else:
-        drawing.box("L stack", f"{_layers(cfg.n_core)}, {cfg.l_cycles} times", loop=True)
-        drawing.box("H stack", _layers(cfg.n_core), loop=True)
+    schedule = cfg.schedule
+    for stack in schedule.core_stacks:
+        times = schedule.n_loops_of(stack) // schedule.n_loops
+        detail = _layers(schedule.stacks[stack]) + (f", {times} times" if times > 1 else "")
+        drawing.box("looped layers" if len(schedule.core_stacks) == 1 else f"{stack} stack", detail, loop=True)
     ends = [*(["norm"] if cfg.pass_norm else []), *(["exit gate"] if cfg.exit_gate else [])]
     if cfg.strategy == "anchored":
         ends.append(f"1/{cfg.anchor_steps} of the step")

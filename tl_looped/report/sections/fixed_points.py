@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...analysis import fixed_points
+from ...names import stack_prefix
 from ..drawing import linear_if_narrow
 from ..question import Question
 from ..section import Section, number, share
@@ -16,7 +17,8 @@ def the_fixed_points(asked: Question, section: Section) -> None:
     """Whether the state settles."""
     own, prompts = asked.model.n_loops, asked.of_length(2) if asked.skip_first else asked.prompts
     say_first_token(asked, section)
-    for stack in asked.model.schedule.core_stacks:
+    schedule = asked.model.schedule
+    for stack in schedule.core_stacks:
         found = fixed_points(asked.deep, prompts, n_loops=None, positions=asked.kept, stack=stack, verbose=False)
         moved = found.successive["relative"].values.mean(-1)
         labels = found.successive["relative"].labels["loop"]
@@ -24,7 +26,7 @@ def the_fixed_points(asked: Question, section: Section) -> None:
         rate = (float(moved[-1]) / max(float(moved[half]), 1e-300)) ** (1 / max(1, len(moved) - 1 - half))
         norms = found.norm.values.mean(-1)
         lowest = float(found.degeneracy.values[0])
-        name, a_pass = ("", "Loop") if stack == "core" else (f"{stack}: ", "Pass")
+        name, a_pass = stack_prefix(stack, ": "), schedule.pass_word.capitalize()
         section.numbers[stack] = {
             "successive": found.successive,
             "distance": found.distance,
@@ -36,7 +38,7 @@ def the_fixed_points(asked: Question, section: Section) -> None:
             "rate_of_the_second_half": rate,
             "own_loop": own - 1,
         }
-        middle = f"loop {own - 1} by {share(moved[own - 2])}, " if stack == "core" and 2 < own < asked.n_loops else ""
+        middle = f"loop {own - 1} by {share(moved[own - 2])}, " if a_pass == "Loop" and 2 < own < asked.n_loops else ""
         last = f", {middle}{a_pass.lower()} {labels[-1]} by {share(moved[-1])}" if len(moved) > 1 else ""
         is_finite = bool(moved.isfinite().all())
         has_settled = float(moved[-1]) < SETTLED

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..._words import counted
 from ...metrics import logit_diff
+from ...names import stack_prefix
 from ...patching import patch_sweep
 from ...results import Grid
 from ...schedule import Schedule, Site
@@ -38,8 +39,7 @@ def the_patches(asked: Question, section: Section) -> None:
     model, schedule, (clean, corrupted) = asked.model, asked.model.schedule, asked.pair
     hooks = ["prelude.blocks.*.hook_resid_pre"] if schedule.n_prelude else []
     for stack in schedule.core_stacks:
-        prefix = "" if stack == "core" else f"{stack}."
-        hooks += [f"{prefix}loops.*.blocks.*.hook_resid_pre", f"{prefix}loops.*.hook_out"]
+        hooks += [f"{stack_prefix(stack)}loops.*.{hook}" for hook in ("blocks.*.hook_resid_pre", "hook_out")]
     hooks += ["coda.blocks.*.hook_resid_pre"] if schedule.n_coda else []
     with torch.no_grad():
         clean_logits, cache = model.run_with_cache(clean, names_filter=hooks)
@@ -85,7 +85,7 @@ def the_patches(asked: Question, section: Section) -> None:
     for stack in schedule.core_stacks:
         if schedule.n_loops_of(stack) < 3:
             continue
-        a_pass, name = ("loop", "") if stack == "core" else ("pass", f"{stack}: ")
+        a_pass, name = schedule.pass_word, stack_prefix(stack, ": ")
         after = patch_sweep(
             model, corrupted, cache, metric, site="out", stack=stack, positions=positions, verbose=False
         ).normalised()

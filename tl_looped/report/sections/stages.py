@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...analysis import inference_stages
 from ...analysis.inference_stages import METRICS
+from ...names import stack_prefix
 from ..question import Question
 from ..section import Section, Unmeasured, listed, number
 from ._common import left_out, say_first_token
@@ -28,7 +29,7 @@ def the_stages(asked: Question, section: Section) -> None:
     constant = {m: float(v[0]) for m in METRICS if float((v := getattr(found, m).values).max() - v.min()) < 1e-6}
     told = [metric for metric in METRICS if metric not in constant]
     for stack in schedule.core_stacks:
-        name = "" if stack == "core" else f"{stack}: "
+        name = stack_prefix(stack, ": ")
 
         def repeats(stack: str = stack, name: str = name) -> None:
             if schedule.n_loops_of(stack) == 1 or (points := schedule.stacks[stack]) < 2 or not told:
@@ -42,7 +43,7 @@ def the_stages(asked: Question, section: Section) -> None:
             yes = [m for m in told if mean[m] >= REPEATS]
             no = [f"{m} ({number(mean[m])})" for m in told if mean[m] < REPEATS]
             section.reading.append(
-                f"{name}From one {'loop' if stack == 'core' else 'pass'} to the next, the curve over the layers stays about "
+                f"{name}From one {schedule.pass_word} to the next, the curve over the layers stays about "
                 f"the same (mean concordance of at least {REPEATS}; 1: the same curve) in "
                 f"{listed(yes) if yes else 'none of the measures'}"
                 + (f"; it does not in {listed(no)}." if no else ".")
