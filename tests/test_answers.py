@@ -180,6 +180,8 @@ def test_the_figure_shows_text_as_it_is() -> None:
     assert [row[0] for row in cells.text] == [prompt[0][0] for prompt in found.texts]
     torch.testing.assert_close(torch.tensor(cells.z), found.probs.values[..., 0].double().to(torch.tensor(cells.z).dtype))
     assert list(figure.layout.xaxis.ticktext) == ["0", "1", "2"] and "\n" not in figure.layout.yaxis.ticktext[3]
+    layout = figure.layout  # as wide as its place, and clear, whatever the theme there
+    assert layout.width is None and layout.margin.l < 180 and layout.paper_bgcolor == layout.plot_bgcolor == "rgba(0,0,0,0)"
     ranks = found.plot("rank").data[0]
     assert found.target_ranks is not None
     torch.testing.assert_close(

@@ -327,7 +327,7 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], says: str) 
 def test_an_answer_is_one_token() -> None:
     toy = LoopedBridge.from_pretrained("toy:hop", device="cpu")
     options: dict[str, Any] = {"sections": "answers", "n_loops": 6, "verbose": False}
-    with pytest.raises(LoopedError, match=re.escape("answer='a b' has 2 tokens ('a', 'b')")):
+    with pytest.raises(LoopedError, match=re.escape("the answer 'a b' is 2 tokens, 'a', 'b'")):
         report(toy, answer="a b", **options)
     (found,) = report(toy, "A b B c C a ? A", answer="a", **options).sections
     chance, rank = found.numbers["answer_probability"], found.numbers["answer_rank"]
@@ -372,7 +372,10 @@ def test_made_for_so_many_loops_is_said_only_of_models_that_were() -> None:
         (LoopedBridge.from_config(TINY, seed=0), TOKENS, False),
         (random_ouro, TOKENS, False),
         (text_model, "Return the number of items in the list.", True),
+        (text_model.unroll(5), "Return the number of items in the list.", True),
+        (LoopedBridge.from_pretrained("toy:text", device="cpu", n_loops=3), "Return the number of items in the list.", True),
     ):
+        assert not is_trained or model.made_for == text_model.n_loops != 5
         found = report(model, prompts, n_loops=6, sections=["model", "answers", "stability"], verbose=False)
         text = found.html[found.html.index("<body>") :]
         assert ("made for" in text) == is_trained and ("it is set to" in text) == (not is_trained)

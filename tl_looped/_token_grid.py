@@ -11,11 +11,13 @@ from typing import Any
 from ._tokens_shown import cut, in_figure, visible
 from .plots import plotly
 
-CELL = 66  # pixels across, in which eight characters can be read
 ROW = 22
+LONGEST = 8  # characters of a token in a cell
+NARROW = 360  # pixels across that a figure may have: a telephone's
+TEXT = "#808690"  # readable on white and on black, as nobody knows which a notebook has
 # Below the grid, so that it has room beside a grid of one row too.
-BAR = {"orientation": "h", "thickness": 10, "len": 260, "lenmode": "pixels", "x": 0, "xanchor": "left", "yanchor": "top"}
-MARGIN = {"t": 70, "b": 120, "r": 30}
+BAR = {"orientation": "h", "thickness": 10, "len": 180, "lenmode": "pixels", "x": 0, "xanchor": "left", "yanchor": "top"}
+MARGIN = {"t": 70, "b": 120, "r": 12}
 MOST_ROWS = 160  # of more, texts are in the hover only
 
 
@@ -112,15 +114,27 @@ def token_grid(
         LoopedError: plotly is not installed.
     """
     go = plotly()
-    figure = go.Figure(layout={"title": {"text": title, "x": 0, "xref": "container", "xanchor": "left", "pad": {"l": 12}}})
-    shown = [[in_figure(cut(visible(token), 9)) for token in row] for row in tokens]
+    at = {
+        "x": 0,
+        "xref": "container",
+        "xanchor": "left",
+        "y": 1,
+        "yref": "container",
+        "yanchor": "top",
+        "pad": {"l": 12, "t": 12},
+    }
+    figure = go.Figure(layout={"title": {"text": title, "font": {"size": 15}, **at}})
+    cells = [[cut(visible(token), LONGEST) for token in row] for row in tokens]
+    longest = max((len(text) for row in cells for text in row), default=0)
+    left = 24 + 7 * max(map(len, rows), default=0)
+    fits = 7 * longest * len(columns) <= NARROW - left - MARGIN["r"]
     few = len(rows) <= MOST_ROWS
     figure.add_heatmap(
         x=list(range(len(columns))),
         y=list(range(len(rows))),
-        text=shown,
+        text=[list(map(in_figure, row)) for row in cells],
         texttemplate="%{text}" if few else None,
-        textfont={"size": 11},
+        textfont={"size": 11} if fits else None,  # otherwise as large as the cells of this width allow
         hovertext=[["<br>".join(map(in_figure, said.split("\n"))) for said in row] for row in hover],
         hovertemplate="%{hovertext}<extra></extra>",
         colorscale=colours.scale,
@@ -128,7 +142,7 @@ def token_grid(
         ygap=1 if few else 0,
         **colours.arguments(z),
     )
-    plain = {"showgrid": False, "zeroline": False}
+    plain = {"showgrid": False, "zeroline": False, "ticks": ""}
     every_row = -(-len(rows) // MOST_ROWS)
     figure.update_xaxes(
         title=titles[0],
@@ -146,13 +160,14 @@ def token_grid(
     )
     for before, after in pairwise(bands):
         wide = 3 if before.edge or after.edge else 1.5
-        figure.add_hline(y=after.first - 0.5, line={"width": wide, "color": "#c44" if wide == 3 else "#444"})
+        figure.add_hline(y=after.first - 0.5, line={"width": wide, "color": "#c44" if wide == 3 else "#888"})
     margin = {**MARGIN, "t": MARGIN["t"] + (60 if top else 0), "b": MARGIN["b"] - (40 if top else 0)}
-    margin["l"] = 40 + 7 * max(map(len, rows), default=0)
+    margin["l"] = left
     height = ROW * len(rows) if few else max(ROW * MOST_ROWS, 4 * len(rows))
     figure.update_traces(colorbar={"y": (-20 if top else -54) / height})
-    size = {"width": max(340, margin["l"] + margin["r"] + CELL * len(columns)), "height": margin["t"] + margin["b"] + height}
-    return figure.update_layout(template="plotly_white", margin=margin, **size)
+    clear = dict.fromkeys(("paper_bgcolor", "plot_bgcolor"), "rgba(0,0,0,0)")
+    tall = margin["t"] + margin["b"] + height
+    return figure.update_layout(template="none", font_color=TEXT, margin=margin, height=tall, autosize=True, **clear)
 
 
 def lines(tokens: Sequence[str], probs: Sequence[float]) -> list[str]:

@@ -138,7 +138,7 @@ class Answers(Result):
             z,
             [[said(p, r) for r in range(len(loops))] for p in places],
             colours,
-            rows=[cut(" ".join(self.prompts[p].split("\n")), 36, end=True) for p in places],
+            rows=[cut(" ".join(self.prompts[p].split("\n")), 20, end=True) for p in places],
             columns=[str(loop) for loop in loops],
             titles=("loop", ""),
             title=title or "Most probable next token after each loop",

@@ -57,6 +57,7 @@ class LoopedBridge(InMemory, RunningBridge):
     """
 
     _warned_of_paths = False
+    made_for: int | None = None  # loops that its checkpoint says, however often it is unrolled; None if it is of no checkpoint
 
     def __init__(self, model: LoopedModel, tokenizer: Any = None, model_name: str = "looped"):
         cfg = bridge_config(model.cfg, model_name)
@@ -108,7 +109,9 @@ class LoopedBridge(InMemory, RunningBridge):
         if tokenizer is None and checkpoint.path is not None:
             tokenizer = checkpoints.load_tokenizer(checkpoint.path)
             checkpoint.check_unchanged()
-        return cls(model, tokenizer, str(name_or_dir))
+        bridge = cls(model, tokenizer, str(name_or_dir))
+        bridge.made_for = model.cfg.n_loops if n_loops is None else checkpoints.make_plan(checkpoint).cfg.n_loops
+        return bridge
 
     @classmethod
     def from_hf(
@@ -136,7 +139,10 @@ class LoopedBridge(InMemory, RunningBridge):
             '2 loops over stacks L (3 x per loop) and H of 1 layer, 0 prelude and 0 coda layers: 8 virtual layers'
         """
         checkpoint = _in_memory(hf_model)
-        return cls(checkpoints.load_model(checkpoint, n_loops=n_loops, l_cycles=l_cycles), tokenizer, type(hf_model).__name__)
+        model = checkpoints.load_model(checkpoint, n_loops=n_loops, l_cycles=l_cycles)
+        bridge = cls(model, tokenizer, type(hf_model).__name__)
+        bridge.made_for = model.cfg.n_loops if n_loops is None else checkpoints.make_plan(checkpoint).cfg.n_loops
+        return bridge
 
     @classmethod
     def from_config(cls, cfg: LoopedConfig, *, seed: int = 0, tokenizer: Any = None) -> LoopedBridge:
@@ -244,6 +250,7 @@ class LoopedBridge(InMemory, RunningBridge):
         model = without_collections(partial(self.plain.unrolled, n_loops))
         unrolled = LoopedBridge(model, None, self.cfg.model_name)
         unrolled._warned_of_paths = self._warned_of_paths
+        unrolled.made_for = self.made_for
         unrolled._tokenizer = self.tokenizer
         unrolled.exit_policy = self.exit_policy
         for setting in ("default_prepend_bos", "tokenizer_prepends_bos", "tokenizer_appends_eos"):

@@ -14,6 +14,7 @@ from .._words import counted
 from ..analysis._prompts import at_depth, token_batches
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
+from ..metrics import one_token
 from ..schedule import check_count
 from . import pointer_chasing
 from .question import Question
@@ -74,17 +75,15 @@ def ask(
         pair = _pair(model, clean, corrupted)
     if pair is not None:
         pair = (pair[0].to(model.cfg.device), pair[1].to(model.cfg.device))
-    asked = (
-        None if token is None else _one_token(model, name, token) for name, token in (("answer", answer), ("wrong", wrong))
-    )
-    right, other = asked
+    right, other = _token(model, "answer", answer), _token(model, "wrong", wrong)
     if right is not None and right == other:
         raise LoopedError(f"answer={answer!r} and wrong={wrong!r} are one token; choose two.")
     if wrong is not None and answer is None:
         raise LoopedError(f"wrong={wrong!r} was given without an answer; say which token is right with answer=.")
     # A model that is hardly better than chance has random weights, whatever its config says it was made for.
     is_trained = model.looped_cfg.family not in UNTRAINED and (hops is not None or _beats_chance(model, batches))
-    return Question(answering, batches, n_loops, own if is_trained else None, pair, hops, right, other, skip_first_token)
+    made_for = model.made_for if is_trained else None
+    return Question(answering, batches, n_loops, made_for, pair, hops, right, other, skip_first_token)
 
 
 @torch.no_grad()
@@ -105,16 +104,13 @@ def _pair(model: LoopedBridge, clean: Prompt, corrupted: Prompt) -> tuple[Tensor
     return first, second
 
 
-def _one_token(model: LoopedBridge, name: str, given: str | int) -> int:
+def _token(model: LoopedBridge, name: str, given: str | int | None) -> int | None:
     """A token that was given as text or as its number."""
-    if isinstance(given, str):
-        if model.tokenizer is None:
-            raise LoopedError(f"{name}={given!r} was given, but this model has no tokenizer; pass the number of the token.")
-        tokens = model.tokenizer.encode(given, add_special_tokens=False)
-        if len(tokens) != 1:
-            parts = ", ".join(repr(model.tokenizer.decode([token])) for token in tokens) or "none"
-            raise LoopedError(f"{name}={given!r} has {len(tokens)} tokens ({parts}); pass one token, often with a space first.")
-        return int(tokens[0])
-    if not 0 <= given < model.cfg.d_vocab:
-        raise LoopedError(f"{name}={given} was given; the tokens of this model go from 0 to {model.cfg.d_vocab - 1}.")
-    return given
+    if given is None:
+        return None
+    if isinstance(given, str) and model.tokenizer is None:
+        raise LoopedError(f"{name}={given!r} was given, but this model has no tokenizer; pass the number of the token.")
+    token = one_token(model, given) if isinstance(given, str) else given
+    if not 0 <= token < model.cfg.d_vocab:
+        raise LoopedError(f"{name}={token} was given; the tokens of this model go from 0 to {model.cfg.d_vocab - 1}.")
+    return token

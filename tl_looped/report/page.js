@@ -302,5 +302,11 @@ for (const place of places) {
   new ResizeObserver(() => { if (place.clientWidth !== wide) { wide = place.clientWidth; draw(place); } }).observe(place);
   draw(place);
 }
+// What is wider than the page fades at its right edge as long as there is more.
+for (const wide of document.querySelectorAll(".scroll")) {
+  const look = () => wide.classList.toggle("more", wide.scrollLeft + wide.clientWidth < wide.scrollWidth - 2);
+  wide.addEventListener("scroll", look, { passive: true });
+  new ResizeObserver(look).observe(wide);
+}
 addEventListener("scroll", () => { tip.style.display = "none"; }, { passive: true });
 document.documentElement.dataset.drawn = places.length;

@@ -40,7 +40,7 @@ def the_attention(asked: Question, section: Section) -> None:
         section.draw(
             "Distance between the attention patterns of any two executed layers (Frobenius, per head and query).",
             found.plot(),
-            max(480, 200 + 9 * len(model.schedule.sites)),
+            130 + 5 * len(model.schedule.sites),
         )
 
     def changing() -> None:

@@ -53,7 +53,7 @@ def the_model(asked: Question, section: Section) -> None:
                 "the layers were trained to run once, and were looped afterwards."
                 if cfg.family == "looped_llama"
                 else "nothing tells how many loops it was trained for, or whether it was trained."
-                if cfg.family == "custom"
+                if cfg.family == "custom" or model.made_for is None
                 else "it predicts the prompts hardly better than chance, as with random weights."
             )
         )

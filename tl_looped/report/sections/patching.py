@@ -20,6 +20,7 @@ from ..section import Section, Unmeasured, listed, share
 from ._common import SHOWN_POSITIONS
 
 DECIDES = 0.5  # of the difference, restored by one state
+COLUMN = 20  # pixels across, in which a tilted token can be read
 FAINT = 0.05  # of the difference; columns that stay below are not drawn
 SHOWN_PASSES = 8  # named in a sentence
 
@@ -79,7 +80,7 @@ def the_patches(asked: Question, section: Section) -> None:
         cut += f" Patched: {len(positions)} of {clean.shape[1]} positions."
     part = "prelude, loops and coda" if schedule.n_prelude or schedule.n_coda else "all loops"
     caption = f"Patching the state entering each layer, {part}; clean | corrupted where the tokens differ.{cut}"
-    section.draw(caption, figure, 170 + 34 * len(kept))
+    section.draw(caption, figure, 120 + COLUMN * len(kept))
     if section.figures:
         section.cover = section.figures[0]
     for stack in schedule.core_stacks:
@@ -98,7 +99,7 @@ def the_patches(asked: Question, section: Section) -> None:
             f"{', ...' if len(places) > SHOWN_PASSES else '.'}"
         )
         figure = _columns(after, kept, pairs, positions, a_pass)
-        section.draw(f"{name}Patching the state leaving each {a_pass}.", figure, 130 + 34 * len(kept))
+        section.draw(f"{name}Patching the state leaving each {a_pass}.", figure, 60 + COLUMN * len(kept))
     if asked.hops is not None:
         pointer_chasing.transplants(asked, section)
 
