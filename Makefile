@@ -2,6 +2,8 @@ export HF_HUB_OFFLINE = 1
 
 PYTHON ?= python3
 PYTEST = .venv/bin/python -m pytest
+# Every annotated shape and type is checked, which triples the time: in the examples of docs and docstrings, and in two families.
+CHECKED = --jaxtyping-packages=tl_looped,beartype.beartype -k "docs or readme or ouro or retrofit_llama"
 PIP = .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .PHONY: test demo lab bench docs clean
@@ -11,6 +13,7 @@ test: .venv/installed
 	.venv/bin/ruff format --check
 	.venv/bin/pyright -p pyproject.toml --pythonpath .venv/bin/python
 	$(PYTEST) -n 2
+	timeout 180 $(PYTEST) -n 2 $(CHECKED)
 	$(PYTEST) -n 2 -m slow
 	$(PYTEST) -n 2 -m "real or tutorials"
 

@@ -24,7 +24,7 @@ def _seeded() -> None:
 
 @pytest.fixture
 def unchecked():
-    """Switch the type checker off, as it is for users: bad input then meets the package's own errors."""
+    """Switch the type checker off where it is on (`make test` runs some tests so): bad input meets the package's own errors."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
