@@ -177,7 +177,6 @@ def exit_steps(
         place = slice(-1, None) if answers is not None else slice(None, -1)  # of the scored tokens
         names = ("loops", "accuracy", "loss")
         scores = {name: torch.zeros(len(named), *wanted.shape, device=tokens.device).double() for name in names}  # at the exit
-        fixed_scores: dict[str, list[Tensor]] = {name: [] for name in names}  # after every loop, [batch]
 
         def keep_state(state: Tensor, hook: object) -> None:
             history.states.append(state)
@@ -185,7 +184,7 @@ def exit_steps(
         def keep_gate(logit: Tensor, hook: object) -> None:
             history.exit_logits.append(logit)
 
-        def on_loop(loop: int, logits: Tensor) -> None:
+        def score(loop: int, logits: Tensor) -> Tensor:
             check_finite(logits, f"the readout after loop {loop}")
             readouts[loop] = logits
             history.forget(loop - 1, n_states=4)
@@ -202,17 +201,16 @@ def exit_steps(
                 passes[k] = passes[k].masked_fill(leaves, loop + 1)
                 for name in names:
                     scores[name][k] = torch.where(leaves[:, place], found[name], scores[name][k])
-            for name in names:
-                fixed_scores[name].append(found[name].mean(-1))
+            return torch.stack([found[name].mean(-1) for name in names])  # of everybody who stops here
 
         hooks: list[Any] = [(f"{ends[0]}.hook_state", keep_state), *((f"{end}.hook_out", keep_state) for end in ends)]
         if deep.looped_cfg.exit_gate:
             hooks += [(f"{end}.hook_exit_logit", keep_gate) for end in ends]
         with torch.no_grad():
-            deep.run_with_hooks(tokens, hooks, on_loop=on_loop, initial_state=initial_state)
+            fixed_scores = torch.stack(deep.readouts(tokens, score, hooks, initial_state=initial_state), 2)
         cost, accuracy, loss = (
-            Estimate.of(torch.stack([*scores[name].mean(-1), *fixed_scores[name]], 1).cpu(), ("policy",), labels, name)
-            for name in names
+            Estimate.of(torch.cat([scores[name].mean(-1).T, at_end], 1).cpu(), ("policy",), labels, name)
+            for name, at_end in zip(names, fixed_scores, strict=True)
         )
         pdf = (gate_pdf(torch.stack(history.exit_logits)).cpu(),) if history.exit_logits else ()
         return ExitSteps(cost, accuracy, loss, (passes.cpu(),), pdf, n_loops, asked, targets.scored)

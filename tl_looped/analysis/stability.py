@@ -138,15 +138,13 @@ def stability(
     def examples(tokens: Int[Tensor, "batch pos"]) -> Stability:
         wanted = targets.of(tokens)
         read = targets.select
-        rows: dict[str, list[Tensor]] = {name: [] for name in ("loss", "accuracy", "margin", "kl", "overthinking")}
-        best: list[Tensor] = []  # the most probable tokens after every loop, [batch, target]
         was_right = torch.zeros_like(wanted, dtype=torch.bool)
         with torch.no_grad():
             trained_logits = deep.forward(tokens, loop=trained - 1, initial_state=rehearsal(initial_state))
             reference = read(trained_logits).log_softmax(-1)
         del trained_logits
 
-        def on_loop(loop: int, logits: Tensor) -> None:
+        def measure(loop: int, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             check_finite(logits, f"the readout after loop {loop}")
             chosen = read(logits)
             log_probs = chosen.log_softmax(-1)
@@ -155,7 +153,6 @@ def stability(
             answer = chosen.argmax(-1)
             right = answer == wanted
             was_right.logical_or_(right)
-            best.append(answer.int())
             found = {
                 "loss": -log_probs.gather(-1, wanted[..., None])[..., 0],
                 "accuracy": right,
@@ -163,12 +160,11 @@ def stability(
                 "kl": (reference.exp() * (reference - log_probs)).sum(-1),
                 "overthinking": was_right & ~right,
             }
-            for name, value in found.items():
-                rows[name].append(value.double().mean(-1).cpu())
+            return answer.int(), {name: value.double().mean(-1).cpu() for name, value in found.items()}
 
         with torch.no_grad():
-            deep.forward(tokens, on_loop=on_loop, initial_state=initial_state)
-        found = {name: torch.stack(values, 1) for name, values in rows.items()}
+            best, rows = zip(*deep.readouts(tokens, measure, initial_state=initial_state), strict=True)
+        found = {name: torch.stack([row[name] for row in rows], 1) for name in rows[0]}
         found["loss_change"] = found["loss"] - found["loss"][:, trained - 1, None]
         answers_after = torch.stack(best, 1)
         agreement = torch.stack([(a[:, None] == answers_after).double().mean(-1) for a in best], 1).cpu()
@@ -314,7 +310,7 @@ def injection_effect(
                 clean, other = wide(state[:n]), wide(state[n : 2 * n])
                 changes[:, loop] = relative_distance(other, clean).nanmean(-1)
 
-        def on_loop(loop: int, logits: Tensor) -> None:
+        def compare(loop: int, logits: Tensor) -> None:
             check_finite(logits, f"the readout after loop {loop}")
             if loop not in untouched:
                 clean, other = (wide(part).log_softmax(-1) for part in (logits[:n], logits[n : 2 * n]))
@@ -327,7 +323,7 @@ def injection_effect(
                 *((name, edit) for name in edited),
                 *((name, read) for name in ends),
             ]
-            deep.run_with_hooks(torch.cat(rows), hooks, on_loop=on_loop, initial_state=state)
+            deep.readouts(torch.cat(rows), compare, hooks, initial_state=state)
         return InjectionEffect(
             state_change=Estimate.of(changes, ("loop",), labels, "state_change"),
             kl=Estimate.of(kls, ("loop",), labels, "kl"),

@@ -51,7 +51,6 @@ def bridge_config(cfg: LoopedConfig, model_name: str) -> TransformerBridgeConfig
         use_qk_norm=cfg.qk_norm != "none",
         qk_norm_after_rope=cfg.qk_norm == "after_rope",
         output_logits_soft_cap=-1.0 if cfg.logit_softcap is None else cfg.logit_softcap,
-        positional_embedding_type="rotary" if cfg.rope_layout != "none" else "none",
     )
 
 
@@ -60,32 +59,23 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
 
     supports_hf_output_attentions = False
 
-    def __init__(self, cfg: TransformerBridgeConfig):
+    def __init__(self, cfg: TransformerBridgeConfig, model: LoopedModel):
         super().__init__(cfg)
         self._set_rms_rotary_defaults()
-        self.cfg.positional_embedding_type = getattr(cfg, "positional_embedding_type", "rotary")
         self.weight_processing_conversions: dict[str, ParamProcessingConversion | str] | None = {
             **self._qkvo_weight_conversions()
         }
-        self.component_mapping: ComponentMapping | None = {}  # filled by prepare_model, once the structure is known
-
-    def prepare_model(self, hf_model: LoopedModel) -> None:
-        """Map the components of this model.
-
-        Args:
-            hf_model: the model.
-        """
-        looped = hf_model.cfg
+        looped = model.cfg
         self.cfg.gated_mlp = looped.mlp == "gated"
-        self.component_mapping = {
+        self.component_mapping: ComponentMapping | None = {
             "embed": LoopedEmbedding(name="embed"),
-            **self._norms(hf_model, "prelude_norm"),
-            "blocks": self._block(hf_model.blocks[0], looped),
+            **self._norms(model, "prelude_norm"),
+            "blocks": self._block(model.blocks[0], looped),
             "passes": PassBridge(name="passes", submodules={"norm": LoopedNorm(name="norm", config=self.cfg, optional=True)}),
             **(
                 {"after_loop": LoopedLinear(name="after_loop")}
                 if looped.after_loop == "linear"
-                else self._norms(hf_model, "after_loop")
+                else self._norms(model, "after_loop")
             ),
             "ln_final": LoopedNorm(name="ln_final", config=self.cfg),
             "unembed": LoopedUnembedding(name="unembed", config=self.cfg),

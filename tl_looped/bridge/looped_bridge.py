@@ -63,8 +63,7 @@ class LoopedBridge(InMemory, RunningBridge):
         cfg = bridge_config(model.cfg, model_name)
         parameter = model.embed.weight
         cfg.dtype, cfg.device = parameter.dtype, str(parameter.device)
-        adapter = LoopedArchitectureAdapter(cfg)
-        adapter.prepare_model(model)
+        adapter = LoopedArchitectureAdapter(cfg, model)
         self.__dict__["looped_cfg"] = model.cfg
         self.__dict__["_hook_dict"] = (None, {})
         without_collections(partial(super().__init__, model, adapter, tokenizer))

@@ -104,23 +104,28 @@ class ResidualCache(NamedCache):
             carried = not apply_ln and layer is not None
         positions, point = as_slice(pos_slice), self._point(layer, mlp_input)
         self.check_real(positions)
+
+        def is_shown(name: str) -> bool:
+            return incl_mid or name == point or not name.endswith("mid")
+
         if carried:
             decomposition = self._decomposition(layer, mlp_input, pos_slice)
-            counts = {name: count for name, count in decomposition.read if self._is_shown(name, incl_mid, point)}
+            counts = {name: count for name, count in decomposition.read if is_shown(name)}
             total = decomposition.components(decomposition.writes).cumsum(0)
             stack = total[torch.tensor([count - 1 for count in counts.values()], device=total.device)]
             names = list(counts)
         else:
             layers = range(self.model.cfg.n_layers)
             every = [*(f"blocks.{i}.hook_resid_{where}" for i in layers for where in ("pre", "mid")), FINAL]
-            names = [name for name in every[: every.index(point) + 1] if self._is_shown(name, incl_mid, point)]
+            names = [name for name in every[: every.index(point) + 1] if is_shown(name)]
             stack = torch.stack([positions.apply(self[self._cached_stream(name)], dim=-2) for name in names])
         if apply_ln:
             recompute = not carried and point == FINAL
             stack = self._normed(stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim, recompute_ln=recompute)
         elif not carried:
             self._streams = [*(ref for ref in self._streams if ref() is not None), weakref.ref(stack)]
-        return (stack, self._tl_labels(map(self._stream_label, names))) if return_labels else stack
+        labels = ["final" if name == FINAL else self.model.schedule.loop_name(name).replace("hook_", "") for name in names]
+        return (stack, self._tl_labels(labels)) if return_labels else stack
 
     def stack_head_results(
         self,
@@ -145,9 +150,8 @@ class ResidualCache(NamedCache):
         Raises:
             LoopedError: the cache lacks what is needed, or the residual stream was edited in the run.
         """
-        stack, labels = self._split(layer, False, pos_slice, heads=True, rest=incl_remainder)
-        labels += [REMAINDER] if incl_remainder else []
-        return self._finish(stack, labels, layer, False, apply_ln, pos_slice, return_labels)
+        rest = REMAINDER if incl_remainder else None
+        return self._split(layer, False, pos_slice, apply_ln, return_labels, rest, heads=True)
 
     def stack_neuron_results(
         self,
@@ -179,13 +183,10 @@ class ResidualCache(NamedCache):
         Raises:
             LoopedError: the cache lacks what is needed, or the residual stream was edited in the run.
         """
-        stack, labels = self._split(
-            layer, mlp_input, pos_slice, neurons=_keeping(neuron_slice), rest=incl_remainder,
-            project=project_output_onto, apply_ln=apply_ln,
-        )  # fmt: skip
-        labels += [REMAINDER] if incl_remainder else []
-        apply_ln = apply_ln and project_output_onto is None
-        return self._finish(stack, labels, layer, mlp_input, apply_ln, pos_slice, return_labels)
+        rest, neurons = REMAINDER if incl_remainder else None, _keeping(neuron_slice)
+        return self._split(
+            layer, mlp_input, pos_slice, apply_ln, return_labels, rest, neurons=neurons, project=project_output_onto
+        )
 
     def get_full_resid_decomposition(
         self,
@@ -215,12 +216,10 @@ class ResidualCache(NamedCache):
         Raises:
             LoopedError: the cache lacks what is needed, or the residual stream was edited in the run.
         """
-        stack, labels = self._split(
-            layer, mlp_input, pos_slice, heads=True, neurons=Slice() if expand_neurons else None, mlps=not expand_neurons,
-            embeds=True, rest=True, project=project_output_onto, apply_ln=apply_ln,
+        return self._split(
+            layer, mlp_input, pos_slice, apply_ln, return_labels, "bias", heads=True, embeds=True,
+            neurons=Slice() if expand_neurons else None, mlps=not expand_neurons, project=project_output_onto,
         )  # fmt: skip
-        apply_ln = apply_ln and project_output_onto is None
-        return self._finish(stack, [*labels, "bias"], layer, mlp_input, apply_ln, pos_slice, return_labels)
 
     def get_neuron_results(
         self, layer: int, neuron_slice: Any = None, pos_slice: Any = None, project_output_onto: Tensor | None = None
@@ -322,14 +321,6 @@ class ResidualCache(NamedCache):
             return FINAL
         return f"blocks.{target}.hook_resid_{'mid' if mlp_input else 'pre'}"
 
-    def _is_shown(self, name: str, incl_mid: bool, point: str) -> bool:
-        return incl_mid or name == point or not name.endswith("mid")
-
-    def _stream_label(self, name: str) -> str:
-        if name == FINAL:
-            return "final"
-        return self.model.schedule.loop_name(name).replace("hook_", "")
-
     def _cached_stream(self, name: str) -> str:
         """The name of a stream in the cache; the final one is the output of the last layer too, in most families."""
         cfg = self.model.looped_cfg
@@ -376,15 +367,17 @@ class ResidualCache(NamedCache):
         layer: int | None,
         mlp_input: bool,
         pos_slice: Any,
+        apply_ln: bool,
+        return_labels: bool,
+        rest: str | None,
+        *,
         heads: bool = False,
         neurons: Slice | None = None,
         mlps: bool = False,
         embeds: bool = False,
-        rest: bool = False,
         project: Tensor | None = None,
-        apply_ln: bool = False,
-    ) -> tuple[Tensor, list[str]]:
-        """Contributions of heads, of neurons or MLPs, of embeddings, and of the rest in a last row without label."""
+    ) -> Stack | tuple[Stack, list[str]]:
+        """Contributions of heads, of neurons or MLPs, of embeddings, and under the label `rest` of everything else."""
         model, schedule = self.model.plain, self.model.schedule
         inner = branch_inputs(model, self, heads, neurons is not None)
         decomposition = self._decomposition(layer, mlp_input, pos_slice, also=inner)
@@ -403,7 +396,7 @@ class ResidualCache(NamedCache):
         start, count = {}, 0
         for label, group in names.items():
             start[label], count = count, count + len(group)
-        n_rows = count + rest
+        labels += [] if rest is None else [rest]
 
         def fan(at: Write) -> Any:
             layer = schedule.layer(at.layer)
@@ -412,33 +405,34 @@ class ResidualCache(NamedCache):
         def parts(at: Write) -> list[Part]:
             value = decomposition.get(at.hook)
             if at.label not in names:
-                return [(count, value)] if rest else []
+                return [] if rest is None else [(count, value)]
             if at in whole:
                 return [(start[at.label], value)]
             vectors = fan(at).vectors()
             rows: list[Part] = [(slice(start[at.label], start[at.label] + len(vectors)), vectors)]
-            return [*rows, (count, value - vectors.sum(0))] if rest else rows
+            return rows if rest is None else [*rows, (count, value - vectors.sum(0))]
 
         if project is None:
-            return decomposition.carry(n_rows, parts), labels
+            stack = decomposition.carry(len(labels), parts)
+            return self._finish(stack, labels, layer, mlp_input, apply_ln, pos_slice, return_labels)
         columns = []
         for column in project.detach().reshape(len(project), -1).T:
             aim = column.to(decomposition.like.device, decomposition.like.dtype).expand_as(decomposition.like)
             if apply_ln:
                 aim = self._normed(aim[None], layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim)[0]
             grads = decomposition.pull_back(aim)
-            out = aim.new_zeros(n_rows, *aim.shape[:-1])
+            out = aim.new_zeros(len(labels), *aim.shape[:-1])
             for at in decomposition.writes:
                 total = (grads[at.label] * decomposition.get(at.hook)).sum(-1)
                 if at.label in names:
                     along = total[None] if at in whole else fan(at).along(grads[at.label])
                     out[start[at.label] : start[at.label] + len(along)] = along
                     total = total - along.sum(0)
-                if rest:
+                if rest is not None:
                     out[count] += total
             columns.append(out)
-        stacked = torch.stack(columns, dim=-1)
-        return (stacked.squeeze(-1) if project.ndim == 1 else stacked), labels
+        stack = columns[0] if project.ndim == 1 else torch.stack(columns, dim=-1)
+        return self._finish(stack, labels, layer, mlp_input, False, pos_slice, return_labels)
 
 
 def _keeping(chosen: Any) -> Slice:

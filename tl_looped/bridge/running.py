@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,8 @@ from .hooking import without_leftovers
 from .names import Hook, NamesFilter
 from .run import Run
 from .tokens import check_real, counts_from_end, real_positions, refuse_unmarked_padding
+
+T = TypeVar("T")
 
 
 class RunningBridge(GeneratingBridge):
@@ -164,17 +166,45 @@ class RunningBridge(GeneratingBridge):
             columns = real_positions(positions, inputs.get("attention_mask"), tokens.shape[-1])
             rows = torch.arange(1 if tokens.ndim == 1 else len(tokens), device="cpu")[:, None]
             chosen = rows, columns.expand(len(rows), -1)
-        found: dict[int, Tensor] = {}
 
-        def keep(at: int, logits: Tensor) -> None:
-            if at in loops:
-                found[at] = logits if chosen is None else logits[tuple(index.to(logits.device) for index in chosen)]
+        def keep(loop: int, logits: Tensor) -> Tensor | None:
+            if loop in loops:
+                return logits if chosen is None else logits[tuple(index.to(logits.device) for index in chosen)]
+            return None
 
         if len(loops) == 1:  # also of processed weights, where every earlier readout is refused
-            keep(loops[0], self.forward(tokens, loop=loops[0], **inputs))
-        else:
-            self.forward(tokens, return_type=None, loop=max(loops), on_loop=keep, **inputs)
-        return torch.stack([found[t] for t in loops])
+            return torch.stack([cast(Tensor, keep(loops[0], self.forward(tokens, loop=loops[0], **inputs)))])
+        found = self.readouts(tokens, keep, loop=max(loops), **inputs)
+        return torch.stack([cast(Tensor, found[t]) for t in loops])
+
+    def readouts(
+        self,
+        input: str | list[str] | Tensor,
+        read: Callable[[int, Tensor], T],
+        fwd_hooks: Iterable[Hook] = (),
+        **kwargs: Any,
+    ) -> list[T]:
+        """What a function makes of the readout after every loop of one run, in which one loop's logits are held at a time.
+
+        Args:
+            input: as in `forward`.
+            read: called with the loop and the logits that `readout` has there, [batch, pos, d_vocab].
+            fwd_hooks: as in `hooks`; those on the coda act once for every loop.
+            **kwargs: what `forward` takes.
+
+        Returns:
+            What `read` returned, one for each loop.
+
+        Example:
+            >>> from tl_looped import LoopedBridge
+            >>> model = LoopedBridge.from_pretrained("toy:hop", device="cpu")
+            >>> model.readouts("A b B c C a ? A", lambda loop, logits: model.to_string(logits[0, -1].argmax()))
+            ['b', 'c', 'a', 'b', 'c', 'a']
+        """
+        found: list[T] = []
+        kwargs |= {"return_type": None, "on_loop": lambda loop, logits: found.append(read(loop, logits))}
+        self.run_with_hooks(input, fwd_hooks, **kwargs)
+        return found
 
     def run_with_hooks(
         self,

@@ -174,14 +174,8 @@ def _accuracy(model: LoopedBridge, prompts: HopPrompts, name: str) -> Estimate:
 
 @torch.no_grad()
 def _answers(model: LoopedBridge, prompts: HopPrompts, hooks: Sequence[Hook] = ()) -> Int[Tensor, "loop batch query"]:
-    found: list[Tensor] = []
-    run = model.run_with_hooks
-    run(
-        prompts.tokens.to(model.cfg.device),
-        fwd_hooks=hooks,
-        on_loop=lambda loop, logits: found.append(logits[:, prompts.query_pos].argmax(-1).cpu()),
-    )
-    return torch.stack(found)
+    tokens = prompts.tokens.to(model.cfg.device)
+    return torch.stack(model.readouts(tokens, lambda loop, logits: logits[:, prompts.query_pos].argmax(-1).cpu(), hooks))
 
 
 def transplants(asked: Question, section: Section) -> None:

@@ -122,9 +122,7 @@ def hop_accuracy(model: LoopedBridge, prompts: HopPrompts) -> Float[Tensor, " lo
         model: a toy of pointer chasing, with any number of loops.
         prompts: what to ask.
     """
-    answers = {}
-    model(prompts.tokens, on_loop=lambda loop, logits: answers.update({loop: logits[:, prompts.query_pos].argmax(-1)}))
-    found = torch.stack([answers[loop] for loop in range(model.n_loops)])
+    found = torch.stack(model.readouts(prompts.tokens, lambda loop, logits: logits[:, prompts.query_pos].argmax(-1)))
     return (found == prompts.answers(model.n_loops)).float().mean((1, 2))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from ..bridge.looped_bridge import LoopedBridge
@@ -92,12 +93,8 @@ def loss_by_loop(model: LoopedBridge, tokens: Int[Tensor, "batch pos"]) -> Float
         model: any looped model.
         tokens: texts of one length, each beginning with BOS.
     """
-    losses = {}
 
-    def keep(loop: int, logits: Tensor) -> None:
-        losses[loop] = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none").mean(
-            -1
-        )
+    def loss(loop: int, logits: Tensor) -> Tensor:
+        return cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none").mean(-1)
 
-    model(tokens, on_loop=keep)
-    return torch.stack([losses[loop] for loop in range(model.n_loops)])
+    return torch.stack(model.readouts(tokens, loss))

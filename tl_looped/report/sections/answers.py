@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -27,21 +29,17 @@ def the_answers(asked: Question, section: Section) -> None:
     tokens = rows[0]
     first = max(0, len(tokens) - SHOWN_POSITIONS)
     positions = list(range(first, len(tokens)))
-    best, certain, last, top = [], [], [], []
     k = min(4, deep.cfg.d_vocab)
 
-    def keep(loop: int, logits: Tensor) -> None:
+    def read(loop: int, logits: Tensor) -> tuple[Any, ...]:
         check_finite(logits, f"the readout after loop {loop}")
         found = logits.float().softmax(-1)
         p, token = found[0, first:].max(-1)
-        best.append(token.cpu())
-        certain.append(p.cpu())
-        last.append(found[:, -1].cpu())
-        top.append(found[0, -1].topk(k))
+        return token.cpu(), p.cpu(), found[:, -1].cpu(), found[0, -1].topk(k)
 
     with torch.no_grad():
-        deep(rows, on_loop=keep)
-    answers, probability, ends = torch.stack(best), torch.stack(certain), torch.stack(last)  # [loop, pos], [loop, row, d_vocab]
+        *read_out, top = zip(*deep.readouts(rows, read), strict=True)
+    answers, probability, ends = map(torch.stack, read_out)  # [loop, pos] twice, [loop, row, d_vocab]
     loops = list(range(n_loops))
     section.numbers |= {
         "prompt": asked.words(tokens),
