@@ -38,8 +38,8 @@ ANALYSES: dict[str, tuple[Callable[..., Any], int, bool]] = {
     "fixed_points": (lambda m, x: fixed_points(m, x, n_loops=None, patterns=True, verbose=False), 2, True),
     "attention_stability": (lambda m, x: attention_stability(m, x, verbose=False), 2, True),
     "inference_stages": (lambda m, x: inference_stages(m, x, verbose=False), 1, True),
-    "exit_steps": (lambda m, x: exit_steps(m, x, POLICIES, verbose=False), 1, False),
-    "injection_effect": (lambda m, x: injection_effect(m, x, 64, verbose=False), 1, False),
+    "exit_steps": (lambda m, x: exit_steps(m, x, policies=POLICIES, verbose=False), 1, False),
+    "injection_effect": (lambda m, x: injection_effect(m, x, from_loop=64, verbose=False), 1, False),
 }
 
 

@@ -17,15 +17,15 @@ from tl_looped.path_patching import edge_sweep, path_patch
 from tl_looped.weight_gradients import influence, weight_gradients_by_pass
 
 CLEAN, CORRUPTED = random_tokens(2, 4, seed=1), random_tokens(2, 4)
-EDGE = ("loops.0.blocks.1.head.1", "loops.1.blocks.0.mlp_in")
+EDGE = {"sources": "loops.0.blocks.1.head.1", "receivers": "loops.1.blocks.0.mlp_in"}
 METRIC = logit_diff([4, 5], [7, 8])
 Tool = Callable[..., Any]
 
 TOOLS: dict[str, Tool] = {
     "patch_sweep": lambda model, cache, **at: patch_sweep(model, CORRUPTED, cache, METRIC, verbose=False, **at),
     "attribution_sweep": lambda model, cache, **at: attribution_sweep(model, CORRUPTED, cache, METRIC, **at),
-    "edge_sweep": lambda model, cache, **at: edge_sweep(model, CORRUPTED, cache, METRIC, *EDGE, **at),
-    "path_patch": lambda model, cache, **at: path_patch(model, CORRUPTED, cache, METRIC, *EDGE, **at),
+    "edge_sweep": lambda model, cache, **at: edge_sweep(model, CORRUPTED, cache, METRIC, **EDGE, **at),
+    "path_patch": lambda model, cache, **at: path_patch(model, CORRUPTED, cache, METRIC, **EDGE, **at),
     "patch_between_loops": lambda model, cache, **at: patch_between_loops(model, CORRUPTED, METRIC, verbose=False, **at),
 }
 
@@ -71,7 +71,7 @@ def test_what_cannot_be_made_again_is_refused() -> None:
     with pytest.raises(LoopedError, match="loop 5 is out of range"):
         patch_sweep(model, CORRUPTED, cache, METRIC, at_loop=5, verbose=False)
     with pytest.raises(LoopedError, match="loop 2 is out of range: there are 2"):
-        edge_sweep(model, CORRUPTED, cache, METRIC, *EDGE, at_loop=2, n_loops=2)
+        edge_sweep(model, CORRUPTED, cache, METRIC, **EDGE, at_loop=2, n_loops=2)
     with model.hooks(fwd_hooks=[("loops.0.hook_out", lambda x, hook: x * 2)]):
         hooked = cache_of(model)
         with pytest.raises(LoopedError, match="that has hooks, such as"):

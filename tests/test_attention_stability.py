@@ -134,7 +134,7 @@ def test_floorplan_and_heads() -> None:
     with torch.no_grad():
         _, cache = deep.run_with_cache(tokens)
     assert torch.allclose(grid.values[3], cache["loops.0.blocks.1.attn.hook_pattern"][0].mean(0))
-    one = looped_floorplan(bridge, tokens[0], n_loops=2, head=2)
+    one = looped_floorplan(bridge, tokens[0], n_loops=2, heads=2)
     assert torch.equal(one.values[0], cache["prelude.blocks.0.attn.hook_pattern"][0, 2])
     figure = floorplan(grid, deep.schedule.sites)
     assert list(figure.layout.yaxis.ticktext) == ["prelude", "loop 0", "loop 1", "coda"]
@@ -142,7 +142,7 @@ def test_floorplan_and_heads() -> None:
     z = figure.data[0].z
     assert z[5 + 2][5 + 1] == pytest.approx(grid.values[3][2, 1].item())  # loop 0 is the second row, layer 1 the second column
     assert math.isnan(z[4][0])  # a gap between the rows
-    html = str(attention_heads(cache, ["a", "b", "c", "d"], loops=[1, 0], layer=2))
+    html = str(attention_heads(cache, ["a", "b", "c", "d"], loops=[1, 0], layers=2))
     assert '"loop 1, layer 2, head 0"' in html and '"loop 0, layer 2, head 2"' in html and "layer 1" not in html
     hrm = random_bridge("hrm_text")
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_refusals() -> None:
     with pytest.raises(LoopedError, match="pass one"):
         looped_floorplan(bridge, tokens)
     with pytest.raises(LoopedError, match=r"0\.\.2"):
-        looped_floorplan(bridge, tokens[0], head=3)
+        looped_floorplan(bridge, tokens[0], heads=3)
     for analysis in (attention_stability, attention_distances):
         with pytest.raises(LoopedError, match="no prompts"):
             analysis(bridge, [], verbose=False)

@@ -54,7 +54,7 @@ def test_it_holds_the_patterns_of_every_stack(family: str) -> None:
     found = unpacked(attention_viewer(cache, tokens, example=1))
     assert len(found) == bridge.schedule.n_layers * bridge.cfg.n_heads
     for (stack, loop, layer, head), pattern in found.items():
-        at = cache.at(None if loop == "" else loop, layer, stack)["pattern"]
+        at = cache.at(None if loop == "" else loop, layer, stack=stack)["pattern"]
         assert (pattern - at[1, head]).abs().max() <= HALF_STEP
     a_prefix = torch.ones(1, 5, dtype=torch.long)
     if family == "hrm_text":  # its prompts may attend to what comes later
@@ -327,7 +327,7 @@ def test_it_is_drawn_where_a_notebook_puts_it(browser: Any) -> None:
 def test_a_token_that_looks_like_markup_does_not_end_a_script() -> None:
     bridge, tokens = random_bridge("nanbeige"), random_tokens(1, 3)
     _, cache = bridge.run_with_cache(tokens)
-    shown = attention_heads(cache, ["</script>", "<!--", "\u2028"], loops=0, layer=0)
+    shown = attention_heads(cache, ["</script>", "<!--", "\u2028"], loops=0, layers=0)
     for html in (shown.local_src, shown.cdn_src):
         assert html.count("</script>") == 1 and "<!--" not in html.rpartition("AttentionHeads")[2]
         assert "\\u003c/script>" in html and "\u2028" not in html.rpartition("AttentionHeads")[2]

@@ -34,7 +34,7 @@ def run(name: str, tokens: torch.Tensor = TOKENS, **kwargs: object) -> LoopedCac
 def test_a_view_of_every_layer(name: str) -> None:
     cache = run(name)
     for index, (stack, loop, layer) in enumerate(cache.model.schedule.sites):
-        view = cache.at(loop, layer, stack)
+        view = cache.at(loop, layer, stack=stack)
         for short in ("resid_pre", "resid_mid", "resid_post", "pattern", "z", "post", "attn_out"):
             assert view[short] is cache[short, index]
         assert view["attn.hook_pattern"] is cache[f"blocks.{index}.attn.hook_pattern"]

@@ -59,7 +59,7 @@ def test_the_policy_that_ouros_refusal_names_reads_the_loops_that_the_published_
         (at_loop - golden["R4/logits_exit_threshold0.3"]).abs().amax(-1)
     )  # [loop, batch, pos]; 0 at the loop that was read
     assert distance.amin(0).max() == 0 and (distance == 0).sum() == 24
-    found = exit_steps(LoopedBridge.from_pretrained(GOLDEN / "ouro"), golden["input_ids"], Gate(0.3), verbose=False)
+    found = exit_steps(LoopedBridge.from_pretrained(GOLDEN / "ouro"), golden["input_ids"], policies=Gate(0.3), verbose=False)
     assert (found.passes[0][0] - 1).tolist() == distance.argmin(0).tolist()
 
 

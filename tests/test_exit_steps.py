@@ -58,7 +58,7 @@ def by_hand(bridge: LoopedBridge, tokens: torch.Tensor) -> tuple[list[Any], list
 def test_steps_costs_and_scores_are_those_of_the_rules(name: str) -> None:
     bridge, tokens = random_bridge(name, torch.float64, n_loops=4), random_tokens(3, 4)
     steps, logits = by_hand(bridge, tokens)
-    found = exit_steps(bridge, tokens, POLICIES, verbose=False)
+    found = exit_steps(bridge, tokens, policies=POLICIES, verbose=False)
     assert found.passes[0].tolist() == [rows.tolist() for rows in steps]
     rows = [*steps, *(torch.full(tokens.shape, n) for n in range(1, 5))]
     assert found.cost.labels["policy"] == [*map(repr, POLICIES), "1 loop", "2 loops", "3 loops", "4 loops"]
@@ -79,7 +79,7 @@ def test_steps_costs_and_scores_are_those_of_the_rules(name: str) -> None:
 )
 def test_the_last_token_leaves_when_generation_reads_it(name: str, policy: exits.ExitPolicy) -> None:
     bridge, tokens = random_bridge(name, torch.float64, n_loops=5), random_tokens(4, 5)
-    found = exit_steps(bridge, tokens, {"mine": policy}, answers=[1, 2, 3, 4], verbose=False)
+    found = exit_steps(bridge, tokens, policies={"mine": policy}, answers=[1, 2, 3, 4], verbose=False)
     bridge.exit_policy = policy
     bridge.generate(tokens, max_new_tokens=1, do_sample=False, stop_at_eos=False, verbose=False)
     read = bridge.generation_report.passes_per_token[:, 0]
@@ -90,7 +90,7 @@ def test_the_last_token_leaves_when_generation_reads_it(name: str, policy: exits
 
 def test_gate_probabilities() -> None:
     bridge, tokens = random_bridge("ouro", torch.float64, n_loops=4), random_tokens()
-    found = exit_steps(bridge, tokens, [exits.Gate(q) for q in (0.2, 0.5, 0.9, 0.99)], verbose=False)
+    found = exit_steps(bridge, tokens, policies=[exits.Gate(q) for q in (0.2, 0.5, 0.9, 0.99)], verbose=False)
     with torch.no_grad():
         leave = bridge.run_with_cache(tokens)[1].stack_loops("hook_exit_logit").sigmoid()
     (pdf,), (cdf,) = found.pdf, found.cdf
@@ -110,26 +110,26 @@ def test_gate_probabilities() -> None:
 
 def test_split_work_gives_the_same_as_one_process() -> None:
     bridge, prompts = random_bridge("ouro"), [random_tokens(2, 3), random_tokens(1, 5, seed=4)]
-    whole = exit_steps(bridge, iter(prompts), [exits.Gate(0.5)], n_loops=4, verbose=False)
-    parts = [exit_steps(bridge, p, [exits.Gate(0.5)], n_loops=4, verbose=False) for p in prompts]
+    whole = exit_steps(bridge, iter(prompts), policies=[exits.Gate(0.5)], n_loops=4, verbose=False)
+    parts = [exit_steps(bridge, p, policies=[exits.Gate(0.5)], n_loops=4, verbose=False) for p in prompts]
     merged = parts[0] + parts[1]
     assert torch.allclose(whole.loss.values, merged.loss.values) and torch.allclose(whole.loss.stderr, merged.loss.stderr)
     assert [x.shape for x in whole.passes] == [(1, 2, 3), (1, 1, 5)]
     assert all(map(torch.equal, whole.passes, merged.passes)) and all(map(torch.equal, whole.pdf, merged.pdf))
     with pytest.raises(LoopedError, match=r"was added to .*; select the same|different questions"):
-        parts[0] + exit_steps(bridge, prompts[1], [exits.KL()], n_loops=4, verbose=False)
+        parts[0] + exit_steps(bridge, prompts[1], policies=[exits.KL()], n_loops=4, verbose=False)
 
 
 def test_refusals() -> None:
     bridge, tokens = random_bridge("huginn"), random_tokens()
     with pytest.raises(LoopedError, match="exit gates, which this model does not have"):
-        exit_steps(bridge, tokens, [exits.Gate(0.5)], verbose=False)
+        exit_steps(bridge, tokens, policies=[exits.Gate(0.5)], verbose=False)
     with pytest.raises(LoopedError, match="same name"):
-        exit_steps(bridge, tokens, [exits.KL(), exits.KL()], verbose=False)
+        exit_steps(bridge, tokens, policies=[exits.KL(), exits.KL()], verbose=False)
     with pytest.raises(LoopedError, match="name of a baseline"):
-        exit_steps(bridge, tokens, {"1 loop": exits.KL()}, verbose=False)
+        exit_steps(bridge, tokens, policies={"1 loop": exits.KL()}, verbose=False)
     with pytest.raises(LoopedError, match="readout of loop 0"):
-        exit_steps(bridge, tokens, [lambda h: h.log_probs(0)[..., 0] > math.inf], n_loops=4, verbose=False)
+        exit_steps(bridge, tokens, policies=[lambda h: h.log_probs(0)[..., 0] > math.inf], n_loops=4, verbose=False)
     with pytest.raises(LoopedError, match="no prompts"):
         exit_steps(bridge, [], verbose=False)
     with pytest.raises(LoopedError, match="no next token"):
@@ -144,7 +144,7 @@ def test_half_precision_states_do_not_overflow_and_one_policy_needs_no_list() ->
     history.states.append(8 * state.half())
     assert exits.StateChange(0.03)(history).all()
     bridge = random_bridge("ouro")
-    one, listed = (exit_steps(bridge, random_tokens(), p, verbose=False) for p in (exits.KL(), [exits.KL()]))
+    one, listed = (exit_steps(bridge, random_tokens(), policies=p, verbose=False) for p in (exits.KL(), [exits.KL()]))
     assert torch.equal(one.cost.values, listed.cost.values) and one.cost.labels == listed.cost.labels
 
 
@@ -204,7 +204,7 @@ def test_generate_and_exit_steps_show_a_policy_what_hooks_leave(name: str, cache
     for leaves in (has_grown, lambda h: torch.zeros_like(h.states[-1][..., 0], dtype=torch.bool)):
         shown, generated = Recorded(leaves), Recorded(leaves)
         with model.hooks(fwd_hooks=hooks):
-            found = exit_steps(model, tokens, {"mine": shown}, answers=[1, 2, 3], verbose=False)
+            found = exit_steps(model, tokens, policies={"mine": shown}, answers=[1, 2, 3], verbose=False)
             model.exit_policy = generated
             options = {"do_sample": False, "stop_at_eos": False, "verbose": False, "use_past_kv_cache": cached}
             model.generate(tokens, 1, **options)
@@ -235,7 +235,7 @@ def test_a_policy_that_looks_back_leaves_where_its_formula_says() -> None:
     def far(history: LoopHistory) -> Tensor:
         return history.states[-1].norm(dim=-1) > 100 * history.states[0].norm(dim=-1)
 
-    assert (exit_steps(model, tokens, far, verbose=False).passes[0] == 7).all()
+    assert (exit_steps(model, tokens, policies=far, verbose=False).passes[0] == 7).all()
     model.exit_policy = far
     model.generate(tokens, 2, do_sample=False, stop_at_eos=False, verbose=False)
     report = model.generation_report
@@ -266,7 +266,7 @@ def test_a_state_that_is_no_longer_kept_is_refused_and_in_generate_it_is_there(u
         return torch.zeros_like(history.states[-1][..., 0], dtype=torch.bool)
 
     with pytest.raises(LoopedError, match="no longer kept: exit_steps keeps the first state and the last 4"):
-        exit_steps(model, tokens, policy, verbose=False)
+        exit_steps(model, tokens, policies=policy, verbose=False)
     assert lengths == [2, 3, 4, 5, 6, 7, 8]
 
 

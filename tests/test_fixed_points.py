@@ -227,7 +227,7 @@ def test_figures(unchecked: None) -> None:
     assert [line.name for line in by_layer.data] == ["layer 0", "layer 1", "layer 2"]
     assert list(by_layer.data[0].x) == [1, 2, 3] and by_layer.layout.yaxis.type == "log"
     torch.testing.assert_close(torch.tensor(by_layer.data[1].y).double(), found.successive["l2"].values[:, 1])
-    distance = found.plot("distance", "cosine", "recurrence")
+    distance = found.plot("distance", "cosine", group_by="recurrence")
     assert [line.name for line in distance.data] == [f"loop {t}" for t in range(4)]
     assert list(distance.data[0].x) == [0, 50, 100] and torch.tensor(distance.data[3].y).isnan().all()
     assert len(found.plot("norm", group_by="depth").data[0].x) == 12

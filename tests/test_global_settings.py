@@ -94,7 +94,7 @@ def test_no_global_setting_moves_prompts_and_measurements(setting: Callable[[], 
         stages = inference_stages(model, tokens, unit="bits", verbose=False)
         geometry = step_geometry(model, tokens, verbose=False)
         behaviour = limiting_behaviour(model, tokens, n_loops=6, period=3, window=6, keep_signal=True, verbose=False)
-        effect = injection_effect(model, tokens, 1, verbose=False)
+        effect = injection_effect(model, tokens, from_loop=1, verbose=False)
         exact = LocalStability((0.1,), (0.2,), (0.3,), (0.4,), ((0.7,),), 8, 1, 8)
         found = [stages.entropy, geometry.cka, geometry.turning_angle, effect.kl, effect.state_change]
         found += [behaviour.rotation_power, *exact.estimates().values()]

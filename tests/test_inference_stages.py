@@ -151,7 +151,7 @@ def test_against_a_feed_forward_model() -> None:
     feed_forward = inference_stages(llama(), random_tokens(), verbose=False)
     assert feed_forward.colsum.labels["depth"] == [f"blocks.{i}" for i in range(4)]
     # The same Llama with layers 1 and 2 in a loop that runs once is the same model.
-    bridge = LoopedBridge.loop_layers(hf_llama(), 1, 3, 1)
+    bridge = LoopedBridge.loop_layers(hf_llama(), 1, 3, n_loops=1)
     once = inference_stages(bridge, random_tokens(), verbose=False)
     for metric in METRICS:
         assert torch.allclose(getattr(once, metric).values, getattr(feed_forward, metric).values, atol=1e-5)

@@ -104,7 +104,7 @@ def check_against_full_logits(result: LogitLensResult, row: int, logits: torch.T
 def test_every_row_equals_full_logits_by_hand(name: str, lens: Any) -> None:
     bridge = random_bridge(name)
     _, cache = bridge.run_with_cache(TOKENS)
-    result = logit_lens(bridge, TOKENS, [0, 7, LAST], lens, top_k=4)
+    result = logit_lens(bridge, TOKENS, targets=[0, 7, LAST], lens=lens, top_k=4)
     assert result.sites == bridge.schedule.sites and result.ranks.shape == (bridge.cfg.n_layers, 2, 7, 3)
     for layer in range(bridge.cfg.n_layers):
         check_against_full_logits(result, layer, logits_by_hand(bridge, TOKENS, layer, lens, cache), top_k=4)
@@ -113,7 +113,7 @@ def test_every_row_equals_full_logits_by_hand(name: str, lens: Any) -> None:
 @FAMILIES
 def test_native_rows_at_the_ends_of_loops_are_the_readouts(name: str) -> None:
     bridge = random_bridge(name)
-    result = logit_lens(bridge, TOKENS, [3, 11], "native", top_k=SMALL["d_vocab"])
+    result = logit_lens(bridge, TOKENS, targets=[3, 11], lens="native", top_k=SMALL["d_vocab"])
     readouts = [bridge.readout(TOKENS, loop=t) for t in range(bridge.n_loops)]
     assert (readouts[0] - readouts[1]).abs().max() > 0.1
     for loop, logits in enumerate(readouts):
@@ -130,7 +130,7 @@ def test_golden_checkpoints(family: str, lens: Any) -> None:
     bridge = LoopedBridge.from_pretrained(GOLDEN / family, n_loops=2)
     tokens = torch.randint(0, 101, (2, 6), generator=torch.Generator().manual_seed(2))
     _, cache = bridge.run_with_cache(tokens)
-    result = logit_lens(bridge, tokens, [0, 100], lens)
+    result = logit_lens(bridge, tokens, targets=[0, 100], lens=lens)
     for layer in range(bridge.cfg.n_layers):
         check_against_full_logits(result, layer, logits_by_hand(bridge, tokens, layer, lens, cache), top_k=5)
     if lens == "native":
@@ -140,7 +140,7 @@ def test_golden_checkpoints(family: str, lens: Any) -> None:
 
 def test_a_prelude_state_of_a_loop_without_injection_is_a_run_of_no_loops() -> None:
     bridge = random_bridge("looped_qwen")
-    result = logit_lens(bridge, TOKENS, 5, "native", top_k=3)
+    result = logit_lens(bridge, TOKENS, targets=5, lens="native", top_k=3)
     coda = bridge.schedule.first_coda_layer
     _, cache = bridge.run_with_cache(TOKENS)
     logits = bridge(cache["resid_post", 0], start_at_layer=coda)
@@ -150,7 +150,7 @@ def test_a_prelude_state_of_a_loop_without_injection_is_a_run_of_no_loops() -> N
 
 def test_pass_norm_before_a_coda() -> None:
     bridge = random_bridge("ouro", n_prelude=1, n_coda=1, final_norm=True)
-    result = logit_lens(bridge, TOKENS, 5, "native", top_k=3)
+    result = logit_lens(bridge, TOKENS, targets=5, lens="native", top_k=3)
     for loop in range(3):
         check_against_full_logits(
             result, bridge.schedule.pass_of_loop(loop).layers[-1], bridge.readout(TOKENS, loop=loop), top_k=3
@@ -168,7 +168,7 @@ def test_transformer_lens_agrees_where_it_reads_the_same_stream(name: str) -> No
     # The cap is left out: whether TransformerLens knows it is not what this test is about.
     bridge = random_bridge(name, logit_softcap=None)
     theirs = transformer_lens_lens(bridge, TOKENS, positions=None, targets=[4, 9], return_type="log_probs")
-    ours = logit_lens(bridge, TOKENS, [4, 9])
+    ours = logit_lens(bridge, TOKENS, targets=[4, 9])
     schedule, compared = bridge.schedule, 0
     for layer in range(schedule.n_layers):
         following = layer + 1
@@ -185,7 +185,9 @@ def test_transformer_lens_agrees_where_it_reads_the_same_stream(name: str) -> No
 @pytest.mark.parametrize("chunk_size", [1, 5, 30, 31, 32, 100, 10_000])
 def test_the_chunk_size_changes_nothing(lens: Any, chunk_size: int) -> None:
     bridge = random_bridge("parcae", torch.float64)
-    whole, chunked = (logit_lens(bridge, TOKENS, [0, 16, LAST], lens, top_k=9, chunk_size=c) for c in (2**22, chunk_size))
+    whole, chunked = (
+        logit_lens(bridge, TOKENS, targets=[0, 16, LAST], lens=lens, top_k=9, chunk_size=c) for c in (2**22, chunk_size)
+    )
     assert whole.log_probs.dtype == torch.float64
     for field in ("log_probs", "entropy", "top_log_probs"):
         torch.testing.assert_close(getattr(chunked, field), getattr(whole, field), atol=1e-12, rtol=0)
@@ -197,7 +199,7 @@ def test_equal_logits_share_a_rank_in_any_chunk() -> None:
     weight = bridge.original_model.canonical_parameters()["unembed.weight"]
     weight.data[[3, 20]] = 0  # a logit of exactly 0 by any kernel
     for chunk_size in (7, 2**22):
-        result = logit_lens(bridge, TOKENS, [3, 20], chunk_size=chunk_size)
+        result = logit_lens(bridge, TOKENS, targets=[3, 20], chunk_size=chunk_size)
         assert torch.equal(result.ranks[..., 0], result.ranks[..., 1])
         best = logit_lens(bridge, TOKENS, top_k=1, chunk_size=chunk_size)
         assert not best.ranks[-1].any()
@@ -205,7 +207,7 @@ def test_equal_logits_share_a_rank_in_any_chunk() -> None:
 
 def test_half_precision_keeps_the_models_logits_and_sums_in_single() -> None:
     bridge = random_bridge("ouro", torch.bfloat16)
-    result = logit_lens(bridge, TOKENS, [3, 8], "native", top_k=1, chunk_size=50)
+    result = logit_lens(bridge, TOKENS, targets=[3, 8], lens="native", top_k=1, chunk_size=50)
     logits = bridge(TOKENS)
     assert logits.dtype == torch.bfloat16 and result.log_probs.dtype == torch.float32
     expected = logits.double().log_softmax(-1)
@@ -219,7 +221,7 @@ def test_no_tensor_holds_more_logits_than_the_chunk(lens: Any, targets: Any) -> 
     d_vocab, chunk_size = 3000, 5000
     bridge = random_bridge("huginn", d_vocab=d_vocab)
     with PeakMemory(bridge) as seen:
-        result = logit_lens(bridge, TOKENS, targets, lens, chunk_size=chunk_size)
+        result = logit_lens(bridge, TOKENS, targets=targets, lens=lens, chunk_size=chunk_size)
     assert result.entropy.numel() * SMALL["d_model"] < chunk_size < TOKENS.numel() * d_vocab / 8
     assert seen.largest <= 4 * chunk_size
     with PeakMemory(bridge) as seen:
@@ -242,20 +244,20 @@ def test_default_targets_are_the_models_predictions(name: str, lens: Any) -> Non
 
 def test_positions_and_loops_are_slices_of_the_whole() -> None:
     bridge = random_bridge("parcae")
-    whole = logit_lens(bridge, TOKENS, [4], "native")
-    part = logit_lens(bridge, TOKENS, [4], "native", positions=slice(-2, None), loops=[2, 0])
+    whole = logit_lens(bridge, TOKENS, targets=[4], lens="native")
+    part = logit_lens(bridge, TOKENS, targets=[4], lens="native", positions=slice(-2, None), loops=[2, 0])
     rows = [i for i, site in enumerate(whole.sites) if site.loop in (0, 2)]
     assert part.positions == (5, 6) and part.layers == tuple(rows)
     torch.testing.assert_close(part.log_probs, whole.log_probs[rows][:, :, 5:], atol=1e-4, rtol=0)
-    assert logit_lens(bridge, TOKENS, 4, loops=-1).labels == ("loops.2.blocks.0", "loops.2.blocks.1")
-    assert logit_lens(bridge, TOKENS, 4, loops=slice(1, None)).layers == (4, 5, 6, 7)
-    hrm = logit_lens(random_bridge("hrm_text"), TOKENS, 4, loops=1)
+    assert logit_lens(bridge, TOKENS, targets=4, loops=-1).labels == ("loops.2.blocks.0", "loops.2.blocks.1")
+    assert logit_lens(bridge, TOKENS, targets=4, loops=slice(1, None)).layers == (4, 5, 6, 7)
+    hrm = logit_lens(random_bridge("hrm_text"), TOKENS, targets=4, loops=1)
     assert [(s.stack, s.loop) for s in hrm.sites[::2]] == [("L", 2), ("L", 3), ("H", 1)]
 
 
 def test_labels_name_the_hooks_that_were_read() -> None:
     bridge = random_bridge("parcae")
-    result = logit_lens(bridge, TOKENS, 4)
+    result = logit_lens(bridge, TOKENS, targets=4)
     assert result.labels[:3] == ("prelude.blocks.0", "prelude.blocks.1", "loops.0.blocks.0")
     names = [bridge.expand_name(f"{label}.hook_resid_post") for label in result.labels]
     assert names == [[f"blocks.{i}.hook_resid_post"] for i in range(bridge.cfg.n_layers)]
@@ -263,8 +265,8 @@ def test_labels_name_the_hooks_that_were_read() -> None:
 
 def test_each_position_may_have_its_own_target() -> None:
     bridge = random_bridge("ouro")
-    result = logit_lens(bridge, TOKENS[:, :-1], TOKENS[:, 1:], positions=[1, 4])
-    everything = logit_lens(bridge, TOKENS[:, :-1], list(range(31)), positions=[1, 4])
+    result = logit_lens(bridge, TOKENS[:, :-1], targets=TOKENS[:, 1:], positions=[1, 4])
+    everything = logit_lens(bridge, TOKENS[:, :-1], targets=list(range(31)), positions=[1, 4])
     following = TOKENS[:, 1:][:, [1, 4], None]
     assert torch.equal(result.targets, following)
     assert torch.equal(result.ranks, everything.ranks.gather(-1, following.expand(len(result.layers), -1, -1, -1)))
@@ -275,13 +277,13 @@ def test_each_position_may_have_its_own_target() -> None:
 
 def test_shared_targets_in_every_spelling() -> None:
     bridge = bridge_with_tokenizer()
-    whole = logit_lens(bridge, TOKENS, [5, 9])
+    whole = logit_lens(bridge, TOKENS, targets=[5, 9])
     for targets in (["t5", 9], torch.tensor([5, 9]), ["t5", "t9"]):
-        assert torch.equal(logit_lens(bridge, TOKENS, targets).ranks, whole.ranks)
+        assert torch.equal(logit_lens(bridge, TOKENS, targets=targets).ranks, whole.ranks)
     for target in (9, "t9", torch.tensor(9)):
-        result = logit_lens(bridge, TOKENS, target)
+        result = logit_lens(bridge, TOKENS, targets=target)
         assert torch.equal(result.rank_trajectory(), whole.rank_trajectory(9))
-    named = logit_lens(bridge, TOKENS, ["t5", "t9"])
+    named = logit_lens(bridge, TOKENS, targets=["t5", "t9"])
     assert torch.equal(named.rank_trajectory("t9"), whole.ranks[..., 1])
     assert torch.equal(named.rank_trajectory(5), whole.ranks[..., 0])
     for unclear in (None, "t7", 7):
@@ -290,7 +292,7 @@ def test_shared_targets_in_every_spelling() -> None:
 
 
 def test_at_finds_the_row_of_a_site() -> None:
-    result = logit_lens(random_bridge("huginn"), TOKENS, [1, 2], loops=[1, 2])
+    result = logit_lens(random_bridge("huginn"), TOKENS, targets=[1, 2], loops=[1, 2])
     for site, row in zip(result.sites, range(len(result.sites)), strict=True):
         cell = result.at(site.loop, site.layer)
         assert torch.equal(cell.ranks, result.ranks[row]) and torch.equal(cell.top_probs, result.top_probs[row])
@@ -301,16 +303,16 @@ def test_at_finds_the_row_of_a_site() -> None:
         result.at(7, 0)
     with pytest.raises(LoopedError, match="'prelude' or 'coda'"):
         result.at(None, 0)
-    hrm = logit_lens(random_bridge("hrm_text"), TOKENS, 1)
-    assert torch.equal(hrm.at(3, 1, "L").ranks, hrm.ranks[hrm.sites.index(Site("L", 3, 1))])
+    hrm = logit_lens(random_bridge("hrm_text"), TOKENS, targets=1)
+    assert torch.equal(hrm.at(3, 1, stack="L").ranks, hrm.ranks[hrm.sites.index(Site("L", 3, 1))])
     with pytest.raises(LoopedError, match="'L' or 'H'"):
         hrm.at(1, 1)
-    coda = logit_lens(random_bridge("huginn"), TOKENS, 1)
-    assert torch.equal(coda.at(None, 0, "coda").ranks, coda.ranks[-1])
+    coda = logit_lens(random_bridge("huginn"), TOKENS, targets=1)
+    assert torch.equal(coda.at(None, 0, stack="coda").ranks, coda.ranks[-1])
 
 
 def test_dataframe_has_one_row_per_site_batch_position_and_target() -> None:
-    result = logit_lens(random_bridge("huginn"), TOKENS, [1, 2], positions=[2, -1])
+    result = logit_lens(random_bridge("huginn"), TOKENS, targets=[1, 2], positions=[2, -1])
     frame = result.to_dataframe()
     assert len(frame) == result.ranks.numel() == len(frame[["site", "batch", "pos", "target"]].drop_duplicates())
     for row, site in enumerate(result.sites):
@@ -328,7 +330,7 @@ def test_dataframe_has_one_row_per_site_batch_position_and_target() -> None:
 
 
 def test_dataframe_without_pandas_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = logit_lens(random_bridge("ouro"), TOKENS, 1)
+    result = logit_lens(random_bridge("ouro"), TOKENS, targets=1)
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match="pip install pandas"):
         result.to_dataframe()
@@ -337,12 +339,12 @@ def test_dataframe_without_pandas_says_what_to_install(monkeypatch: pytest.Monke
 def test_text() -> None:
     bridge = bridge_with_tokenizer()
     tokens = bridge.to_tokens("t5 t17 t3")
-    text = logit_lens(bridge, "t5 t17 t3", "t9")
-    assert torch.equal(text.log_probs, logit_lens(bridge, tokens, 9).log_probs)
-    assert torch.equal(text.log_probs, logit_lens(bridge, tokens[0], 9).log_probs)
+    text = logit_lens(bridge, "t5 t17 t3", targets="t9")
+    assert torch.equal(text.log_probs, logit_lens(bridge, tokens, targets=9).log_probs)
+    assert torch.equal(text.log_probs, logit_lens(bridge, tokens[0], targets=9).log_probs)
     bridge.tokenizer.padding_side = "left"
-    both = logit_lens(bridge, ["t5", "t5 t17 t3"], "t9", "native")
-    alone = logit_lens(bridge, "t5", "t9", "native")
+    both = logit_lens(bridge, ["t5", "t5 t17 t3"], targets="t9", lens="native")
+    alone = logit_lens(bridge, "t5", targets="t9", lens="native")
     torch.testing.assert_close(both.log_probs[:, :1, : alone.log_probs.shape[2]], alone.log_probs, atol=1e-4, rtol=0)
 
 
@@ -351,12 +353,12 @@ def test_padding_and_prefix_reach_the_run_and_the_coda(name: str) -> None:
     bridge = random_bridge(name)
     mask = torch.ones_like(TOKENS)
     mask[0, :3] = 0
-    padded = logit_lens(bridge, TOKENS, 9, "native", attention_mask=mask)
-    alone = logit_lens(bridge, TOKENS[:1, 3:], 9, "native")
+    padded = logit_lens(bridge, TOKENS, targets=9, lens="native", attention_mask=mask)
+    alone = logit_lens(bridge, TOKENS[:1, 3:], targets=9, lens="native")
     torch.testing.assert_close(padded.log_probs[:, :1, 3:], alone.log_probs, atol=1e-4, rtol=0)
     if name == "hrm_text":
         prefix = (torch.arange(7) < 4).long().expand(2, 7)
-        result = logit_lens(bridge, TOKENS, 9, "native", token_type_ids=prefix, top_k=3)
+        result = logit_lens(bridge, TOKENS, targets=9, lens="native", token_type_ids=prefix, top_k=3)
         logits = bridge(TOKENS, token_type_ids=prefix)
         assert (logits - bridge(TOKENS)).abs().max() > 0.1
         for layer in (bridge.cfg.n_layers - 1, bridge.schedule.passes[-1].first - 1):
@@ -365,9 +367,9 @@ def test_padding_and_prefix_reach_the_run_and_the_coda(name: str) -> None:
 
 def test_initial_state_is_the_runs() -> None:
     bridge = random_bridge("huginn")
-    result = logit_lens(bridge, TOKENS, 9, "native", initial_state=5, top_k=3)
+    result = logit_lens(bridge, TOKENS, targets=9, lens="native", initial_state=5, top_k=3)
     check_against_full_logits(result, -1, bridge(TOKENS, initial_state=5), top_k=3)
-    assert not torch.equal(result.ranks, logit_lens(bridge, TOKENS, 9, "native").ranks)
+    assert not torch.equal(result.ranks, logit_lens(bridge, TOKENS, targets=9, lens="native").ranks)
 
 
 @FAMILIES
@@ -383,13 +385,13 @@ def test_hooks_act_on_the_run_and_never_on_the_decoding(name: str, lens: Any) ->
 
     with bridge.hooks(fwd_hooks=[(f"blocks.{first}.hook_resid_post", edit)]):
         with bridge.hooks(fwd_hooks=[(lambda n: n.endswith(("hook_out", "hook_z")), lambda t, hook: fired.append(hook.name))]):
-            result = logit_lens(bridge, TOKENS, [1, 2], lens, top_k=3)
+            result = logit_lens(bridge, TOKENS, targets=[1, 2], lens=lens, top_k=3)
             assert not [n for n in fired if n.startswith(("unembed", "ln_final"))]
             assert len(fired) == len(set(fired)) and "blocks.0.hook_out" in fired
             fired.clear()
             edited_logits, cache = bridge.run_with_cache(TOKENS)
             assert "unembed.hook_out" in fired
-    clean = logit_lens(bridge, TOKENS, [1, 2], lens, top_k=3)
+    clean = logit_lens(bridge, TOKENS, targets=[1, 2], lens=lens, top_k=3)
     assert torch.equal(result.ranks[:first], clean.ranks[:first])
     assert not torch.equal(result.log_probs[first], clean.log_probs[first])
     for layer in range(first, bridge.cfg.n_layers):
@@ -403,30 +405,30 @@ def test_gradients_and_parameters_are_left_alone() -> None:
     bridge = random_bridge("huginn")
     before = {n: id(p) for n, p in bridge.named_parameters()}
     with torch.enable_grad():
-        assert not logit_lens(bridge, TOKENS, [1], "native").log_probs.requires_grad
+        assert not logit_lens(bridge, TOKENS, targets=[1], lens="native").log_probs.requires_grad
     assert {n: id(p) for n, p in bridge.named_parameters()} == before
 
 
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda b: logit_lens(b, TOKENS, 1, "coda"), "lens='coda'.*'logit' or 'native'"),
-        (lambda b: logit_lens(b, TOKENS, [1, 31]), r"target 31 .*0\.\.30"),
-        (lambda b: logit_lens(b, TOKENS, torch.tensor([-1])), r"target -1 .*0\.\.30"),
-        (lambda b: logit_lens(b, TOKENS, []), "at least one token"),
-        (lambda b: logit_lens(b, TOKENS, torch.tensor([0.5])), "token id"),
-        (lambda b: logit_lens(b, TOKENS, TOKENS.float()), "int tensor"),
-        (lambda b: logit_lens(b, TOKENS, [True]), "target True"),
-        (lambda b: logit_lens(b, TOKENS, TOKENS[:, 1:]), r"\(2, 6\).*\(2, 7\)"),
-        (lambda b: logit_lens(b, TOKENS, "t5 t6"), r"'t5 t6'.*2 tokens \[5, 6\]"),
-        (lambda b: logit_lens(b, TOKENS[:, :0], 1), "non-empty"),
-        (lambda b: logit_lens(b, TOKENS + 30, 1), r"0\.\.30"),
-        (lambda b: logit_lens(b, TOKENS, 1, top_k=0), "top_k=0"),
-        (lambda b: logit_lens(b, TOKENS, 1, top_k=32), "top_k=32.*31 tokens"),
-        (lambda b: logit_lens(b, TOKENS, 1, chunk_size=0), "chunk_size=0"),
-        (lambda b: logit_lens(b, TOKENS, 1, loops=[]), "selects nothing"),
-        (lambda b: logit_lens(b, TOKENS, 1, loops="first"), "loops='first'.*a list of ints"),
-        (lambda b: logit_lens(b, TOKENS, 1, positions=slice(7, None)), "selects nothing"),
+        (lambda b: logit_lens(b, TOKENS, targets=1, lens="coda"), "lens='coda'.*'logit' or 'native'"),
+        (lambda b: logit_lens(b, TOKENS, targets=[1, 31]), r"target 31 .*0\.\.30"),
+        (lambda b: logit_lens(b, TOKENS, targets=torch.tensor([-1])), r"target -1 .*0\.\.30"),
+        (lambda b: logit_lens(b, TOKENS, targets=[]), "at least one token"),
+        (lambda b: logit_lens(b, TOKENS, targets=torch.tensor([0.5])), "token id"),
+        (lambda b: logit_lens(b, TOKENS, targets=TOKENS.float()), "int tensor"),
+        (lambda b: logit_lens(b, TOKENS, targets=[True]), "target True"),
+        (lambda b: logit_lens(b, TOKENS, targets=TOKENS[:, 1:]), r"\(2, 6\).*\(2, 7\)"),
+        (lambda b: logit_lens(b, TOKENS, targets="t5 t6"), r"'t5 t6'.*2 tokens \[5, 6\]"),
+        (lambda b: logit_lens(b, TOKENS[:, :0], targets=1), "non-empty"),
+        (lambda b: logit_lens(b, TOKENS + 30, targets=1), r"0\.\.30"),
+        (lambda b: logit_lens(b, TOKENS, targets=1, top_k=0), "top_k=0"),
+        (lambda b: logit_lens(b, TOKENS, targets=1, top_k=32), "top_k=32.*31 tokens"),
+        (lambda b: logit_lens(b, TOKENS, targets=1, chunk_size=0), "chunk_size=0"),
+        (lambda b: logit_lens(b, TOKENS, targets=1, loops=[]), "selects nothing"),
+        (lambda b: logit_lens(b, TOKENS, targets=1, loops="first"), "loops='first'.*a list of ints"),
+        (lambda b: logit_lens(b, TOKENS, targets=1, positions=slice(7, None)), "selects nothing"),
     ],
 )
 def test_errors_say_what_was_asked_and_what_exists(call: Callable[[Any], Any], says: str, unchecked: None) -> None:
@@ -441,20 +443,20 @@ def test_errors_say_what_was_asked_and_what_exists(call: Callable[[Any], Any], s
 )
 def test_indices_outside_the_run(asked: dict[str, Any], says: str) -> None:
     with pytest.raises(OutOfRangeError, match=says):
-        logit_lens(random_bridge("huginn"), TOKENS, 1, **asked)
+        logit_lens(random_bridge("huginn"), TOKENS, targets=1, **asked)
 
 
 def test_text_needs_a_tokenizer() -> None:
-    for arguments in (("t5",), (TOKENS, "t5")):
+    for tokens, target in (("t5", None), (TOKENS, "t5")):
         with pytest.raises(LoopedError, match=r"'t5'.*no tokenizer"):
-            logit_lens(random_bridge("huginn"), *arguments)
+            logit_lens(random_bridge("huginn"), tokens, targets=target)
 
 
 def test_processed_weights_are_refused() -> None:
     bridge = LoopedBridge.from_config(LoopedConfig(**SMALL, n_core=1, n_loops=2))
     bridge.process_weights()
     with pytest.raises(LoopedError, match="compatibility mode"):
-        logit_lens(bridge, TOKENS, 1)
+        logit_lens(bridge, TOKENS, targets=1)
 
 
 @pytest.mark.parametrize("lens", ["logit", "native"])
@@ -470,28 +472,30 @@ def test_at_a_loop_is_the_shorter_model(name: str, lens: Any) -> None:
     assert torch.equal(found.targets[..., 0], model.readout(TOKENS, loop).argmax(-1))
     where = [(name, lambda x, hook: -x) for name in ("coda.blocks.0.hook_resid_pre",) if model.schedule.n_coda]
     with model.hooks(where), short.hooks(where):  # hooks of the run act, also after the loop
-        hooked = logit_lens(model, TOKENS, [3], lens, at_loop=-model.n_loops)
-        torch.testing.assert_close(hooked.log_probs, logit_lens(short, TOKENS, [3], lens).log_probs, atol=1e-5, rtol=1e-4)
+        hooked = logit_lens(model, TOKENS, targets=[3], lens=lens, at_loop=-model.n_loops)
+        torch.testing.assert_close(
+            hooked.log_probs, logit_lens(short, TOKENS, targets=[3], lens=lens).log_probs, atol=1e-5, rtol=1e-4
+        )
 
 
 def test_a_lens_of_more_loops() -> None:
     model = random_bridge("huginn")
-    deep = logit_lens(model, TOKENS, 3, n_loops=5)
-    assert torch.equal(deep.log_probs, logit_lens(model.unroll(5), TOKENS, 3).log_probs)
-    both = logit_lens(model, TOKENS, 3, n_loops=5, at_loop=3)
-    torch.testing.assert_close(both.log_probs, logit_lens(model.unroll(4), TOKENS, 3).log_probs, atol=1e-5, rtol=1e-4)
-    assert torch.equal(logit_lens(model, TOKENS, 3, loops="all").ranks, logit_lens(model, TOKENS, 3).ranks)
-    assert logit_lens(model, TOKENS, 3, loops=slice(None), at_loop=1).labels[-1] == "loops.1.blocks.2"
+    deep = logit_lens(model, TOKENS, targets=3, n_loops=5)
+    assert torch.equal(deep.log_probs, logit_lens(model.unroll(5), TOKENS, targets=3).log_probs)
+    both = logit_lens(model, TOKENS, targets=3, n_loops=5, at_loop=3)
+    torch.testing.assert_close(both.log_probs, logit_lens(model.unroll(4), TOKENS, targets=3).log_probs, atol=1e-5, rtol=1e-4)
+    assert torch.equal(logit_lens(model, TOKENS, targets=3, loops="all").ranks, logit_lens(model, TOKENS, targets=3).ranks)
+    assert logit_lens(model, TOKENS, targets=3, loops=slice(None), at_loop=1).labels[-1] == "loops.1.blocks.2"
     for asked, says in (({"at_loop": 3}, "loop 3 is out of range"), ({"n_loops": 2, "at_loop": 2}, "loop 2 is out of range")):
         with pytest.raises(LoopedError, match=says):
-            logit_lens(model, TOKENS, 3, **asked)
+            logit_lens(model, TOKENS, targets=3, **asked)
 
 
 @pytest.mark.parametrize("chunk_size", [2**22, 200])
 @pytest.mark.parametrize("name", ["ouro", "huginn", "hrm_text"])
 def test_the_divergence_from_the_last_row(name: str, chunk_size: int) -> None:
     model = random_bridge(name)
-    found = logit_lens(model, TOKENS, 3, "native", top_k=31, chunk_size=chunk_size)
+    found = logit_lens(model, TOKENS, targets=3, lens="native", top_k=31, chunk_size=chunk_size)
     log_probs = torch.zeros_like(found.top_log_probs).scatter(-1, found.top_tokens, found.top_log_probs).double()
     last = log_probs[-1]
     right = (last.exp() * (last - log_probs)).sum(-1)
@@ -499,13 +503,15 @@ def test_the_divergence_from_the_last_row(name: str, chunk_size: int) -> None:
     assert not found.kl[-1].any() and (found.kl[0] > 0).all()
     answer = model(TOKENS).double().log_softmax(-1)
     torch.testing.assert_close(last, answer, atol=1e-4, rtol=1e-4)
-    part = logit_lens(model, TOKENS, 3, "native", loops=[0, 1], positions=[2, -1], chunk_size=chunk_size)
+    part = logit_lens(model, TOKENS, targets=3, lens="native", loops=[0, 1], positions=[2, -1], chunk_size=chunk_size)
     assert not part.kl[-1].any() and part.kl.shape == part.entropy.shape
 
 
 def test_the_grid_of_tokens() -> None:
     model = bridge_with_tokenizer()
-    result = logit_lens(model, torch.tensor([[5, 17, 3], [5, 0, 0]]), ["t9", "t2"], "native", top_k=2, attention_mask=MASK)
+    result = logit_lens(
+        model, torch.tensor([[5, 17, 3], [5, 0, 0]]), targets=["t9", "t2"], lens="native", top_k=2, attention_mask=MASK
+    )
     figure = result.plot("tokens", colour="rank", target="t2")
     (cells,) = figure.data
     best = [[model.tokenizer.decode([i]) for i in row[0, :, 0].tolist()] for row in result.top_tokens]
@@ -581,7 +587,7 @@ def test_lenses_of_two_batches_are_one_of_both() -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_figures_that_are_not_there() -> None:
-    result: Any = logit_lens(random_bridge("ouro"), TOKENS, [1, 2])
+    result: Any = logit_lens(random_bridge("ouro"), TOKENS, targets=[1, 2])
     for asked, says in (
         ((0,), r"plot\(example=0\)"),
         (("heat",), "choose 'rank' or 'tokens'"),

@@ -83,7 +83,7 @@ def test_the_tokenizer_travels_with_the_model(tmp_path: Path) -> None:
 def test_one_loop_is_the_ordinary_model(start: int, stop: int) -> None:
     hf = llama()
     for strategy in ("naive", "anchored"):
-        bridge = LoopedBridge.loop_layers(hf, start, stop, 1, strategy=strategy)
+        bridge = LoopedBridge.loop_layers(hf, start, stop, n_loops=1, strategy=strategy)
         torch.testing.assert_close(bridge(TOKENS), hf(TOKENS).logits, atol=1e-5, rtol=1e-5)
         assert storages(bridge) <= storages(hf)
 
@@ -107,7 +107,7 @@ def test_anchored_looping_equals_its_formula(steps: int, n_loops: int | None, be
         h = h + (layers_of(hf, h, range(1, 4)) - h) / steps
     mixed = beta * layers_of(hf, h_in, range(1, 4)) + (1 - beta) * h
     expected = hf.lm_head(hf.model.norm(layers_of(hf, mixed, range(4, 5))))
-    bridge = LoopedBridge.loop_layers(hf, 1, 4, n_loops, strategy="anchored", beta=beta, K=steps)
+    bridge = LoopedBridge.loop_layers(hf, 1, 4, n_loops=n_loops, strategy="anchored", beta=beta, K=steps)
     torch.testing.assert_close(bridge(TOKENS), expected, atol=1e-5, rtol=1e-5)
     assert bridge.n_loops == (n_loops or steps)
 
@@ -121,7 +121,7 @@ def test_other_decoders_can_be_looped() -> None:
     torch.manual_seed(0)
     fields = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "vocab_size": 31}
     hf = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=3, intermediate_size=20, initializer_range=0.2, **fields)).eval()
-    bridge = LoopedBridge.loop_layers(hf, 1, 2, 1)
+    bridge = LoopedBridge.loop_layers(hf, 1, 2, n_loops=1)
     torch.testing.assert_close(bridge(TOKENS), hf(TOKENS).logits, atol=1e-5, rtol=1e-5)
     _, cache = bridge.run_with_cache(TOKENS)
     assert tuple(cache["q", 1].shape) == (2, 7, 4, 6) and "blocks.1.attn.hook_q_normed" in cache
@@ -145,16 +145,19 @@ def test_an_instantiated_looped_model(h_cycles: int, l_cycles: int) -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: LoopedBridge.loop_layers(llama(), 3, 9, 2), "the model has 5"),
-        (lambda: LoopedBridge.loop_layers(llama(), 3, 3, 2), "0 <= start < stop <= 5"),
-        (lambda: LoopedBridge.loop_layers(llama(), 1, 3, 0), "n_loops=0"),
-        (lambda: LoopedBridge.loop_layers(llama(), 1, 3, 2, strategy="ema"), "'naive' or 'anchored'"),
+        (lambda: LoopedBridge.loop_layers(llama(), 3, 9, n_loops=2), "the model has 5"),
+        (lambda: LoopedBridge.loop_layers(llama(), 3, 3, n_loops=2), "0 <= start < stop <= 5"),
+        (lambda: LoopedBridge.loop_layers(llama(), 1, 3, n_loops=0), "n_loops=0"),
+        (lambda: LoopedBridge.loop_layers(llama(), 1, 3, n_loops=2, strategy="ema"), "'naive' or 'anchored'"),
         (lambda: LoopedBridge.loop_layers(llama(), 1, 3), "needs n_loops"),
-        (lambda: LoopedBridge.loop_layers(llama(), 1, 3, 2, K=4), "no K and no beta; they belong to strategy='anchored'"),
+        (
+            lambda: LoopedBridge.loop_layers(llama(), 1, 3, n_loops=2, K=4),
+            "no K and no beta; they belong to strategy='anchored'",
+        ),
         (lambda: LoopedBridge.from_hf(llama()), "loop_layers"),
         (lambda: LoopedBridge.from_hf(torch.nn.Linear(2, 2)), "without a config"),
-        (lambda: LoopedBridge.loop_layers(random_bridge("ouro").original_model, 0, 1, 2), "has wrapped"),
-        (lambda: LoopedBridge.loop_layers(wrapped_llama(), 1, 3, 2), "has wrapped"),
+        (lambda: LoopedBridge.loop_layers(random_bridge("ouro").original_model, 0, 1, n_loops=2), "has wrapped"),
+        (lambda: LoopedBridge.loop_layers(wrapped_llama(), 1, 3, n_loops=2), "has wrapped"),
         (lambda: LoopedBridge.from_hf(wrapped_llama()), "LlamaForCausalLM was given that a TransformerBridge has wrapped"),
         (lambda: LoopedBridge.from_hf(random_bridge("ouro")), "has wrapped"),
     ],

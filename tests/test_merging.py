@@ -36,7 +36,7 @@ SETTINGS: list[tuple[Callable[..., Any], dict[str, Any], dict[str, Any], str]] =
     (fixed_points, {"n_loops": 3}, {"n_reference": 4}, "reference="),
     (fixed_points, {"n_loops": 3}, {"patterns": True}, "pattern_successive="),
     (inference_stages, {}, {"tau": 0.5}, "tau="),
-    (trajectories, {}, {"pos": 1}, "pos="),
+    (trajectories, {}, {"positions": 1}, "positions="),
     (trajectories, {}, {"n_loops": 3}, "n_loops="),
     (trajectories, {}, {"n_components": 2}, "n_components="),
     (step_geometry, {}, {"layer": 1}, "hook="),
@@ -73,7 +73,7 @@ def test_what_has_no_stable_name_can_still_be_split() -> None:
     def policies() -> dict[str, Any]:
         return {"second": lambda history: torch.full(history.states[0].shape[:2], history.loop >= 1)}
 
-    parts = [exit_steps(model("huginn"), TOKENS[k : k + 1], policies(), verbose=False) for k in range(2)]
+    parts = [exit_steps(model("huginn"), TOKENS[k : k + 1], policies=policies(), verbose=False) for k in range(2)]
     assert (parts[0] + parts[1]).cost.values[0] == 2
     states = [
         path_independence(

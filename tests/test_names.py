@@ -92,9 +92,9 @@ def test_ints_of_numpy_and_torch_are_ints(as_index: Any, unchecked: None) -> Non
     two, both = as_index(2), [as_index(1), as_index(2)]
     logits, cache = bridge.run_with_cache(tokens)
     assert cache["pattern", two] is cache["pattern", 2] and cache.at(loop=two, layer=as_index(1))["z"] is cache.at(2, 1)["z"]
-    assert torch.equal(cache.stack_loops("pattern", as_index(0), two), cache.stack_loops("pattern", 0, 2))
-    assert torch.equal(cache.stack_loops("z", 0, both), cache.stack_loops("z", 0, [1, 2]))
-    assert torch.equal(cache.stack_loops("z", 0, np.array([1, 2])), cache.stack_loops("z", 0, [1, 2]))
+    assert torch.equal(cache.stack_loops("pattern", as_index(0), loops=two), cache.stack_loops("pattern", 0, loops=2))
+    assert torch.equal(cache.stack_loops("z", 0, loops=both), cache.stack_loops("z", 0, loops=[1, 2]))
+    assert torch.equal(cache.stack_loops("z", 0, loops=np.array([1, 2])), cache.stack_loops("z", 0, loops=[1, 2]))
     assert torch.equal(cache.stack_head_results(two), cache.stack_head_results(2))
     assert torch.equal(cache.decompose_resid(two, pos_slice=two), cache.decompose_resid(2, pos_slice=2))
     assert torch.equal(cache.attribute_logits(5, positions=two).values, cache.attribute_logits(5, positions=2).values)
@@ -114,7 +114,8 @@ def test_ints_of_numpy_and_torch_are_ints(as_index: Any, unchecked: None) -> Non
         hooks = [ablate(bridge, "attn", loops=which, layers=as_index(0), positions=which) for which in (mine, usual)]
         assert torch.equal(*(bridge.run_with_hooks(tokens, fwd_hooks=h) for h in hooks))
     assert torch.equal(
-        logit_lens(bridge, tokens, as_index(7), positions=two).ranks, logit_lens(bridge, tokens, 7, positions=2).ranks
+        logit_lens(bridge, tokens, targets=as_index(7), positions=two).ranks,
+        logit_lens(bridge, tokens, targets=7, positions=2).ranks,
     )
     for wrong in (True, np.bool_(True), torch.tensor(True), 1.0, np.float64(1.0)):
         with pytest.raises(LoopedError):

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from tl_looped import LoopedBridge, LoopedConfig
+from tl_looped import LoopedBridge, LoopedConfig, analysis
 from tl_looped._old_calls import accepts_old
 from tl_looped.attribution import attribution_sweep
 from tl_looped.errors import LoopedError
+from tl_looped.exits import KL
 from tl_looped.interventions import ablate, freeze_attention, skip_layer, steer
 from tl_looped.patching import patch_sweep
+from tl_looped.path_patching import edge_sweep, path_patch
+from tl_looped.plots import floorplan
+from tl_looped.results import Grid, load_result
+from tl_looped.toys.hop import hop_prompts
+
+hops: Any = hop_prompts  # without the types that refuse calls of before
 
 
 class Reader:
@@ -77,3 +87,70 @@ def test_sweeps_and_interventions_take_calls_of_the_release_before(unchecked: No
         with pytest.warns(FutureWarning, match="is given by name now|is now"):
             found = sweep(model, tokens, cache, lambda logits: logits[0, -1, 3], "out", ["loop"])
         assert found.axes == ("loop",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["trajectories", "field", "floorplan", "title", "injection", "policies", "lens", "edges", "path", "plot", "stacks", "hops"],
+)
+def test_analyses_and_figures_take_calls_of_the_release_before(name: str, unchecked: None) -> None:
+    model: Any = LoopedBridge.from_config(
+        LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3, injection="concat"), seed=0
+    )
+    tokens, other = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]])
+    _, cache = model.run_with_cache(tokens)
+    edge = "loops.0.blocks.0.head.*", "loops.2.blocks.0.mlp_in"
+    given: Any = (model, other, cache, lambda logits: logits[0, -1, 3])
+    a: Any = analysis
+    found = a.trajectories(model, tokens, positions=1, verbose=False)
+    lens, sites = a.logit_lens(model, tokens, targets=[3]), model.schedule.sites
+    plan = a.looped_floorplan(model, tokens, heads=1)
+    floor: Any = floorplan
+    rest: Any = {"edges": edge_sweep, "path": path_patch}
+    quiet = {"verbose": False}
+    old, now = {
+        "trajectories": (lambda: a.trajectories(model, tokens, pos=1, **quiet).explained, lambda: found.explained),
+        "field": (lambda: found.pos, lambda: 1),
+        "floorplan": (lambda: a.looped_floorplan(model, tokens, head=1), lambda: plan),
+        "title": (
+            lambda: str(floor(plan, sites, "one").layout.title.text),
+            lambda: floorplan(plan, sites, title="one").layout.title.text,
+        ),
+        "injection": (
+            lambda: a.injection_effect(model, tokens, 1, "mean", **quiet).kl,
+            lambda: a.injection_effect(model, tokens, from_loop=1, replacement="mean", **quiet).kl,
+        ),
+        "policies": (
+            lambda: a.exit_steps(model, tokens, KL(0.1), **quiet).cost,
+            lambda: a.exit_steps(model, tokens, policies=KL(0.1), **quiet).cost,
+        ),
+        "lens": (lambda: a.logit_lens(model, tokens, [3], "logit").log_probs, lambda: lens.log_probs),
+        "edges": (
+            lambda: rest["edges"](*given, *edge),
+            lambda: edge_sweep(*given, sources=edge[0], receivers=edge[1]),
+        ),
+        "path": (lambda: rest["path"](*given, *edge), lambda: path_patch(*given, sources=edge[0], receivers=edge[1])),
+        "plot": (
+            lambda: found.plot(0, (1, 2)).layout.xaxis.title.text,
+            lambda: found.plot(example=0, components=(1, 2)).layout.xaxis.title.text,
+        ),
+        "stacks": (lambda: cache.stack_loops("resid_post", 0, [1]), lambda: cache.stack_loops("resid_post", 0, loops=[1])),
+        "hops": (lambda: hops(2, 3, "function", 4).texts, lambda: hop_prompts(2, 3, kind="function", seed=4).texts),
+    }[name]
+    with pytest.warns(FutureWarning, match="is given by name now|is now"):
+        before = old()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        after = now()
+    before, after = (x.values if isinstance(x, Grid) else x for x in (before, after))
+    assert torch.equal(before, after) if isinstance(after, torch.Tensor) else before == after
+
+
+def test_files_of_the_release_before_are_read(tmp_path: Path, unchecked: None) -> None:
+    model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
+    file = analysis.trajectories(model, torch.tensor([[1, 2, 3]]), positions=1, verbose=False).save(tmp_path / "now")
+    with safe_open(file, "pt") as saved:
+        text, tensors = saved.metadata()["tl_looped"], {key: saved.get_tensor(key) for key in saved.keys()}
+    assert '"positions"' in text
+    save_file(tensors, tmp_path / "before", {"tl_looped": text.replace('"positions"', '"pos"')})
+    assert load_result(tmp_path / "before").positions == 1

@@ -137,7 +137,7 @@ def test_settings_of_a_tokenizer_in_memory_stay(tmp_path: Path) -> None:
         set_later.unroll(2),
         LoopedBridge.from_pretrained(tmp_path, device="cpu"),
         LoopedBridge.from_pretrained(GOLDEN / "ouro", device="cpu", tokenizer=given),
-        LoopedBridge.loop_layers(llama, 1, 2, 2, tokenizer=given),
+        LoopedBridge.loop_layers(llama, 1, 2, n_loops=2, tokenizer=given),
     ]
     for model in models:
         assert (model.tokenizer.padding_side, model.tokenizer.truncation_side) == ("left", "left")

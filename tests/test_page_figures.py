@@ -36,11 +36,11 @@ ERRORS = go.Figure(layout={"xaxis_title": "loop", "yaxis_tickformat": ".0%"}).ad
 )
 FIGURES = {
     "heat": heat_map(grid(SIGNED, "loop", "pos")),
-    "log": grouped([*LINE, float("nan")], Schedule(5, 1), range(5), "depth", "norm", log_y=True),
+    "log": grouped([*LINE, float("nan")], Schedule(5, 1), layers=range(5), group_by="depth", name="norm", log_y=True),
     "bars": heat_map(BARS),
     "errors": ERRORS,
     "panels": panels([grid(torch.tensor([1.0, 2.0, 4.0]), "loop"), grid(torch.tensor([3.0, 2.0, 1.0]), "loop", name="other")]),
-    "lines": grouped([1.0, 2.0, 3.0, 5.0], Schedule(2, 2), range(4), "recurrence", "norm"),
+    "lines": grouped([1.0, 2.0, 3.0, 5.0], Schedule(2, 2), layers=range(4), group_by="recurrence", name="norm"),
 }
 
 

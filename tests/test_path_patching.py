@@ -141,7 +141,7 @@ def test_a_patched_path_is_the_run_with_the_changed_receiver(name: str) -> None:
     clean, corrupted = run(bridge, CLEAN), run(bridge, CORRUPTED)
     sources = ["embed", "blocks.1.head.2", "blocks.2.mlp_out"]
     receivers = ["blocks.2.head.0.q", "blocks.3.head.0.k", "blocks.3.head.0.v", "blocks.3.mlp_in", "logits"]
-    found = path_patch(bridge, CORRUPTED, clean, per_row, sources, receivers)
+    found = path_patch(bridge, CORRUPTED, clean, per_row, sources=sources, receivers=receivers)
     assert found.axes == ("source", "receiver", "example") and found.values.shape == (3, 5, 2)
     assert found.labels["source"] == [bridge.schedule.loop_name(n) for n in sources]
     changes = direct_runs(bridge, corrupted, [written(bridge, clean, corrupted, source) for source in sources])
@@ -158,8 +158,8 @@ def test_edges_tend_to_patched_paths(name: str) -> None:
     sources, receivers = ["embed", "blocks.*.head.0"], ["blocks.*.head.0.v", "logits"]
     if name != "ouro":  # one family over all pairs of passes
         sources[1], receivers[0] = "blocks.1.head.*", "blocks.3.head.*.q"
-    edges = edge_sweep(bridge, CORRUPTED, close, per_row, sources, receivers)
-    paths = path_patch(bridge, CORRUPTED, close, per_row, sources, receivers)
+    edges = edge_sweep(bridge, CORRUPTED, close, per_row, sources=sources, receivers=receivers)
+    paths = path_patch(bridge, CORRUPTED, close, per_row, sources=sources, receivers=receivers)
     assert edges.labels == paths.labels and torch.equal(edges.values == 0, paths.values == 0)
     assert (edges.values - paths.values).abs().max() < 1e-4 * paths.values.abs().max()
 
@@ -177,8 +177,8 @@ def test_a_source_that_runs_later_sends_nothing() -> None:
             assert bool(edges.values[i, j] != 0) == earlier, (source, receiver)
     late, early = "loops.2.blocks.0.head.1", "loops.1.blocks.0.head.1.q"
     with pytest.raises(LoopedError, match=rf"from {late} to {early} .* runs after the receiver"):
-        path_patch(bridge, CORRUPTED, clean, total, late, early)
-    both = path_patch(bridge, CORRUPTED, clean, total, [late, "embed"], early)
+        path_patch(bridge, CORRUPTED, clean, total, sources=late, receivers=early)
+    both = path_patch(bridge, CORRUPTED, clean, total, sources=[late, "embed"], receivers=early)
     assert both.labels["source"] == ["embed", late] and both.values[0, 0] != 0 == both.values[1, 0]
 
 
@@ -197,11 +197,15 @@ def test_few_activations_suffice_and_precision_may_be_low() -> None:
     names = ["hook_embed", "loops.*.blocks.*.attn.hook_z"]
     with torch.inference_mode():
         _, clean = bridge.run_with_cache(CLEAN, names_filter=names)
-        heads = edge_sweep(bridge, CORRUPTED, clean, total, ["embed", "loops.*.blocks.*.head.*"], "loops.2.blocks.1.head.*.?")
+        heads = edge_sweep(
+            bridge, CORRUPTED, clean, total, sources=["embed", "loops.*.blocks.*.head.*"], receivers="loops.2.blocks.1.head.*.?"
+        )
     assert heads.values.dtype == torch.float32 and heads.values.shape == (19, 9)
     reference = random_bridge("parcae")
     _, clean = reference.run_with_cache(CLEAN)
-    expected = edge_sweep(reference, CORRUPTED, clean, total, ["embed", "loops.*.blocks.*.head.*"], "loops.2.blocks.1.head.*.?")
+    expected = edge_sweep(
+        reference, CORRUPTED, clean, total, sources=["embed", "loops.*.blocks.*.head.*"], receivers="loops.2.blocks.1.head.*.?"
+    )
     assert (heads.values - expected.values).abs().max() < 0.1 * expected.values.abs().max()
 
 
@@ -214,14 +218,14 @@ def test_bad_input_is_explained(unchecked: None) -> None:
         ("embed", "loops.3.blocks.0.mlp_in", "3 loops"),
     ):
         with pytest.raises(LoopedError, match=message):
-            path_patch(bridge, CORRUPTED, clean, total, sources, receivers)
+            path_patch(bridge, CORRUPTED, clean, total, sources=sources, receivers=receivers)
     few = run(bridge, CLEAN, names_filter="loops.1.blocks.*.attn.hook_z")
     with pytest.raises(UnknownNameError, match=r"lacks hook_embed, prelude.blocks.0.attn.hook_z"):
         edge_sweep(bridge, CORRUPTED, few, total)
     with pytest.raises(LoopedError, match="equally many rows"):
         edge_sweep(bridge, CORRUPTED[:, :3], clean, total)
     with pytest.raises(LoopedError, match="another initial state"):
-        path_patch(bridge, CORRUPTED, clean, total, "embed", "logits", initial_state=1)
+        path_patch(bridge, CORRUPTED, clean, total, sources="embed", receivers="logits", initial_state=1)
     with pytest.raises(LoopedError, match="one number, or one per row"):
         edge_sweep(bridge, CORRUPTED, clean, lambda logits: logits[0])
     assert not any(hook.fwd_hooks for hook in bridge.hook_dict.values())
@@ -264,7 +268,9 @@ def test_paths_on_a_model_of_one_running_sum_are_those_of_the_papers() -> None:
         }
     source = f"blocks.{layer}.head.{head}"
     for letter, scores in expected.items():
-        found = path_patch(ours, corrupted, cache, difference, source, f"blocks.2:.head.*.{letter}").values.view(4, 3)
+        found = path_patch(
+            ours, corrupted, cache, difference, sources=source, receivers=f"blocks.2:.head.*.{letter}"
+        ).values.view(4, 3)
         assert found.abs().max() > 0.1
         torch.testing.assert_close(found, scores[2:].to(found), atol=1e-4, rtol=1e-4)
 
@@ -278,7 +284,9 @@ def test_paths_on_a_model_of_one_running_sum_are_those_of_the_papers() -> None:
     difference(theirs.run_with_hooks(corrupted, bwd_hooks=[(name, partial(keep, name=name)) for name in inputs])).backward()
     change = (their_clean["z", layer] - their_corrupted["z", layer])[..., head, :] @ theirs.blocks[layer].attn.W_O[head]
     for letter in "qkv":
-        found = edge_sweep(ours, corrupted, cache, difference, source, f"blocks.2:.head.*.{letter}").values.view(4, 3)
+        found = edge_sweep(
+            ours, corrupted, cache, difference, sources=source, receivers=f"blocks.2:.head.*.{letter}"
+        ).values.view(4, 3)
         by_hand = [torch.einsum("bphd,bpd->h", slopes[f"blocks.{i}.hook_{letter}_input"], change) for i in range(2, 6)]
         torch.testing.assert_close(found, torch.stack(by_hand), atol=1e-4, rtol=1e-4)
 
@@ -303,7 +311,9 @@ def test_a_path_into_an_mlp_or_the_logits_computes_their_norm_anew(name: str) ->
 
     hooks: list[Any] = [(n, partial(write, value=(cache if n == "blocks.0.hook_mlp_out" else other)[n])) for n in held]
     hooks += [(n, partial(keep, name=n)) for n in receivers.values()]
-    found = path_patch(bridge, corrupted, cache, difference, "blocks.0.mlp_out", list(receivers)).values.flatten()
+    found = path_patch(
+        bridge, corrupted, cache, difference, sources="blocks.0.mlp_out", receivers=list(receivers)
+    ).values.flatten()
     with torch.no_grad():
         bridge.run_with_hooks(corrupted, hooks)
         for entry, effect in zip(receivers.values(), found.tolist(), strict=True):
@@ -318,9 +328,12 @@ def test_a_path_through_an_edited_stream_or_norm_is_refused() -> None:
     for name in ("blocks.1.hook_resid_post", "loops.1.hook_out", "blocks.3.ln1.hook_scale", "ln_final.hook_normalized"):
         for sweep in (path_patch, edge_sweep):
             with bridge.hooks([(name, lambda x, hook: 1.5 * x + 1)]), pytest.raises(LoopedError, match="was edited"):
-                sweep(bridge, tokens.flip(1), cache, difference, "embed", ["blocks.3.head.0.q", "logits"])
+                sweep(bridge, tokens.flip(1), cache, difference, sources="embed", receivers=["blocks.3.head.0.q", "logits"])
     with bridge.hooks([("blocks.2.hook_attn_out", lambda x, hook: 0 * x)]):
-        assert edge_sweep(bridge, tokens.flip(1), cache, difference, "embed", "logits").values.abs().item() > 1e-3
+        assert (
+            edge_sweep(bridge, tokens.flip(1), cache, difference, sources="embed", receivers="logits").values.abs().item()
+            > 1e-3
+        )
 
 
 def test_one_input_for_query_key_and_value_needs_as_many_keys_as_heads() -> None:

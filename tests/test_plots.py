@@ -60,16 +60,16 @@ def test_one_axis_is_a_line_over_numbers_and_bars_over_names() -> None:
 
 def test_passes_are_marked_and_named_as_far_as_there_is_room() -> None:
     few, many = Schedule(2, 3, n_prelude=1, n_coda=1), Schedule(2, 128)
-    figure = grouped([0.0] * few.n_layers, few, range(few.n_layers), "depth", "x")
+    figure = grouped([0.0] * few.n_layers, few, layers=range(few.n_layers), group_by="depth", name="x")
     assert notes(figure) == ["prelude", "loop 0", "1", "2", "coda"]
     assert [shape.x0 for shape in figure.layout.shapes] == [0.5, 2.5, 4.5, 6.5]
-    assert len(notes(grouped([0.0] * many.n_layers, many, range(many.n_layers), "depth", "x"))) == 16
-    by_loop = grouped([0.0] * many.n_layers, many, range(many.n_layers), "recurrence", "x")
+    assert len(notes(grouped([0.0] * many.n_layers, many, layers=range(many.n_layers), group_by="depth", name="x"))) == 16
+    by_loop = grouped([0.0] * many.n_layers, many, layers=range(many.n_layers), group_by="recurrence", name="x")
     assert len(by_loop.data) == 128 and sum(line.showlegend for line in by_loop.data) == 16
     assert (
         by_loop.data[0].line.color == "rgb(26,152,80)" and by_loop.data[-1].line.color == "rgb(254,224,60)"
     )  # green to yellow
-    by_layer = grouped([0.0] * few.n_layers, few, range(few.n_layers), "layer", "x")
+    by_layer = grouped([0.0] * few.n_layers, few, layers=range(few.n_layers), group_by="layer", name="x")
     assert (
         by_layer.data[0].line.color == "rgb(33,102,172)" and by_layer.data[-1].line.color == "rgb(102,189,99)"
     )  # blue to green
@@ -77,7 +77,10 @@ def test_passes_are_marked_and_named_as_far_as_there_is_room() -> None:
 
 def test_logarithms_leave_zeros_out_and_have_ticks_that_can_be_read() -> None:
     three = Schedule(1, 3)
-    narrow, broad = (grouped([0.0, *rest], three, range(3), "layer", "x", log_y=True) for rest in ([1.0, 3.0], [1e-7, 1.0]))
+    narrow, broad = (
+        grouped([0.0, *rest], three, layers=range(3), group_by="layer", name="x", log_y=True)
+        for rest in ([1.0, 3.0], [1e-7, 1.0])
+    )
     assert math.isnan(narrow.data[0].y[0]) and narrow.layout.yaxis.dtick == "D2" and broad.layout.yaxis.dtick is None
 
 
@@ -87,7 +90,7 @@ def test_ranks_from_zero_on_a_logarithmic_axis() -> None:
     figure = result.plot(example=1)
     assert [line.name for line in figure.data] == ["3", "7"] and notes(figure)[:2] == ["prelude", "loop 0"]
     assert [y - 1 for y in figure.data[1].y] == result.ranks[:, 1, -1, 1].tolist()
-    top = rank_trajectories({"a": [0.0, 9.0]}, Schedule(1, 2), range(2))
+    top = rank_trajectories({"a": [0.0, 9.0]}, Schedule(1, 2), layers=range(2))
     ticks = dict(zip(top.layout.yaxis.tickvals, top.layout.yaxis.ticktext, strict=True))
     assert ticks[1] == "0" and ticks[11] == "10" and top.layout.yaxis.autorange == "reversed"
 
@@ -102,7 +105,7 @@ def test_panels_say_their_units_and_mark_the_trained_loops() -> None:
 
 
 def test_policies_have_names_of_their_own() -> None:
-    figure = exit_steps(random_bridge("ouro"), random_tokens(), [exits.KL(0.1), exits.Gate(0.5)], verbose=False).plot()
+    figure = exit_steps(random_bridge("ouro"), random_tokens(), policies=[exits.KL(0.1), exits.Gate(0.5)], verbose=False).plot()
     assert [line.name for line in figure.data] == ["fixed number of loops", repr(exits.KL(0.1)), repr(exits.Gate(0.5))]
 
 
@@ -120,12 +123,11 @@ def test_what_is_not_there_is_not_drawn(unchecked: None) -> None:
         (lambda: lens.plot(example=9), "example 9 is out of range"),
         (lambda: lens.plot(positions=9), "decoded positions 9"),
         (lambda: floorplan(looped_floorplan(bridge, random_tokens(1)), bridge.unroll(2).schedule.sites), "layers and .* sites"),
-        (lambda: attention_heads(cache, ["a"] * 7, layer=9), "layer 9 is out of range"),
+        (lambda: attention_heads(cache, ["a"] * 7, layers=9), "layers 9"),
         (lambda: attention_heads(cache, ["a"] * 7, example=9), "example 9 is out of range"),
-        (lambda: trajectories(bridge, random_tokens(), verbose=False).plot(9), "example 9"),
-        (lambda: trajectories(bridge, random_tokens(), verbose=False).plot(0, (0, 9)), "component 9"),
+        (lambda: trajectories(bridge, random_tokens(), verbose=False).plot(example=9), "example 9"),
+        (lambda: trajectories(bridge, random_tokens(), verbose=False).plot(components=(0, 9)), "component 9"),
         (lambda: Estimate.of(torch.ones(2), (), {}, "one").plot(), "single number, 1"),
-        (lambda: trajectories(bridge, random_tokens(), over="loop_ends", pos=3, verbose=False), "leave pos out"),
         (lambda: looped_floorplan(bridge, [torch.tensor([1, 2]), torch.tensor([1, 2])]), "2 prompts"),
     ]
     for draw, why in drawings:

@@ -15,7 +15,6 @@ import torch
 import tl_looped
 from tl_looped import LoopedBridge, LoopedConfig
 from tl_looped.analysis import (
-    attention_distances,
     attention_stability,
     exit_steps,
     fixed_points,
@@ -38,20 +37,6 @@ from tl_looped.results import Estimate, Grid, Result, load_result, saving
 TOKENS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [2, 4, 6, 8]])
 CFG: dict[str, Any] = {"d_model": 8, "n_heads": 2, "d_vocab": 11, "n_core": 2, "n_loops": 3, "n_prelude": 1}
 QUIET: dict[str, Any] = {"verbose": False}
-ANALYSES: list[Any] = [
-    attention_distances,
-    attention_stability,
-    exit_steps,
-    fixed_points,
-    limiting_behaviour,
-    local_stability,
-    logit_lens,
-    looped_floorplan,
-    path_independence,
-    stability,
-    step_geometry,
-    trajectories,
-]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +148,7 @@ def made(model: LoopedBridge, injected: LoopedBridge) -> dict[str, Any]:
         "attention_stability": attention_stability(model, TOKENS, **QUIET),
         "exit_steps": exit_steps(model, TOKENS, **QUIET),
         "inference_stages": inference_stages(model, TOKENS, **QUIET),
-        "injection_effect": injection_effect(injected, TOKENS, 1, **QUIET),
+        "injection_effect": injection_effect(injected, TOKENS, from_loop=1, **QUIET),
         "limiting_behaviour": limiting_behaviour(model, TOKENS, n_loops=30, keep_signal=True, **QUIET),
         "local_stability": local_stability(injected, TOKENS[:1, :2], n_loops=4, n_exponents=1, iterations=3, **QUIET),
         "path_independence": path_independence(injected, TOKENS, n_loops=6, **QUIET),
@@ -270,10 +255,3 @@ def test_every_class_of_results_can_be_read() -> None:
         ours = {cls.__name__ for cls in more if cls.__module__.startswith("tl_looped.")}
         assert ours <= saving._classes().keys()
         more = [sub for cls in more for sub in cls.__subclasses__()]
-
-
-@pytest.mark.parametrize("analysis", ANALYSES, ids=lambda analysis: analysis.__name__)
-def test_what_is_no_looped_model_is_refused_in_a_sentence(analysis: Any, unchecked: None) -> None:
-    for model in ("toy:hop", torch.nn.Linear(2, 2), None):
-        with pytest.raises(LoopedError, match=r"^a (str|Linear|NoneType) was given as the model; pass a LoopedBridge"):
-            analysis(model, TOKENS)

@@ -115,7 +115,7 @@ def test_stability_refusals() -> None:
 @pytest.mark.parametrize(("name", "kind"), [("huginn", "tokens"), ("retrofit_olmo", "zero"), ("parcae", "mean")])
 def test_injection_effect_is_an_edited_run(name: str, kind: str) -> None:
     bridge, tokens, other = random_bridge(name, torch.float64, n_loops=4), random_tokens(2, 5), random_tokens(1, 5, seed=3)
-    found = injection_effect(bridge, tokens, -2, other if kind == "tokens" else kind, verbose=False)
+    found = injection_effect(bridge, tokens, from_loop=-2, replacement=other if kind == "tokens" else kind, verbose=False)
     assert found.from_loop == 2
     with torch.no_grad():
         _, donor = bridge.run_with_cache(other.expand_as(tokens))
@@ -139,23 +139,23 @@ def test_injection_effect_is_an_edited_run(name: str, kind: str) -> None:
 
 def test_injection_of_two_stacks_and_refusals() -> None:
     hrm, tokens = random_bridge("hrm_text"), random_tokens()
-    found = injection_effect(hrm, tokens, 2, stack="L", verbose=False)  # the third L pass opens the second loop
+    found = injection_effect(hrm, tokens, from_loop=2, stack="L", verbose=False)  # the third L pass opens the second loop
     assert found.state_change.values[0] == 0 and found.state_change.values[1] > 0
     with pytest.raises(LoopedError, match="pass stack="):
-        injection_effect(hrm, tokens, 0, verbose=False)
+        injection_effect(hrm, tokens, from_loop=0, verbose=False)
     with pytest.raises(LoopedError, match="injects nothing"):
-        injection_effect(random_bridge("ouro"), tokens, 0, verbose=False)
+        injection_effect(random_bridge("ouro"), tokens, from_loop=0, verbose=False)
     huginn = random_bridge("huginn")
     with pytest.raises(LoopedError, match="same length"):
-        injection_effect(huginn, tokens, 0, tokens[:, :3], verbose=False)
+        injection_effect(huginn, tokens, from_loop=0, replacement=tokens[:, :3], verbose=False)
     with pytest.raises(LoopedError, match="out of range"):
-        injection_effect(huginn, tokens, 3, verbose=False)
+        injection_effect(huginn, tokens, from_loop=3, verbose=False)
     broken = random_bridge("retrofit_olmo")
     broken.original_model.canonical_parameters()["unembed.weight"].data[:] = torch.nan
     with pytest.raises(LoopedError, match="the readout after loop 0 holds NaN"):
-        injection_effect(broken, tokens, 0, verbose=False)
+        injection_effect(broken, tokens, from_loop=0, verbose=False)
     with pytest.raises(LoopedError, match="generator"):
-        injection_effect(huginn, tokens, 0, initial_state=torch.Generator(), verbose=False)
+        injection_effect(huginn, tokens, from_loop=0, initial_state=torch.Generator(), verbose=False)
 
 
 @pytest.mark.parametrize(("name", "stack"), [("huginn", None), ("parcae", None), ("hrm_text", "L"), ("hrm_text", "H")])
@@ -167,6 +167,6 @@ def test_rows_that_round_differently_have_no_effect_before_the_edit(name: str, s
         f"{bridge.schedule.pass_prefix(first)}.hook_out", lambda x, hook: x + 1e-6 * torch.arange(len(x)).view(-1, 1, 1)
     )
     n_passes = bridge.schedule.n_loops_of(bridge.schedule.looped_stack(stack))
-    found = injection_effect(bridge, tokens, n_passes // 2, stack=stack, verbose=False)
+    found = injection_effect(bridge, tokens, from_loop=n_passes // 2, stack=stack, verbose=False)
     assert found.state_change.values.tolist()[:2] == found.kl.values.tolist()[:2] == [0.0, 0.0]
     assert found.state_change.values[2:].min() > 1e-3 and found.kl.values[2:].min() > 1e-9

@@ -71,7 +71,7 @@ def test_a_toy_has_no_revision() -> None:
 @pytest.mark.parametrize("kind", ["cycle", "function"])
 @pytest.mark.parametrize("n_symbols", [2, 5, 8])
 def test_prompts_and_answers_mean_what_they_say(hop: LoopedBridge, kind: str, n_symbols: int) -> None:
-    prompts = hop_prompts(3, n_symbols, kind, seed=5)
+    prompts = hop_prompts(3, n_symbols, kind=kind, seed=5)
     assert torch.equal(hop.to_tokens(prompts.texts), prompts.tokens)
     answers = prompts.answers(n_hops=10)
     for row, text in enumerate(prompts.texts):
@@ -90,7 +90,7 @@ def test_prompts_follow_their_seed() -> None:
 ])  # fmt: skip
 def test_six_hops_on_fresh_mappings(name: str, kind: str, n_symbols: int) -> None:
     model = LoopedBridge.from_pretrained(f"toy:{name}")
-    accuracy = hop_accuracy(model, hop_prompts(512, n_symbols, kind, seed=20_261_124))
+    accuracy = hop_accuracy(model, hop_prompts(512, n_symbols, kind=kind, seed=20_261_124))
     assert accuracy.shape == (6,) and accuracy.min() >= 0.995
 
 

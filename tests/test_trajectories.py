@@ -13,6 +13,7 @@ from zoo import ZOO, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.analysis import Path, Trajectories, trajectories
+from tl_looped.errors import OutOfRangeError
 
 TOKENS = random_tokens()
 
@@ -48,7 +49,7 @@ def test_one_token_over_all_layers(name: str) -> None:
         check(path, x[:, b, -1])
     labels = found.paths[0].coordinates.labels["layer"]
     assert labels == [bridge.schedule.name(i, "x").removesuffix(".x") for i in range(len(x))]
-    check(run(bridge, pos=2).paths[1], x[:, 1, 2])
+    check(run(bridge, positions=2).paths[1], x[:, 1, 2])
     stacks = bridge.schedule.core_stacks
     only = [i for i, site in enumerate(bridge.schedule.sites) if site.stack == stacks[-1]]
     check(run(bridge, stack=stacks[-1]).paths[0], x[only, 0, -1])
@@ -128,8 +129,10 @@ def test_what_cannot_be_answered_is_refused(unchecked: None) -> None:
         run(bridge, n_components=8)
     with pytest.raises(LoopedError, match="no prompts"):
         run(bridge, [])
-    with pytest.raises(LoopedError, match=r"pos=7 was asked, but a prompt has 7 tokens \(0\.\.6\)"):
-        run(bridge, pos=7)
+    with pytest.raises(OutOfRangeError, match=r"positions 7 is out of range: there are 7 positions \(0\.\.6\)"):
+        run(bridge, positions=7)
+    with pytest.raises(LoopedError, match=r"positions=\[1, 2\].*follows one token"):
+        run(bridge, positions=[1, 2])
     with pytest.raises(LoopedError, match="over='loops'"):
         run(bridge, over="loops")
     with pytest.raises(LoopedError, match="all the same"):

@@ -87,7 +87,7 @@ def test_what_is_nothing_over_nothing_is_not_a_number() -> None:
     assert limiting_behaviour(model, tokens, period=3, window=6, **zero).counts.values.tolist() == [[0, 0, 0, 0, 14]]
     again = path_independence(model, tokens, **zero)
     assert again.agreement.values.isnan().all() and again.spread.values.isnan().all() and again.initial_spread.values > 0.5
-    assert injection_effect(model, tokens, 1, **zero).state_change.values[1:].isnan().all()
+    assert injection_effect(model, tokens, from_loop=1, **zero).state_change.values[1:].isnan().all()
     assert inference_stages(model, tokens, verbose=False).entropy.values.isnan().all()
     with pytest.raises(LoopedError, match="all the same"):
         trajectories(linear_loop(torch.eye(24), n_loops=4), tokens, verbose=False)  # not zero, but nothing else than rounding

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._depth import stopping
+from ._old_calls import accepts_old
 from ._patcher import Cell, Edit, Patcher
 from ._precision import wide
 from .bridge.looped_bridge import LoopedBridge
@@ -77,13 +78,14 @@ class AblationSweep(Result):
         values = self.change.values / (-span if self.restore else span)
         return Grid(values, self.change.axes, self.change.labels, f"share of the {self.change.name}")
 
-    def plot(self, title: str = "") -> Any:
+    @accepts_old("title")
+    def plot(self, *, title: str = "") -> Any:
         """The figure of the changes, as of a `Grid`.
 
         Args:
             title: above the figure; the name of the numbers if empty.
         """
-        return self.change.plot(title)
+        return self.change.plot(title=title)
 
     def to_dataframe(self) -> Any:
         """The changes with their standard errors, one row per cell."""

@@ -53,7 +53,8 @@ class PatchSweep(Grid):
     def _weight(self) -> Tensor:
         return self.values if self.baseline_corrupted is None else self.values - self.baseline_corrupted  # what a patch changes
 
-    def plot(self, title: str = "") -> Any:
+    @accepts_old("title")
+    def plot(self, *, title: str = "") -> Any:
         """The figure of a `Grid`, of the mean over the examples if there are several.
 
         Args:
@@ -63,9 +64,9 @@ class PatchSweep(Grid):
             LoopedError: plotly is not installed; a single number, without axes.
         """
         if self.axes[-1] != "example" or len(self.axes) == 1:
-            return super().plot(title)
+            return super().plot(title=title)
         mean = Grid(self.values.double().mean(-1), self.axes[:-1], self.labels, self.name)
-        return mean.plot(title or f"{self.name}, mean of {self.values.shape[-1]} examples")
+        return mean.plot(title=title or f"{self.name}, mean of {self.values.shape[-1]} examples")
 
     def normalised(self) -> PatchSweep:
         """The values on a scale where the corrupted run is 0 and the clean run is 1.

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ._old_calls import accepts_old
 from ._precision import wide
 from .bridge.cache import LoopedCache
 from .bridge.decomposition import FINAL, Reader, Write, before_loop, check_sum, has_own_state, walk
@@ -59,14 +60,15 @@ class Receiver(NamedTuple):
     head: int | None = None
 
 
+@accepts_old("sources", "receivers")
 def edge_sweep(
     model: LoopedBridge,
     corrupted_tokens: str | list[str] | Int[Tensor, "*batch pos"],
     clean_cache: LoopedCache,
     metric: Metric,
+    *,
     sources: Names | None = None,
     receivers: Names | None = None,
-    *,
     at_loop: int | None = None,
     n_loops: int | None = None,
     **run: Any,
@@ -107,7 +109,8 @@ def edge_sweep(
         >>> clean, corrupted = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]])
         >>> _, cache = model.run_with_cache(clean)
         >>> difference = lambda logits: logits[0, -1, 5] - logits[0, -1, 6]
-        >>> edges = edge_sweep(model, corrupted, cache, difference, "loops.0.blocks.*.head.*", "loops.2.blocks.0.head.*.q")
+        >>> nodes = {"sources": "loops.0.blocks.*.head.*", "receivers": "loops.2.blocks.0.head.*.q"}
+        >>> edges = edge_sweep(model, corrupted, cache, difference, **nodes)
         >>> edges.labels["source"][0], edges.labels["receiver"], tuple(edges.values.shape)
         ('loops.0.blocks.0.head.0', ['loops.2.blocks.0.head.0.q', 'loops.2.blocks.0.head.1.q'], (4, 2))
     """
@@ -121,14 +124,15 @@ def edge_sweep(
     return paths.grid(values, "edge attribution")
 
 
+@accepts_old("sources", "receivers")
 def path_patch(
     model: LoopedBridge,
     corrupted_tokens: str | list[str] | Int[Tensor, "*batch pos"],
     clean_cache: LoopedCache,
     metric: Metric,
+    *,
     sources: Names,
     receivers: Names,
-    *,
     at_loop: int | None = None,
     n_loops: int | None = None,
     **run: Any,
@@ -163,8 +167,8 @@ def path_patch(
         >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
         >>> clean, corrupted = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]])
         >>> _, cache = model.run_with_cache(clean)
-        >>> edge = ("loops.0.blocks.1.head.0", "loops.2.blocks.0.head.1.q")
-        >>> effect = path_patch(model, corrupted, cache, lambda logits: logits[0, -1, 5], *edge)
+        >>> edge = {"sources": "loops.0.blocks.1.head.0", "receivers": "loops.2.blocks.0.head.1.q"}
+        >>> effect = path_patch(model, corrupted, cache, lambda logits: logits[0, -1, 5], **edge)
         >>> effect.axes, tuple(effect.values.shape)
         (('source', 'receiver'), (1, 1))
     """

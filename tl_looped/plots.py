@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from ._html import in_script
+from ._old_calls import accepts_old
 from .attention_viewer import Tokens, attention_viewer, check_cache, token_texts
 from .errors import LoopedError
 from .names import stack_prefix
-from .schedule import LoopSelector, Schedule, Site, check_index
+from .schedule import Indices, LoopSelector, Schedule, Site, check_index, select_indices
 
 if TYPE_CHECKING:
     from .bridge.cache import LoopedCache
@@ -52,7 +53,8 @@ def plotly() -> Any:
     return go
 
 
-def heat_map(grid: Grid, title: str = "") -> Any:
+@accepts_old("title")
+def heat_map(grid: Grid, *, title: str = "") -> Any:
     """Rows for all axes but the last, which runs across; a line where the first axis moves on, a bold one where the stack does.
 
     One axis gives a line plot, or bars where its labels are no numbers.
@@ -118,13 +120,14 @@ def heat_map(grid: Grid, title: str = "") -> Any:
     return figure.update_layout(height=min(1000, max(300, 120 + 18 * len(rows))))
 
 
+@accepts_old("layers", "group_by", "name")
 def grouped(
     values: Sequence[float],
     schedule: Schedule,
+    *,
     layers: Sequence[int],
     group_by: GroupBy,
     name: str,
-    *,
     title: str = "",
     log_y: bool = False,
 ) -> Any:
@@ -184,7 +187,10 @@ def grouped(
     return figure
 
 
-def rank_trajectories(ranks: Mapping[str, Sequence[float]], schedule: Schedule, layers: Sequence[int], title: str = "") -> Any:
+@accepts_old("layers", "title")
+def rank_trajectories(
+    ranks: Mapping[str, Sequence[float]], schedule: Schedule, *, layers: Sequence[int], title: str = ""
+) -> Any:
     """Ranks of tokens over the virtual layers, under their own indices, with a mark where a new pass begins.
 
     Args:
@@ -206,7 +212,8 @@ def rank_trajectories(ranks: Mapping[str, Sequence[float]], schedule: Schedule, 
     return figure
 
 
-def panels(curves: Sequence[Grid], title: str = "", mark: int | None = None) -> Any:
+@accepts_old("title", "mark")
+def panels(curves: Sequence[Grid], *, title: str = "", mark: int | None = None) -> Any:
     """One panel below the other for every grid of one axis, over the labels of that axis.
 
     Args:
@@ -240,9 +247,11 @@ def panels(curves: Sequence[Grid], title: str = "", mark: int | None = None) -> 
     return figure.update_layout(title=title, template="plotly_white", showlegend=False, height=140 + 170 * len(curves))
 
 
+@accepts_old("hover", "axes", "title", "colour_name")
 def paths(
     points: Mapping[str, Sequence[Sequence[float]]],
     colour: Sequence[float],
+    *,
     hover: Sequence[str],
     axes: tuple[str, str],
     title: str = "",
@@ -276,7 +285,8 @@ def paths(
     return figure.update_layout(showlegend=False)
 
 
-def floorplan(grid: Grid, sites: Sequence[Site], title: str = "") -> Any:
+@accepts_old("title")
+def floorplan(grid: Grid, sites: Sequence[Site], *, title: str = "") -> Any:
     """Every attention pattern of a run, a row for each pass (the "looped floorplan", figure 63 of arXiv 2604.11791).
 
     The prelude is on top in a blue box, the coda at the bottom in a red one.
@@ -323,11 +333,12 @@ def floorplan(grid: Grid, sites: Sequence[Site], title: str = "") -> Any:
     return figure.update_layout(height=min(4000, 120 + 90 * len(rows)))
 
 
+@accepts_old(layer="layers")
 def attention_heads(
     cache: LoopedCache,
     tokens: Tokens,
     *,
-    layer: int | None = None,
+    layers: Indices = None,
     loops: LoopSelector = "all",
     stack: str | None = None,
     example: int = 0,
@@ -339,7 +350,7 @@ def attention_heads(
     Args:
         cache: of a run that cached patterns.
         tokens: the tokens as text, such as `model.to_str_tokens(prompt)`, the prompt, or its token ids.
-        layer: one layer of the loop; None for all.
+        layers: layers inside the loop; None for all.
         loops: which loops: an int, a slice, several ints, "all" or "last".
         stack: "L" or "H" for HRM-Text; not needed elsewhere.
         example: which row of the batch.
@@ -354,12 +365,14 @@ def attention_heads(
     check_cache(cache, "attention_heads")
     schedule = cache.model.schedule
     chosen, looped = schedule.select_loops(loops, stack), schedule.looped_stack(stack)
-    layers = list(range(schedule.stacks[looped])) if layer is None else [check_index(layer, schedule.stacks[looped], "layer")]
-    patterns = [cache.stack_loops("pattern", j, loops, stack) for j in layers]  # [loop, batch, head, query, key] each
+    which = select_indices(layers, schedule.stacks[looped], "layers")
+    patterns = [
+        cache.stack_loops("pattern", j, loops=loops, stack=stack) for j in which
+    ]  # [loop, batch, head, query, key] each
     example = check_index(example, patterns[0].shape[1], "example")
     words = token_texts(cache, tokens, example, patterns[0].shape[-1])
     prefix = stack_prefix(looped, " ")
-    names = [f"{prefix}loop {t}, layer {j}, head {h}" for t in chosen for j in layers for h in range(patterns[0].shape[2])]
+    names = [f"{prefix}loop {t}, layer {j}, head {h}" for t in chosen for j in which for h in range(patterns[0].shape[2])]
     heads = [pattern[k, example] for k in range(len(chosen)) for pattern in patterns]
     shown = show(torch.cat(heads).float().cpu(), words, names)
     shown.local_src, shown.cdn_src = _closed(shown.local_src), _closed(shown.cdn_src)

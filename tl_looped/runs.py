@@ -115,12 +115,14 @@ def run(
     """
     if on_error not in get_args(OnError):
         raise LoopedError(f'on_error={on_error!r} was given; choose "raise" or "skip".')
+    check_model(model)
+    if not isinstance(prompts, Iterable):
+        raise LoopedError(f"run was asked of a {type(prompts).__name__}; pass a list of prompts.")
     if isinstance(prompts, (str, Tensor)):
         raise LoopedError("run was asked of one prompt; call the analysis itself, or pass a list of prompts.")
     every, asked_for = check_count("every", every), list(prompts)
     if not asked_for:
         raise LoopedError("run was asked of no prompts; pass at least one.")
-    check_model(model)
     quiet = {"verbose": False} if "verbose" in inspect.signature(analysis).parameters else {}
     asked = {"analysis": _described(analysis), **{k: _described(v) for k, v in settings.items()}, "prompts": _digest(asked_for)}
     asked |= {"loops of the model": str(model.n_loops), "hooks": _hooks(model)}

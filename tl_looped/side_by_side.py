@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ._depth import check_model
 from ._precision import wide
 from ._words import counted
 from .analysis._prompts import Prompts, at_depth, check_finite, token_batches
@@ -301,12 +302,12 @@ def _run(side: _Side, tokens: Int[Tensor, "batch pos"], at_end: bool, initial_st
 
 def _sides(models: Models, n_loops: int | tuple[int, int] | None, hooks: Hooks, other_prompts: bool) -> tuple[_Side, _Side]:
     """The two sides, each called by what differs."""
-    if isinstance(models, LoopedBridge):
-        models = [models]
     named = {str(name): model for name, model in models.items()} if isinstance(models, Mapping) else {}
-    listed: list[Any] = list(named.values() if isinstance(models, Mapping) else models)
-    if len(listed) not in (1, 2) or not all(isinstance(model, LoopedBridge) for model in listed):
-        raise LoopedError(f"{listed!r:.200} was given to compare; pass one LoopedBridge or two.")
+    listed: list[Any] = list(named.values() or models) if isinstance(models, (Mapping, list, tuple)) else [models]
+    for model in listed:
+        check_model(model)
+    if len(listed) not in (1, 2):
+        raise LoopedError(f"{len(listed)} models were given to compare; pass one LoopedBridge or two.")
     counts = n_loops if isinstance(n_loops, tuple) else (n_loops, n_loops)
     if len(counts) != 2:
         raise LoopedError(f"n_loops={n_loops!r} was asked of two sides; pass one number, or one for each.")

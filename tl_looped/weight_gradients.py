@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ._depth import stopping
+from ._depth import check_model, stopping
 from ._old_calls import accepts_old
 from .bridge.looped_bridge import LoopedBridge
 from .bridge.processing import check_pass_norms
@@ -144,7 +144,10 @@ def influence(
         >>> found.axes, tuple(found.values.shape)
         (('train', 'query', 'loop'), (2, 1, 3))
     """
+    check_model(model)
     for rows in (train_tokens, query_tokens):
+        if not isinstance(rows, Tensor):
+            raise LoopedError(f"influence was asked of a {type(rows).__name__}; pass tokens [row, pos], one example per row.")
         refuse_unmarked_padding(model.tokenizer, rows, "influence")
     model = stopping(model, at_loop, n_loops)
     chosen = model.schedule.select_loops(loops, stack)

@@ -112,7 +112,7 @@ _, clean_cache = model.run_with_cache(clean)
 sweep = patch_sweep(model, corrupted, clean_cache, metric, site="resid_pre", stack="core", verbose=False)
 print(f"clean {float(sweep.baseline_clean):.1f}, corrupted {float(sweep.baseline_corrupted):.1f}; {sweep.values.numel()} runs")
 restored = sweep.normalised()  # [loop, layer, pos]
-restored.plot("Clean residual stream patched into the corrupted run (resid_pre)").show()
+restored.plot(title="Clean residual stream patched into the corrupted run (resid_pre)").show()
 
 # %% [markdown]
 # **What it shows.** Two columns light up. The changed value (`g` in the corrupted prompt) matters until layer 0 of loop 2 has
@@ -142,10 +142,10 @@ if HOP:
 
 # %%
 by_head = patch_sweep(model, corrupted, clean_cache, metric, site="z", stack="core", verbose=False).normalised()
-by_head.plot("One head patched").show()
+by_head.plot(title="One head patched").show()
 by_layer = patch_sweep(model, corrupted, clean_cache, metric, site="z", axes=("loop", "layer"), stack="core", verbose=False)
 by_layer = by_layer.normalised()
-by_layer.plot("All heads of a layer patched").show()
+by_layer.plot(title="All heads of a layer patched").show()
 
 # %%
 FIGURE = {"template": "plotly_white", "height": 340}

@@ -287,7 +287,7 @@ if not model.looped_cfg.exit_gate:
 policies = [exits.KL(t) for t in (0.03, 0.1, 0.3)] + [exits.StateChange(t) for t in (0.2, 0.3, 0.4)]
 if model.looped_cfg.exit_gate:
     policies += [exits.Gate(t) for t in (0.3, 0.6, 0.9)]
-steps = exit_steps(model, tokens, policies, verbose=False)
+steps = exit_steps(model, tokens, policies=policies, verbose=False)
 names = steps.loss.labels["policy"]
 cost, nats = steps.cost.values, steps.loss.values
 for name, c, n in zip(names, cost.tolist(), nats.tolist(), strict=True):

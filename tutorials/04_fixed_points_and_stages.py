@@ -163,7 +163,7 @@ steps = torch.nn.functional.normalize(torch.stack(states).diff(dim=0), dim=-1).f
 turn = torch.einsum("and,bnd->ab", steps, steps) / steps.shape[1]  # mean over tokens; [0, 0] is the step to loop 1
 thin = [str(t) for t in range(1, FAR, 14)]
 Grid(turn[::14, ::14], ("step to loop", "other"), {"step to loop": thin, "other": thin}, "cosine").plot(
-    "Cosine between the steps of two loops"
+    title="Cosine between the steps of two loops"
 )
 
 # %%
@@ -240,7 +240,9 @@ if TOY:
 def by_layer(grid):
     at = [Site(found.stack, int(t), int(j)) for t in grid.labels["loop"] for j in grid.labels["layer"]]
     layers = [found.schedule.virtual(site) for site in at]
-    return grouped(grid.values.flatten().tolist(), found.schedule, layers, "layer", "Frobenius distance", log_y=True)
+    return grouped(
+        grid.values.flatten().tolist(), found.schedule, layers=layers, group_by="layer", name="Frobenius distance", log_y=True
+    )
 
 
 beside(to_the_loop_before=by_layer(found.pattern_successive), to_the_last_loop=by_layer(found.pattern_distance))
@@ -340,7 +342,7 @@ if TOY:
 
 # %%
 distances = attention_distances(model, few, verbose=False)  # the paper has n_loops=8 and 32
-figure = distances.plot("Distance between attention patterns").update_xaxes(showticklabels=False)
+figure = distances.plot(title="Distance between attention patterns").update_xaxes(showticklabels=False)
 figure.update_traces(hovertext=None, customdata=None, hovertemplate=None)
 
 # %%
@@ -370,7 +372,7 @@ if TOY:
 # All attention patterns of one run, mean over heads: prelude in blue, one row per loop, coda in red. The first 6 tokens.
 
 # %%
-floorplan(looped_floorplan(model, tokens[0, :6]), schedule.sites, "Attention, mean over heads").update_layout(height=460)
+floorplan(looped_floorplan(model, tokens[0, :6]), schedule.sites, title="Attention, mean over heads").update_layout(height=460)
 
 # %% [markdown]
 # ## Stages of inference (figures 8 and 9)
@@ -559,7 +561,7 @@ intact = loss_with([])
 loops = list(range(0, model.n_loops, -(-model.n_loops // 8)))  # eight of them at most
 worth = torch.tensor([[loss_with(ablate(model, "mlp", loops=t, layers=j)) for t in loops] for j in range(n_core)]) - intact
 labels = {"layer": [str(j) for j in range(n_core)], "loop": [str(t) for t in loops]}
-Grid(worth, ("layer", "loop"), labels, "rise of the loss").plot("Loss without one MLP in one loop, less the loss with it")
+Grid(worth, ("layer", "loop"), labels, "rise of the loss").plot(title="Loss without one MLP in one loop, less the loss with it")
 
 # %% [markdown]
 # Then the early layer: the last of the prelude, or the second of the first loop where there is no prelude.

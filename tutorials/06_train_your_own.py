@@ -101,7 +101,7 @@ def train_step(step: int, n_active: int) -> int:
     """One step on the first `n_active` loops; returns how many the next one has."""
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE * min((step + 1) / 50, (1 + math.cos(math.pi * step / N_STEPS)) / 2)
-    prompts = hop_prompts(32, N_SYMBOLS, "cycle" if step % 2 else "function", generator)
+    prompts = hop_prompts(32, N_SYMBOLS, kind="cycle" if step % 2 else "function", seed=generator)
     answers, losses = prompts.answers(n_active), []
 
     def on_loop(loop, logits):

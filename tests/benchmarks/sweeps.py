@@ -91,7 +91,7 @@ def against_nnsight(d_model: int, n_pos: int) -> dict[str, float]:
     def theirs(positions: range) -> torch.Tensor:
         values = torch.empty(n_loops, n_layers, len(positions))
         for t, j, p in product(range(n_loops), range(n_layers), positions):
-            clean_value = cache.at(t, j, stack)["resid_post"][0, p]
+            clean_value = cache.at(t, j, stack=stack)["resid_post"][0, p]
             with traced.trace(corrupted) as tracer:
                 for _ in tracer.iter[t]:
                     traced.model.L_module.layers[j].output[0, p] = clean_value

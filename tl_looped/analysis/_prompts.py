@@ -15,7 +15,7 @@ from ..bridge.tokens import refuse_unmarked_padding
 from ..errors import LoopedError
 from ..model.looped_model import check_tokens
 
-__all__ = ["Prompt", "Prompts", "at_depth", "check_finite", "check_model", "first_hooked", "token_batches"]
+__all__ = ["Prompt", "Prompts", "at_depth", "check_bridge", "check_finite", "check_model", "first_hooked", "token_batches"]
 
 Prompt = str | Int[Tensor, "..."]  # [pos] or [batch, pos]; lengths may differ from prompt to prompt
 Prompts = Prompt | Iterable[Prompt]
@@ -36,6 +36,8 @@ def token_batches(model: AnyBridge, prompts: Prompts, *, verbose: bool, what: st
             padded.
     """
     one = isinstance(prompts, (str, Tensor))
+    if not one and not isinstance(prompts, Iterable):
+        raise LoopedError(f"{what} was asked of a {type(prompts).__name__}; pass texts or tensors of token ids.")
     n_prompts = -1
     for n_prompts, prompt in enumerate(tqdm([prompts] if one else prompts, desc=what, disable=not verbose)):
         if isinstance(prompt, str):
@@ -51,6 +53,19 @@ def token_batches(model: AnyBridge, prompts: Prompts, *, verbose: bool, what: st
         yield tokens.to(model.cfg.device)
     if n_prompts < 0:
         raise LoopedError(f"{what} was asked of no prompts; pass at least one.")
+
+
+def check_bridge(model: object) -> None:
+    """Refuse what is neither a looped model nor a plain `TransformerBridge`.
+
+    Args:
+        model: what was given.
+
+    Raises:
+        LoopedError: it is none.
+    """
+    if not isinstance(model, AnyBridge):
+        check_model(model)
 
 
 def check_finite(values: Float[Tensor, ...], name: str) -> None:

@@ -26,6 +26,8 @@ class Targets:
     """
 
     def __init__(self, model: LoopedBridge, answers: Answers | None, what: str):
+        if isinstance(answers, str) or not isinstance(answers, (Sequence, Tensor, type(None))):
+            raise LoopedError(f"answers={answers!r} was given; pass one token per example, in their order.")
         listed = answers.tolist() if isinstance(answers, Tensor) else answers
         self.ids = None if listed is None else [_target_id(model, answer) for answer in listed]
         if wrong := [i for i in self.ids or () if not 0 <= i < model.cfg.d_vocab]:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._old_calls import accepts_old
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
 from ..errors import LoopedError
@@ -18,7 +19,7 @@ from ..model.initial_state import InitialState
 from ..model.layers import is_observed
 from ..plots import GroupBy, grouped
 from ..results import Estimate, Grid, Result, table
-from ..schedule import Schedule, Site
+from ..schedule import Indices, Schedule, Site, select_indices
 from ._prompts import Prompts, at_depth, check_model, token_batches
 from ._streaming import layer_hooks, need_loops, visit
 from .fixed_points import PATTERN, compare_loops, frobenius_per_head
@@ -57,7 +58,9 @@ class AttentionStability(Result):
         at = [Site(self.stack, t, j) for t in grid.labels["loop"] for j in grid.labels["layer"]]
         layers = [self.schedule.virtual(site) for site in at]
         values, title = grid.values.mean(-1).flatten().tolist(), "Attention patterns against the loop before, mean over heads"
-        return grouped(values, self.schedule, layers, group_by, "Frobenius distance / sqrt(pos)", title=title)
+        return grouped(
+            values, self.schedule, layers=layers, group_by=group_by, name="Frobenius distance / sqrt(pos)", title=title
+        )
 
 
 def attention_stability(
@@ -282,23 +285,24 @@ def attention_bound(
     return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="attention_bound")))
 
 
+@accepts_old(head="heads")
 def looped_floorplan(
     model: LoopedBridge,
     tokens: str | Int[Tensor, "*batch pos"],
     *,
     n_loops: int | None = None,
-    head: int | None = None,
+    heads: Indices = None,
     initial_state: InitialState = None,
 ) -> Grid:
     """The attention pattern of every executed layer for one prompt (arXiv 2604.11791, figure 63); `plots.floorplan` draws them.
 
-    One pattern for each executed layer is held: the mean over heads, or one head's.
+    One pattern for each executed layer is held: the mean over heads.
 
     Args:
         model: the model.
         tokens: one prompt: a text, or tokens [pos] or [1, pos].
         n_loops: loops to run (H cycles for HRM-Text); None for the model's own.
-        head: which head; None for the mean over heads.
+        heads: the heads whose mean is taken; None for all.
         initial_state: as in `LoopedBridge.forward`.
 
     Returns:
@@ -317,14 +321,12 @@ def looped_floorplan(
     batches = list(token_batches(deep, tokens, verbose=False, what="looped_floorplan"))
     if (n_prompts := sum(map(len, batches))) > 1:
         raise LoopedError(f"looped_floorplan of {n_prompts} prompts was asked; pass one.")
-    n_heads = deep.looped_cfg.n_heads
-    if head is not None and not 0 <= head < n_heads:
-        raise LoopedError(f"head={head} was asked, but this model has the heads 0..{n_heads - 1}.")
+    chosen = select_indices(heads, deep.looped_cfg.n_heads, "heads")
     schedule, patterns = deep.schedule, []
     names = [schedule.layer_name(i) for i in range(schedule.n_layers)]
 
     def keep(key: int, pattern: Tensor) -> None:
-        patterns.append((pattern[0].mean(0) if head is None else pattern[0, head]).cpu())
+        patterns.append(pattern[0, chosen].mean(0).cpu())
 
     hooks = {f"{name}.attn.hook_pattern": i for i, name in enumerate(names)}
     visit(deep, batches[0], hooks, keep, stop=schedule.n_layers, initial_state=initial_state)

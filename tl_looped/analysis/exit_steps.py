@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import reduce
 from operator import add
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._old_calls import accepts_old
 from .._precision import wide
 from .._words import counted
 from ..bridge.looped_bridge import LoopedBridge
@@ -19,7 +20,7 @@ from ..errors import LoopedError
 from ..exits import ExitPolicy, LoopHistory
 from ..model.initial_state import InitialState
 from ..results import Estimate, Result, table
-from ._prompts import Prompts, at_depth, check_finite, token_batches
+from ._prompts import Prompts, at_depth, check_finite, check_model, token_batches
 from ._targets import Answers, Targets
 
 Policies = ExitPolicy | Sequence[ExitPolicy] | Mapping[str, ExitPolicy]
@@ -92,20 +93,26 @@ def gate_pdf(exit_logits: Float[Tensor, "loop ..."]) -> Float[Tensor, "loop ..."
     Args:
         exit_logits: the gate's logits, such as `cache.stack_loops("hook_exit_logit")`, [loop, ...].
 
+    Raises:
+        LoopedError: no tensor, or one without an axis of loops.
+
     Example:
         >>> gate_pdf(torch.zeros(3)).tolist()  # a gate that always says 0.5
         [0.5, 0.25, 0.25]
     """
+    if not isinstance(exit_logits, Tensor) or not exit_logits.ndim:
+        raise LoopedError(f"exit logits of type {type(exit_logits).__name__} were given; pass a tensor [loop, ...].")
     leave = torch.sigmoid(wide(exit_logits))
     stay = torch.cat((torch.ones_like(leave[:1]), (1 - leave[:-1]).cumprod(0)))
     return torch.cat((leave[:-1] * stay[:-1], stay[-1:]))
 
 
+@accepts_old("policies")
 def exit_steps(
     model: LoopedBridge,
     prompts: Prompts,
-    policies: Policies = (),
     *,
+    policies: Policies = (),
     n_loops: int | None = None,
     answers: Answers | None = None,
     initial_state: InitialState = None,
@@ -139,13 +146,17 @@ def exit_steps(
         >>> from tl_looped.analysis import exit_steps
         >>> cfg = LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3, exit_gate=True)
         >>> model = LoopedBridge.from_config(cfg, seed=0)
-        >>> found = exit_steps(model, torch.tensor([[1, 2, 3]]), [exits.Gate(0.6)], verbose=False)
+        >>> found = exit_steps(model, torch.tensor([[1, 2, 3]]), policies=[exits.Gate(0.6)], verbose=False)
         >>> found.passes[0].tolist(), found.pdf[0].shape  # the gates of a random model say about 0.5 every time
         ([[[2, 2, 2]]], torch.Size([3, 1, 3]))
         >>> found.cost.labels["policy"]
         ['Gate(threshold=0.6)', '1 loop', '2 loops', '3 loops']
     """
+    check_model(model)
     given = [policies] if isinstance(policies, ExitPolicy) else policies
+    each = given.values() if isinstance(given, Mapping) else given
+    if isinstance(given, str) or not isinstance(each, Iterable) or not all(isinstance(policy, ExitPolicy) for policy in each):
+        raise LoopedError(f"policies={policies!r} was given; pass exit policies, such as [tl_looped.exits.KL(0.1)].")
     named = dict(given) if isinstance(given, Mapping) else {repr(policy): policy for policy in given}
     if len(named) < len(given):
         raise LoopedError(f"policies of the same name were given: {[repr(p) for p in given]}; pass a dict of names.")

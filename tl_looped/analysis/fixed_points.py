@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._old_calls import accepts_old
 from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
@@ -78,7 +79,8 @@ class FixedPoints(Result):
         patterns = [e for e in (self.pattern_successive, self.pattern_distance) if e is not None]
         return table(self.norm, *self.successive.values(), *self.distance.values(), *patterns)
 
-    def plot(self, quantity: Quantity = "distance", metric: Metric = "relative", group_by: GroupBy = "layer") -> Any:
+    @accepts_old("group_by")
+    def plot(self, quantity: Quantity = "distance", metric: Metric = "relative", *, group_by: GroupBy = "layer") -> Any:
         """A plotly figure of one quantity, as in figures 3 and 4 of arXiv 2604.11791; `.plot()` of a field is its heat map.
 
         Args:
@@ -101,7 +103,9 @@ class FixedPoints(Result):
             values[-1] = torch.nan  # by construction
         title = f"{TITLES[quantity]}, {'mean over tokens' if self.reduction == 'token' else 'of the whole prompt'}"
         name = "L2 norm" if quantity == "norm" else NAMES[metric]
-        return grouped(values.flatten().tolist(), self.schedule, layers, group_by, name, title=title, log_y=log_y)
+        return grouped(
+            values.flatten().tolist(), self.schedule, layers=layers, group_by=group_by, name=name, title=title, log_y=log_y
+        )
 
 
 def fixed_points(

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._old_calls import accepts_old
 from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.structure import AnyBridge
@@ -21,7 +22,7 @@ from ..model.initial_state import InitialState
 from ..plots import GroupBy, grouped
 from ..results import Estimate, Grid, Result, table
 from ..schedule import Indices, Schedule
-from ._prompts import Prompts, at_depth, check_finite, token_batches
+from ._prompts import Prompts, at_depth, check_bridge, check_finite, token_batches
 from ._streaming import at_positions, need_loops
 
 METRICS = ("colsum", "sink_rate", "mixing", "entropy", "norm")
@@ -119,14 +120,15 @@ class InferenceStages(Result):
         """
         grid = self._metric(metric)
         name = {"colsum": "ColSum concentration", "sink_rate": "sink rate", "norm": "residual norm (L2)"}.get(metric, grid.name)
-        return grouped(grid.values.tolist(), self.schedule, range(self.schedule.n_layers), group_by, name)
+        return grouped(grid.values.tolist(), self.schedule, layers=range(self.schedule.n_layers), group_by=group_by, name=name)
 
     def _metric(self, metric: str) -> Estimate:
         if metric not in METRICS:
             raise LoopedError(f"metric={metric!r} was asked; there are {', '.join(METRICS)}.")
         return getattr(self, metric)
 
-    def curves(self, metric: str, stack: str | None = None, edges: bool = False) -> Float[Tensor, "loop layer"]:
+    @accepts_old("edges")
+    def curves(self, metric: str, stack: str | None = None, *, edges: bool = False) -> Float[Tensor, "loop layer"]:
         """The means of one metric, one row per pass of a looped stack.
 
         Args:
@@ -253,9 +255,10 @@ def inference_stages(
         >>> stages.repetition().axes
         ('loop', 'metric', 'score')
     """
+    check_bridge(model)
     if unit not in ("nats", "bits"):
         raise LoopedError(f'unit={unit!r} was asked; choose "nats" or "bits".')
-    if isinstance(tau, bool) or not 0 <= tau <= 1:
+    if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 <= tau <= 1:
         raise LoopedError(f"tau={tau!r} was asked; it is a share of attention, from 0 to 1.")
     options: dict[str, Any] = {}
     if isinstance(model, LoopedBridge):
@@ -330,6 +333,9 @@ def output_neurons(model: AnyBridge, *, kurtosis: float = 10.0) -> Grid:
     Raises:
         LoopedError: the unembedding was processed.
     """
+    check_bridge(model)
+    if isinstance(kurtosis, bool) or not isinstance(kurtosis, (int, float)):
+        raise LoopedError(f"kurtosis={kurtosis!r} was asked; pass a number.")
     if isinstance(model, LoopedBridge):
         schedule = model.schedule
         firsts = {site._replace(loop=None if site.loop is None else 0) for site in schedule.sites}

@@ -189,7 +189,7 @@ class LimitingBehaviour(Result):
 
     def plot(self) -> Any:
         """A plotly heat map of the share of tokens with each label in every layer."""
-        return self.fractions.plot(f"Share of tokens with each label after {self.n_loops} loops")
+        return self.fractions.plot(title=f"Share of tokens with each label after {self.n_loops} loops")
 
 
 def limiting_behaviour(
@@ -274,6 +274,8 @@ def checked(
     if check_count("window", window, 2) % check_count("period", period, 2):
         raise LoopedError(f"period={period} does not divide window={window}, so no frequency of the transform stands for it.")
     check_model(model)
+    if rule is not None and not isinstance(rule, BehaviourRule):
+        raise LoopedError(f"rule={rule!r} was given; pass a BehaviourRule.")
     rule, looped = rule or BehaviourRule(), model.schedule.looped_stack(stack)
     schedule = model.schedule if n_loops is None else model.looped_cfg.replace(n_loops=n_loops).schedule
     n = schedule.n_loops_of(looped)

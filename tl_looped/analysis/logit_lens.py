@@ -277,12 +277,13 @@ class LogitLensResult(Result, Readout):
         names = self.target_names or [self.text(token) for token in self.targets[example, pos].tolist()]
         lines = {self._shown(name): [float(row[k]) for row in ranks] for k, name in enumerate(names)}
         where = f"{self.lens} lens, position {self.positions[pos]}, {self._shown(int(self.tokens[example, pos]))}"
-        return rank_trajectories(lines, self.schedule, self.layers, f"Rank of the target by layer ({where})")
+        return rank_trajectories(lines, self.schedule, layers=self.layers, title=f"Rank of the target by layer ({where})")
 
     def _shown(self, token: Target) -> str:
         return in_figure(visible(token if isinstance(token, str) else self.text(token)))
 
-    def at(self, loop: int | None, layer: int, stack: str | None = None) -> Readout:
+    @accepts_old("stack")
+    def at(self, loop: int | None, layer: int, *, stack: str | None = None) -> Readout:
         """The readout of one layer, without the row axis.
 
         Args:
@@ -360,12 +361,13 @@ def _chosen(axis: str, asked: Selection | None, labels: list[Any]) -> list[int]:
 
 
 @torch.no_grad()
+@accepts_old("targets", "lens")
 def logit_lens(
     model: LoopedBridge,
     tokens: str | list[str] | Int[Tensor, "*batch pos"],
+    *,
     targets: TargetInput = None,
     lens: Lens = "logit",
-    *,
     positions: Indices = None,
     loops: LoopSelector | None = "all",
     at_loop: int | None = None,

@@ -55,7 +55,7 @@ class PathIndependence(Result):
 
     def plot(self) -> Any:
         """A plotly heat map of the spread, loops by layers."""
-        return self.spread.plot(f"Spread over {self.n_states} initial states (1: unrelated)")
+        return self.spread.plot(title=f"Spread over {self.n_states} initial states (1: unrelated)")
 
 
 def path_independence(

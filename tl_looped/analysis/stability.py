@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .._old_calls import accepts_old
 from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
@@ -87,7 +88,9 @@ class Stability(Result):
             replace(self.kl, name=f"KL from {self.trained} loops (nats)"),
             replace(self.overthinking, name="overthinking (share that was right before and is wrong now)"),
         ]
-        return panels(curves, f"Answers after every number of loops; dotted: the trained {self.trained}", self.trained)
+        return panels(
+            curves, title=f"Answers after every number of loops; dotted: the trained {self.trained}", mark=self.trained
+        )
 
 
 def stability(
@@ -215,15 +218,16 @@ class InjectionEffect(Result):
             replace(self.state_change, name="change of the state, over its norm"),
             replace(self.kl, name="KL from the untouched answers (nats)"),
         ]
-        return panels(curves, f"Injection edited from loop {self.from_loop} on (dotted)", self.from_loop)
+        return panels(curves, title=f"Injection edited from loop {self.from_loop} on (dotted)", mark=self.from_loop)
 
 
+@accepts_old("from_loop", "replacement")
 def injection_effect(
     model: LoopedBridge,
     prompts: Prompts,
+    *,
     from_loop: int,
     replacement: Literal["zero", "mean"] | Int[Tensor, "*batch pos"] = "zero",
-    *,
     n_loops: int | None = None,
     stack: str | None = None,
     initial_state: InitialState = None,
@@ -254,7 +258,8 @@ def injection_effect(
         >>> from tl_looped import LoopedBridge, LoopedConfig
         >>> cfg = LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3, injection="concat")
         >>> model = LoopedBridge.from_config(cfg, seed=0)
-        >>> found = injection_effect(model, torch.tensor([[1, 2, 3]]), 1, torch.tensor([[4, 5, 6]]), verbose=False)
+        >>> prompt, other = torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6]])
+        >>> found = injection_effect(model, prompt, from_loop=1, replacement=other, verbose=False)
         >>> found.state_change.values.tolist()[0], bool(found.state_change.values[1] > 0)
         (0.0, True)
     """
@@ -264,7 +269,7 @@ def injection_effect(
             f"injection_effect was asked of a {model.looped_cfg.family} model, which injects nothing; pass initial_state to a "
             "run to change what its loops start from."
         )
-    if isinstance(replacement, str) and replacement not in ("zero", "mean"):
+    if not isinstance(replacement, Tensor) and replacement not in ("zero", "mean"):
         raise LoopedError(f'replacement={replacement!r} was asked; choose "zero", "mean" or the tokens of another prompt.')
     if isinstance(initial_state, torch.Generator):
         raise LoopedError("initial_state is a generator, which would give the compared rows different states; pass a seed.")

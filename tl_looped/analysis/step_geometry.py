@@ -84,7 +84,7 @@ class StepGeometry(Result):
             "turning_angle": "turning angle (radians)",
             "curvature": "curvature (radians between steps from token to token)",
         }
-        return panels([replace(grid, name=units.get(grid.name, grid.name)) for grid in map(self._of, PER_LOOP)], where)
+        return panels([replace(grid, name=units.get(grid.name, grid.name)) for grid in map(self._of, PER_LOOP)], title=where)
 
     def _of(self, name: str) -> Estimate:
         return getattr(self, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
@@ -12,9 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._old_calls import accepts_old
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
 from ..errors import LoopedError
+from ..kinds import plain
 from ..model.initial_state import InitialState
 from ..plots import paths
 from ..results import Estimate, Grid, Result
@@ -51,7 +54,7 @@ class Trajectories(Result):
         paths: one per example, in the order of the prompts.
         over: "layers" or "loop_ends".
         after_norm: whether the model's last norm was applied to the states.
-        pos: which token, for "layers"; None for "loop_ends".
+        positions: which token, for "layers"; None for "loop_ends".
         stack: the stack asked for.
         n_loops: how many loops were run.
         n_components: how many components were kept.
@@ -61,11 +64,17 @@ class Trajectories(Result):
     paths: tuple[Path, ...]
     over: Over
     after_norm: bool
-    pos: int | None
+    positions: int | None
     stack: str | None
     n_loops: int
     n_components: int
     schedule: Schedule
+
+    @property
+    def pos(self) -> int | None:
+        """The former name of `positions`."""
+        warnings.warn("Trajectories.pos is now Trajectories.positions.", FutureWarning, stacklevel=2)
+        return self.positions
 
     @property
     def explained(self) -> Estimate:
@@ -86,7 +95,8 @@ class Trajectories(Result):
             frames.append(first.assign(**rest, example=example))
         return pd.concat(frames, ignore_index=True)
 
-    def plot(self, example: int = 0, components: tuple[int, int] = (0, 1)) -> Any:
+    @accepts_old("example", "components")
+    def plot(self, *, example: int = 0, components: tuple[int, int] = (0, 1)) -> Any:
         """A plotly figure of one example's path in a plane (figures 5 and 26 to 28 of arXiv 2604.11791; 12 of 2502.05171).
 
         Args:
@@ -105,23 +115,24 @@ class Trajectories(Result):
         across, upwards = (f"{grid.labels['component'][c]} ({share[c]:.0%})" for c in components)
         if self.over == "layers":
             where = grid.labels["layer"]
-            token = "The last token" if self.pos == -1 else f"Token {self.pos}"
+            token = "The last token" if self.positions == -1 else f"Token {self.positions}"
             title = f"{token} over all layers, in its principal components"
             index = {self.schedule.layer_name(i): float(i) for i in range(self.schedule.n_layers)}
             order = [index[name] for name in where]
-            return paths({"": values}, order, where, (across, upwards), title, colour_name="virtual layer")
+            return paths({"": values}, order, hover=where, axes=(across, upwards), title=title, colour_name="virtual layer")
         loops = grid.labels["loop"]
         lines = {f"position {pos}": [row[k] for row in values] for k, pos in enumerate(grid.labels["pos"])}
         title = "All tokens at the ends of the loops, in principal components"
-        return paths(lines, [float(t) for t in loops], [f"loop {t}" for t in loops], (across, upwards), title)
+        hover = [f"loop {t}" for t in loops]
+        return paths(lines, [float(t) for t in loops], hover=hover, axes=(across, upwards), title=title)
 
 
+@accepts_old(pos="positions")
 def trajectories(
     model: LoopedBridge,
     prompts: Prompts,
     *,
     over: Over = "layers",
-    pos: int = -1,
     n_components: int = 3,
     after_norm: bool = False,
     positions: Indices = None,
@@ -143,10 +154,10 @@ def trajectories(
         model: the model. Hooks on it act on the runs, if it has `n_loops` loops itself.
         prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; every row is an example.
         over: "layers" or "loop_ends".
-        pos: which token, for "layers"; the last unless told.
         n_components: how many components to keep.
         after_norm: apply the model's last norm to every state first; not to, as in arXiv 2604.11791, is the default.
-        positions: which tokens, for "loop_ends"; None for all. `slice(1, None)` leaves out a first one that dwarfs the others.
+        positions: for "layers" which token, None for the last; for "loop_ends" which tokens, None for all. `slice(1, None)`
+            leaves out a first one that dwarfs the others.
         n_loops: how many loops to run (H cycles for HRM-Text); None for the model's own.
         stack: for "layers" the layers of this looped stack only, None for all virtual layers; for "loop_ends" "L" or "H" for
             HRM-Text, not needed elsewhere.
@@ -170,10 +181,9 @@ def trajectories(
     """
     if over not in get_args(Over):
         raise LoopedError(f'over={over!r} was asked; choose "layers" or "loop_ends".')
-    if over == "loop_ends" and pos != -1:
-        raise LoopedError(f'pos={pos} was asked of over="loop_ends", which takes every token; leave pos out.')
-    if over == "layers" and positions is not None:
-        raise LoopedError(f'positions={positions} was asked of over="layers", which follows one token; choose it with pos=.')
+    one = plain(-1 if positions is None else positions)
+    if over == "layers" and not isinstance(one, int):
+        raise LoopedError(f'positions={positions} was asked of over="layers", which follows one token; pass an int.')
     check_count("n_components", n_components)
     deep = at_depth(model, n_loops)
     schedule = deep.schedule
@@ -191,10 +201,8 @@ def trajectories(
 
     def examples(tokens: Int[Tensor, "batch pos"]) -> Trajectories:
         n_pos = tokens.shape[1]
-        if over == "layers" and not -n_pos <= pos < n_pos:
-            raise LoopedError(f"pos={pos} was asked, but a prompt has {n_pos} tokens (0..{n_pos - 1}).")
-        chosen_pos = select_indices(positions, n_pos, "positions")
-        width = 1 if over == "layers" else len(chosen_pos)
+        chosen_pos = select_indices(one if over == "layers" else positions, n_pos, "positions")
+        width = len(chosen_pos)
         if len(rows) * width <= n_components:
             raise LoopedError(
                 f"n_components={n_components} was asked of {len(rows) * width} states, which span {len(rows) * width - 1} "
@@ -203,7 +211,7 @@ def trajectories(
 
         def states(read: Reader, state: InitialState) -> None:
             def take(row: int, value: Tensor) -> None:
-                x = value[:, [pos]] if over == "layers" else at_positions(value, positions)
+                x = at_positions(value, chosen_pos)
                 read(slice(row * width, (row + 1) * width), (last_norm(deep, x) if after_norm else x).double())
 
             visit(deep, tokens, hooks, take, stop=stop, initial_state=state)
@@ -223,7 +231,7 @@ def trajectories(
             tuple(Path(Grid(c, axes, labels, "coordinate"), e, m, d) for c, e, m, d in found),
             over=over,
             after_norm=after_norm,
-            pos=pos if over == "layers" else None,
+            positions=one if over == "layers" else None,
             stack=stack,
             n_loops=deep.n_loops,
             n_components=n_components,

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .._old_calls import accepts_old
 from ..config import LoopedConfig
 from ..errors import LoopedError, UnknownNameError
 from ..model import LoopedModel
@@ -74,7 +75,8 @@ class LogitAttribution(Result):
         """A pandas DataFrame with a row per component (and example, and position)."""
         return self.grid.to_dataframe()
 
-    def plot(self, title: str = "") -> Any:
+    @accepts_old("title")
+    def plot(self, *, title: str = "") -> Any:
         """A plotly figure: bars, one per component, or a heat map of components by examples or positions.
 
         Args:
@@ -84,7 +86,7 @@ class LogitAttribution(Result):
             LoopedError: plotly is not installed.
         """
         grid = self.grid[:, 0] if self.values[0].numel() == 1 and self.axes[1:] == ("example",) else self.grid
-        return grid.plot(title or f"What every {self.unit} adds to the logits")
+        return grid.plot(title=title or f"What every {self.unit} adds to the logits")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from .. import checkpoints, families
+from .._old_calls import accepts_old
 from ..config import LoopedConfig
 from ..errors import LoopedError
 from ..model import LoopedModel
@@ -157,13 +158,14 @@ class LoopedBridge(InMemory, RunningBridge):
         return cls(initialise(model, seed), tokenizer, cfg.family)
 
     @classmethod
+    @accepts_old("n_loops")
     def loop_layers(
         cls,
         hf_model: nn.Module,
         start: int,
         stop: int,
-        n_loops: int | None = None,
         *,
+        n_loops: int | None = None,
         strategy: str = "naive",
         beta: float | None = None,
         K: int | None = None,

@@ -12,6 +12,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
 
+from .._old_calls import accepts_old
 from ..errors import LoopedError, UnknownNameError
 from ..kinds import plain
 from ..schedule import LoopSelector, Site, is_pattern, virtual_layer
@@ -83,7 +84,7 @@ class NamedCache(ActivationCache):
 
     def _one_name(self, key: str) -> str:
         if is_pattern(key):
-            raise LoopedError(f"{key!r} may stand for several activations; use cache.stack_loops(name, layer, loops).")
+            raise LoopedError(f"{key!r} may stand for several activations; use cache.stack_loops(name, layer, loops=loops).")
         name = self.model.expand_name(key, check=False)[0]
         name = name if name in self.cache_dict else get_act_name(name)
         if name in self.cache_dict:
@@ -93,7 +94,8 @@ class NamedCache(ActivationCache):
         others = [] if point is None else [f"{other}{end}" for other in hooks.names_of(point)]
         return next((other for other in others if other in self.cache_dict), name)
 
-    def at(self, loop: int | None = None, layer: int | None = None, stack: str | None = None) -> CacheView:
+    @accepts_old("stack")
+    def at(self, loop: int | None = None, layer: int | None = None, *, stack: str | None = None) -> CacheView:
         """The activations of one layer or of one pass, under names without indices.
 
         Args:
@@ -126,8 +128,9 @@ class NamedCache(ActivationCache):
             return CacheView(self, f"blocks.{index}")
         return CacheView(self, next(schedule.pass_prefix(p) for p in schedule.passes if index in p.layers))
 
+    @accepts_old("loops", "stack")
     def stack_loops(
-        self, name: str, layer: int | None = None, loops: LoopSelector = "all", stack: str | None = None
+        self, name: str, layer: int | None = None, *, loops: LoopSelector = "all", stack: str | None = None
     ) -> Float[Tensor, "loop ..."]:
         """One activation of every loop, stacked.
 
@@ -153,7 +156,7 @@ class NamedCache(ActivationCache):
         layers = range(schedule.stacks[looped]) if layer is None else [layer]
         rows = []
         for loop in chosen:
-            cells = [self.at(loop, j, looped)[name] for j in layers]
+            cells = [self.at(loop, j, stack=looped)[name] for j in layers]
             rows.append(cells[0] if layer is not None else torch.stack(cells))
         return torch.stack(rows)
 

@@ -336,6 +336,10 @@ class ReadingBridge(StructuredBridge):
     ) -> tuple[Any, Tensor | None]:
         """Texts as tokens and the mask of those that are real; what is no text as it is, with the mask it came with."""
         if not isinstance(input, (str, list, tuple)):
+            if not isinstance(input, (Tensor, type(None))):
+                raise LoopedError(
+                    f"a {type(input).__name__} was given as the prompt; pass text, texts or a tensor of token ids."
+                )
             if isinstance(input, Tensor) and input.ndim == 1 and attention_mask is not None and attention_mask.ndim == 1:
                 attention_mask = attention_mask[None]
             return input, attention_mask

@@ -44,7 +44,7 @@ def load_model(
         LoopedError: `n_loops`, `l_cycles` or `dtype` that this model cannot have.
     """
     device, is_given = _usable(device), cfg is not None
-    family, cfg, sources = make_plan(checkpoint, n_loops, l_cycles, cfg)
+    family, cfg, sources = make_plan(checkpoint, n_loops=n_loops, l_cycles=l_cycles, cfg=cfg)
     if not is_given:
         check_depth(checkpoint, cfg, n_loops, l_cycles)
     with torch.device("meta"):

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from .. import families
+from .._old_calls import accepts_old
 from ..config import LoopedConfig
 from ..errors import CheckpointError, LoopedError
 from ..families import Computed, Family, Source
@@ -54,8 +55,9 @@ class Plan(NamedTuple):
     sources: Mapping[str, Source | Computed]
 
 
+@accepts_old("n_loops", "l_cycles", "cfg")
 def make_plan(
-    checkpoint: Checkpoint, n_loops: int | None = None, l_cycles: int | None = None, cfg: LoopedConfig | None = None
+    checkpoint: Checkpoint, *, n_loops: int | None = None, l_cycles: int | None = None, cfg: LoopedConfig | None = None
 ) -> Plan:
     """Decide what a checkpoint computes, and compare it with the tensors; none of them is read.
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, ParamSpec, cast
 import torch
 from torch import Tensor
 
+from .._depth import check_model
 from .._old_calls import accepts_old
 from ..bridge.cache import LoopedCache
 from ..bridge.looped_bridge import LoopedBridge
@@ -94,6 +95,7 @@ def ablate(
         >>> model.run_with_hooks(torch.tensor([[1, 2, 3]]), fwd_hooks=hooks).shape
         torch.Size([1, 3, 10])
     """
+    check_model(model)
     if part not in HOOKS or mode not in ("zero", "mean", "resample"):
         raise LoopedError(
             f'part={part!r} and mode={mode!r} were asked; choose part from {", ".join(map(repr, HOOKS))} and mode from "zero", '

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .._depth import check_model
 from .._old_calls import accepts_old
 from ..bridge.cache import LoopedCache
 from ..bridge.looped_bridge import LoopedBridge
@@ -39,6 +40,7 @@ def freeze_injection(model: LoopedBridge, from_loop: int, *, stack: str | None =
         >>> [name for name, _ in freeze_injection(LoopedBridge.from_config(cfg), from_loop=1)]
         ['loops.1.hook_injection', 'loops.2.hook_injection']
     """
+    check_model(model)
     name, *later = _names(model, passes_from(model, from_loop, stack))
     seen = Seen()
     frozen: Hooks = [(n, lambda x, hook: seen.load(hook, name)) for n in later]
@@ -77,6 +79,7 @@ def replace_injection(
         >>> model.run_with_hooks(torch.tensor([[1, 2, 3]]), fwd_hooks=hooks).shape
         torch.Size([1, 3, 10])
     """
+    check_model(model)
     names = _names(model, model.schedule.passes_of(loops, stack))
     if isinstance(source, Tensor):
         _check_value("source", source, model.cfg.d_model)
@@ -106,6 +109,7 @@ def drop_injection(
         >>> [name for name, _ in drop_injection(LoopedBridge.from_config(cfg), loops=slice(1, None))]
         ['loops.1.hook_injection', 'loops.2.hook_injection']
     """
+    check_model(model)
     zero = torch.zeros(model.cfg.d_model, device="cpu")
     return [(name, _write(zero, positions)) for name in _names(model, model.schedule.passes_of(loops, stack))]
 
@@ -134,6 +138,7 @@ def set_initial_state(
         >>> model.run_with_hooks(torch.tensor([[1, 2, 3]]), fwd_hooks=set_initial_state(model, "zero")).std().item()
         0.0
     """
+    check_model(model)
     value = torch.zeros(model.cfg.d_model, device="cpu") if isinstance(state, str) and state == "zero" else state
     if not isinstance(value, Tensor):
         raise LoopedError(f'state={state!r} was given; pass a tensor or "zero" (seeds: initial_state= of forward, generate).')

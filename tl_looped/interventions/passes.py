@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._depth import check_model
 from .._old_calls import accepts_old
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.processing import last_norm_is_folded
@@ -40,6 +41,7 @@ def skip_layer(model: LoopedBridge, *, loops: LoopSelector = "all", layers: Indi
         >>> [name for name, _ in hooks]
         ['loops.2.blocks.0.hook_resid_pre', 'loops.2.blocks.0.hook_resid_post']
     """
+    check_model(model)
     name = model.schedule.name
     pairs = [
         (name(i, "hook_resid_pre"), name(i, "hook_resid_post")) for i in select_layers(model.schedule, loops, layers, stack)
@@ -71,6 +73,7 @@ def skip_loop(model: LoopedBridge, loops: LoopSelector, *, stack: str | None = N
         >>> torch.equal(model.run_with_hooks(tokens, fwd_hooks=skip_loop(model, 1)), model.unroll(2)(tokens))
         True
     """
+    check_model(model)
     schedule = model.schedule
     chosen = schedule.passes_of(loops, stack)
     if schedule.passes[-1] in chosen and last_norm_is_folded(model.plain):
@@ -129,6 +132,7 @@ def repeat_loop(
         >>> deeper.run_with_hooks(torch.tensor([[1, 2, 3]]), fwd_hooks=hooks).shape
         torch.Size([1, 3, 10])
     """
+    check_model(model)
     old, loop = model.schedule, model.schedule.loop(loop)
     deeper = model.unroll(old.n_loops + check_count("times", times))
     moved: Hooks = []
@@ -185,6 +189,7 @@ def freeze_attention(
         >>> [name for name, _ in freeze_attention(model, from_loop=1, layers=0)]
         ['loops.1.blocks.0.attn.hook_pattern', 'loops.2.blocks.0.attn.hook_pattern']
     """
+    check_model(model)
     n_heads = model.looped_cfg.n_heads
     mask = None if heads is None else unit_mask(select_indices(heads, n_heads, "heads"), n_heads, after=2)
     source, *later = passes_from(model, from_loop, stack)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from .._depth import check_model
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..schedule import Schedule, check_count
@@ -54,6 +55,7 @@ def share_kv(model: LoopedBridge, policy: Policy) -> Hooks:
         >>> text.shape
         torch.Size([1, 5])
     """
+    check_model(model)
     SharedKeyValues(model.schedule, policy)  # checks the policy
     if model.exit_policy is not None:
         raise LoopedError("share_kv was asked under an exit policy, where positions lack loops; set model.exit_policy = None.")

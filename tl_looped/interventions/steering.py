@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .._depth import check_model
 from .._old_calls import accepts_old
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
@@ -58,6 +59,7 @@ def steer(
         >>> model.generate(torch.tensor([[1, 2]]), 3, verbose=False, stop_at_eos=False).shape
         torch.Size([1, 5])
     """
+    check_model(model)
     d_model = model.cfg.d_model
     if not isinstance(direction, Tensor) or direction.shape != (d_model,):
         shape = tuple(direction.shape) if isinstance(direction, Tensor) else type(direction).__name__

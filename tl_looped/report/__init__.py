@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import plots
+from .._depth import check_model
 from .._old_calls import accepts_old
 from .._words import counted
 from .._writing import write_text
@@ -153,6 +154,7 @@ def report(
         >>> len(found.findings)
         2
     """
+    check_model(model)
     plots.plotly()
     names = _chosen(sections)
     asked = ask(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Int
@@ -62,6 +62,8 @@ def ask(
         usual = list(PROMPTS) if hops is None else [hops.tokens]
         given = [] if clean is None else [clean]
         prompts = given if given and model.tokenizer is None else [*given, *usual]
+    if not isinstance(prompts, Iterable):
+        raise LoopedError(f"a {type(prompts).__name__} was given as the prompts; pass texts or tensors of token ids.")
     prompts = [prompts] if isinstance(prompts, (str, Tensor)) else list(prompts)
     if model.tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
         raise LoopedError("this model has no tokenizer; pass prompts as tensors of token ids.")

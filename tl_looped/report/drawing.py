@@ -27,7 +27,7 @@ def over_positions(grid: Grid, words: Sequence[str], positions: Sequence[int], d
         positions: where they stand in the prompt.
         down: what the rows are.
     """
-    figure = plots.heat_map(grid, " ")
+    figure = plots.heat_map(grid, title=" ")
     # Words repeat, and plotly would merge columns of one name: columns have numbers and the words are ticks.
     is_run = list(positions) == list(range(positions[0], positions[-1] + 1))
     columns = list(positions) if is_run else list(range(len(positions)))

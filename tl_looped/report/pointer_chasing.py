@@ -238,9 +238,9 @@ def transplants(asked: Question, section: Section) -> None:
     )
     section.draw(
         "Share of the answers that change, by the loop after which the queries' states were transplanted.",
-        heat_map(moved, " "),
+        heat_map(moved, title=" "),
     )
     section.draw(
         "Share of the answers that are what the task demands after the transplant.",
-        heat_map(says, " ").update_traces(zmin=0, zmax=1),
+        heat_map(says, title=" ").update_traces(zmin=0, zmax=1),
     )

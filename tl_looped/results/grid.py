@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .._old_calls import accepts_old
 from ..errors import LoopedError
 from .showing import Shown, html_table, matrix
 
@@ -246,7 +247,8 @@ class Grid(Shown):
             raise LoopedError("to_xarray needs xarray, which is not installed; pip install 'tl-looped[xarray]'.") from error
         return DataArray(self.values.cpu().numpy(), {a: self.labels[a] for a in self.axes}, self.axes, name=self.name)
 
-    def plot(self, title: str = "") -> Any:
+    @accepts_old("title")
+    def plot(self, *, title: str = "") -> Any:
         """A plotly figure: a heat map with the last axis across and the others down, or a line if there is one axis.
 
         Args:
@@ -257,7 +259,7 @@ class Grid(Shown):
         """
         from ..plots import heat_map
 
-        return heat_map(self, title)
+        return heat_map(self, title=title)
 
     def _described(self) -> list[str]:
         known = self.values[self.values.isfinite()] if self.values.is_floating_point() else self.values

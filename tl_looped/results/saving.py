@@ -29,6 +29,7 @@ HOMES = (
     "runs",
     "side_by_side",
 )  # of the classes of results
+FORMER: dict[Any, str] = {("Trajectories", "pos"): "positions"}  # fields that had other names, in files of before
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -161,7 +162,9 @@ def _decode(content: Any, tensors: dict[str, Tensor], classes: dict[str, type]) 
             raise ValueError(f"{held} is no dtype")
         return dtype
     if kind == "class":
-        parts = {name: _decode(value, tensors, classes) for name, value in rest[0][1].items()}
+        parts: dict[Any, Any] = {
+            FORMER.get((held, name), name): _decode(value, tensors, classes) for name, value in rest[0][1].items()
+        }
         return classes[held](**parts)
     if kind == "dict":
         return {_decode(k, tensors, classes): _decode(v, tensors, classes) for k, v in held}

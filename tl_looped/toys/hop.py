@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from .._old_calls import accepts_old
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..schedule import check_count
@@ -71,8 +72,9 @@ class HopPrompts:
         return torch.stack(hops[1:]) + _FIRST_VALUE
 
 
+@accepts_old("kind", "seed")
 def hop_prompts(
-    batch: int = 1, n_symbols: int = N_SYMBOLS, kind: Kind = "cycle", seed: int | torch.Generator = 0
+    batch: int = 1, n_symbols: int = N_SYMBOLS, *, kind: Kind = "cycle", seed: int | torch.Generator = 0
 ) -> HopPrompts:
     """Draw prompts of pointer chasing.
 

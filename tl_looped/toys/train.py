@@ -57,7 +57,7 @@ def train_hop(cfg: LoopedConfig, n_steps: int = 1000, seed: int = 0) -> Trained:
         nonlocal n_active
         n_symbols = int(torch.randint(2, N_SYMBOLS + 1, (), generator=generator, device="cpu"))
         kind = "cycle" if torch.rand((), generator=generator, dtype=torch.float32, device="cpu") < 0.5 else "function"
-        prompts = hop_prompts(64, n_symbols, kind, generator)
+        prompts = hop_prompts(64, n_symbols, kind=kind, seed=generator)
         logits: list[Tensor] = []
         model(prompts.tokens, loop=n_active - 1, on_loop=lambda _, found: logits.append(found[:, prompts.query_pos]))
         losses = cross_entropy(torch.stack(logits).permute(3, 0, 1, 2)[None], prompts.answers(n_active)[None], reduction="none")

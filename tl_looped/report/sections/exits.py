@@ -28,7 +28,7 @@ def the_exits(asked: Question, section: Section) -> None:
         what = (
             f"hop {model.n_loops} from the last query of {len(answers)} mappings, which only the last loop is trained to name,"
         )
-    found = exit_steps(model, prompts, policies, answers=answers, verbose=False)
+    found = exit_steps(model, prompts, policies=policies, answers=answers, verbose=False)
     section.numbers |= {"cost": found.cost, "accuracy": found.accuracy, "loss": found.loss}
     full = float(found.accuracy.values[-1])
     section.numbers["examples"] = n = found.accuracy.count

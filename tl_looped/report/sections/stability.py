@@ -70,8 +70,8 @@ def the_stability(asked: Question, section: Section) -> None:
     if any(one.name == "overthinking" for one in curves):
         caption += " Overthinking is the share that was right after fewer loops and is wrong."
     if curves:
-        section.draw(caption, panels(curves, " ", own))
+        section.draw(caption, panels(curves, title=" ", mark=own))
     section.draw(
         "Share of positions with the same answer after two numbers of loops.",
-        thinned(found.agreement.plot("agreement"), title="other number"),
+        thinned(found.agreement.plot(title="agreement"), title="other number"),
     )

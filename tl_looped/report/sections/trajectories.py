@@ -59,7 +59,7 @@ def the_trajectories(asked: Question, section: Section) -> None:
             )
         section.draw(
             "How alike the states of two loops are over the tokens (linear CKA, 1: alike up to rotation and scale).",
-            thinned(found.cka.plot("linear CKA")),
+            thinned(found.cka.plot(title="linear CKA")),
         )
 
     for part in (layers, ends, steps):
