@@ -3,7 +3,7 @@ export HF_HUB_OFFLINE = 1
 PYTHON ?= python3
 PYTEST = .venv/bin/python -m pytest
 # Every annotated shape and type is checked, which triples the time: in the examples of docs and docstrings, and in two families.
-CHECKED = --jaxtyping-packages=tl_looped,beartype.beartype -k "docs or readme or ouro or retrofit_llama"
+CHECKED = --jaxtyping-packages=tl_looped,beartype.beartype -k "docs or readme or ouro or retrofit_olmo"
 PIP = .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .PHONY: test demo lab bench docs clean

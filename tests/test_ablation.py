@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_cli import word_tokenizer
-from zoo import ZOO, random_bridge
+from zoo import FAMILIES, ZOO, random_bridge
 
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.ablation import ablation_sweep
@@ -65,7 +65,7 @@ def hooks_of(loop: Any, layer: Any, part: str, stack: str | None = None) -> list
 
 
 @pytest.mark.parametrize("mode", ["zero", "mean"])
-@pytest.mark.parametrize("name", sorted(ZOO))
+@FAMILIES
 def test_cells_equal_hooks_by_hand(name: str, mode: str) -> None:
     bridge, mean = zoo(name), mode == "mean"
     stack = "H" if name == "hrm_text" else None

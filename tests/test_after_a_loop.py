@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_golden import FAMILIES, GOLDEN
 from torch import Tensor
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import CHECKPOINTS, FAMILIES, GOLDEN, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 
@@ -28,7 +27,7 @@ def _no_grad():
         yield
 
 
-@pytest.mark.parametrize("name", ZOO)
+@FAMILIES
 def test_every_way_to_ask_agrees_with_the_shorter_model(name: str) -> None:
     model = random_bridge(name)
     every, padded = model.readout(TOKENS, "all"), model.readout(TOKENS, "all", attention_mask=MASK)
@@ -48,7 +47,7 @@ def test_every_way_to_ask_agrees_with_the_shorter_model(name: str) -> None:
         torch.testing.assert_close(loss, each[MASK[:, 1:].flatten().bool()].mean())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_reference_checkpoints_too(name: str) -> None:
     model = LoopedBridge.from_pretrained(GOLDEN / name, device="cpu")
     tokens = random_tokens(1, 5) % model.cfg.d_vocab
@@ -59,7 +58,7 @@ def test_reference_checkpoints_too(name: str) -> None:
         torch.testing.assert_close(every[loop], right, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@FAMILIES
 def test_the_cache_holds_what_ran(name: str) -> None:
     model = random_bridge(name)
     for loop in range(model.n_loops - 1)[-1:]:

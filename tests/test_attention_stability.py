@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from zoo import SMALL, ZOO, random_bridge, random_tokens
+from zoo import FAMILIES, SMALL, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped.analysis import attention_bound, attention_distances, attention_stability, looped_floorplan
 from tl_looped.plots import attention_heads, floorplan
 
 
-@pytest.mark.parametrize("name", ZOO)
+@FAMILIES
 def test_distances_are_those_of_the_cached_patterns(name: str) -> None:
     bridge, tokens = random_bridge(name), random_tokens(3, 4)
     stack = "L" if name == "hrm_text" else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import FAMILIES, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedCache, LoopedError
 from tl_looped.attribution import attribution_sweep as whole_sweep
@@ -17,7 +17,6 @@ from tl_looped.errors import OutOfRangeError, UnknownNameError
 from tl_looped.sites import HEADS, PASSES, STREAMS
 
 CLEAN, CORRUPTED = random_tokens(pos=5), random_tokens(pos=5, seed=1)
-FAMILIES = pytest.mark.parametrize("name", ZOO)
 
 
 @cache
@@ -304,7 +303,7 @@ def test_bad_input_is_explained(unchecked: None) -> None:
         whole_sweep(two, CORRUPTED, run(two, CLEAN), total)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@FAMILIES
 def test_gradients_are_not_decomposed_as_activations(name: str) -> None:
     """As TransformerLens's demo makes its gradient caches; what streams hold of gradients may be read as it is."""
     bridge, tokens = random_bridge(name), random_tokens()

@@ -8,13 +8,12 @@ import pytest
 import torch
 from peak_memory import PeakMemory
 from transformer_lens import ActivationCache
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import FAMILIES, random_bridge, random_tokens
 
 from tl_looped import LoopedCache, LoopedError
 from tl_looped.errors import OutOfRangeError
 
 TOKENS = random_tokens(pos=4)
-FAMILIES = pytest.mark.parametrize("name", ZOO)
 
 
 @pytest.fixture(autouse=True)

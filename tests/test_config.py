@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import doctest
 import json
 import math
 from copy import deepcopy
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 
 from tl_looped import LoopedConfig, LoopedError
-from tl_looped import config as config_module
 
 BASE = {"d_model": 16, "n_heads": 4, "d_vocab": 20, "n_core": 2, "n_loops": 3}
 TWO_STACKS = {"l_cycles": 2, "injection": "add", "initial_state": "learned", "pass_norm": True}
@@ -103,11 +101,6 @@ def test_a_config_cannot_change() -> None:
     assert deepcopy(cfg) is cfg
     with pytest.raises(LoopedError, match="n_loops=0"):
         cfg.replace(n_loops=0)
-
-
-def test_examples_in_the_module_run() -> None:
-    results = doctest.testmod(config_module)
-    assert results.attempted and not results.failed
 
 
 def test_widths_that_follow_from_others_follow_them() -> None:

@@ -10,13 +10,12 @@ import torch
 from linear import D, deep_loop, linear_loop, model, one_loop_bytes, rotation
 from peak_memory import PeakMemory
 from test_cli import word_tokenizer
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import FAMILIES, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.analysis import FixedPoints, fixed_points
 
 TOKENS = random_tokens()
-FAMILIES = pytest.mark.parametrize("name", ZOO)
 
 
 def run(bridge: LoopedBridge, tokens: Any = TOKENS, n_loops: int | None = None, **options: Any) -> FixedPoints:

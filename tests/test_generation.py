@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import FAMILIES, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError, exits
 
-FAMILIES = pytest.mark.parametrize("name", sorted(ZOO))
 TOKENS = random_tokens(2, 5)
 GREEDY = {"do_sample": False, "stop_at_eos": False, "verbose": False}
 GOLDEN = Path(__file__).parent / "golden" / "ouro"

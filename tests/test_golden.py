@@ -8,11 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from safetensors.torch import load_file
-from zoo import GOLDEN
+from zoo import CHECKPOINTS, GOLDEN
 
 from tl_looped import LoopedBridge
 
-FAMILIES = sorted(folder.name for folder in GOLDEN.iterdir())
 ATOL = 2e-4  # fp32, logits of order 10
 
 # Reference name -> hook of the layer. The reference's attn_out is the attention module's output, before any norm of the branch.
@@ -73,7 +72,7 @@ def runs(family: str) -> Iterator[tuple[str, dict[str, torch.Tensor], LoopedBrid
         yield run, {"input_ids": data["input_ids"], **tensors}, LoopedBridge.from_pretrained(GOLDEN / family, **counts)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHECKPOINTS)
 def test_every_reference_activation(family: str) -> None:
     checked = 0
     for run, tensors, bridge in runs(family):
@@ -90,7 +89,7 @@ def test_every_reference_activation(family: str) -> None:
     assert checked >= 15
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHECKPOINTS)
 def test_no_reference_activation_is_left_out(family: str) -> None:
     data = load_file(GOLDEN / family / "golden.safetensors")
     readings = r"logits\w*|\w*logits[\w.]*|leftpad_\w+|prefix_\w+|exit_pdf|latent_states|\w+_unscaled|cache_[kv]/.*"

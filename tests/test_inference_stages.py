@@ -11,13 +11,12 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import LlamaConfig, LlamaForCausalLM
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import FAMILIES, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.analysis import InferenceStages, inference_stages, output_neurons
 from tl_looped.analysis.inference_stages import colsum_concentration, matrix_entropy, mixing_score, sink_score
 
-FAMILIES = pytest.mark.parametrize("name", ZOO)
 METRICS = ["colsum", "sink_rate", "mixing", "entropy", "norm"]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import FAMILIES, ZOO, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError, exits
 from tl_looped.interventions import (
@@ -30,7 +30,6 @@ from tl_looped.interventions import (
 from tl_looped.model import LoopedModel
 from tl_looped.model.layers import Inputs
 
-FAMILIES = pytest.mark.parametrize("name", sorted(ZOO))
 INJECTED = pytest.mark.parametrize("name", [n for n, cfg in sorted(ZOO.items()) if cfg.injection != "none"])
 TOKENS, OTHER = random_tokens(2, 6), random_tokens(2, 6, seed=1)
 GREEDY = {"do_sample": False, "stop_at_eos": False, "verbose": False}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from linear import D, deep_loop, linear_loop, model, one_loop_bytes, rotation
 from peak_memory import PeakMemory
-from zoo import ZOO, random_tokens
+from zoo import FAMILIES, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.analysis import BehaviourRule, LimitingBehaviour, TokenBehaviour, limiting_behaviour, path_independence
@@ -50,7 +50,7 @@ def power_by_hand(x: torch.Tensor, period: int) -> torch.Tensor:
     return sum(power[k] for k in at) / power[1:].sum(0)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@FAMILIES
 def test_all_numbers_equal_those_of_the_whole_cache(name: str) -> None:
     bridge = model(name)
     for stack in ["L", "H"] if name == "hrm_text" else [None]:

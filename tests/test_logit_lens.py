@@ -14,7 +14,7 @@ import torch
 from peak_memory import PeakMemory
 from test_cli import word_tokenizer
 from transformer_lens.tools.analysis import logit_lens as transformer_lens_lens
-from zoo import GOLDEN, SMALL, ZOO, random_bridge, random_tokens
+from zoo import FAMILIES, GOLDEN, SMALL, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped.analysis import LogitLensResult, logit_lens
@@ -24,7 +24,6 @@ from tl_looped.schedule import Site
 TOKENS = random_tokens()
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
 LAST = 30  # the last token of the zoo's vocabulary
-FAMILIES = pytest.mark.parametrize("name", ZOO)
 LENSES = pytest.mark.parametrize("lens", ["logit", "native"])
 
 

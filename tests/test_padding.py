@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
-from zoo import GOLDEN, ZOO, random_bridge
+from zoo import FAMILIES, GOLDEN, ZOO, random_bridge
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped.analysis import (
@@ -59,7 +59,7 @@ def next_token_losses(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
 
 
-@pytest.mark.parametrize("name", ZOO)
+@FAMILIES
 def test_texts_of_different_lengths_answer_as_each_alone(name: str) -> None:
     """Right is what each text's tokens, written down by hand, answer alone. Pad and beginning are one token."""
     model, hook = with_words(name), "H.loops.1.hook_out" if name == "hrm_text" else "loops.1.hook_out"

@@ -14,7 +14,7 @@ from transformer_lens import patching
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import LlamaConfig, LlamaForCausalLM
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import FAMILIES, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedCache, LoopedError
 from tl_looped.bridge.processing import stream_break
@@ -22,7 +22,6 @@ from tl_looped.errors import UnknownNameError
 from tl_looped.path_patching import edge_sweep, path_patch
 
 CLEAN, CORRUPTED = random_tokens(pos=4), random_tokens(pos=4, seed=1)
-FAMILIES = pytest.mark.parametrize("name", ZOO)
 
 
 @cache
@@ -291,7 +290,7 @@ def test_paths_on_a_model_of_one_running_sum_are_those_of_the_papers() -> None:
         torch.testing.assert_close(found, torch.stack(by_hand), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@FAMILIES
 def test_a_path_into_an_mlp_or_the_logits_computes_their_norm_anew(name: str) -> None:
     """By hand: hold what every head and MLP writes but the source, run on, and take what the receiver then reads."""
     bridge = random_bridge(name, torch.float64)
@@ -385,7 +384,7 @@ def test_split_inputs_of_grouped_keys_are_those_of_the_groups() -> None:
         torch.testing.assert_close(gradients["g"][:, :, 1], by_hand, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@FAMILIES
 def test_edge_attribution_by_others_is_warned_of_where_the_stream_is_no_running_sum(name: str) -> None:
     """Whoever computes edges splits the inputs; one warning for each model, none where the sum is right."""
     bridge = random_bridge(name)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import log_softmax
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import FAMILIES, ZOO, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.analysis import step_geometry, trajectories
@@ -16,7 +16,6 @@ from tl_looped.patching import patch_between_loops
 from tl_looped.weight_gradients import weight_gradients_by_pass
 
 TOKENS = random_tokens()
-FAMILIES = pytest.mark.parametrize("name", ZOO)
 CASES = pytest.mark.parametrize(
     ("name", "changes"),
     [

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import doctest
 import re
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tl_looped import names as names_module
-from tl_looped import schedule as schedule_module
 from tl_looped.errors import LoopedError, OutOfRangeError, UnknownNameError
 from tl_looped.schedule import Schedule, Site, is_pattern
 
@@ -234,12 +231,6 @@ def test_description_counts_everything() -> None:
     assert ONE_STACK.describe() == "4 loops over one stack of 3 layers, 2 prelude and 1 coda layer: 15 virtual layers"
     assert TWO_STACKS.describe().startswith("2 loops over stacks L (3 x per loop) and H of 2 layers")
     assert TWO_STACKS.n_layers == 2 * (3 + 1) * 2
-
-
-def test_examples_in_the_module_run() -> None:
-    for module in (schedule_module, names_module):
-        results = doctest.testmod(module)
-        assert results.attempted and not results.failed
 
 
 def test_loop_selectors() -> None:

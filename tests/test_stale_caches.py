@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import FAMILIES, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedCache, LoopedError
 from tl_looped.attribution import attribution_sweep
@@ -104,7 +104,7 @@ def test_every_change_of_weights_is_noticed(way: str) -> None:
     fresh.logit_attrs(stack, 5)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@FAMILIES
 def test_a_cache_knows_its_model(name: str) -> None:
     model, clean, corrupted = random_bridge(name), random_tokens(seed=1), random_tokens(seed=2)
 

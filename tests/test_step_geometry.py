@@ -10,7 +10,7 @@ import pytest
 import torch
 from linear import D, deep_loop, linear_loop, model, one_loop_bytes, rotation
 from peak_memory import PeakMemory
-from zoo import ZOO, random_tokens
+from zoo import FAMILIES, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.analysis import StepGeometry, step_geometry
@@ -65,7 +65,7 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
 
 
-@pytest.mark.parametrize("name", ZOO)
+@FAMILIES
 @pytest.mark.parametrize("layer", [None, -1])
 def test_all_quantities_equal_those_by_hand(name: str, layer: int | None) -> None:
     bridge = model(name)

@@ -28,7 +28,7 @@ from transformer_lens.tools.analysis import (
     run_with_intervention,
 )
 from transformer_lens.tools.analysis.logit_lens import logit_readout
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import FAMILIES, ZOO, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped.bridge.processing import stream_break
@@ -183,7 +183,7 @@ def test_tools_over_paths_are_refused_where_it_is_not(name: str) -> None:
     assert not bridge.cfg.use_split_qkv_input and not any(h.has_hooks() for h in bridge.hook_points())
 
 
-@pytest.mark.parametrize("name", ZOO)
+@FAMILIES
 def test_stream_breaks_are_where_an_added_vector_does_not_stay(name: str) -> None:
     """What is added to a layer's output reaches the stream of every later layer unchanged, or that layer is named a break."""
     bridge = random_bridge(name, torch.float64)
@@ -235,7 +235,7 @@ def plain_nodes(plain: LoopedModel, tokens: torch.Tensor, with_gradient: bool) -
     return dict(zip(seen, torch.autograd.grad(value, list(seen.values())), strict=True))
 
 
-@pytest.mark.parametrize("name", ZOO)
+@FAMILIES
 @pytest.mark.parametrize("compatible", [False, True])
 def test_attribution_patching_is_the_first_order_term_of_the_plain_model(name: str, compatible: bool) -> None:
     bridge = random_bridge(name, torch.float64)
@@ -271,7 +271,7 @@ def test_edge_attribution_and_faithfulness_where_the_stream_is_a_running_sum() -
 # Lenses
 
 
-@pytest.mark.parametrize("name", ZOO)
+@FAMILIES
 @pytest.mark.parametrize("compatible", [False, True])
 def test_logit_lens_is_the_last_norm_and_the_unembedding(name: str, compatible: bool) -> None:
     bridge = random_bridge(name)
@@ -420,7 +420,7 @@ def test_projection_kernel_of_virtual_layers(name: str, role: str) -> None:
     torch.testing.assert_close(result.scores[0, 1, last, 0], (written.T @ read).square().sum(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@FAMILIES
 def test_singular_vectors_of_virtual_layers(name: str) -> None:
     bridge = random_bridge(name)
     interpreter = SVDInterpreter(bridge)
@@ -439,7 +439,7 @@ def test_singular_vectors_of_virtual_layers(name: str) -> None:
             torch.testing.assert_close(vectors[:, 0].abs(), expected.abs(), atol=1e-3, rtol=1e-3)  # the sign is arbitrary
 
 
-@pytest.mark.parametrize("name", ZOO)
+@FAMILIES
 def test_accumulated_bias_is_the_sum_or_refused(name: str) -> None:
     assert not random_bridge(name).accumulated_bias(2).any()  # no biases, nothing to add up
     biased = random_bridge(name, biases=("o", "out"))
@@ -523,7 +523,7 @@ def test_alignment_search_in_one_loop() -> None:
             collect_activations(bridge, "loops.*.hook_in", source, task, positions=at)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@FAMILIES
 def test_untrained_twins_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="cannot reset"):
         reinitialized(random_bridge(name), 0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from linear import D, deep_loop, linear_loop, model, one_loop_bytes, rotation
 from peak_memory import PeakMemory
-from zoo import ZOO, random_tokens
+from zoo import FAMILIES, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.analysis import Path, Trajectories, trajectories
@@ -40,7 +40,7 @@ def check(path: Path, x: torch.Tensor, k: int = 3) -> None:
     torch.testing.assert_close(path.coordinates.values.reshape(-1, k), centred @ path.directions.T)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@FAMILIES
 def test_one_token_over_all_layers(name: str) -> None:
     bridge = model(name)
     found, x = run(bridge), cached(bridge, "blocks.*.hook_resid_post")

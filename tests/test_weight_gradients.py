@@ -7,14 +7,13 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import FAMILIES, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.errors import OutOfRangeError
 from tl_looped.weight_gradients import influence, weight_gradients_by_pass
 
 TOKENS = random_tokens(pos=5)
-FAMILIES = pytest.mark.parametrize("name", ZOO)
 
 
 @cache

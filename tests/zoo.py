@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -56,6 +57,10 @@ ZOO = {
         **SMALL, n_core=2, n_loops=3, n_prelude=1, n_coda=1, strategy="anchored", anchor_steps=3, family="llama"
     ),
 }  # fmt: skip
+
+# All that differ in structure: Nanbeige has part of what Ouro has, the retrofitted Llama of what Huginn has.
+STRUCTURES = sorted(ZOO.keys() - {"nanbeige", "retrofit_llama"})
+FAMILIES = pytest.mark.parametrize("name", STRUCTURES)
 
 
 def random_bridge(name: str, dtype: torch.dtype = torch.float32, **changes: object) -> LoopedBridge:
