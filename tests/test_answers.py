@@ -134,7 +134,7 @@ def test_answers_add_up_and_are_a_table() -> None:
         ("t1", {"top_k": 32}, "top_k=32.*31 tokens"),
         ("t1", {"top_k": 0}, "top_k=0"),
         ("t1", {"targets": "t1 t2"}, "is 2 tokens"),
-        ("t1", {"targets": 31}, r"target 31 .*0\.\.30"),
+        ("t1", {"targets": 31}, r"31 .*0\.\.30"),
         ("t1", {"targets": [1, 2]}, "2 targets were given for 1 prompts"),
         ("t1", {"targets": 0.5}, "targets=0.5 were given"),
         ("t1", {"attention_mask": torch.ones(1, 1)}, "attention_mask= was given for prompts that are no tensor"),

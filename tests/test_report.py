@@ -314,7 +314,7 @@ def test_prompts_that_are_answered_alike_are_compared_where_they_differ_most() -
     ({"at_loop": -1}, "at_loop=-1"),
     ({"sections": ["answers", "chapters"]}, "sections='chapters' was asked; there are model, answers"),
     ({"sections": []}, "sections is empty"),
-    ({"answer": 10}, "answer=10 was given; the tokens of this model go from 0 to 9"),
+    ({"answer": 10}, "the answer 10 was given, but the vocabulary of this model is 0..9"),
     ({"answer": " Paris"}, "has no tokenizer; pass the number of the token"),
     ({"answer": 3, "wrong": 3}, "are one token"),
     ({"wrong": 3}, "without an answer"),

@@ -173,7 +173,7 @@ def ask(
     chosen = sorted(set(model.schedule.select_loops(loops, model.schedule.core_stacks[-1])))
     tokens, mask = _rows(model, prompts, attention_mask)
     asked = None if targets is None else _targets(targets, len(tokens))
-    ids = None if asked is None else torch.tensor([_target_id(model, one) for one in asked], device=model.cfg.device)
+    ids = None if asked is None else torch.tensor([one_token(model, one) for one in asked], device=model.cfg.device)
     found: list[tuple[Tensor, ...]] = []
     for rows in _batches(tokens, d_vocab, inputs):
         logits = _read(model, tokens[rows], None if mask is None else mask[rows], chosen, _of_rows(inputs, rows, len(tokens)))
@@ -283,14 +283,6 @@ def _targets(targets: Any, n: int) -> list[str | int]:
             f"{len(listed)} targets were given for {n} prompts; pass one for each, in their order, or one for all."
         )
     return list(listed)
-
-
-def _target_id(model: LoopedBridge, target: str | int) -> int:
-    d_vocab = model.looped_cfg.d_vocab
-    token = one_token(model, target) if isinstance(target, str) else target
-    if not 0 <= token < d_vocab:
-        raise LoopedError(f"target {token} was asked, but the vocabulary of this model is 0..{d_vocab - 1}.")
-    return token
 
 
 def _words(model: LoopedBridge, ids: Tensor) -> dict[int, str]:

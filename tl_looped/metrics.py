@@ -122,9 +122,7 @@ class AnswerMetric(RowMetric):
         return next((len(answer) for answer in self.answers if not isinstance(answer, (str, int))), None)
 
     def bind(self, model: LoopedBridge, attention_mask: Mask = None) -> AnswerMetric:
-        ids = tuple(answer if isinstance(answer, Tensor) else _ids(model, answer) for answer in self.answers)
-        for one in ids:
-            _check_ids(one, model.looped_cfg.d_vocab)
+        ids = tuple(_ids(model, answer) for answer in self.answers)
         return replace(self, answers=ids, mask=self.mask if attention_mask is None else attention_mask)
 
     def rows(self, rows: Sequence[int]) -> AnswerMetric:
@@ -260,7 +258,7 @@ def logit(answer: Answers, *, positions: Indices = -1) -> RowMetric:
         >>> logit([3, 4])(torch.arange(5.0).expand(2, 1, 5))
         tensor([3., 4.])
     """
-    return _answer_metric("logit", (answer,), lambda x, a: wide(_pick(x, a)), positions)
+    return _answer_metric("logit", (answer,), _pick, positions)
 
 
 def prob(answer: Answers, *, positions: Indices = -1) -> RowMetric:
@@ -332,16 +330,22 @@ def metric_name(metric: Any) -> str:
     return metric.name if isinstance(metric, RowMetric) else "metric"
 
 
-def one_token(model: LoopedBridge, answer: str) -> int:
+def one_token(model: LoopedBridge, answer: str | int) -> int:
     """The id of an answer that is one token.
 
     Args:
         model: whose tokenizer reads it.
-        answer: the text.
+        answer: the text, or the id.
 
     Raises:
-        LoopedError: it is none or several tokens; the message has what it is read as, and a near spelling that is one.
+        LoopedError: it is none or several tokens, and the message has what it is read as and a near spelling that is one; an
+            id outside the vocabulary; text without a tokenizer.
     """
+    if isinstance(answer, int):
+        _check_ids(answer, model.looped_cfg.d_vocab)
+        return answer
+    if model.tokenizer is None:
+        raise LoopedError(f"{answer!r} was given, but this model has no tokenizer; pass the number of the token.")
     ids = _encoded(model, answer)
     if len(ids) == 1:
         return ids[0]
@@ -395,10 +399,12 @@ def _is_one(answer: object) -> bool:
 
 
 def _ids(model: LoopedBridge, answer: Any) -> Any:
-    def id_of(one: str | int) -> int:
-        return one_token(model, one) if isinstance(one, str) else one
-
-    return id_of(answer) if isinstance(answer, (str, int)) else torch.tensor([id_of(one) for one in answer], device="cpu")
+    if isinstance(answer, (str, int)):
+        return one_token(model, answer)
+    if isinstance(answer, Tensor):
+        _check_ids(answer, model.looped_cfg.d_vocab)
+        return answer
+    return torch.tensor([one_token(model, one) for one in answer], device="cpu")
 
 
 def _check_ids(ids: Any, d_vocab: int) -> None:

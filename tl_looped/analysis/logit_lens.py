@@ -17,6 +17,7 @@ from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.tokens import real_positions, refuse_unmarked_padding
 from ..errors import LoopedError
 from ..kinds import plain
+from ..metrics import one_token
 from ..model.initial_state import InitialState
 from ..model.looped_model import check_tokens
 from ..plots import rank_trajectories
@@ -535,15 +536,9 @@ def _target_ids(
 
 
 def _target_id(model: LoopedBridge, target: object) -> int:
-    if isinstance(target := plain(target), int) and not isinstance(target, bool):
-        return target
-    if not isinstance(target, str):
+    if not isinstance(target := plain(target), (str, int)) or isinstance(target, bool):
         raise LoopedError(f"target {target!r} was asked; a target is a token id or a string that is one token.")
-    _need_tokenizer(model, target)
-    found = model.to_tokens(target, prepend_bos=False).flatten().tolist()
-    if len(found) != 1:
-        raise LoopedError(f"target {target!r} was asked, but it is {len(found)} tokens {found}; pass the id of one token.")
-    return found[0]
+    return one_token(model, target)
 
 
 def _rows(schedule: Schedule, loops: LoopSelector | None) -> tuple[int, ...]:

@@ -77,7 +77,7 @@ def ask(
         pair = _pair(model, clean, corrupted)
     if pair is not None:
         pair = (pair[0].to(model.cfg.device), pair[1].to(model.cfg.device))
-    right, other = _token(model, "answer", answer), _token(model, "wrong", wrong)
+    right, other = (None if token is None else one_token(model, token) for token in (answer, wrong))
     if right is not None and right == other:
         raise LoopedError(f"answer={answer!r} and wrong={wrong!r} are one token; choose two.")
     if wrong is not None and answer is None:
@@ -104,15 +104,3 @@ def _pair(model: LoopedBridge, clean: Prompt, corrupted: Prompt) -> tuple[Tensor
             "of the same number of tokens, so that every position has its counterpart."
         )
     return first, second
-
-
-def _token(model: LoopedBridge, name: str, given: str | int | None) -> int | None:
-    """A token that was given as text or as its number."""
-    if given is None:
-        return None
-    if isinstance(given, str) and model.tokenizer is None:
-        raise LoopedError(f"{name}={given!r} was given, but this model has no tokenizer; pass the number of the token.")
-    token = one_token(model, given) if isinstance(given, str) else given
-    if not 0 <= token < model.cfg.d_vocab:
-        raise LoopedError(f"{name}={token} was given; the tokens of this model go from 0 to {model.cfg.d_vocab - 1}.")
-    return token

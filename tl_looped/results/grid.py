@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import sub, truediv
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class Grid(Shown):
     """Numbers over named axes.
 
     `grid[2, :, -1]` selects by place, `sel` by label. `a - b` and `a / b` are grids too: entry by entry, of grids over the same
-    axes, or by a number; standard errors are lost, for those of a difference need the examples.
+    axes, or by a number. Estimates give plain grids too: they keep no examples, which the standard error of a paired difference
+    needs; `tl_looped.compare` has it.
 
     Args:
         values: one dimension per axis; they are detached.
@@ -183,12 +185,7 @@ class Grid(Shown):
         Raises:
             LoopedError: grids over other axes or labels.
         """
-        if isinstance(other, Grid):
-            name = f"{self.name} − {other.name}" if self.name != other.name else f"difference of {self.name}"
-            return Grid(
-                self.values - self._same(other, "subtracted from").values.to(self.values.device), self.axes, self.labels, name
-            )
-        return Grid(self.values - other, self.axes, self.labels, self.name)
+        return self._with_other(other, sub, "−", "difference", "subtracted from")
 
     def __truediv__(self, other: Grid | float) -> Grid:
         """The ratio, entry by entry.
@@ -196,12 +193,13 @@ class Grid(Shown):
         Raises:
             LoopedError: grids over other axes or labels.
         """
-        if isinstance(other, Grid):
-            name = f"{self.name} / {other.name}" if self.name != other.name else f"ratio of {self.name}"
-            return Grid(
-                self.values / self._same(other, "divided into").values.to(self.values.device), self.axes, self.labels, name
-            )
-        return Grid(self.values / other, self.axes, self.labels, self.name)
+        return self._with_other(other, truediv, "/", "ratio", "divided into")
+
+    def _with_other(self, other: Grid | float, done: Callable[[Any, Any], Tensor], sign: str, noun: str, verb: str) -> Grid:
+        if not isinstance(other, Grid):
+            return Grid(done(self.values, other), self.axes, self.labels, self.name)
+        name = f"{self.name} {sign} {other.name}" if self.name != other.name else f"{noun} of {self.name}"
+        return Grid(done(self.values, self._same(other, verb).values.to(self.values.device)), self.axes, self.labels, name)
 
     def _same(self, other: Grid, done: str) -> Grid:
         """Another grid, if it is over the same axes."""
