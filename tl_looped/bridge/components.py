@@ -222,18 +222,23 @@ class LoopedBlock(Around, BlockBridge):
             self._clear_attention_capture()
 
 
+_PLAIN = frozenset((NoneType, bool, str, float, int))
+_CONTAINERS = frozenset((dict, OrderedDict, list, set))
+
+
 def _template_copy(value: Any, memo: dict[int, Any]) -> Any:
     """A copy of a component that wraps no module yet: of its modules, containers and config; the rest is never changed."""
     kind: Any = type(value)
-    if kind in (NoneType, bool, str, float):
-        return value
-    if kind in (dict, OrderedDict, list, set) and not value:  # a hook point has a dozen of these
-        return kind()
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, nn.Module):
         new = memo[id(value)] = object.__new__(kind)
-        new.__dict__.update({key: _template_copy(part, memo) for key, part in value.__dict__.items()})
+        held = new.__dict__
+        held.update(value.__dict__)
+        for key, part in value.__dict__.items():  # of a hook point's thirty, nearly all are plain or empty
+            part_kind: Any = type(part)
+            if part_kind not in _PLAIN:
+                held[key] = part_kind() if not part and part_kind in _CONTAINERS else _template_copy(part, memo)
         return new
     if isinstance(value, dict):
         return kind((key, _template_copy(part, memo)) for key, part in value.items())

@@ -67,8 +67,8 @@ class LoopedBridge(InMemory, RunningBridge):
         adapter = LoopedArchitectureAdapter(cfg, model)
         self.__dict__["looped_cfg"] = model.cfg
         self.__dict__["_hook_dict"] = (None, {})
+        model.training = False  # TransformerBridge gives its mode to all modules
         without_collections(partial(super().__init__, model, adapter, tokenizer))
-        self.eval()
 
     @classmethod
     def from_pretrained(

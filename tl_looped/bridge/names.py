@@ -181,6 +181,12 @@ class NamedBridge(ReadingBridge):
         found = dict(self._compute_hook_aliases_cached(outside, tuple(sorted(aliases.items()))))
         return found | self._collect_block_instance_aliases()
 
+    def _initialize_hook_registry(self) -> None:
+        """As in TransformerBridge, whose constructor scans once more when aliases are known: then once is enough."""
+        if self.compatibility_mode:
+            super()._initialize_hook_registry()
+        self._hook_registry_initialized = True
+
     def _scan_existing_hooks(self, module: nn.Module, prefix: str = "") -> None:
         """Fill the hook registry; passes get their loop-indexed names, which are the only ones they have.
 
@@ -189,17 +195,20 @@ class NamedBridge(ReadingBridge):
         """
         named = {id(hook) for hook in self._hook_registry.values()}
         components = list(self._components(self, ""))
-        own = [(path, component._modules) for path, component in components]
-        aliases = [(path, dict(sorted(component.__dict__.items()))) for path, component in components]
+
+        def points(held: dict[str, Any]) -> list[tuple[str, HookPoint]]:
+            return [(name, point) for name, point in held.items() if isinstance(point, HookPoint)]
+
+        own = [(path, points(component._modules)) for path, component in components]
+        aliases = [(path, sorted(points(component.__dict__))) for path, component in components]
         legacy = [found for both in zip(own, aliases, strict=True) for found in both]
         for path, hooks in legacy if self.compatibility_mode else own + aliases:
-            for name, hook in hooks.items():
-                if isinstance(hook, HookPoint):
-                    full_name = f"{path}.{name}" if path else name
-                    if id(hook) not in named:
-                        hook.name = full_name
-                        named.add(id(hook))
-                    self._hook_registry[full_name] = hook
+            for name, hook in hooks:
+                full_name = f"{path}.{name}" if path else name
+                if id(hook) not in named:
+                    hook.name = full_name
+                    named.add(id(hook))
+                self._hook_registry[full_name] = hook
 
     def _components(self, module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
         """All components with their paths; the modules they wrap hold the same hook points and are left out."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..model.looped_model import set_mode
+from ..model.layers import each_module
 from ..model.undo import Snapshot, undone, whole
 from .names import NamedBridge
 from .processing import check_options, check_running_sum, check_shared, has_output_bias, process_weights
@@ -55,9 +55,17 @@ class WeightsBridge(NamedBridge):
         Args:
             mode: False for evaluation.
         """
-        set_mode(self, mode)
-        self.plain.train(mode)
+        for module in each_module(self, self.plain):
+            module.__dict__["training"] = mode
         return self
+
+    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
+        """Every module, as in PyTorch.
+
+        Args:
+            remove_duplicate: each once; many stand in several places.
+        """
+        return each_module(self) if remove_duplicate else super().modules(remove_duplicate)
 
     @property
     def core_weights(self) -> dict[str, nn.Parameter]:
@@ -193,6 +201,10 @@ def without_collections(make: Callable[[], T]) -> T:
 
     def made() -> T:
         gc.disable()
-        return make()
+        found = make()
+        if not gc.get_freeze_count():  # what was made counts as old, or the next collection of new objects would scan it all
+            gc.freeze()
+            gc.unfreeze()
+        return found
 
     return undone(made, gc.enable if gc.isenabled() else gc.disable)

@@ -15,7 +15,7 @@ from ..errors import LoopedError
 from ..schedule import Pass, Schedule, check_count
 from .early_exit import EarlyExit
 from .initial_state import InitialState, NoiseTable, initial_state
-from .layers import Block, Inputs, KeyValueCache, RMSNorm
+from .layers import Block, Inputs, KeyValueCache, RMSNorm, each_module
 from .passes import PassEnds
 from .rotary import Rotary
 
@@ -129,7 +129,8 @@ class LoopedModel(nn.Module):
         Args:
             mode: False for evaluation.
         """
-        set_mode(self, mode)
+        for module in each_module(self):
+            module.__dict__["training"] = mode
         return self
 
     def _find_parameter_slots(self) -> dict[str, list[tuple[nn.Module, str]]]:
@@ -547,15 +548,6 @@ def check_tokens(tokens: Tensor, d_vocab: int) -> None:
     if low < 0 or high >= d_vocab:
         bad = low if low < 0 else high
         raise LoopedError(f"token {bad} was given, but the vocabulary of this model is 0..{d_vocab - 1}.")
-
-
-def set_mode(root: nn.Module, mode: bool) -> None:
-    """Set training or evaluation mode in every module once.
-
-    Under a bridge many stand in several places, and PyTorch's recursion would come to those a dozen times.
-    """
-    for module in root.modules():
-        module.__dict__["training"] = mode
 
 
 def _share(module: AnyModule) -> AnyModule:
