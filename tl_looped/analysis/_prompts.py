@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
+from operator import add
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -15,10 +18,21 @@ from ..bridge.tokens import refuse_unmarked_padding
 from ..errors import LoopedError
 from ..model.looped_model import check_tokens
 
-__all__ = ["Prompt", "Prompts", "at_depth", "check_bridge", "check_finite", "check_model", "first_hooked", "token_batches"]
+__all__ = [
+    "Prompt",
+    "Prompts",
+    "at_depth",
+    "check_bridge",
+    "check_finite",
+    "check_model",
+    "first_hooked",
+    "over_batches",
+    "token_batches",
+]
 
 Prompt = str | Int[Tensor, "..."]  # [pos] or [batch, pos]; lengths may differ from prompt to prompt
 Prompts = Prompt | Iterable[Prompt]
+R = TypeVar("R")
 
 
 def token_batches(model: AnyBridge, prompts: Prompts, *, verbose: bool, what: str) -> Iterator[Int[Tensor, "batch pos"]]:
@@ -53,6 +67,22 @@ def token_batches(model: AnyBridge, prompts: Prompts, *, verbose: bool, what: st
         yield tokens.to(model.cfg.device)
     if n_prompts < 0:
         raise LoopedError(f"{what} was asked of no prompts; pass at least one.")
+
+
+def over_batches(
+    measure: Callable[[Int[Tensor, "batch pos"]], R], model: AnyBridge, prompts: Prompts, *, verbose: bool, what: str
+) -> R:
+    """What a measure makes of the batches of `token_batches`, added up in their order.
+
+    Args:
+        measure: from tokens [batch, pos] to a result that can be added.
+        model: as in `token_batches`.
+        prompts: as there.
+        verbose: as there.
+        what: as there.
+    """
+    of_batch: Any = measure  # results add up, which their types do not say in one word
+    return reduce(add, map(of_batch, token_batches(model, prompts, verbose=verbose, what=what)))
 
 
 def check_bridge(model: object) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from ..model.layers import is_observed
 from ..plots import GroupBy, grouped
 from ..results import Estimate, Grid, Result, table
 from ..schedule import Indices, Schedule, Site, select_indices
-from ._prompts import Prompts, at_depth, check_model, token_batches
+from ._prompts import Prompts, at_depth, check_model, over_batches, token_batches
 from ._streaming import layer_hooks, need_loops, visit
 from .fixed_points import PATTERN, compare_loops, frobenius_per_head
 
@@ -122,7 +120,7 @@ def attention_stability(
             schedule=deep.schedule,
         )
 
-    return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="attention_stability")))
+    return over_batches(examples, deep, prompts, verbose=verbose, what="attention_stability")
 
 
 def attention_distances(
@@ -201,7 +199,7 @@ def attention_distances(
             distances = distances[..., 0]
         return Estimate.of(distances, axes, {axis: labels[axis] for axis in axes}, "pattern_distance")
 
-    return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="attention_distances")))
+    return over_batches(examples, deep, prompts, verbose=verbose, what="attention_distances")
 
 
 def attention_bound(
@@ -282,7 +280,7 @@ def attention_bound(
         visit(deep, tokens, hooks, measure, stop=passes[-1].layers.stop, initial_state=initial_state)
         return Estimate.of(ratios, ("loop", "layer"), labels, "bound_ratio")
 
-    return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="attention_bound")))
+    return over_batches(examples, deep, prompts, verbose=verbose, what="attention_bound")
 
 
 @accepts_old(head="heads")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
-from functools import reduce
-from operator import add
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from ..errors import LoopedError
 from ..exits import ExitPolicy, LoopHistory
 from ..model.initial_state import InitialState
 from ..results import Estimate, Result, table
-from ._prompts import Prompts, at_depth, check_finite, check_model, token_batches
+from ._prompts import Prompts, at_depth, check_finite, check_model, over_batches
 from ._targets import Answers, Targets
 
 Policies = ExitPolicy | Sequence[ExitPolicy] | Mapping[str, ExitPolicy]
@@ -226,6 +224,6 @@ def exit_steps(
         pdf = (gate_pdf(torch.stack(history.exit_logits)).cpu(),) if history.exit_logits else ()
         return ExitSteps(cost, accuracy, loss, (passes.cpu(),), pdf, n_loops, asked, targets.scored)
 
-    result = reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="exit_steps")))
+    result = over_batches(examples, deep, prompts, verbose=verbose, what="exit_steps")
     targets.check_used()
     return result

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,7 +20,7 @@ from ..plots import GroupBy, grouped
 from ..results import Estimate, Result, table
 from ..schedule import Indices, Pass, Schedule, Site, check_count
 from ._directions import cosine, relative_distance
-from ._prompts import Prompts, at_depth, check_model, token_batches
+from ._prompts import Prompts, at_depth, check_model, over_batches
 from ._streaming import at_positions, layer_hooks, need_loops, visit
 
 __all__ = ["FixedPoints", "fixed_points"]
@@ -206,7 +204,7 @@ def fixed_points(
             schedule=deep.schedule,
         )
 
-    return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="fixed_points")))
+    return over_batches(examples, deep, prompts, verbose=verbose, what="fixed_points")
 
 
 @dataclass

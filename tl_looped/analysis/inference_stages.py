@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from typing import Any, Literal
 
 import torch
@@ -22,7 +20,7 @@ from ..model.initial_state import InitialState
 from ..plots import GroupBy, grouped
 from ..results import Estimate, Grid, Result, table
 from ..schedule import Indices, Schedule
-from ._prompts import Prompts, at_depth, check_bridge, check_finite, token_batches
+from ._prompts import Prompts, at_depth, check_bridge, check_finite, over_batches
 from ._streaming import at_positions, need_loops
 
 METRICS = ("colsum", "sink_rate", "mixing", "entropy", "norm")
@@ -313,7 +311,7 @@ def inference_stages(
         estimates = [Estimate.of(values[m], ("depth",), {"depth": names}, titles.get(m, m)) for m in METRICS]
         return InferenceStages(*estimates, schedule=schedule, tau=tau)
 
-    return reduce(add, map(examples, token_batches(model, prompts, verbose=verbose, what="inference_stages")))
+    return over_batches(examples, model, prompts, verbose=verbose, what="inference_stages")
 
 
 def output_neurons(model: AnyBridge, *, kurtosis: float = 10.0) -> Grid:

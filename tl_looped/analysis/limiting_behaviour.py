@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from ..model.initial_state import InitialState
 from ..results import Estimate, Grid, Result
 from ..schedule import check_count
 from ._directions import cosine
-from ._prompts import Prompts, at_depth, check_model, token_batches
+from ._prompts import Prompts, at_depth, check_model, over_batches
 from ._streaming import layer_hooks, need_loops, visit
 
 __all__ = ["BehaviourRule", "TokenBehaviour", "LimitingBehaviour", "limiting_behaviour"]
@@ -252,7 +250,7 @@ def limiting_behaviour(
         found = behaviour(deep, tokens, rule, period, window, settle, keep_signal, looped, initial_state)
         return LimitingBehaviour(tuple(found), rule, period, window, settle, looped, deep.schedule.n_loops_of(looped))
 
-    return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="limiting_behaviour")))
+    return over_batches(examples, deep, prompts, verbose=verbose, what="limiting_behaviour")
 
 
 def checked(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from ..model.initial_state import InitialState
 from ..results import Estimate, Result
 from ..schedule import check_count
 from ._one_loop import OneLoop
-from ._prompts import Prompts, check_finite, check_model, token_batches
+from ._prompts import Prompts, check_finite, check_model, over_batches
 from ._streaming import need_loops
 
 __all__ = ["LocalStability", "local_stability"]
@@ -192,7 +190,7 @@ def local_stability(
             iterations=iterations,
         )
 
-    return reduce(add, map(examples, token_batches(model, prompts, verbose=verbose, what="local_stability")))
+    return over_batches(examples, model, prompts, verbose=verbose, what="local_stability")
 
 
 def orthonormal(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
 from ..results import Estimate, Result
-from ._prompts import Prompts, token_batches
+from ._prompts import Prompts, over_batches
 from ._streaming import visit
 from .limiting_behaviour import UNDEFINED, BehaviourRule, behaviour, checked
 
@@ -132,7 +130,7 @@ def path_independence(
             stack=looped,
         )
 
-    return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="path_independence")))
+    return over_batches(examples, deep, prompts, verbose=verbose, what="path_independence")
 
 
 def _state_entering(

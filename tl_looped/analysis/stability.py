@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
 from typing import Any, Literal
 
 import torch
@@ -21,7 +19,7 @@ from ..model.initial_state import InitialState
 from ..results import Estimate, Result, table
 from ..schedule import check_count
 from ._directions import relative_distance
-from ._prompts import Prompts, at_depth, check_finite, check_model, token_batches
+from ._prompts import Prompts, at_depth, check_finite, check_model, over_batches
 from ._streaming import need_loops
 from ._targets import Answers, Targets
 
@@ -178,7 +176,7 @@ def stability(
             scored=targets.scored,
         )
 
-    result = reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="stability")))
+    result = over_batches(examples, deep, prompts, verbose=verbose, what="stability")
     targets.check_used()
     return result
 
@@ -337,4 +335,4 @@ def injection_effect(
             stack=stack,
         )
 
-    return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="injection_effect")))
+    return over_batches(examples, deep, prompts, verbose=verbose, what="injection_effect")

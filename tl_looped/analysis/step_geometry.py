@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from ..plots import panels
 from ..results import Estimate, Result, table
 from ..schedule import Indices, LoopSelector, Site, select_indices
 from ._directions import cosine, direction, ratio
-from ._prompts import Prompts, at_depth, token_batches
+from ._prompts import Prompts, at_depth, over_batches
 from ._streaming import at_positions, last_norm, layer_hooks, need_loops, visit
 
 PER_LOOP = (
@@ -196,7 +194,7 @@ def step_geometry(
             after_norm=after_norm,
         )
 
-    return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="step_geometry")))
+    return over_batches(examples, deep, prompts, verbose=verbose, what="step_geometry")
 
 
 def _turn(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,7 +20,7 @@ from ..model.initial_state import InitialState
 from ..plots import paths
 from ..results import Estimate, Grid, Result
 from ..schedule import Indices, Schedule, check_count, check_index, select_indices
-from ._prompts import Prompts, at_depth, token_batches
+from ._prompts import Prompts, at_depth, over_batches
 from ._streaming import at_positions, last_norm, visit
 
 Over = Literal["layers", "loop_ends"]
@@ -238,7 +236,7 @@ def trajectories(
             schedule=schedule,
         )
 
-    return reduce(add, map(examples, token_batches(deep, prompts, verbose=verbose, what="trajectories")))
+    return over_batches(examples, deep, prompts, verbose=verbose, what="trajectories")
 
 
 def _principal_components(
