@@ -150,7 +150,7 @@ def _draw(
         caption += f" Below the dotted line it loops more often than {asked.own_words}."
     if bool(wrong.any()):
         caption += " ✗ marks answers to queries that are not the next hop."
-    section.draw(caption, figure, 70 + max(36, min(110, 14 + 9 * longest)) * len(positions))
+    section.draw(caption, figure, 50 + max(30, min(110, 12 + 8 * longest)) * len(positions))
 
 
 def _cover(asked: Question, section: Section, ends: Float[Tensor, "loop row d_vocab"]) -> None:
