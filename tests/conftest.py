@@ -12,6 +12,7 @@ import hypothesis
 import jaxtyping
 import pytest
 import torch
+from zoo import changed_bridges
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # by default, 200 ms an example
 hypothesis.settings.load_profile("any machine")
@@ -20,6 +21,18 @@ hypothesis.settings.load_profile("any machine")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _shared_bridges_stay():
+    yield
+    assert changed_bridges() == []
+
+
+@pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from zoo import CHECKPOINTS, FAMILIES, GOLDEN, random_bridge, random_tokens
+from zoo import CHECKPOINTS, FAMILIES, GOLDEN, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 
@@ -21,15 +21,12 @@ def shift(value: Tensor, hook: object) -> Tensor:
     return value + torch.linspace(-1, 1, value.shape[-1])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @FAMILIES
 def test_every_way_to_ask_agrees_with_the_shorter_model(name: str) -> None:
-    model = random_bridge(name)
+    model = shared_bridge(name)
     every, padded = model.readout(TOKENS, "all"), model.readout(TOKENS, "all", attention_mask=MASK)
     assert every.shape == (model.n_loops, 2, 7, 31)
     for loop in range(model.n_loops - 1):  # the last one is the whole model
@@ -60,7 +57,7 @@ def test_reference_checkpoints_too(name: str) -> None:
 
 @FAMILIES
 def test_the_cache_holds_what_ran(name: str) -> None:
-    model = random_bridge(name)
+    model = shared_bridge(name)
     for loop in range(model.n_loops - 1)[-1:]:
         logits, cache = model.run_with_cache(TOKENS, loop=loop)
         short = model.unroll(loop + 1)
@@ -76,7 +73,7 @@ def test_the_cache_holds_what_ran(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ouro", "huginn", "hrm_text", "looped_qwen", "anchored"])
 def test_hooks_act_on_the_answer_after_a_loop(name: str) -> None:
-    model, loop = random_bridge(name), 0
+    model, loop = shared_bridge(name), 0
     short, stack = model.unroll(1), model.schedule.core_stacks[-1]
     first = "H.loops.0.blocks.1.hook_mlp_out" if stack == "H" else "loops.0.blocks.1.hook_mlp_out"
     where = [(first, shift), *([("coda.blocks.0.hook_resid_pre", shift)] if model.schedule.n_coda else [])]
@@ -125,7 +122,7 @@ def test_positions_of_rows_of_different_lengths() -> None:
 
 
 def test_a_stopped_run_that_leaves_out_loops() -> None:
-    model = random_bridge("huginn")  # layers 0-1 prelude, three loops of three, layer 11 coda
+    model = shared_bridge("huginn")  # layers 0-1 prelude, three loops of three, layer 11 coda
     short = model.unroll(1)
     assert torch.equal(model(TOKENS, loop=0, stop_at_layer=11), short(TOKENS, stop_at_layer=5))
     assert torch.equal(model(TOKENS, loop=0, stop_at_layer=12), short(TOKENS, stop_at_layer=6))
@@ -146,7 +143,7 @@ def test_no_such_loop(loop: Any, says: str) -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_the_arguments_of_a_readout_as_they_were() -> None:
-    model = random_bridge("ouro")
+    model = shared_bridge("ouro")
     with pytest.warns(FutureWarning) as caught:
         old = model.readout(TOKENS, 1, None, MASK)
     assert str(caught[1].message) == "readout(attention_mask=) is given by name now."
@@ -157,7 +154,7 @@ def test_the_arguments_of_a_readout_as_they_were() -> None:
 
 @pytest.mark.parametrize("name", ["ouro", "huginn", "hrm_text", "looped_qwen", "anchored"])
 def test_the_answer_after_a_loop_is_attributed(name: str) -> None:
-    model = random_bridge(name)
+    model = shared_bridge(name)
     logits, cache = model.run_with_cache(TOKENS, loop=0, attention_mask=MASK)
     last = logits[torch.arange(2), MASK.sum(1) - 1, 7]
     short = model.unroll(1)

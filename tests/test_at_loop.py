@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from zoo import random_bridge, random_tokens
+from zoo import random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.attribution import attribution_sweep
@@ -38,7 +38,7 @@ def cache_of(model: LoopedBridge, **given: Any) -> Any:
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize("name", ["looped_qwen", "ouro"])
 def test_the_answer_after_a_loop_is_that_of_so_many_loops(name: str, tool: str) -> None:
-    model = random_bridge(name, torch.float64)
+    model = shared_bridge(name, torch.float64)
     assert model.n_loops == 3
     cache, sweep = cache_of(model), TOOLS[tool]
     expected = sweep(model.unroll(2), cache_of(model.unroll(2)))
@@ -55,7 +55,7 @@ def test_the_answer_after_a_loop_is_that_of_so_many_loops(name: str, tool: str) 
 
 
 def test_a_filtered_cache_is_made_again_with_what_it_held() -> None:
-    model = random_bridge("huginn", torch.float64)
+    model = shared_bridge("huginn", torch.float64)
     few = cache_of(model, names_filter=["loops.*.hook_out"], initial_state=5)
     found = patch_sweep(model, CORRUPTED, few, METRIC, site="out", at_loop=0, verbose=False)
     one = model.unroll(1)
@@ -66,7 +66,7 @@ def test_a_filtered_cache_is_made_again_with_what_it_held() -> None:
 
 
 def test_what_cannot_be_made_again_is_refused() -> None:
-    model = random_bridge("ouro", torch.float64)
+    model = shared_bridge("ouro", torch.float64)
     cache = cache_of(model)
     with pytest.raises(LoopedError, match="loop 5 is out of range"):
         patch_sweep(model, CORRUPTED, cache, METRIC, at_loop=5, verbose=False)
@@ -82,7 +82,7 @@ def test_what_cannot_be_made_again_is_refused() -> None:
 
 
 def test_weight_gradients() -> None:
-    model = random_bridge("ouro", torch.float64)
+    model = shared_bridge("ouro", torch.float64)
     found = weight_gradients_by_pass(model, CLEAN, METRIC, at_loop=1)
     expected = weight_gradients_by_pass(model.unroll(2), CLEAN, lambda logits: METRIC(logits).mean())
     assert found.keys() == expected.keys()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from zoo import FAMILIES, SMALL, random_bridge, random_tokens
+from zoo import FAMILIES, SMALL, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped.analysis import attention_bound, attention_distances, attention_stability, looped_floorplan
@@ -15,7 +15,7 @@ from tl_looped.plots import attention_heads, floorplan
 
 @FAMILIES
 def test_distances_are_those_of_the_cached_patterns(name: str) -> None:
-    bridge, tokens = random_bridge(name), random_tokens(3, 4)
+    bridge, tokens = shared_bridge(name), random_tokens(3, 4)
     stack = "L" if name == "hrm_text" else None
     found = attention_stability(bridge, tokens, stack=stack, verbose=False)
     pairs = attention_distances(bridge, tokens, verbose=False)
@@ -82,7 +82,7 @@ def test_distances_over_several_runs(looking_ahead: bool) -> None:
 
 
 def test_split_work_gives_the_same_as_one_process() -> None:
-    bridge, prompts = random_bridge("huginn"), [random_tokens(2, 3), random_tokens(1, 5, seed=4)]
+    bridge, prompts = shared_bridge("huginn"), [random_tokens(2, 3), random_tokens(1, 5, seed=4)]
     for analysis, fields in ((attention_stability, ("successive", "distance")), (attention_distances, (None,))):
         whole = analysis(bridge, iter(prompts), n_loops=4, initial_state=torch.Generator().manual_seed(5), verbose=False)
         generator = torch.Generator().manual_seed(5)
@@ -128,7 +128,7 @@ def test_the_bound_holds_and_is_its_terms(changes: dict[str, object], scale: flo
 
 
 def test_floorplan_and_heads() -> None:
-    bridge, tokens = random_bridge("huginn"), random_tokens(1, 4)
+    bridge, tokens = shared_bridge("huginn"), random_tokens(1, 4)
     grid = looped_floorplan(bridge, tokens, n_loops=2)
     deep = bridge.unroll(2)
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_floorplan_and_heads() -> None:
     assert math.isnan(z[4][0])  # a gap between the rows
     html = str(attention_heads(cache, ["a", "b", "c", "d"], loops=[1, 0], layers=2))
     assert '"loop 1, layer 2, head 0"' in html and '"loop 0, layer 2, head 2"' in html and "layer 1" not in html
-    hrm = random_bridge("hrm_text")
+    hrm = shared_bridge("hrm_text")
     with torch.no_grad():
         _, cache = hrm.run_with_cache(tokens)
     assert '"L loop 3, layer 1, head 0"' in str(attention_heads(cache, ["a", "b", "c", "d"], loops="last", stack="L"))

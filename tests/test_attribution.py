@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
-from zoo import FAMILIES, random_bridge, random_tokens
+from zoo import FAMILIES, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedCache, LoopedError
 from tl_looped.attribution import attribution_sweep as whole_sweep
@@ -17,12 +17,6 @@ from tl_looped.errors import OutOfRangeError, UnknownNameError
 from tl_looped.sites import HEADS, PASSES, STREAMS
 
 CLEAN, CORRUPTED = random_tokens(pos=5), random_tokens(pos=5, seed=1)
-
-
-@cache
-def shared_bridge(name: str) -> LoopedBridge:
-    """One bridge of a family for the tests that leave it as it was."""
-    return random_bridge(name, torch.float64)
 
 
 def per_row(logits: Tensor) -> Tensor:
@@ -102,7 +96,7 @@ def worst_errors(
 
 @FAMILIES
 def test_estimates_tend_to_the_patches(name: str) -> None:
-    bridge = shared_bridge(name)
+    bridge = shared_bridge(name, torch.float64)
     close = near(run(bridge, CLEAN), run(bridge, CORRUPTED), 1e-7)
     for stack, prefix in prefixes(bridge):
         # the next order is 1e-7 times a curvature that is below 1e3 in these models

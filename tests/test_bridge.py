@@ -13,7 +13,7 @@ import torch
 from transformer_lens import ActivationCache, patching
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import get_act_name
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import ZOO, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedCache, LoopedError
 from tl_looped.model import LoopedModel
@@ -23,10 +23,7 @@ SWITCHES = ("attn_result", "split_qkv_input", "attn_in", "hook_mlp_in")
 FAMILIES = pytest.mark.parametrize("name", ZOO)
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def edit(tensor: torch.Tensor, hook: object) -> torch.Tensor:
@@ -46,7 +43,7 @@ def storages(model: torch.nn.Module) -> set[int]:
 
 @FAMILIES
 def test_bridge_equals_the_plain_model_bit_for_bit(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     plain = LoopedModel(ZOO[name])
     for key, parameter in bridge.original_model.canonical_parameters().items():
         plain.set_parameter(key, parameter)
@@ -73,7 +70,7 @@ def test_every_hook_point_fires_and_reading_changes_nothing(name: str, switch: s
 @pytest.mark.slow
 @FAMILIES
 def test_patching_a_run_with_its_own_cache_is_a_no_op(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     logits, cache = bridge.run_with_cache(TOKENS)
     for point in set(bridge.hook_dict[name] for name in cache):  # each once, and not under every name
         patched = bridge.run_with_hooks(TOKENS, fwd_hooks=[(point.name, lambda t, hook, n=point.name: cache[n].clone())])
@@ -90,7 +87,7 @@ def one_layer_and_all_passes(bridge: LoopedBridge, cache: LoopedCache) -> list[s
 @pytest.mark.slow
 @FAMILIES
 def test_own_cache_is_a_no_op_with_gradients_too(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     with torch.enable_grad():
         logits, cache = bridge.run_with_cache(TOKENS)
         assert torch.equal(logits, bridge(TOKENS))
@@ -102,7 +99,7 @@ def test_own_cache_is_a_no_op_with_gradients_too(name: str) -> None:
 @pytest.mark.slow
 @FAMILIES
 def test_an_edit_in_place_equals_an_edit_returned(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     _, cache = bridge.run_with_cache(TOKENS)
     state = torch.randn(2, 7, 24)
     for hook_name in one_layer_and_all_passes(bridge, cache):
@@ -122,7 +119,7 @@ def test_an_edit_in_place_equals_an_edit_returned(name: str) -> None:
 
 
 def test_an_edit_in_place_leaves_the_cache_of_earlier_layers_alone() -> None:
-    bridge = random_bridge("huginn")
+    bridge = shared_bridge("huginn")
     _, clean = bridge.run_with_cache(TOKENS)
     for hook_name in ("blocks.5.hook_resid_pre", "loops.1.hook_state", "loops.1.hook_injection"):
         with bridge.hooks(fwd_hooks=[(hook_name, lambda t, hook: t.mul_(2))]):
@@ -134,7 +131,7 @@ def test_an_edit_in_place_leaves_the_cache_of_earlier_layers_alone() -> None:
 @pytest.mark.slow
 @FAMILIES
 def test_an_edit_reaches_later_layers_only(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     _, clean = bridge.run_with_cache(TOKENS)
     for layer in range(bridge.cfg.n_layers):
         for hook in ("hook_resid_pre", "attn.hook_pattern", "attn.hook_z", "hook_resid_mid", "mlp.hook_post"):
@@ -148,7 +145,7 @@ def test_an_edit_reaches_later_layers_only(name: str) -> None:
 
 @FAMILIES
 def test_an_edit_of_the_injection_affects_one_pass_only(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     if bridge.looped_cfg.injection == "none":
         assert not any("hook_injection" in n for n in bridge.hook_dict)
         return
@@ -164,7 +161,7 @@ def test_an_edit_of_the_injection_affects_one_pass_only(name: str) -> None:
 
 @FAMILIES
 def test_hook_points_of_a_pass_mean_what_they_say(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     _, cache = bridge.run_with_cache(TOKENS)
     schedule = bridge.schedule
     for p in schedule.passes:
@@ -198,7 +195,7 @@ def test_shapes_are_those_of_transformer_lens(name: str) -> None:
 
 @FAMILIES
 def test_residual_stream_adds_up_inside_a_block(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     _, cache = bridge.run_with_cache(TOKENS)
     for layer in range(bridge.cfg.n_layers):
         mid = cache["resid_pre", layer] + cache["attn_out", layer]
@@ -212,7 +209,7 @@ def test_residual_stream_adds_up_inside_a_block(name: str) -> None:
 
 @FAMILIES
 def test_resid_mid_is_on_the_stream(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     last = bridge.cfg.n_layers - 1
     shift = torch.randn(24, generator=torch.Generator().manual_seed(3))
     with bridge.hooks(fwd_hooks=[(f"blocks.{last}.hook_resid_mid", lambda t, hook: t + shift)]):
@@ -225,7 +222,7 @@ def test_resid_mid_is_on_the_stream(name: str) -> None:
 
 @FAMILIES
 def test_both_spellings_everywhere(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     layer = bridge.cfg.n_layers - 2
     tl_name, loop_name = f"blocks.{layer}.attn.hook_z", bridge.schedule.name(layer, "attn.hook_z")
     expected = bridge.run_with_hooks(TOKENS, fwd_hooks=[(tl_name, edit)])
@@ -251,7 +248,7 @@ def test_both_spellings_everywhere(name: str) -> None:
 
 
 def test_patterns_name_what_brute_force_finds() -> None:
-    bridge = random_bridge("huginn")
+    bridge = shared_bridge("huginn")
     schedule = bridge.schedule
     _, cache = bridge.run_with_cache(TOKENS, names_filter="loops.1:.blocks.*.attn.hook_pattern")
     wanted = [i for i, s in enumerate(schedule.sites) if s.stack == "core" and s.loop >= 1]
@@ -265,7 +262,7 @@ def test_patterns_name_what_brute_force_finds() -> None:
 
 @FAMILIES
 def test_hooks_of_a_virtual_layer_and_persistent_caching_hooks(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     last = bridge.cfg.n_layers - 1
     assert bridge.block_hooks(-1) == bridge.block_hooks(last) and "attn.hook_pattern" in bridge.block_hooks(0)
     loop_name = bridge.schedule.name(last, "attn.hook_z")
@@ -286,7 +283,7 @@ def test_hook_dictionary_holds_each_point_once() -> None:
 
 
 def test_the_last_pass_norm_has_a_loop_name() -> None:
-    bridge = random_bridge("ouro")
+    bridge = shared_bridge("ouro")
     _, cache = bridge.run_with_cache(TOKENS, names_filter="loops.*.norm.hook_scale")
     assert torch.equal(cache["loops.2.norm.hook_scale"], cache["ln_final.hook_scale"])
     assert "loops.0.norm.hook_scale" in cache
@@ -294,7 +291,7 @@ def test_the_last_pass_norm_has_a_loop_name() -> None:
 
 @FAMILIES
 def test_stack_loops(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     _, cache = bridge.run_with_cache(TOKENS)
     stack = bridge.schedule.core_stacks[-1]
     if len(bridge.schedule.core_stacks) > 1:
@@ -318,7 +315,7 @@ def test_stack_loops(name: str) -> None:
 
 @FAMILIES
 def test_readout_equals_the_shorter_model_and_skips_the_rest(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     seen = {}
     bridge(TOKENS, on_loop=lambda loop, logits: seen.update({loop: logits}))
     for loop in range(bridge.n_loops):
@@ -333,7 +330,7 @@ def test_readout_equals_the_shorter_model_and_skips_the_rest(name: str) -> None:
 
 
 def test_readout_takes_an_initial_state() -> None:
-    bridge = random_bridge("huginn")
+    bridge = shared_bridge("huginn")
     state = torch.randn(2, 7, 24)
     assert torch.equal(bridge.readout(TOKENS, loop=1, initial_state=state), bridge.unroll(2)(TOKENS, initial_state=state))
     assert not torch.equal(bridge.readout(TOKENS, loop=1, initial_state=state), bridge.readout(TOKENS, loop=1))
@@ -341,7 +338,7 @@ def test_readout_takes_an_initial_state() -> None:
 
 @FAMILIES
 def test_unroll_shares_every_parameter(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     before = storages(bridge)
     deeper = bridge.unroll(9)
     assert storages(deeper) == before == storages(bridge)
@@ -387,7 +384,7 @@ def test_a_deep_copy_stands_alone() -> None:
 
 @FAMILIES
 def test_virtual_layers_have_their_own_components_and_modes(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     for parts in (list(bridge.blocks), list(bridge.passes)):
         modules = [{id(module) for module in part.modules()} for part in parts]
         assert len(set.union(*modules)) == sum(map(len, modules))
@@ -403,14 +400,14 @@ def test_virtual_layers_have_their_own_components_and_modes(name: str) -> None:
 
 @FAMILIES
 def test_aliases_are_those_that_transformer_lens_finds(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     ours, theirs = (kind._collect_hook_aliases_from_registry(bridge) for kind in (LoopedBridge, TransformerBridge))
     assert ours == theirs
 
 
 @FAMILIES
 def test_weights_are_read_without_complaint(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     for weights in ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out", "W_E", "W_U"):
         assert torch.isfinite(getattr(bridge, weights)).all()
     assert not caplog.records
@@ -418,7 +415,7 @@ def test_weights_are_read_without_complaint(name: str, caplog: pytest.LogCapture
 
 @FAMILIES
 def test_start_and_stop_skip_the_work(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     logits, cache = bridge.run_with_cache(TOKENS)
     schedule = bridge.schedule
     for layer in range(schedule.n_layers):
@@ -473,7 +470,7 @@ def test_gradients_of_every_pass_agree_with_finite_differences(name: str) -> Non
 
 @FAMILIES
 def test_generation_with_and_without_cache_agrees(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     common = {"max_new_tokens": 6, "do_sample": False, "verbose": False, "stop_at_eos": False}
     cached = bridge.generate(TOKENS[:1], use_past_kv_cache=True, **common)
     assert torch.equal(cached, bridge.generate(TOKENS[:1], use_past_kv_cache=False, **common))
@@ -485,7 +482,7 @@ def test_generation_with_and_without_cache_agrees(name: str) -> None:
 
 @FAMILIES
 def test_left_padded_rows_equal_the_rows_alone(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), TOKENS[:1, :4]], dim=1)
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
     logits = bridge(torch.cat([padded, TOKENS[1:]]), attention_mask=mask)
@@ -495,7 +492,7 @@ def test_left_padded_rows_equal_the_rows_alone(name: str) -> None:
 
 @FAMILIES
 def test_embeddings_as_input_reproduce_the_run(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     logits, cache = bridge.run_with_cache(TOKENS)
     extra = {"input_ids": TOKENS} if bridge.looped_cfg.value_embed_layers else {}
     assert torch.equal(bridge(cache["hook_embed"], **extra), logits)
@@ -504,7 +501,7 @@ def test_embeddings_as_input_reproduce_the_run(name: str) -> None:
 @pytest.mark.slow
 @FAMILIES
 def test_transformer_lens_patching_equals_a_patch_by_hand(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     _, clean_cache = bridge.run_with_cache(random_tokens(seed=1))
     metric = lambda logits: logits[0, -1, :5].sum()  # noqa: E731
     scores = patching.get_act_patch_resid_pre(bridge, TOKENS, clean_cache, metric)
@@ -521,7 +518,7 @@ def test_transformer_lens_patching_equals_a_patch_by_hand(name: str) -> None:
 
 @FAMILIES
 def test_weights_have_virtual_layers_as_leading_axis(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     assert tuple(bridge.W_Q.shape) == (bridge.cfg.n_layers, 3, 24, 8)
     physical = bridge.schedule.physical
     for i, j in itertools.combinations(range(len(physical)), 2):
@@ -542,7 +539,7 @@ def test_weights_have_virtual_layers_as_leading_axis(name: str) -> None:
     ],
 )
 def test_unknown_names_are_refused_everywhere(asked: str, says: str) -> None:
-    bridge = random_bridge("ouro")
+    bridge = shared_bridge("ouro")
     calls = [
         lambda: bridge.run_with_hooks(TOKENS, fwd_hooks=[(asked, edit)]),
         lambda: bridge.run_with_cache(TOKENS, names_filter=["hook_embed", asked]),
@@ -560,7 +557,7 @@ def test_unknown_names_are_refused_everywhere(asked: str, says: str) -> None:
 
 
 def test_the_cache_says_what_is_missing() -> None:
-    bridge = random_bridge("ouro")
+    bridge = shared_bridge("ouro")
     _, cache = bridge.run_with_cache(TOKENS, names_filter="loops.0.hook_out")
     with pytest.raises(KeyError, match="exists, but was not cached"):
         cache["loops.1.hook_out"]
@@ -604,7 +601,7 @@ def test_the_cache_says_what_is_missing() -> None:
     ],
 )
 def test_bad_input_is_explained(call, says: str, unchecked: None) -> None:
-    bridge = random_bridge("ouro")
+    bridge = shared_bridge("ouro")
     with pytest.raises(LoopedError, match=says):
         call(bridge)
     assert not any(h.has_hooks() for h in bridge.hook_points())
@@ -612,7 +609,7 @@ def test_bad_input_is_explained(call, says: str, unchecked: None) -> None:
 
 
 def test_an_exception_in_a_hook_leaves_nothing_behind() -> None:
-    bridge = random_bridge("huginn")
+    bridge = shared_bridge("huginn")
     logits = bridge(TOKENS)
 
     def fail(tensor: torch.Tensor, hook: object) -> torch.Tensor:
@@ -633,7 +630,7 @@ def test_made_from_config_is_reproducible() -> None:
 
 
 def test_functions_of_names_may_be_written_for_either_spelling() -> None:
-    bridge = random_bridge("huginn")
+    bridge = shared_bridge("huginn")
     schedule = bridge.schedule
 
     def chosen(accepts: Any) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peak_memory import PeakMemory
 from transformer_lens import ActivationCache
-from zoo import FAMILIES, random_bridge, random_tokens
+from zoo import FAMILIES, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedCache, LoopedError
 from tl_looped.errors import OutOfRangeError
@@ -16,14 +16,11 @@ from tl_looped.errors import OutOfRangeError
 TOKENS = random_tokens(pos=4)
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def run(name: str, tokens: torch.Tensor = TOKENS, **kwargs: object) -> LoopedCache:
-    _, cache = random_bridge(name).run_with_cache(tokens, **kwargs)
+    _, cache = shared_bridge(name).run_with_cache(tokens, **kwargs)
     assert isinstance(cache, LoopedCache)
     return cache
 
@@ -172,7 +169,7 @@ def test_stacks_of_passes_and_of_layers(name: str) -> None:
 
 @FAMILIES
 def test_transformer_lens_constructor_makes_a_cache_that_knows_the_loops(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     activations, fwd_hooks, _ = bridge.get_caching_hooks()
     bridge.run_with_hooks(TOKENS, fwd_hooks=fwd_hooks)
     _, plain = bridge.run_with_cache(TOKENS, return_cache_object=False)
@@ -186,7 +183,7 @@ def test_transformer_lens_constructor_makes_a_cache_that_knows_the_loops(name: s
 
 @FAMILIES
 def test_a_run_cut_to_positions(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     tokens = random_tokens(pos=11)  # a length that no other axis has
     _, whole = bridge.run_with_cache(tokens)
     for asked, index in ((-1, [10]), ((1, 4), [1, 2, 3]), ([0, 5], [0, 5])):
@@ -201,7 +198,7 @@ def test_a_run_cut_to_positions(name: str) -> None:
 @pytest.mark.parametrize("name", ["ouro", "huginn", "hrm_text", "looped_qwen"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_filtered_run_holds_what_the_filter_names_and_no_more(name: str, grad: bool) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     last = bridge.schedule.pass_prefix(bridge.schedule.passes[-1])
     middle = bridge.schedule.passes[len(bridge.schedule.passes) // 2].first
     tokens = random_tokens(pos=16)
@@ -232,7 +229,7 @@ def test_what_is_no_name() -> None:
 
 
 def test_errors_quote_what_was_asked_and_suggest_its_spelling() -> None:
-    bridge = random_bridge("huginn")
+    bridge = shared_bridge("huginn")
     _, cache = bridge.run_with_cache(random_tokens(), names_filter="loops.*.hook_out")
     for asked, why in (
         ("loops.1.blocks.0.hook_z", r"'loops.1.blocks.0.hook_z' was asked.* Nearest: loops.1.blocks.0.attn.hook_z"),
@@ -245,7 +242,7 @@ def test_errors_quote_what_was_asked_and_suggest_its_spelling() -> None:
 
 
 def test_slices_and_earlier_stacks_of_streams_are_no_contributions() -> None:
-    bridge = random_bridge("ouro")
+    bridge = shared_bridge("ouro")
     _, cache = bridge.run_with_cache(random_tokens())
     first, second = cache.accumulated_resid(layer=None), cache.accumulated_resid(layer=None, incl_mid=True)
     for streams in (first, second, first[:3], second[1:, :, -1]):
@@ -256,7 +253,7 @@ def test_slices_and_earlier_stacks_of_streams_are_no_contributions() -> None:
 
 @pytest.mark.parametrize("batch", [True, False])
 def test_a_token_for_every_position(batch: bool) -> None:
-    bridge = random_bridge("ouro")
+    bridge = shared_bridge("ouro")
     tokens = random_tokens(2 if batch else 1)
     logits, cache = bridge.run_with_cache(tokens, remove_batch_dim=not batch)
     wanted = tokens.roll(-1, 1) if batch else tokens[0].roll(-1)

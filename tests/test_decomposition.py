@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformer_lens.tools.analysis import direct_logit_attribution, logit_lens
-from zoo import CHECKPOINTS, FAMILIES, GOLDEN, ZOO, random_bridge, random_tokens
+from zoo import CHECKPOINTS, FAMILIES, GOLDEN, ZOO, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedCache, LoopedError
 from tl_looped.bridge.decomposition import FINAL
@@ -18,10 +18,7 @@ TOKENS = random_tokens(pos=5)
 UNITS = ("component", "layer", "head")
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def run(bridge: LoopedBridge, tokens: Tensor = TOKENS, **kwargs: object) -> LoopedCache:
@@ -121,7 +118,7 @@ def frozen(bridge: LoopedBridge, cache: LoopedCache, edits: dict[str, Tensor], f
 @pytest.mark.slow
 @FAMILIES
 def test_each_component_equals_a_run_without_it(name: str) -> None:
-    bridge = random_bridge(name, torch.float64)
+    bridge = shared_bridge(name, torch.float64)
     cache, schedule = run(bridge), bridge.schedule
     stack, labels = in_loops(cache, cache.decompose_resid(return_labels=True))
     first = schedule.pass_prefix(schedule.passes[0])
@@ -140,7 +137,7 @@ def test_each_component_equals_a_run_without_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in ZOO if ZOO[n].injection != "none"])
 def test_each_injection_equals_a_run_without_it(name: str) -> None:
-    bridge = random_bridge(name, torch.float64)
+    bridge = shared_bridge(name, torch.float64)
     cache = run(bridge)
     stack, labels = in_loops(cache, cache.decompose_resid(return_labels=True, injections=True))
     parts = dict(zip(labels, stack, strict=True))
@@ -159,7 +156,7 @@ def test_each_injection_equals_a_run_without_it(name: str) -> None:
 
 def test_injections_are_refused_where_nothing_is_injected() -> None:
     with pytest.raises(LoopedError, match="nothing is injected"):
-        run(random_bridge("ouro")).decompose_resid(injections=True)
+        run(shared_bridge("ouro")).decompose_resid(injections=True)
 
 
 @FAMILIES
@@ -186,7 +183,7 @@ def test_heads_and_neurons_equal_runs_without_them(name: str, result_is_cached: 
 
 @FAMILIES
 def test_pulling_back_equals_carrying(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     cache = run(bridge)
     tokens = torch.randint(0, 31, TOKENS.shape)
     components, labels = in_loops(cache, cache.decompose_resid(return_labels=True))
@@ -215,7 +212,7 @@ def test_pulling_back_equals_carrying(name: str) -> None:
 
 @FAMILIES
 def test_streams_inside_the_model(name: str) -> None:
-    bridge = random_bridge(name, torch.float64)
+    bridge = shared_bridge(name, torch.float64)
     cache = run(bridge)
     for layer in range(bridge.cfg.n_layers):
         for mlp_input, hook in ((False, "hook_resid_pre"), (True, "hook_resid_mid")):
@@ -235,7 +232,7 @@ def test_streams_inside_the_model(name: str) -> None:
 
 @FAMILIES
 def test_accumulated_parts_are_sums_of_what_was_written_by_then(name: str) -> None:
-    bridge = random_bridge(name, torch.float64)
+    bridge = shared_bridge(name, torch.float64)
     cache = run(bridge)
     components, labels = in_loops(cache, cache.decompose_resid(return_labels=True))
     parts, names = in_loops(cache, cache.accumulated_resid(incl_mid=True, return_labels=True))
@@ -253,7 +250,7 @@ def test_accumulated_parts_are_sums_of_what_was_written_by_then(name: str) -> No
 
 @FAMILIES
 def test_labels_are_unique_and_in_the_order_of_the_run(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     cache = run(bridge)
     _, labels = in_loops(cache, cache.decompose_resid(return_labels=True))
     _, full = in_loops(cache, cache.get_full_resid_decomposition(return_labels=True))
@@ -271,7 +268,7 @@ def test_labels_are_unique_and_in_the_order_of_the_run(name: str) -> None:
 
 @FAMILIES
 def test_positions_and_batch_axis(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     both, alone = run(bridge), run(bridge, TOKENS[:1]).remove_batch_dim()
     assert isinstance(alone, LoopedCache)
     full, heads = both.decompose_resid(), both.stack_head_results(incl_remainder=True)
@@ -294,7 +291,7 @@ def test_positions_and_batch_axis(name: str) -> None:
 
 
 def test_kinds_of_tokens() -> None:
-    bridge = random_bridge("ouro")
+    bridge = shared_bridge("ouro")
     cache = run(bridge)
     stack, logits = cache.decompose_resid(), cache["unembed.hook_out"]
     per_row, per_position = torch.tensor([3, 8]), torch.randint(0, 31, TOKENS.shape)
@@ -317,7 +314,7 @@ def test_kinds_of_tokens() -> None:
 
 
 def test_top_components() -> None:
-    parts = run(random_bridge("ouro")).attribute_logits(3, positions=-1)
+    parts = run(shared_bridge("ouro")).attribute_logits(3, positions=-1)
     mean = parts.values.mean(-1)
     label, value = parts.top(2)[0]
     assert value == pytest.approx(mean[parts.labels.index(label)].item()) and abs(value) == pytest.approx(
@@ -327,7 +324,7 @@ def test_top_components() -> None:
 
 
 def test_a_cache_that_lacks_something_is_told_what() -> None:
-    bridge = random_bridge("ouro")
+    bridge = shared_bridge("ouro")
     cache = run(bridge, names_filter=lambda name: "ln_final" in name or name.endswith(("hook_attn_out", "hook_mlp_out")))
     with pytest.raises(UnknownNameError, match=r"lacks loops.0.hook_state, hook_embed|lacks hook_embed") as caught:
         cache.decompose_resid()
@@ -344,7 +341,7 @@ def test_a_cache_that_lacks_something_is_told_what() -> None:
 
 
 def test_runs_of_a_part_of_the_model_are_refused() -> None:
-    bridge = random_bridge("huginn")
+    bridge = shared_bridge("huginn")
     with pytest.raises(UnknownNameError, match="lacks"):
         run(bridge, loop=1).decompose_resid()
     stopped = run(bridge, stop_at_layer=6)
@@ -355,7 +352,7 @@ def test_runs_of_a_part_of_the_model_are_refused() -> None:
 
 @FAMILIES
 def test_an_edited_stream_is_refused_and_an_edited_component_is_not(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     middle = bridge.cfg.n_layers // 2
     with bridge.hooks(fwd_hooks=[(f"blocks.{middle}.hook_resid_mid", lambda tensor, hook: tensor + 1)]):
         cache = run(bridge)
@@ -370,7 +367,7 @@ def test_an_edited_stream_is_refused_and_an_edited_component_is_not(name: str) -
 
 
 def test_an_initial_state_of_ones_own_is_a_component() -> None:
-    bridge = random_bridge("looped_qwen")
+    bridge = shared_bridge("looped_qwen")
     state = torch.randn(*TOKENS.shape, 24)
     cache = run(bridge, initial_state=state)
     stack, labels = in_loops(cache, cache.decompose_resid(return_labels=True))
@@ -380,7 +377,7 @@ def test_an_initial_state_of_ones_own_is_a_component() -> None:
 
 
 def test_gradients_and_inference_mode() -> None:
-    bridge = random_bridge("parcae")
+    bridge = shared_bridge("parcae")
     expected = run(bridge).attribute_logits(3, unit="head").values
     with torch.enable_grad():
         cache = run(bridge)
@@ -442,7 +439,7 @@ def test_direct_logit_attribution(name: str) -> None:
 
 @FAMILIES
 def test_logit_lens_reads_the_streams_as_they_are(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     cache = run(bridge)
     results = [logit_lens(bridge, TOKENS, positions=None), cache.logit_lens(positions=None)]
     results.append(logit_lens(bridge, cache=cache, positions=None))
@@ -458,7 +455,7 @@ def test_logit_lens_reads_the_streams_as_they_are(name: str) -> None:
 
 
 def test_streams_as_they_are_are_no_contributions() -> None:
-    cache = run(random_bridge("ouro"))
+    cache = run(shared_bridge("ouro"))
     streams = cache.accumulated_resid(carried=False)
     with pytest.raises(LoopedError, match="carried=True"):
         cache.logit_attrs(streams, 3)
@@ -471,7 +468,7 @@ def test_streams_as_they_are_are_no_contributions() -> None:
 
 
 def test_bad_choices(unchecked: None) -> None:
-    cache = run(random_bridge("ouro"))
+    cache = run(shared_bridge("ouro"))
     with pytest.raises(LoopedError, match="mode='both'"):
         cache.decompose_resid(mode="both")  # pyright: ignore[reportArgumentType]
     with pytest.raises(LoopedError, match="unit='neuron'"):
@@ -480,7 +477,7 @@ def test_bad_choices(unchecked: None) -> None:
 
 def test_one_axis_of_tokens_that_fits_rows_and_positions_is_refused() -> None:
     """What each reading gives is compared with the logits themselves: nothing is left of these but a sum of parts."""
-    bridge = random_bridge("huginn", torch.float64)
+    bridge = shared_bridge("huginn", torch.float64)
     with torch.no_grad():
         logits, cache = bridge.run_with_cache(random_tokens(batch=5, pos=5))
         _, other = bridge.run_with_cache(random_tokens(batch=5, pos=7))

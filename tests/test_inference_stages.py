@@ -11,7 +11,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import LlamaConfig, LlamaForCausalLM
-from zoo import FAMILIES, random_bridge, random_tokens
+from zoo import FAMILIES, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.analysis import InferenceStages, inference_stages, output_neurons
@@ -50,7 +50,7 @@ def llama() -> TransformerBridge:
 
 @FAMILIES
 def test_every_metric_is_the_formula_on_the_cached_activations(name: str) -> None:
-    bridge, tokens = random_bridge(name), random_tokens(3)
+    bridge, tokens = shared_bridge(name), random_tokens(3)
     stages = inference_stages(bridge, tokens, verbose=False)
     with torch.no_grad():
         _, cache = bridge.run_with_cache(tokens)
@@ -88,7 +88,7 @@ def test_closed_forms() -> None:
 
 
 def test_options_reach_the_metrics_and_are_named() -> None:
-    bridge, tokens = random_bridge("huginn"), random_tokens()
+    bridge, tokens = shared_bridge("huginn"), random_tokens()
     plain, other = (inference_stages(bridge, tokens, verbose=False, **o) for o in ({}, {"centred": True, "unit": "bits"}))
     assert (plain.entropy.name, other.entropy.name) == ("matrix entropy (nats)", "centred matrix entropy (bits)")
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_options_reach_the_metrics_and_are_named() -> None:
 
 @pytest.mark.parametrize("name", ["hrm_text", "looped_qwen"])
 def test_split_work_gives_the_same_as_one_process(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     prompts = [random_tokens(2, 5), random_tokens(1, 7, seed=1), random_tokens(3, 4, seed=2)]
     whole = inference_stages(bridge, iter(prompts), verbose=False)
     parts = [inference_stages(bridge, p, verbose=False) for p in prompts]
@@ -135,12 +135,12 @@ def test_repetition_is_one_for_equal_passes_and_known_for_shifted_ones() -> None
 
 
 def test_curves_of_two_stacks_and_of_prelude_and_coda() -> None:
-    hrm = made_up(random_bridge("hrm_text"), lambda i: i)
+    hrm = made_up(shared_bridge("hrm_text"), lambda i: i)
     assert hrm.curves("norm", "L").tolist() == [[0, 1], [2, 3], [6, 7], [8, 9]]
     assert hrm.curves("norm", "H").tolist() == [[4, 5], [10, 11]]
     with pytest.raises(LoopedError, match="pass stack="):
         hrm.curves("norm")
-    huginn = made_up(random_bridge("huginn"), lambda i: i)
+    huginn = made_up(shared_bridge("huginn"), lambda i: i)
     assert huginn.curves("norm", edges=True).tolist()[1] == [0, 1, 5, 6, 7, 11]
     with pytest.raises(LoopedError, match="there are colsum"):
         huginn.curves("loss")
@@ -164,7 +164,7 @@ def test_against_a_feed_forward_model() -> None:
 
 
 def test_output_neurons_are_counted_from_the_weights() -> None:
-    models = {"core.1": random_bridge("ouro"), "coda.0": random_bridge("huginn"), "blocks.3": llama()}
+    models = {"core.1": shared_bridge("ouro"), "coda.0": shared_bridge("huginn"), "blocks.3": llama()}
     for last, bridge in models.items():
         found = output_neurons(bridge, kurtosis=0.5)
         assert found.labels["layer"][-1] == last
@@ -180,7 +180,7 @@ def test_output_neurons_are_counted_from_the_weights() -> None:
             if (z**4).mean() - 3 >= 0.5:
                 counts[int((z**3).mean() < 0)] += 1
         assert found.values[:, -1].tolist() == [c / len(writes) for c in counts]
-    assert output_neurons(random_bridge("hrm_text")).labels["layer"] == ["L.0", "L.1", "H.0", "H.1"]
+    assert output_neurons(shared_bridge("hrm_text")).labels["layer"] == ["L.0", "L.1", "H.0", "H.1"]
 
 
 def test_a_planted_prediction_neuron() -> None:
@@ -194,7 +194,7 @@ def test_a_planted_prediction_neuron() -> None:
 
 
 def test_plots() -> None:
-    stages = inference_stages(random_bridge("huginn"), random_tokens(), verbose=False)
+    stages = inference_stages(shared_bridge("huginn"), random_tokens(), verbose=False)
     figure = stages.plot("entropy", "recurrence")
     assert [line.name for line in figure.data] == ["prelude", "loop 0", "loop 1", "loop 2", "coda"]
     assert list(figure.data[2].y) == stages.entropy.values[5:8].tolist()
@@ -221,7 +221,7 @@ def test_refusals() -> None:
 
 
 def test_stages_measured_differently_are_not_compared() -> None:
-    bridge, tokens = random_bridge("looped_qwen"), random_tokens()
+    bridge, tokens = shared_bridge("looped_qwen"), random_tokens()
     stages = inference_stages(bridge, tokens, verbose=False)
     for other in ({"unit": "bits"}, {"tau": 0.5}, {"centred": True}):
         with pytest.raises(LoopedError, match="measure both alike"):

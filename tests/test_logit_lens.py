@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from peak_memory import PeakMemory
 from test_cli import word_tokenizer
 from transformer_lens.tools.analysis import logit_lens as transformer_lens_lens
-from zoo import FAMILIES, GOLDEN, SMALL, random_bridge, random_tokens
+from zoo import FAMILIES, GOLDEN, SMALL, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped.analysis import LogitLensResult, logit_lens
@@ -27,10 +27,7 @@ LAST = 30  # the last token of the zoo's vocabulary
 LENSES = pytest.mark.parametrize("lens", ["logit", "native"])
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def bridge_with_tokenizer() -> LoopedBridge:
@@ -101,7 +98,7 @@ def check_against_full_logits(result: LogitLensResult, row: int, logits: torch.T
 @FAMILIES
 @LENSES
 def test_every_row_equals_full_logits_by_hand(name: str, lens: Any) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     _, cache = bridge.run_with_cache(TOKENS)
     result = logit_lens(bridge, TOKENS, targets=[0, 7, LAST], lens=lens, top_k=4)
     assert result.sites == bridge.schedule.sites and result.ranks.shape == (bridge.cfg.n_layers, 2, 7, 3)
@@ -111,7 +108,7 @@ def test_every_row_equals_full_logits_by_hand(name: str, lens: Any) -> None:
 
 @FAMILIES
 def test_native_rows_at_the_ends_of_loops_are_the_readouts(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     result = logit_lens(bridge, TOKENS, targets=[3, 11], lens="native", top_k=SMALL["d_vocab"])
     readouts = [bridge.readout(TOKENS, loop=t) for t in range(bridge.n_loops)]
     assert (readouts[0] - readouts[1]).abs().max() > 0.1
@@ -138,7 +135,7 @@ def test_golden_checkpoints(family: str, lens: Any) -> None:
 
 
 def test_a_prelude_state_of_a_loop_without_injection_is_a_run_of_no_loops() -> None:
-    bridge = random_bridge("looped_qwen")
+    bridge = shared_bridge("looped_qwen")
     result = logit_lens(bridge, TOKENS, targets=5, lens="native", top_k=3)
     coda = bridge.schedule.first_coda_layer
     _, cache = bridge.run_with_cache(TOKENS)
@@ -183,7 +180,7 @@ def test_transformer_lens_agrees_where_it_reads_the_same_stream(name: str) -> No
 @LENSES
 @pytest.mark.parametrize("chunk_size", [1, 5, 30, 31, 32, 100, 10_000])
 def test_the_chunk_size_changes_nothing(lens: Any, chunk_size: int) -> None:
-    bridge = random_bridge("parcae", torch.float64)
+    bridge = shared_bridge("parcae", torch.float64)
     whole, chunked = (
         logit_lens(bridge, TOKENS, targets=[0, 16, LAST], lens=lens, top_k=9, chunk_size=c) for c in (2**22, chunk_size)
     )
@@ -231,7 +228,7 @@ def test_no_tensor_holds_more_logits_than_the_chunk(lens: Any, targets: Any) -> 
 @FAMILIES
 @LENSES
 def test_default_targets_are_the_models_predictions(name: str, lens: Any) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     predicted = bridge(TOKENS).argmax(-1)
     result = logit_lens(bridge, TOKENS, lens=lens)
     assert torch.equal(result.targets[..., 0], predicted)
@@ -242,7 +239,7 @@ def test_default_targets_are_the_models_predictions(name: str, lens: Any) -> Non
 
 
 def test_positions_and_loops_are_slices_of_the_whole() -> None:
-    bridge = random_bridge("parcae")
+    bridge = shared_bridge("parcae")
     whole = logit_lens(bridge, TOKENS, targets=[4], lens="native")
     part = logit_lens(bridge, TOKENS, targets=[4], lens="native", positions=slice(-2, None), loops=[2, 0])
     rows = [i for i, site in enumerate(whole.sites) if site.loop in (0, 2)]
@@ -250,12 +247,12 @@ def test_positions_and_loops_are_slices_of_the_whole() -> None:
     torch.testing.assert_close(part.log_probs, whole.log_probs[rows][:, :, 5:], atol=1e-4, rtol=0)
     assert logit_lens(bridge, TOKENS, targets=4, loops=-1).labels == ("loops.2.blocks.0", "loops.2.blocks.1")
     assert logit_lens(bridge, TOKENS, targets=4, loops=slice(1, None)).layers == (4, 5, 6, 7)
-    hrm = logit_lens(random_bridge("hrm_text"), TOKENS, targets=4, loops=1)
+    hrm = logit_lens(shared_bridge("hrm_text"), TOKENS, targets=4, loops=1)
     assert [(s.stack, s.loop) for s in hrm.sites[::2]] == [("L", 2), ("L", 3), ("H", 1)]
 
 
 def test_labels_name_the_hooks_that_were_read() -> None:
-    bridge = random_bridge("parcae")
+    bridge = shared_bridge("parcae")
     result = logit_lens(bridge, TOKENS, targets=4)
     assert result.labels[:3] == ("prelude.blocks.0", "prelude.blocks.1", "loops.0.blocks.0")
     names = [bridge.expand_name(f"{label}.hook_resid_post") for label in result.labels]
@@ -291,7 +288,7 @@ def test_shared_targets_in_every_spelling() -> None:
 
 
 def test_at_finds_the_row_of_a_site() -> None:
-    result = logit_lens(random_bridge("huginn"), TOKENS, targets=[1, 2], loops=[1, 2])
+    result = logit_lens(shared_bridge("huginn"), TOKENS, targets=[1, 2], loops=[1, 2])
     for site, row in zip(result.sites, range(len(result.sites)), strict=True):
         cell = result.at(site.loop, site.layer)
         assert torch.equal(cell.ranks, result.ranks[row]) and torch.equal(cell.top_probs, result.top_probs[row])
@@ -302,16 +299,16 @@ def test_at_finds_the_row_of_a_site() -> None:
         result.at(7, 0)
     with pytest.raises(LoopedError, match="'prelude' or 'coda'"):
         result.at(None, 0)
-    hrm = logit_lens(random_bridge("hrm_text"), TOKENS, targets=1)
+    hrm = logit_lens(shared_bridge("hrm_text"), TOKENS, targets=1)
     assert torch.equal(hrm.at(3, 1, stack="L").ranks, hrm.ranks[hrm.sites.index(Site("L", 3, 1))])
     with pytest.raises(LoopedError, match="'L' or 'H'"):
         hrm.at(1, 1)
-    coda = logit_lens(random_bridge("huginn"), TOKENS, targets=1)
+    coda = logit_lens(shared_bridge("huginn"), TOKENS, targets=1)
     assert torch.equal(coda.at(None, 0, stack="coda").ranks, coda.ranks[-1])
 
 
 def test_dataframe_has_one_row_per_site_batch_position_and_target() -> None:
-    result = logit_lens(random_bridge("huginn"), TOKENS, targets=[1, 2], positions=[2, -1])
+    result = logit_lens(shared_bridge("huginn"), TOKENS, targets=[1, 2], positions=[2, -1])
     frame = result.to_dataframe()
     assert len(frame) == result.ranks.numel() == len(frame[["site", "batch", "pos", "target"]].drop_duplicates())
     for row, site in enumerate(result.sites):
@@ -329,7 +326,7 @@ def test_dataframe_has_one_row_per_site_batch_position_and_target() -> None:
 
 
 def test_dataframe_without_pandas_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = logit_lens(random_bridge("ouro"), TOKENS, targets=1)
+    result = logit_lens(shared_bridge("ouro"), TOKENS, targets=1)
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match="pip install pandas"):
         result.to_dataframe()
@@ -349,7 +346,7 @@ def test_text() -> None:
 
 @pytest.mark.parametrize("name", ["ouro", "hrm_text", "huginn"])
 def test_padding_and_prefix_reach_the_run_and_the_coda(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     mask = torch.ones_like(TOKENS)
     mask[0, :3] = 0
     padded = logit_lens(bridge, TOKENS, targets=9, lens="native", attention_mask=mask)
@@ -365,7 +362,7 @@ def test_padding_and_prefix_reach_the_run_and_the_coda(name: str) -> None:
 
 
 def test_initial_state_is_the_runs() -> None:
-    bridge = random_bridge("huginn")
+    bridge = shared_bridge("huginn")
     result = logit_lens(bridge, TOKENS, targets=9, lens="native", initial_state=5, top_k=3)
     check_against_full_logits(result, -1, bridge(TOKENS, initial_state=5), top_k=3)
     assert not torch.equal(result.ranks, logit_lens(bridge, TOKENS, targets=9, lens="native").ranks)
@@ -374,7 +371,7 @@ def test_initial_state_is_the_runs() -> None:
 @FAMILIES
 @LENSES
 def test_hooks_act_on_the_run_and_never_on_the_decoding(name: str, lens: Any) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     bias = torch.randn(24, generator=torch.Generator().manual_seed(4))
     first = bridge.schedule.passes[0].first
     fired: list[str] = []
@@ -401,7 +398,7 @@ def test_hooks_act_on_the_run_and_never_on_the_decoding(name: str, lens: Any) ->
 
 
 def test_gradients_and_parameters_are_left_alone() -> None:
-    bridge = random_bridge("huginn")
+    bridge = shared_bridge("huginn")
     before = {n: id(p) for n, p in bridge.named_parameters()}
     with torch.enable_grad():
         assert not logit_lens(bridge, TOKENS, targets=[1], lens="native").log_probs.requires_grad
@@ -442,13 +439,13 @@ def test_errors_say_what_was_asked_and_what_exists(call: Callable[[Any], Any], s
 )
 def test_indices_outside_the_run(asked: dict[str, Any], says: str) -> None:
     with pytest.raises(OutOfRangeError, match=says):
-        logit_lens(random_bridge("huginn"), TOKENS, targets=1, **asked)
+        logit_lens(shared_bridge("huginn"), TOKENS, targets=1, **asked)
 
 
 def test_text_needs_a_tokenizer() -> None:
     for tokens, target in (("t5", None), (TOKENS, "t5")):
         with pytest.raises(LoopedError, match=r"'t5'.*no tokenizer"):
-            logit_lens(random_bridge("huginn"), tokens, targets=target)
+            logit_lens(shared_bridge("huginn"), tokens, targets=target)
 
 
 def test_processed_weights_are_refused() -> None:
@@ -461,7 +458,7 @@ def test_processed_weights_are_refused() -> None:
 @pytest.mark.parametrize("lens", ["logit", "native"])
 @pytest.mark.parametrize("name", ["ouro", "huginn", "retrofit_llama", "hrm_text", "parcae", "anchored"])
 def test_at_a_loop_is_the_shorter_model(name: str, lens: Any) -> None:
-    model, loop = random_bridge(name), 0
+    model, loop = shared_bridge(name), 0
     short = model.unroll(1)
     found, right = logit_lens(model, TOKENS, lens=lens, at_loop=loop), logit_lens(short, TOKENS, lens=lens)
     assert found.labels == right.labels and found.layers == right.layers
@@ -478,7 +475,7 @@ def test_at_a_loop_is_the_shorter_model(name: str, lens: Any) -> None:
 
 
 def test_a_lens_of_more_loops() -> None:
-    model = random_bridge("huginn")
+    model = shared_bridge("huginn")
     deep = logit_lens(model, TOKENS, targets=3, n_loops=5)
     assert torch.equal(deep.log_probs, logit_lens(model.unroll(5), TOKENS, targets=3).log_probs)
     both = logit_lens(model, TOKENS, targets=3, n_loops=5, at_loop=3)
@@ -493,7 +490,7 @@ def test_a_lens_of_more_loops() -> None:
 @pytest.mark.parametrize("chunk_size", [2**22, 200])
 @pytest.mark.parametrize("name", ["ouro", "huginn", "hrm_text"])
 def test_the_divergence_from_the_last_row(name: str, chunk_size: int) -> None:
-    model = random_bridge(name)
+    model = shared_bridge(name)
     found = logit_lens(model, TOKENS, targets=3, lens="native", top_k=31, chunk_size=chunk_size)
     log_probs = torch.zeros_like(found.top_log_probs).scatter(-1, found.top_tokens, found.top_log_probs).double()
     last = log_probs[-1]
@@ -541,7 +538,7 @@ def test_tokens_that_plotly_would_eat() -> None:
 
 
 def test_without_a_tokenizer_tokens_are_ids() -> None:
-    result = logit_lens(random_bridge("hrm_text"), TOKENS, top_k=1)
+    result = logit_lens(shared_bridge("hrm_text"), TOKENS, top_k=1)
     figure = result.plot("tokens")
     assert list(figure.layout.xaxis.ticktext) == [str(i) for i in TOKENS[0].tolist()]
     assert figure.layout.yaxis.ticktext[0] == "L loop 0, layer 0"
@@ -550,7 +547,7 @@ def test_without_a_tokenizer_tokens_are_ids() -> None:
 
 
 def test_a_part_of_a_lens_is_selected_by_label_and_by_place() -> None:
-    bridge = random_bridge("huginn")  # a prelude, a core and a coda
+    bridge = shared_bridge("huginn")  # a prelude, a core and a coda
     lens = logit_lens(bridge, TOKENS, targets=[3, 5])
     part = lens.sel(loop=[1, "coda"], layer=0, batch=-1, pos=slice(1, 3))
     assert part.labels == ("loops.1.blocks.0", "coda.blocks.0") and part.positions == (1, 2)
@@ -570,7 +567,7 @@ def test_a_part_of_a_lens_is_selected_by_label_and_by_place() -> None:
 
 
 def test_lenses_of_two_batches_are_one_of_both() -> None:
-    bridge = random_bridge("ouro")
+    bridge = shared_bridge("ouro")
     whole = logit_lens(bridge, TOKENS)
     both: Any = sum(logit_lens(bridge, row[None]) for row in TOKENS)
     assert both.to_dataframe().drop(columns="batch").shape == whole.to_dataframe().drop(columns="batch").shape
@@ -586,7 +583,7 @@ def test_lenses_of_two_batches_are_one_of_both() -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_figures_that_are_not_there() -> None:
-    result: Any = logit_lens(random_bridge("ouro"), TOKENS, targets=[1, 2])
+    result: Any = logit_lens(shared_bridge("ouro"), TOKENS, targets=[1, 2])
     for asked, says in (
         ((0,), r"plot\(example=0\)"),
         (("heat",), "choose 'rank' or 'tokens'"),

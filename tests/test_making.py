@@ -16,10 +16,7 @@ from tl_looped import LoopedBridge, LoopedError
 TOKENS = random_tokens()
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def llama(n_layers: int = 5, **changes: object) -> LlamaForCausalLM:

@@ -13,7 +13,7 @@ import torch
 from peak_memory import PeakMemory
 from safetensors.torch import load_file
 from test_cli import word_tokenizer
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import ZOO, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError, _patcher
 from tl_looped.interventions import freeze_attention, skip_loop
@@ -27,9 +27,8 @@ quiet_sweep = partial(patch_sweep, verbose=False)
 quiet_between = partial(patch_between_loops, verbose=False)
 
 
-@once
 def zoo(name: str) -> LoopedBridge:
-    return random_bridge(name, torch.float64)  # in fp32, rounding alone moves the metric of some structures by 1e-3
+    return shared_bridge(name, torch.float64)  # in fp32, rounding alone moves the metric of some structures by 1e-3
 
 
 @once

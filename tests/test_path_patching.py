@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from transformer_lens import patching
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import LlamaConfig, LlamaForCausalLM
-from zoo import FAMILIES, random_bridge, random_tokens
+from zoo import FAMILIES, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedCache, LoopedError
 from tl_looped.bridge.processing import stream_break
@@ -22,12 +22,6 @@ from tl_looped.errors import UnknownNameError
 from tl_looped.path_patching import edge_sweep, path_patch
 
 CLEAN, CORRUPTED = random_tokens(pos=4), random_tokens(pos=4, seed=1)
-
-
-@cache
-def shared_bridge(name: str) -> LoopedBridge:
-    """One bridge of a family for the tests that leave it as it was."""
-    return random_bridge(name, torch.float64)
 
 
 READS = ("attn.hook_in", "mlp.hook_in", "unembed.hook_in")
@@ -120,7 +114,7 @@ def gradients(bridge: LoopedBridge) -> dict[str, Tensor]:
 @FAMILIES
 def test_every_edge_is_the_derivative_of_the_path(name: str) -> None:
     """All sources and receivers of all passes: the slope of a direct run at the receiver, times the receiver's gradient."""
-    bridge = shared_bridge(name)
+    bridge = random_bridge(name, torch.float64)
     clean, corrupted = run(bridge, CLEAN), run(bridge, CORRUPTED)
     edges = edge_sweep(bridge, CORRUPTED, clean, total)
     n_layers, cfg = bridge.cfg.n_layers, bridge.looped_cfg
@@ -136,7 +130,7 @@ def test_every_edge_is_the_derivative_of_the_path(name: str) -> None:
 
 @FAMILIES
 def test_a_patched_path_is_the_run_with_the_changed_receiver(name: str) -> None:
-    bridge = shared_bridge(name)
+    bridge = shared_bridge(name, torch.float64)
     clean, corrupted = run(bridge, CLEAN), run(bridge, CORRUPTED)
     sources = ["embed", "blocks.1.head.2", "blocks.2.mlp_out"]
     receivers = ["blocks.2.head.0.q", "blocks.3.head.0.k", "blocks.3.head.0.v", "blocks.3.mlp_in", "logits"]
@@ -152,7 +146,7 @@ def test_a_patched_path_is_the_run_with_the_changed_receiver(name: str) -> None:
 
 @FAMILIES
 def test_edges_tend_to_patched_paths(name: str) -> None:
-    bridge = shared_bridge(name)
+    bridge = shared_bridge(name, torch.float64)
     close = near(run(bridge, CLEAN), run(bridge, CORRUPTED), 1e-7)
     sources, receivers = ["embed", "blocks.*.head.0"], ["blocks.*.head.0.v", "logits"]
     if name != "ouro":  # one family over all pairs of passes

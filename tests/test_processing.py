@@ -31,10 +31,7 @@ CASES = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def processed(name: str, dtype: torch.dtype = torch.float32, **changes: object) -> LoopedBridge:

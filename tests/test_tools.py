@@ -28,7 +28,7 @@ from transformer_lens.tools.analysis import (
     run_with_intervention,
 )
 from transformer_lens.tools.analysis.logit_lens import logit_readout
-from zoo import FAMILIES, ZOO, random_bridge, random_tokens
+from zoo import FAMILIES, ZOO, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped.bridge.processing import stream_break
@@ -155,7 +155,7 @@ def direct_path_by_hand(bridge: LoopedBridge, clean, corrupted, source: tuple[in
     [("looped_qwen", 0, 2), ("looped_qwen", 1, 5), ("nanbeige", 4, 5), ("retrofit_llama", 6, 8), ("hrm_text", 10, 11)],
 )
 def test_direct_path_patching_where_the_stream_is_a_running_sum(name: str, layer: int, to_layer: int) -> None:
-    bridge = random_bridge(name, torch.float64)
+    bridge = shared_bridge(name, torch.float64)
     with torch.no_grad():
         _, clean = bridge.run_with_cache(CLEAN)
         _, corrupted = bridge.run_with_cache(CORRUPTED)
@@ -166,7 +166,7 @@ def test_direct_path_patching_where_the_stream_is_a_running_sum(name: str, layer
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_tools_over_paths_are_refused_where_it_is_not(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     with torch.no_grad():
         _, cache = bridge.run_with_cache(CORRUPTED)
     first = next(i for i in range(bridge.cfg.n_layers) if stream_break(bridge.looped_cfg, i))
@@ -186,7 +186,7 @@ def test_tools_over_paths_are_refused_where_it_is_not(name: str) -> None:
 @FAMILIES
 def test_stream_breaks_are_where_an_added_vector_does_not_stay(name: str) -> None:
     """What is added to a layer's output reaches the stream of every later layer unchanged, or that layer is named a break."""
-    bridge = random_bridge(name, torch.float64)
+    bridge = shared_bridge(name, torch.float64)
     shift = torch.randn(24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     last = bridge.cfg.n_layers - 1
     with torch.no_grad():
@@ -390,7 +390,7 @@ def test_jacobian_lens_intervenes_in_one_loop(name: str) -> None:
 
 
 def test_composition_scores_where_the_stream_is_a_running_sum() -> None:
-    bridge = random_bridge("looped_qwen")
+    bridge = shared_bridge("looped_qwen")
     with torch.no_grad():
         result = bridge.all_composition_scores("K")
         weights = bridge.original_model.canonical_parameters()
@@ -422,7 +422,7 @@ def test_projection_kernel_of_virtual_layers(name: str, role: str) -> None:
 
 @FAMILIES
 def test_singular_vectors_of_virtual_layers(name: str) -> None:
-    bridge = random_bridge(name)
+    bridge = shared_bridge(name)
     interpreter = SVDInterpreter(bridge)
     layer = bridge.cfg.n_layers - 1
     with torch.no_grad():
@@ -441,7 +441,7 @@ def test_singular_vectors_of_virtual_layers(name: str) -> None:
 
 @FAMILIES
 def test_accumulated_bias_is_the_sum_or_refused(name: str) -> None:
-    assert not random_bridge(name).accumulated_bias(2).any()  # no biases, nothing to add up
+    assert not shared_bridge(name).accumulated_bias(2).any()  # no biases, nothing to add up
     biased = random_bridge(name, biases=("o", "out"))
     if name != "looped_qwen":
         with pytest.raises(LoopedError, match=r"accumulated_bias.*running sum"):
@@ -526,7 +526,7 @@ def test_alignment_search_in_one_loop() -> None:
 @FAMILIES
 def test_untrained_twins_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="cannot reset"):
-        reinitialized(random_bridge(name), 0)
+        reinitialized(shared_bridge(name), 0)
 
 
 def test_sparse_probes_read_the_state_of_a_loop() -> None:

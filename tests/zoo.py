@@ -76,6 +76,51 @@ def random_bridge(name: str, dtype: torch.dtype = torch.float32, **changes: obje
     return bridge.to(dtype)
 
 
+@functools.cache
+def _made(name: str, dtype: torch.dtype) -> tuple[LoopedBridge, dict[str, Any]]:
+    bridge = random_bridge(name, dtype)
+    return bridge, _condition(bridge)
+
+
+def _bits(parameter: torch.Tensor) -> int:
+    return hash(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def _condition(bridge: LoopedBridge) -> dict[str, Any]:
+    """What a test might leave changed."""
+    parameters = bridge.original_model.canonical_parameters().values()
+    return {
+        "hooks": [name for name, point in bridge.hook_dict.items() if point.has_hooks()],
+        "parameters": [(id(p), _bits(p), p.requires_grad, p.grad is None) for p in parameters],
+        "settings": {name: str(value) for name, value in vars(bridge.cfg).items()},
+        "others": (bridge.exit_policy, bridge.tokenizer, bridge.context_level, bridge.training, sorted(bridge.hook_dict)),
+    }
+
+
+_lent: set[tuple[str, torch.dtype]] = set()
+
+
+def shared_bridge(name: str, dtype: torch.dtype = torch.float32) -> LoopedBridge:
+    """`random_bridge(name, dtype)`, made once, for the tests that leave it as it was; each is looked at when it ends."""
+    _lent.add((name, dtype))
+    return _made(name, dtype)[0]
+
+
+def changed_bridges() -> list[str]:
+    """What the test that ends has changed in shared bridges."""
+    lent = [(key, *_made(*key)) for key in sorted(_lent, key=str)]
+    _lent.clear()
+    found = [
+        f"{what} of {key[0]}"
+        for key, bridge, before in lent
+        for what, value in _condition(bridge).items()
+        if value != before[what]
+    ]
+    if found:
+        _made.cache_clear()  # the next test gets new ones
+    return found
+
+
 def random_tokens(batch: int = 2, pos: int = 7, seed: int = 0) -> torch.Tensor:
     """Tokens of the zoo's vocabulary, [batch, pos]."""
     return torch.randint(0, SMALL["d_vocab"], (batch, pos), generator=torch.Generator().manual_seed(seed))
