@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from zoo import FAMILIES, random_bridge, random_tokens, shared_bridge
+from zoo import FAMILIES, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.errors import OutOfRangeError
@@ -54,7 +54,7 @@ def test_passes_sum_to_the_gradient_bit_for_bit(name: str) -> None:
 @FAMILIES
 def test_each_pass_has_the_gradient_of_its_own_use(name: str) -> None:
     """For a linear map, the sum over positions of (gradient at its output) x (its input), both read in one pass."""
-    bridge = shared_bridge(name, torch.float64)
+    bridge = random_bridge(name, torch.float64)
     found = weight_gradients_by_pass(bridge, TOKENS, metric)
     seen: dict[str, Tensor] = {}
     for p in bridge.schedule.passes:
