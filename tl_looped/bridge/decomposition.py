@@ -181,9 +181,8 @@ def walk(
 
     x = write(None, Write("embed", "hook_embed"))
     x = yield from layers(x, range(schedule.n_prelude))
-    embed = normed(x, model.prelude_norm, "prelude_norm")
+    embed = state = normed(x, model.prelude_norm, "prelude_norm")
     first = schedule.passes[0]
-    state = embed
     if own_state:
         state = write(None, Write("initial_state", f"{schedule.pass_prefix(first)}.hook_state"))
     states = {first.stack: state} if cfg.l_cycles is None else {"L": state, "H": x}
@@ -359,7 +358,6 @@ class Decomposition(Reader):
         self.writes: list[Write] = []
         self.read: list[tuple[str, int]] = []  # every stream up to the point, and the number of writes before it
         needed: list[str] = []
-        width = self.model.cfg.d_model
 
         def scale(name: str) -> Tensor:
             needed.append(name)
@@ -368,7 +366,7 @@ class Decomposition(Reader):
         def write(x: Tensor | None, at: Write) -> Tensor:
             self.writes.append(at)
             needed.extend([at.hook, *(also(at) if also else [])])
-            return torch.zeros(1, width, device="meta") if x is None else x
+            return torch.zeros(1, self.model.cfg.d_model, device="meta") if x is None else x
 
         for name, _ in walk(self.model, frozen(scale), write, self.own_state, injections):
             self.read.append((name, len(self.writes)))
