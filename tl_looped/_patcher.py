@@ -20,6 +20,7 @@ from .model.initial_state import InitialState
 from .model.layers import is_observed
 from .model.rerun import Recording, rerun
 from .schedule import check_count
+from .sites import axes_of
 
 MEMORY_SHARE = 0.25  # of the free memory, for a batch of patches
 CPU_TOKENS = 2048  # rows x positions: on a CPU, matrix products gain nothing from more
@@ -46,11 +47,6 @@ class Cell(NamedTuple):
     edits: list[Edit]
     entry: int
     start: int
-
-
-def position_axis(hook: str) -> int:
-    """The axis of an activation, counted after the batch, that runs over the positions that are computed."""
-    return 1 if hook.endswith("hook_pattern") else 0
 
 
 class Patcher:
@@ -189,7 +185,7 @@ class Patcher:
         def patch(activation: Tensor, hook: object) -> Tensor:
             patched = activation.clone()
             for c, edit in edits:
-                axis = position_axis(edit.hook)
+                axis = axes_of(edit.hook).index("pos")
                 value, where = edit.value, edit.where
                 if start:
                     value = value.narrow(axis + 1, start, value.shape[axis + 1] - start)

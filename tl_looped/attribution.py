@@ -17,15 +17,7 @@ from .comparison import Comparison, Metric, clean_at
 from .errors import LoopedError
 from .results import Grid
 from .schedule import LoopSelector, check_count
-from .sites import HEADS, PASSES, STREAMS, check_site, laid_out, swept_places
-
-# The axes of an activation after its batch axis; one without an axis of its own in the result is summed over.
-AXES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys((*STREAMS, *PASSES), ("pos", "d_model")),
-    **dict.fromkeys(HEADS, ("pos", "head", "d_head")),
-    "pattern": ("head", "pos", "src_pos"),
-}
-NO_AXES = ("d_model", "d_head")
+from .sites import KINDS, check_site, laid_out, outer_axes, swept_places
 
 
 @accepts_old("site", "axes")
@@ -91,9 +83,9 @@ def attribution_sweep(
     """
     check_site(site)
     model, clean_cache = clean_at(model, clean_cache, at_loop, n_loops)
-    dims = ("example", *AXES[site])
-    outer = ("loop",) if site in PASSES else ("loop", "layer")
-    _check_axes(site, axes, [*outer, *(axis for axis in dims[1:] if axis not in NO_AXES)])
+    dims = ("example", *KINDS[site].axes)
+    outer = outer_axes(site)
+    _check_axes(site, axes, [*outer, *(axis for axis in dims[1:] if not axis.startswith("d_"))])
     placed = swept_places(model, site, axes, loops, None, stack)
     names = [place.hook for _, place in placed]
     pair = Comparison(model, corrupted_tokens, clean_cache, metric, run)

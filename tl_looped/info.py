@@ -13,6 +13,7 @@ from .checkpoints import make_plan, open_checkpoint, stored_dtype
 from .config import LoopedConfig
 from .model import LoopedModel
 from .schedule import Pass, virtual_layer
+from .sites import KINDS
 from .sizes import human, sizes
 from .toys import TOYS
 
@@ -140,17 +141,14 @@ def _indices(found: Sequence[int]) -> str:
 
 def _shapes(cfg: LoopedConfig) -> dict[str, str]:
     """The shapes of the hooks that users of TransformerLens know, in the order in which they are shown."""
-    stream = "hook_embed hook_resid_pre hook_attn_out hook_resid_mid hook_mlp_out hook_resid_post"
-    passes = "hook_state hook_injection hook_in hook_out"
-    keys = "head" if cfg.n_kv_heads == cfg.n_heads else "kv_head"
-    return {
-        **dict.fromkeys(f"{stream} {passes}".split(), "[batch, pos, d_model]"),
-        **dict.fromkeys("attn.hook_q attn.hook_rot_q attn.hook_z".split(), "[batch, pos, head, d_head]"),
-        **dict.fromkeys("attn.hook_k attn.hook_rot_k attn.hook_v".split(), f"[batch, pos, {keys}, d_head]"),
-        **dict.fromkeys("attn.hook_attn_scores attn.hook_pattern".split(), "[batch, head, query, key]"),
-        **dict.fromkeys("mlp.hook_pre mlp.hook_pre_linear mlp.hook_post".split(), "[batch, pos, d_mlp]"),
-        "hook_exit_logit": "[batch, pos]",
-    }
+    pair = {"pos": "query", "src_pos": "key"}
+    shapes: dict[str, str] = {}
+    for kind in KINDS.values():
+        names = (
+            pair if "src_pos" in kind.axes else {"head": "kv_head"} if kind.is_grouped and cfg.n_kv_heads < cfg.n_heads else {}
+        )
+        shapes[kind.hook] = f"[{', '.join(['batch', *(names.get(axis, axis) for axis in kind.axes)])}]"
+    return shapes
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._depth import stopping
 from ._old_calls import accepts_old
-from ._patcher import Cell, Edit, Patcher, position_axis
+from ._patcher import Cell, Edit, Patcher
 from .bridge.cache import LoopedCache
 from .bridge.looped_bridge import LoopedBridge
 from .bridge.processing import check_pass_norms
@@ -29,7 +29,7 @@ from .metrics import metric_name
 from .model.initial_state import InitialState
 from .results import Grid
 from .schedule import Indices, LoopSelector, select_indices
-from .sites import HEADS, PASSES, Place, check_site, laid_out, layer_place, select_places, swept_places
+from .sites import KINDS, PASSES, Place, axes_of, check_site, laid_out, layer_place, outer_axes, select_places, swept_places
 
 __all__ = ["PatchSweep", "patch_between_loops", "patch_sweep"]
 
@@ -300,11 +300,11 @@ def _baseline(source: CleanRun, patcher: Patcher) -> Tensor | None:
 
 def _check_axes(site: str, axes: Sequence[str] | None) -> tuple[str, ...]:
     check_site(site)
-    last = "head" if site in HEADS else "pos"
+    outer, inner = outer_axes(site), KINDS[site].axes
     if axes is None:
-        return ("loop", last) if site in PASSES else ("loop", "layer", last)
-    known = ("loop",) if site in PASSES else ("loop", "layer", "virtual_layer")
-    known += ("pos", *(("head",) if site in HEADS else ()), *(("src_pos",) if site == "pattern" else ()))
+        return (*outer, "head" if "head" in inner else "pos")
+    known = outer if outer == ("loop",) else (*outer, "virtual_layer")
+    known += tuple(axis for axis in ("pos", "head", "src_pos") if axis in inner)
     names = (axes,) if isinstance(axes, str) else tuple(axes)
     if not names or len(set(names)) < len(names) or set(names) - set(known):
         raise LoopedError(f"axes={names} was asked; site={site!r} has the axes {', '.join(known)}, each at most once.")
@@ -333,13 +333,13 @@ def _inner_axes(patcher: Patcher, hook: str, positions: Indices, heads: Indices)
         raise LoopedError(
             f"positions={positions!r} was asked, which is padding in some rows; pad on the left, or count from the beginning."
         )
-    if position_axis(hook):
-        return {"head": select_indices(heads, shape[1], "heads"), "pos": pos, "src_pos": list(range(shape[-1]))}
-    if ".attn." in hook:
-        return {"pos": pos, "head": select_indices(heads, shape[2], "heads")}
-    if heads is not None:
+    axes = axes_of(hook)
+    if heads is not None and "head" not in axes:
         raise LoopedError(f"heads={heads!r} was asked of {hook}, which has no head axis; leave heads out.")
-    return {"pos": pos}
+    chosen = {"pos": pos, "src_pos": list(range(shape[-1]))}
+    if "head" in axes:
+        chosen["head"] = select_indices(heads, shape[1 + axes.index("head")], "heads")
+    return {axis: chosen[axis] for axis in axes if axis in chosen}
 
 
 def _where(activation: Tensor, at: dict[str, list[int]]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,9 +14,75 @@ from .bridge.looped_bridge import LoopedBridge
 from .errors import LoopedError
 from .schedule import Indices, LoopSelector, Pass, Schedule, Site, select_indices
 
-STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")  # of a layer, [batch, pos, d_model]
-HEADS = ("q", "k", "v", "z", "pattern")  # of a layer, with a head axis
-PASSES = ("state", "injection", "out")  # of a pass, [batch, pos, d_model]
+
+class Kind(NamedTuple):
+    """A kind of activation.
+
+    Args:
+        hook: its hook point, after the name of what it belongs to.
+        of: what has one, a "layer", a "pass" or the "run".
+        axes: after the batch axis. The "pos" of a pattern are its queries, "src_pos" its keys.
+        about: what it is.
+        is_swept: whether sweeps and interventions take it as a site.
+        is_grouped: whether grouped keys and values share one head.
+    """
+
+    hook: str
+    of: Literal["layer", "pass", "run"]
+    axes: tuple[str, ...]
+    about: str
+    is_swept: bool = True
+    is_grouped: bool = False
+
+
+_STREAM, _HEAD, _PAIR, _MLP = ("pos", "d_model"), ("pos", "head", "d_head"), ("head", "pos", "src_pos"), ("pos", "d_mlp")
+
+# Every kind of activation by its name as a site, in the order in which `tl-looped info` shows them.
+KINDS: dict[str, Kind] = {
+    "embed": Kind("hook_embed", "run", _STREAM, "the scaled embedding", False),
+    "resid_pre": Kind("hook_resid_pre", "layer", _STREAM, "the residual stream entering a layer"),
+    "attn_out": Kind("hook_attn_out", "layer", _STREAM, "what attention adds to the stream"),
+    "resid_mid": Kind("hook_resid_mid", "layer", _STREAM, "the residual stream between attention and MLP"),
+    "mlp_out": Kind("hook_mlp_out", "layer", _STREAM, "what the MLP adds to the stream"),
+    "resid_post": Kind("hook_resid_post", "layer", _STREAM, "the residual stream leaving a layer"),
+    "state": Kind("hook_state", "pass", _STREAM, "the state entering a pass"),
+    "injection": Kind("hook_injection", "pass", _STREAM, "what is injected in a pass"),
+    "in": Kind("hook_in", "pass", _STREAM, "what the end of a pass is given", False),
+    "out": Kind("hook_out", "pass", _STREAM, "the state leaving a pass"),
+    "q": Kind("attn.hook_q", "layer", _HEAD, "queries"),
+    "rot_q": Kind("attn.hook_rot_q", "layer", _HEAD, "queries after rotation", False),
+    "z": Kind("attn.hook_z", "layer", _HEAD, "what every head read"),
+    "k": Kind("attn.hook_k", "layer", _HEAD, "keys", is_grouped=True),
+    "rot_k": Kind("attn.hook_rot_k", "layer", _HEAD, "keys after rotation", False, True),
+    "v": Kind("attn.hook_v", "layer", _HEAD, "values", is_grouped=True),
+    "attn_scores": Kind("attn.hook_attn_scores", "layer", _PAIR, "attention before the softmax", False),
+    "pattern": Kind("attn.hook_pattern", "layer", _PAIR, "attention"),
+    "pre": Kind("mlp.hook_pre", "layer", _MLP, "neurons before the nonlinearity", False),
+    "pre_linear": Kind("mlp.hook_pre_linear", "layer", _MLP, "what gated neurons are multiplied by", False),
+    "post": Kind("mlp.hook_post", "layer", _MLP, "neurons", False),
+    "exit_logit": Kind("hook_exit_logit", "pass", ("pos",), "what the exit gate of a pass says", False),
+}
+
+
+def _swept(of: str, is_head: bool = False) -> tuple[str, ...]:
+    return tuple(n for n, kind in KINDS.items() if kind.is_swept and kind.of == of and ("head" in kind.axes) == is_head)
+
+
+STREAMS, HEADS, PASSES = _swept("layer"), _swept("layer", is_head=True), _swept("pass")
+
+
+def axes_of(hook: str) -> tuple[str, ...]:
+    """The axes of a swept activation after its batch axis.
+
+    Args:
+        hook: a name of its hook point.
+    """
+    return next(kind.axes for kind in KINDS.values() if kind.is_swept and hook.endswith(f".{kind.hook}"))
+
+
+def outer_axes(site: str) -> tuple[str, ...]:
+    """The axes over the places of a site, before those of the activation."""
+    return ("loop",) if KINDS[site].of == "pass" else ("loop", "layer")
 
 
 class Place(NamedTuple):
@@ -122,13 +188,12 @@ def laid_out(
 
 def _pass_place(schedule: Schedule, site: str, p: Pass) -> Place:
     entry = p.layers[-1] if site == "out" else p.first - 1
-    return Place(Site(p.stack, p.loop, 0), f"{schedule.pass_prefix(p)}.hook_{site}", entry)
+    return Place(Site(p.stack, p.loop, 0), f"{schedule.pass_prefix(p)}.{KINDS[site].hook}", entry)
 
 
 def layer_place(model: LoopedBridge, site: str, layer: int) -> Place:
     """The place of a site in one virtual layer."""
-    hook = f"attn.hook_{site}" if site in HEADS else f"hook_{site}"
-    return Place(model.schedule.site(layer), model.schedule.name(layer, hook), layer)
+    return Place(model.schedule.site(layer), model.schedule.name(layer, KINDS[site].hook), layer)
 
 
 def check_site(site: str, known: tuple[str, ...] = (*STREAMS, *HEADS, *PASSES)) -> None:
