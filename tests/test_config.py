@@ -133,13 +133,22 @@ WRONG = [None, True, 0, -1, 1.5, 10**400, 10**5000, math.nan, math.inf, "false",
 
 
 ACCEPTED = {
-    **dict.fromkeys("norm_weight prelude_norm pass_norm final_norm exit_gate attn_gate tied prefix_lm".split(), (True,)),
+    **dict.fromkeys(
+        (
+            "norm_weight inner_norm qk_norm_weight query_gain prelude_norm entry_norm pass_norm final_norm exit_gate "
+            "attn_gate tied prefix_lm"
+        ).split(),
+        (True,),
+    ),
     **dict.fromkeys("n_prelude n_coda n_kv_heads d_head d_mlp value_gate_width".split(), (0,)),
     **dict.fromkeys("norm_eps noise_std noise_scale embed_scale".split(), (0, 1.5)),
     **dict.fromkeys("biases windows value_embed_layers".split(), ([],)),
     "qk_norm_eps": [None, 0, 1.5],
     "logit_softcap": [None, 1.5],
     "rope_theta": [1.5],
+    "rope_theta_windowed": [None, 1.5],
+    "loop": ["false", "x"],
+    "options": [{}, {"rope_type": []}],
     "rope_scaling": [None, {}],
     "l_cycles": [None],
     "beta": [0],

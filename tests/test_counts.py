@@ -26,7 +26,14 @@ from tl_looped.info import checkpoint_text
 from tl_looped.model import LoopedModel
 from tl_looped.model.parameters import parameter_shapes
 
-LOOP_COUNTS = {"ouro": "total_ut_steps", "nanbeige": "num_loops", "hrm_text": "H_cycles"}  # elsewhere mean_recurrence
+# Elsewhere mean_recurrence.
+LOOP_COUNTS = {
+    "ouro": "total_ut_steps",
+    "nanbeige": "num_loops",
+    "hrm_text": "H_cycles",
+    "dory": "n_recurrent_loops",
+    "loopus": "N",
+}
 
 
 COUNTS = {
@@ -36,6 +43,8 @@ COUNTS = {
     "huginn": "mean_recurrence n_layers_in_prelude n_layers_in_recurrent_block n_layers_in_coda n_embd head_dim",
     "retrofit_llama": "mean_recurrence n_layers_in_prelude n_layers_in_recurrent_block n_layers_in_coda head_dim",
     "retrofit_olmo": "mean_recurrence n_layers_in_prelude n_layers_in_recurrent_block n_layers_in_coda n_embd",
+    "dory": "n_recurrent_loops n_input_layers n_recurrent_layers n_output_layers hidden_size head_dim vocab_size",
+    "loopus": "N",
     "parcae": "mean_recurrence n_layers_in_prelude n_layers_in_recurrent_block n_layers_in_coda n_embd padded_vocab_size",
 }  # fmt: skip
 

@@ -107,7 +107,7 @@ def test_half_precision(name: str) -> None:
 
 def frozen(bridge: LoopedBridge, cache: LoopedCache, edits: dict[str, Tensor], free: tuple[str, ...] = ()) -> Tensor:
     """The final stream of a run in which all norms' scales and branch outputs are those of the cache, but for `edits`."""
-    ends = ("hook_scale", "hook_attn_out", "hook_mlp_out")
+    ends = ("hook_scale", "hook_alpha", "hook_attn_out", "hook_mlp_out")
     kept = {n: cache[n] for n in cache if n.endswith(ends) and not n.endswith(free or ("\0",))} | edits
     hooks = [(n, lambda tensor, hook, n=n: kept[n].clone()) for n in kept]
     final: list[Tensor] = []
@@ -398,7 +398,8 @@ def test_neurons_of_one_layer(name: str) -> None:
         gain = 1.0
         block = bridge.blocks[layer]
         if "ln2_post" in dict(block.named_children()):
-            gain = cache[f"blocks.{layer}.ln2_post.hook_scale"].reciprocal() * block.ln2_post.weight
+            gain = cache[f"blocks.{layer}.ln2_post.hook_scale"].reciprocal()
+            gain = gain if block.ln2_post.weight is None else gain * block.ln2_post.weight
         written = neurons.sum(-2) + block.mlp.b_out * gain
         torch.testing.assert_close(written, cache["mlp_out", layer])
         torch.testing.assert_close(cache.get_neuron_results(layer, 4, -1), neurons[:, -1, 4])

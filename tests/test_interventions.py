@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from zoo import FAMILIES, ZOO, random_bridge, random_tokens
 
@@ -29,6 +29,7 @@ from tl_looped.interventions import (
 )
 from tl_looped.model import LoopedModel
 from tl_looped.model.layers import Inputs
+from tl_looped.model.loops import Parts, run_part
 
 INJECTED = pytest.mark.parametrize("name", [n for n, cfg in sorted(ZOO.items()) if cfg.injection != "none"])
 TOKENS, OTHER = random_tokens(2, 6), random_tokens(2, 6, seed=1)
@@ -66,28 +67,32 @@ def by_hand(
     injection: Callable[[int, Tensor], Tensor] = unchanged,
     layer: Callable[[int, Tensor, Inputs], Tensor] | None = None,
     order: list[int] | None = None,
+    state_at: str = "hook_state",
 ) -> Tensor:
     """Logits, step by step; passes (by index in the run) are left out or run in another order, what enters them is changed."""
-    cfg, schedule = model.cfg, model.cfg.schedule
+    schedule = model.cfg.schedule
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     x = model.embed(tokens)
     inputs = Inputs(model.rotary(positions), model._masks(x, None, None, 0), None, model._value_embeds(tokens))
     run = layer or (lambda i, x, inputs: model.blocks[i](x, inputs))
     for i in range(schedule.n_prelude):
         x = run(i, x, inputs)
-    embed, states = model._begin(x, None, positions)
-    anchor = None
+    carried = model.begin(x, None, positions)
     for k in range(len(schedule.passes)) if order is None else order:
-        p, ends = schedule.passes[k], model.passes[k]
-        other = embed if cfg.l_cycles is None else states["H" if p.stack == "L" else "L"]
-        x, entered = ends.enter(state(k, states[p.stack]), injection(k, other))
+
+        def apply(module: nn.Module, at: str, inputs: tuple[Tensor, ...], k: int = k) -> Tensor:
+            if at.endswith(".hook_state" if state_at == "hook_state" else ".entry_norm"):
+                inputs = (state(k, inputs[0]),)
+            return injection(k, inputs[0]) if at.endswith(".hook_injection") else run_part(module, at, inputs)
+
+        p = schedule.passes[k]
+        parts, before = Parts(model, p, apply), carried.get(p.stack)
+        x = model.loop.enter(parts, p, carried)
         for i in p.layers:
             x = run(i, x, inputs)
-        anchor = x if anchor is None else anchor
-        is_final = cfg.pass_norm_is_final and p is schedule.passes[-1]
-        x, _ = ends.leave(x, entered, model.ln_final if is_final else None)
-        states[p.stack] = states[p.stack] if k in skip else x
-    x = model.loop_output(states[schedule.core_stacks[-1]], anchor)
+        model.loop.leave(parts, p, x, carried)
+        carried[p.stack] = before if k in skip else carried[p.stack]
+    x = model.loop.finish(Parts(model, None, run_part), schedule.passes[-1], carried)
     for i in range(schedule.first_coda_layer, schedule.n_layers):
         x = run(i, x, inputs)
     return model._logits(x)
@@ -334,7 +339,8 @@ def test_the_initial_state_is_the_one_set(name: str) -> None:
     hooks = set_initial_state(bridge, state[0, 0], positions=[2, -1], stack=stack)
     mask = torch.zeros(6, 1, dtype=torch.bool)
     mask[[2, 5]] = True
-    wanted = by_hand(plain(bridge), state=lambda k, s: torch.where(mask, state[0, 0], s) if k == 0 else s)
+    entrance = plain(bridge).loop.entrance  # before the norm of a state, where there is one
+    wanted = by_hand(plain(bridge), state=lambda k, s: torch.where(mask, state[0, 0], s) if k == 0 else s, state_at=entrance)
     close(bridge.run_with_hooks(TOKENS, fwd_hooks=hooks), wanted)
 
 

@@ -62,6 +62,12 @@ def logits_by_hand(bridge: LoopedBridge, tokens: torch.Tensor, layer: int, lens:
         moved = state + (x - state) / cfg.anchor_steps
         anchor = x if p.loop == 0 else cache["resid_post", schedule.passes[0].layers[-1]]
         x = cfg.beta * anchor + (1 - cfg.beta) * moved
+    elif cfg.loop == "gated" and p is not None:
+        state = cache[f"loops.{p.loop}.hook_state"]
+        weights = {name.removeprefix("gate."): w for name, w in bridge.plain.canonical_parameters().items()}
+        delta = (x - state) @ weights["down.weight"].T @ weights["up.weight"].T + weights["up.bias"]
+        alpha = torch.exp(-torch.nn.functional.softplus(delta) * weights["A_log"].exp())
+        x = alpha * x + (1 - alpha) * state
     elif cfg.pass_norm:
         x = bridge.ln_final(x)
     if site.stack != "coda" and bridge.original_model.after_loop is not None:

@@ -53,6 +53,16 @@ ZOO = {
         **SMALL, n_core=2, n_loops=3, n_prelude=1, n_coda=1, n_kv_heads=1, qk_norm="head", biases=("q", "k", "v"),
         windows=(None, 3, None, 4), family="llama",
     ),
+    "dory": LoopedConfig(
+        **SMALL, n_core=2, n_loops=3, n_prelude=1, n_coda=1, n_kv_heads=1, norm="sandwich", norm_kind="l2", norm_weight=False,
+        inner_norm=True, residual="interpolate", qk_norm="head", qk_norm_weight=False, query_gain=True, attn_gate=True,
+        windows=(3, None, 3, None), rope_theta_windowed=100.0, injection="add", prelude_norm=True, entry_norm=True,
+        family="dory",
+    ),
+    "loopus": LoopedConfig(
+        **SMALL, n_core=2, n_loops=3, n_prelude=1, n_coda=1, loop="gated", options={"gate_rank": 3}, exit_gate=True,
+        family="loopus",
+    ),
     "anchored": LoopedConfig(
         **SMALL, n_core=2, n_loops=3, n_prelude=1, n_coda=1, strategy="anchored", anchor_steps=3, family="llama"
     ),

@@ -17,8 +17,8 @@ from .comparison import Metric, measured
 from .errors import LoopedError
 from .metrics import bound
 from .model.initial_state import InitialState
-from .model.layers import is_observed
 from .model.rerun import Recording, rerun
+from .model.slots import is_observed
 from .schedule import check_count
 from .sites import axes_of
 
@@ -100,7 +100,7 @@ class Patcher:
     def initial_state(self) -> Float[Tensor, "batch pos d_model"]:
         """The state that the run started from, before hooks."""
         first = self.model.schedule.passes[0]
-        return self.recording.streams[first.first].states[first.stack]
+        return self.recording.streams[first.first].carried[first.stack]
 
     def run_arguments(self) -> dict[str, Any]:
         """The keyword arguments that repeat the run."""

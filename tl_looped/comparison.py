@@ -56,7 +56,7 @@ class CleanRun:
         self.model: LoopedBridge = model
         self.cache: LoopedCache = cache
         self.record: Run | None = cache.run
-        self.state: str = f"{model.schedule.pass_prefix(model.schedule.passes[0])}.hook_state"
+        self.state: str = f"{model.schedule.pass_prefix(model.schedule.passes[0])}.{model.plain.loop.entrance}"
         self.is_given: bool = initial_state is not None
         self.initial_state: Any = initial_state
         is_random = model.looped_cfg.initial_state == "noise"

@@ -85,10 +85,16 @@ class LoopedConfig:
         norm: where the norms of a block sit: "pre" on the input of each branch, "branch" on its output, "sandwich" on both,
             "stream" on its input and on the stream after the addition.
         norm_eps: added to the mean square in every norm.
+        norm_kind: what a norm divides by: the root of the mean square ("rms") or of the sum of squares ("l2").
         norm_weight: whether norms have a weight.
+        inner_norm: norms over all heads before `o`, and over the MLP's neurons before `down`.
+        residual: what a branch returns is added to the stream ("add"), or the stream after the branch's norm moves towards it
+            at a learned rate ("interpolate").
         qk_norm: norm of queries and keys: of each head ("head"), over all heads ("flat"), or of each head after the rotation,
             without a weight ("after_rope").
         qk_norm_eps: its epsilon; None for `norm_eps`, and for "after_rope" for the resolution of the dtype.
+        qk_norm_weight: whether those norms have a weight.
+        query_gain: a factor on every entry of the queries, after the rotation.
         attn_gate: a sigmoid gate from the attention's input multiplies its output before `o`.
         mlp: "gated", `down(act(gate(x)) * up(x))`, or "relu_squared", `down(relu(up(x))^2 / 2)`.
         act_fn: activation of the gated MLP.
@@ -99,6 +105,7 @@ class LoopedConfig:
         value_gate_width: how many leading entries of the attention's input that gate reads.
         rope_layout: rotary pairs: entry i with entry i + d_head / 2 ("half"), neighbours ("pairs"), or no positions ("none").
         rope_theta: base of the rotary frequencies.
+        rope_theta_windowed: their base in layers that have a window; None for `rope_theta`.
         rope_scaling: transformers' description of scaled frequencies.
         injection: what enters every pass beside the state: nothing, a sum with it ("add"), a linear map of state and injection
             side by side ("concat"), or Parcae's decay ("decay").
@@ -107,6 +114,10 @@ class LoopedConfig:
             vector that is learned ("learned").
         noise_std: standard deviation of the noise, which is truncated at three standard deviations.
         noise_scale: factor on the noise.
+        loop: the loop kind: "repeat", where every pass continues the stream of the one before, or a name given to
+            `tl_looped.model.register_loop`.
+        options: what a registered loop kind or a family needs to know beside these fields, by name.
+        entry_norm: a norm of the state before every pass.
         pass_norm: a norm of the state after every pass.
         after_loop: what the state goes through after the last pass: nothing, the last norm ("final_norm"), a map ("linear").
         final_norm: a norm before the unembedding; False where that of the last pass is the last.
@@ -143,10 +154,15 @@ class LoopedConfig:
     n_coda: int = 0
     l_cycles: int | None = None
     norm: Literal["pre", "branch", "sandwich", "stream"] = "pre"
+    norm_kind: Literal["rms", "l2"] = "rms"
     norm_eps: float = 1e-6
     norm_weight: bool = True
+    inner_norm: bool = False
+    residual: Literal["add", "interpolate"] = "add"
     qk_norm: Literal["none", "head", "flat", "after_rope"] = "none"
     qk_norm_eps: float | None = None
+    qk_norm_weight: bool = True
+    query_gain: bool = False
     attn_gate: bool = False
     mlp: Literal["gated", "relu_squared"] = "gated"
     act_fn: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
@@ -156,12 +172,16 @@ class LoopedConfig:
     value_gate_width: int = 0
     rope_layout: Literal["half", "pairs", "none"] = "half"
     rope_theta: float = 10000.0
+    rope_theta_windowed: float | None = None
     rope_scaling: dict[str, Any] | None = dataclasses.field(default=None, hash=False)
     injection: Literal["none", "add", "concat", "decay"] = "none"
     prelude_norm: bool = False
     initial_state: Literal["embedding", "noise", "learned"] = "embedding"
     noise_std: float = 1.0
     noise_scale: float = 1.0
+    loop: str = "repeat"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    entry_norm: bool = False
     pass_norm: bool = False
     after_loop: Literal["none", "final_norm", "linear"] = "none"
     final_norm: bool = True
@@ -204,6 +224,8 @@ class LoopedConfig:
             self._refuse("a random initial state without injection would ignore the prompt")
         if self.strategy == "anchored" and (self.injection != "none" or self.pass_norm):
             self._refuse("strategy='anchored' goes with injection='none' and without pass_norm")
+        if self.residual == "interpolate" and self.norm == "stream":
+            self._refuse("residual='interpolate' goes with norms on branches, not on the stream")
         if not self.final_norm and not self.pass_norm_is_final:
             self._refuse(
                 "without final_norm, the norm of the last pass must be the last norm: pass_norm, no coda, no after_loop"
@@ -227,6 +249,11 @@ class LoopedConfig:
     def n_physical(self) -> int:
         """Number of distinct layers."""
         return sum(self.schedule.stacks.values())
+
+    def rope_base(self, physical: int) -> float:
+        """The base of the rotary frequencies of a physical layer."""
+        windowed = bool(self.windows) and self.windows[physical] is not None
+        return self.rope_theta_windowed if windowed and self.rope_theta_windowed is not None else self.rope_theta
 
     @property
     def pass_norm_is_final(self) -> bool:
@@ -279,14 +306,21 @@ class LoopedConfig:
         return self  # immutable
 
 
+_FLAGS = (
+    "norm_weight inner_norm qk_norm_weight query_gain attn_gate prelude_norm entry_norm pass_norm final_norm exit_gate tied "
+    "prefix_lm"
+)
 # What every field may be. A choice is declared by its annotation alone.
 _FIELDS: dict[str, Kind[Any]] = {
     **{name: choice(*get_args(hint)) for name, hint in get_type_hints(LoopedConfig).items() if get_origin(hint) is Literal},
     **dict.fromkeys("d_model n_heads d_vocab n_core n_loops n_ctx anchor_steps".split(), count()),
     **dict.fromkeys("n_kv_heads d_head d_mlp n_prelude n_coda value_gate_width".split(), count(0)),
-    **dict.fromkeys("norm_weight attn_gate prelude_norm pass_norm final_norm exit_gate tied prefix_lm".split(), flag),
+    **dict.fromkeys(_FLAGS.split(), flag),
     **dict.fromkeys("norm_eps noise_std noise_scale embed_scale".split(), number()),
     "family": text,
+    "loop": text,
+    "options": table,
+    "rope_theta_windowed": optional(number(1.0, above=True)),
     "l_cycles": optional(count()),
     "qk_norm_eps": optional(number()),
     "logit_softcap": optional(number()),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +20,13 @@ from torch import Tensor
 from ._old_calls import accepts_old
 from ._precision import wide
 from .bridge.cache import LoopedCache
-from .bridge.decomposition import FINAL, Reader, Write, before_loop, check_sum, has_own_state, walk
+from .bridge.decomposition import FINAL, Reader, Write, apply_module, check_sum, has_own_state, walk
 from .bridge.looped_bridge import LoopedBridge
 from .bridge.named_cache import as_slice
 from .comparison import Comparison, Metric, clean_at
 from .errors import LoopedError, UnknownNameError
+from .model.jvp import jvp
+from .model.norms import RMSNorm
 from .results import Grid
 
 Names = str | Sequence[str]
@@ -211,7 +214,7 @@ class NormAt:
             self.out = self.unit * self.weight
 
     def _inverse(self, x: Tensor) -> Tensor:
-        return torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return torch.rsqrt(self.norm.inner(x, x) + self.eps)
 
     def exactly(self, change: Float[Tensor, "*row batch pos d_model"]) -> Float[Tensor, "*row batch pos d_model"]:
         """The change of the output, its scale computed anew."""
@@ -229,7 +232,7 @@ class NormAt:
         return gradient if self.norm is None else self._across(gradient * self.weight)
 
     def _across(self, x: Tensor) -> Tensor:
-        return (x - self.unit * (self.unit * x).mean(-1, keepdim=True)) * self.inverse
+        return (x - self.unit * self.norm.inner(self.unit, x)) * self.inverse
 
 
 class Carried(NamedTuple):
@@ -278,7 +281,7 @@ class Paths:
         kept = ["hook_embed", *(name for name in model.hook_dict if name.endswith(("hook_attn_out", "hook_mlp_out")))]
         kept += [f"blocks.{i}.attn.hook_z" for i in layers]
         kept += [f"blocks.{i}.ln1_post.hook_in" for i in layers if self.plain.blocks[i].ln1_post is not None]
-        kept += [*before_loop(model.looped_cfg), *(r.reads for r in self.receivers.values())]
+        kept += [*self.plain.loop.state_before, *(r.reads for r in self.receivers.values())]
         entered = list(dict.fromkeys(r.hook for r in self.receivers.values()))
         if estimate:
             seen, gradients = pair.gradients(entered, also=kept)
@@ -286,15 +289,26 @@ class Paths:
             seen, gradients = pair.activations(kept), {}
         self.gradients: dict[str, Tensor] = gradients
         self.cache: LoopedCache = LoopedCache({name: seen[name] for name in kept}, model)
-        self.own_state: bool = has_own_state(model.looped_cfg, self.cache)
+        self.own_state: bool = has_own_state(self.plain, self.cache)
         self.read: Reader = Reader(self.cache, as_slice(None))
         self.like: Tensor = self.read.get("hook_embed")
 
-    def _through(self, x: Tensor, norm: Any, name: str = "") -> Tensor:
-        """Changes after a norm, and in the last row the stream of the run after it."""
-        at = NormAt(norm, x[-1], self.dtype)
-        changes = at.to_first_order(x[:-1]) if self.estimate else at.exactly(x[:-1])
-        return torch.cat((changes, at.out[None]))
+    def _through(self, module: Any, name: str, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Changes after a module that lies on the way of the stream, and in the last row what the run has after it."""
+        plain: Any = getattr(module, "_original_component", module)
+        if not hasattr(plain, "frozen"):
+            return apply_module(plain, *inputs)
+        changes, of_run = tuple(x[:-1] for x in inputs), tuple(x[-1] for x in inputs)
+        if isinstance(plain, RMSNorm):
+            at = NormAt(plain, of_run[0], self.dtype)
+            changed = at.to_first_order(changes[0]) if self.estimate else at.exactly(changes[0])
+            return torch.cat((changed, at.out[None]))
+        at_run = apply_module(plain, *of_run)
+        if self.estimate:
+            each = [jvp(partial(apply_module, plain), of_run, some) for some in zip(*changes, strict=True)]
+            return torch.stack([*each, at_run])
+        moved = apply_module(plain, *(x + change for x, change in zip(of_run, changes, strict=True)))
+        return torch.cat((moved - at_run, at_run[None]))
 
     def _changes(self, at: Write, rows: range) -> Iterator[tuple[int, Tensor]]:
         """The rows written at one point, and what the clean run would change there."""
@@ -311,10 +325,10 @@ class Paths:
         layer, heads = chosen[0][1].layer, [s.head for _, s in chosen]
         weight = self.model.blocks[layer].attn.W_O.detach()[heads].to(change.device, change.dtype)
         vectors = torch.einsum("bphi,hid->hbpd", change[..., heads, :], weight)
-        norm: Any = self.plain.blocks[layer].ln1_post
-        if norm is not None:
+        block: Any = self.plain.blocks[layer]
+        if block.ln1_post is not None:
             out = self.read.get(f"blocks.{layer}.ln1_post.hook_in")
-            vectors = self._through(torch.cat((vectors, out[None])), norm)[:-1]
+            vectors = self._through(block.ln1_post, "", (torch.cat((vectors, out[None])),))[:-1]
         yield from zip((row for row, _ in chosen), vectors, strict=True)
 
     @torch.no_grad()

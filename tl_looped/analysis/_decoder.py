@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from torch import Tensor
 from ..bridge.looped_bridge import LoopedBridge
 from ..model import LoopedModel
 from ..model.initial_state import InitialState
-from ..model.passes import PassEnds
+from ..model.layers import Inputs
+from ..model.loops import Parts, Stream, run_part
 from ..schedule import Schedule, Site
 
 Lens = Literal["logit", "native"]
@@ -49,9 +50,7 @@ class Decoder:
         self.inputs: dict[str, Any] = inputs
         self.schedule: Schedule = schedule
         self.twin: LoopedModel = model.plain.unrolled(1)
-        # What the current pass began with: in an anchored loop its state, in HRM-Text's L passes the state of the H stack.
-        self.entering: Tensor | None = None
-        self.anchor: Tensor | None = None
+        self.carried: dict[str, Tensor] = {}  # into the first layer of the current pass
 
     def run(
         self, cells: Sequence[tuple[Lens, int]], positions: Int[Tensor, "batch chosen"], initial_state: InitialState
@@ -70,30 +69,27 @@ class Decoder:
 
         def decode(layer: int) -> Callable[..., None]:
             def hook(resid: Tensor, hook: object) -> None:
-                if layer == schedule.passes[0].layers[-1]:
-                    self.anchor = resid
                 for row, (lens, i) in enumerate(cells):
                     if i == layer:
                         hidden[row] = (self.native(i, resid) if lens == "native" else self.twin.ln_final(resid))[chosen]
 
             return hook
 
-        def keep(state: Tensor, hook: object) -> None:
-            self.entering = state
+        first = {p.first for p in schedule.passes}
+
+        def keep(layer: int, stream: Stream, inputs: Inputs) -> None:
+            if layer in first:
+                self.carried = dict(stream.carried)
 
         last = max(i for _, i in cells)
-        wanted = {i for _, i in cells} | {i for i in (schedule.passes[0].layers[-1],) if i <= last}
         hooks: list[tuple[str, Callable[..., None]]]
-        hooks = [(schedule.name(i, "hook_resid_post"), decode(i)) for i in sorted(wanted)]  # in a shorter run, the same names
-        for p in schedule.passes:
-            if self.twin.cfg.strategy == "anchored":
-                hooks.append((f"{schedule.pass_prefix(p)}.hook_state", keep))
-            elif p.stack == "L":
-                hooks.append((f"{schedule.pass_prefix(p)}.hook_injection", keep))
+        hooks = [(schedule.name(i, "hook_resid_post"), decode(i)) for i in sorted({i for _, i in cells})]
         in_coda = last >= schedule.first_coda_layer
         stop = last + 1 + (self.model.schedule.n_layers - schedule.n_layers if in_coda else 0)
         loop = schedule.n_loops - 1 if in_coda else None
-        self.model.run_with_hooks(self.tokens, hooks, stop=stop, loop=loop, initial_state=initial_state, **self.inputs)
+        self.model.run_with_hooks(
+            self.tokens, hooks, stop=stop, loop=loop, on_layer=keep, initial_state=initial_state, **self.inputs
+        )
         return hidden
 
     def native(self, layer: int, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
@@ -108,15 +104,16 @@ class Decoder:
             x = self._layers(resid, "coda", site.layer + 1)
         else:
             p = self.schedule.pass_of_layer(layer)
-            state = self.entering if p is not None and cfg.strategy == "anchored" else None
-            ends = cast(PassEnds, twin.passes[-1])
-            if p is not None and p.stack == "L":
-                z_l = cast(PassEnds, twin.passes[0]).leave(resid, None, None)[0]
-                x, state = ends.enter(cast(Tensor, self.entering), z_l)
-                resid = self._layers(x, "H", 0)
-            x, _ = ends.leave(resid, state, twin.ln_final if cfg.pass_norm_is_final else None)
-            anchor = resid if p is None or p.index == 0 else self.anchor
-            x = self._layers(twin.loop_output(x, anchor), "coda", 0)
+            # A state before the loop is read as if a pass had left it as it was.
+            carried = {"entered": resid} if p is None else dict(self.carried)
+            stack, x = cfg.schedule.core_stacks[-1] if p is None else p.stack, resid
+            for end in [end for end in cfg.schedule.passes[-2:] if end.stack == stack or end is cfg.schedule.passes[-1]]:
+                parts = Parts(twin, end, run_part)
+                if end.stack != stack:
+                    x = self._layers(twin.loop.enter(parts, end, carried), end.stack, 0)
+                twin.loop.leave(parts, end, x, carried)
+            end = cfg.schedule.passes[-1]
+            x = self._layers(twin.loop.finish(Parts(twin, None, run_part), end, carried), "coda", 0)
         return x if cfg.pass_norm_is_final else twin.ln_final(x)
 
     def _layers(self, x: Tensor, stack: str, first: int) -> Tensor:

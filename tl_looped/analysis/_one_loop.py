@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..model import LoopedModel
 from ..model.initial_state import InitialState
+from ..model.jvp import jvp
 from ..model.layers import Inputs
-from ..model.looped_model import Stream
+from ..model.loops import Stream
 from ._prompts import first_hooked
 
 
@@ -51,23 +51,23 @@ class OneLoop:
             x = twin.embed(tokens)
             positions = twin._positions(x, None, None, 0)
             self.inputs = Inputs(
-                rope=twin.rotary(positions) if twin.rotary else None,
+                rope=twin.rotary(positions),
                 masks=twin._masks(x, None, None, 0),
                 value_embeds=twin._value_embeds(tokens),
             )
             for i in range(schedule.n_prelude):
                 x = twin.blocks[i](x, self.inputs)
-            self.embed, states = twin._begin(x, initial_state, positions)
-            self.start: Float[Tensor, "stack batch pos d_model"] = torch.stack([states[stack] for stack in self.stacks])
+            self.begun: dict[str, Tensor] = twin.begin(x, initial_state, positions)
+            self.start: Float[Tensor, "stack batch pos d_model"] = torch.stack([self.begun[stack] for stack in self.stacks])
 
     def __call__(self, states: Float[Tensor, "stack batch pos d_model"]) -> Float[Tensor, "stack batch pos d_model"]:
         """The states after one more loop."""
         stream = Stream(states[0])
-        begun = (self.embed, dict(zip(self.stacks, states, strict=True)))
+        begun = self.begun | dict(zip(self.stacks, states, strict=True))
         for i in self.twin.steps(stream, self.layers, self.inputs, False, lambda _: begun):
             if i == self.stop:
                 break
-        return torch.stack([stream.states[stack] for stack in self.stacks])
+        return torch.stack([stream.carried[stack] for stack in self.stacks])
 
     @torch.no_grad()
     def jvp(
@@ -79,7 +79,5 @@ class OneLoop:
             states: the states, [stack, batch, pos, d_model].
             tangents: the directions, [direction, stack, batch, pos, d_model].
         """
-        # The fused attention kernels have no forward-mode derivative, and torch warns about its own first use of that mode.
-        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`torch.jit.script", category=DeprecationWarning)
-            return torch.stack([torch.func.jvp(self, (states,), (v,))[1] for v in tangents])
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
+            return torch.stack([jvp(self, (states,), (v,)) for v in tangents])

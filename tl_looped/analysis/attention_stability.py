@@ -14,7 +14,7 @@ from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
-from ..model.layers import is_observed
+from ..model.slots import is_observed
 from ..plots import GroupBy, grouped
 from ..results import Estimate, Grid, Result, table
 from ..schedule import Indices, Schedule, Site, select_indices

@@ -139,7 +139,7 @@ def _state_entering(
     """The state entering the first pass."""
     first = model.schedule.passes[0]
     found: list[Tensor] = []
-    hooks = {f"{model.schedule.pass_prefix(first)}.hook_state": 0}
+    hooks = {f"{model.schedule.pass_prefix(first)}.{model.plain.loop.entrance}": 0}
     visit(model, tokens, hooks, lambda key, value: found.append(value), stop=first.first, initial_state=asked)
     return found[0]
 

@@ -278,7 +278,9 @@ def injection_effect(
     (first,) = schedule.select_loops(from_loop, stack)
     edited = [f"{schedule.pass_prefix(p)}.hook_injection" for p in schedule.passes_of(slice(first, None), stack)]
     onwards = schedule.passes[schedule.passes_of(first, stack)[0].index :]
-    entrances = [f"{schedule.pass_prefix(p)}.hook_state" for p in {p.stack: p for p in reversed(onwards)}.values()]
+    entrances = [
+        f"{schedule.pass_prefix(p)}.{model.plain.loop.entrance}" for p in {p.stack: p for p in reversed(onwards)}.values()
+    ]
     untouched = {t for t in range(schedule.n_loops) if schedule.pass_of_loop(t).index < onwards[0].index}
     ends = {f"{schedule.pass_prefix(schedule.pass_of_loop(t))}.hook_out": t for t in range(schedule.n_loops)}
     labels = {"loop": list(range(schedule.n_loops))}

@@ -13,6 +13,7 @@ from transformer_lens.model_bridge.types import ComponentMapping
 
 from ..config import LoopedConfig
 from ..model import LoopedModel
+from ..model.norms import RMSNorm
 from .components import (
     InputProjection,
     LoopedAttention,
@@ -20,6 +21,7 @@ from .components import (
     LoopedLinear,
     LoopedMLP,
     LoopedNorm,
+    LoopedPart,
     LoopedUnembedding,
     OutputProjection,
     PassBridge,
@@ -71,7 +73,7 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
             "embed": LoopedEmbedding(name="embed"),
             **self._norms(model, "prelude_norm"),
             "blocks": self._block(model.blocks[0], looped),
-            "passes": PassBridge(name="passes", submodules={"norm": LoopedNorm(name="norm", config=self.cfg, optional=True)}),
+            "passes": PassBridge(name="passes", submodules=self._pass_parts(model)),
             **(
                 {"after_loop": LoopedLinear(name="after_loop")}
                 if looped.after_loop == "linear"
@@ -84,6 +86,16 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
     def _norms(self, parent: nn.Module, *names: str) -> dict[str, GeneralizedComponent]:
         return {name: LoopedNorm(name=name, config=self.cfg) for name in names if getattr(parent, name) is not None}
 
+    def _pass_parts(self, model: LoopedModel) -> dict[str, GeneralizedComponent]:
+        """What the passes have hook points in; a part may be missing in the last pass."""
+        parts: dict[str, GeneralizedComponent] = {}
+        for name, part in [found for ends in model.passes for found in ends.named_children()]:
+            if isinstance(part, RMSNorm):
+                parts[name] = LoopedNorm(name=name, config=self.cfg, optional=True)
+            elif any(slot.startswith("hook_") for slot in part._modules):
+                parts[name] = LoopedPart(name=name, config=self.cfg, optional=True)
+        return parts
+
     def _block(self, block: Any, looped: LoopedConfig) -> StreamBlock:
         attention: dict[str, GeneralizedComponent] = {letter: InputProjection(name=letter) for letter in "qkv"}
         attention["o"] = OutputProjection(name="o")
@@ -91,9 +103,11 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
             attention["gate"] = LoopedLinear(name="gate")
         if looped.qk_norm != "none":
             attention |= self._norms(block.attn, "q_norm", "k_norm")
+        attention |= self._norms(block.attn, "inner_norm")
         mlp: dict[str, GeneralizedComponent] = {"in": LoopedLinear(name="up"), "out": LoopedLinear(name="down")}
         if looped.mlp == "gated":
             mlp["gate"] = LoopedLinear(name="gate")
+        mlp |= self._norms(block.mlp, "inner_norm")
         return StreamBlock(
             looped,
             name="blocks",

@@ -29,7 +29,8 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from ..errors import LoopedError
-from ..model.layers import Inputs, observe
+from ..model.layers import Inputs
+from ..model.slots import observe
 
 
 class InMemory(nn.Module):
@@ -102,6 +103,20 @@ class LoopedGatedMLP(Around, GatedMLPBridge):
 
 class LoopedMLP(Around, MLPBridge):
     """An MLP without gate."""
+
+
+class LoopedPart(Around):
+    """A module around the layers that has hook points of its own, and no others."""
+
+    def set_original_component(self, original_component: nn.Module) -> None:
+        for name in ("hook_in", "hook_out"):
+            if name not in original_component._modules:
+                self._modules.pop(name, None)
+                self._hook_registry.pop(name, None)
+        super().set_original_component(original_component)
+
+    def forward(self, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._modules["_original_component"](*args)  # type: ignore[misc]
 
 
 class PassBridge(Around):

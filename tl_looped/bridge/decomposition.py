@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .._old_calls import accepts_old
-from ..config import LoopedConfig
 from ..errors import LoopedError, UnknownNameError
 from ..model import LoopedModel
-from ..model.looped_model import other_stack
+from ..model.loops import Apply, Parts, Stream, crossings
+from ..model.residuals import Interpolate
 from ..results import Grid, Result
 from ..schedule import virtual_layer
 
@@ -114,39 +114,44 @@ class Fan:
         return torch.einsum("...ki,...ki->k...", self.coefficients, torch.einsum("kid,...d->...ki", self.weight, direction))
 
 
-Norm = Callable[[Tensor, Any, str], Tensor]  # of a stream, by a module, whose name in the model is the last argument
-
-
-def frozen(scale: Callable[[str], Tensor]) -> Norm:
-    """Norms with their scales held, which are linear maps.
+def apply_module(module: Any, *inputs: Tensor) -> Tensor:
+    """A module, in the dtype and on the device of its inputs, over any leading axes.
 
     Args:
-        scale: the scale of a norm, by the name of its hook.
+        module: the module, or a component around it.
+        *inputs: what it reads, [..., d_model].
+    """
+    plain: nn.Module = getattr(module, "_original_component", module)
+    weights = {name: p.detach().to(inputs[0].device, inputs[0].dtype) for name, p in plain.named_parameters()}
+    flat = tuple(x.reshape(1, -1, x.shape[-1]) for x in torch.broadcast_tensors(*inputs))
+    return torch.func.functional_call(plain, weights, flat).reshape(inputs[0].shape)
+
+
+def frozen(read: Callable[[str], Tensor]) -> Apply:
+    """The modules around the layers with norms and gates held at their values in a run, which are linear maps.
+
+    Args:
+        read: what a hook saw in the run, by its name.
     """
 
-    def norm(x: Tensor, module: Any, name: str) -> Tensor:
-        x = x / scale(f"{name}.hook_scale")
-        return x if module.weight is None else x * module.weight.detach().to(x.device, x.dtype)
+    def apply(module: Any, name: str, inputs: tuple[Tensor, ...]) -> Tensor:
+        plain: Any = getattr(module, "_original_component", module)
+        if not hasattr(plain, "frozen"):
+            return apply_module(plain, *inputs)
+        return plain.frozen(*inputs, *(read(f"{name}.{hook}") for hook in plain.HELD))
 
-    return norm
-
-
-def before_loop(cfg: LoopedConfig) -> tuple[str, str]:
-    """The hooks of the state entering the first pass, and of what it is where the model has no state of its own."""
-    before = f"blocks.{cfg.n_prelude - 1}.hook_resid_post" if cfg.n_prelude else "hook_embed"
-    before = "prelude_norm.hook_out" if cfg.prelude_norm else before
-    return f"{cfg.schedule.pass_prefix(cfg.schedule.passes[0])}.hook_state", before
+    return apply
 
 
-def has_own_state(cfg: LoopedConfig, cache: Any) -> bool:
+def has_own_state(model: LoopedModel, cache: Any) -> bool:
     """Whether the first pass of a run starts from a state that is not the embedding."""
-    state, before = before_loop(cfg)
-    return cfg.initial_state != "embedding" or not torch.equal(cache[state], cache[before])
+    state, before = model.loop.state_before
+    return model.cfg.initial_state != "embedding" or not torch.equal(cache[state], cache[before])
 
 
 def walk(
     model: LoopedModel,
-    norm: Norm,
+    apply: Apply,
     write: Callable[[Tensor | None, Write], Tensor],
     own_state: bool,
     injections: bool = False,
@@ -155,7 +160,7 @@ def walk(
 
     Args:
         model: the model; its attention and MLPs are not run.
-        norm: apply a norm that lies on the way to the stream.
+        apply: runs a module that lies on the way of the stream.
         write: add what is written at one point to the stream, or begin a stream with it.
         own_state: the first pass does not start from the embedding but from a state of its own.
         injections: what is injected in a pass is written there, instead of following it back to where it came from.
@@ -163,65 +168,45 @@ def walk(
     Yields:
         The name of the hook that holds this stream in a run, and the stream, [..., d_model].
     """
-    cfg, schedule = model.cfg, model.cfg.schedule
+    schedule = model.cfg.schedule
 
-    def normed(x: Tensor, module: Any, name: str) -> Tensor:
-        return x if module is None else norm(x, module, name)
+    def around(module: Any, name: str, inputs: tuple[Tensor, ...]) -> Tensor:
+        place, _, last = name.rpartition(".")
+        if name == FINAL.removesuffix(".hook_in"):
+            return inputs[0]  # the stream ends where the last norm reads it
+        if last == "hook_injection" and injections:
+            return write(None, Write(f"{place}.injection", name))
+        if last == "hook_in":
+            return inputs[0].clone()  # writes may be in place
+        return inputs[0] if last.startswith("hook_") else apply(module, name, inputs)
 
-    def layers(x: Tensor, indices: range) -> Iterator[tuple[str, Tensor]]:
-        for i in indices:
-            block: Any = model.blocks[i]
-            yield f"blocks.{i}.hook_resid_pre", x
-            x = write(x, Write(schedule.name(i, "attn_out"), f"blocks.{i}.hook_attn_out", i))
-            x = normed(x, block.ln1_stream, f"blocks.{i}.ln1_stream")
-            yield f"blocks.{i}.hook_resid_mid", x
-            x = write(x, Write(schedule.name(i, "mlp_out"), f"blocks.{i}.hook_mlp_out", i))
-            x = normed(x, block.ln2_stream, f"blocks.{i}.ln2_stream")
-        return x
+    def initial(default: Tensor | None, like: Tensor) -> Tensor:
+        if own_state or default is None:
+            return write(None, Write("initial_state", model.loop.state_before[0]))
+        return default
 
-    x = write(None, Write("embed", "hook_embed"))
-    x = yield from layers(x, range(schedule.n_prelude))
-    embed = state = normed(x, model.prelude_norm, "prelude_norm")
-    first = schedule.passes[0]
-    if own_state:
-        state = write(None, Write("initial_state", f"{schedule.pass_prefix(first)}.hook_state"))
-    states = {first.stack: state} if cfg.l_cycles is None else {"L": state, "H": x}
-    anchor = None
-    for p in schedule.passes:
-        ends, name = model.passes[p.index], schedule.pass_prefix(p)
-        inject: Any = ends.inject
-        state = states[p.stack]
-        if inject is None:
-            x = state.clone()  # writes may be in place
-        else:
-            if injections:
-                injected = write(None, Write(f"{name}.injection", f"{name}.hook_injection"))
+    stream = Stream(write(None, Write("embed", "hook_embed")))
+    parts = Parts(model, schedule.passes[0], around)
+    for i in crossings(
+        model, stream, range(schedule.n_layers), around, lambda x: model.loop.begin(parts, x, initial), gates=False
+    ):
+        if i == schedule.n_layers:
+            continue
+        block: Any = model.blocks[i]
+        for branch, place, before, after in (("attn", "pre", "ln1", "ln1_stream"), ("mlp", "mid", "ln2", "ln2_stream")):
+            x = stream.x
+            yield f"blocks.{i}.hook_resid_{place}", x
+            at = Write(schedule.name(i, f"{branch}_out"), f"blocks.{i}.hook_{branch}_out", i)
+            residual = getattr(block, f"{branch}_write")
+            if isinstance(residual, Interpolate):
+                norm = getattr(block, before)
+                read = x if norm is None else apply(norm, f"blocks.{i}.{before}", (x,))
+                x = residual.kept(read) + residual.added(write(None, at))
             else:
-                injected = embed if cfg.l_cycles is None else states[other_stack(p.stack)]
-            x = _apply(inject, state, injected)
-        x = yield from layers(x, p.layers)
-        if cfg.strategy == "anchored":
-            anchor = x if anchor is None else anchor
-            x = state + (x - state) / cfg.anchor_steps
-        states[p.stack] = normed(x, ends.norm, f"{name}.norm")
-    if anchor is not None:
-        x = cfg.beta * anchor + (1 - cfg.beta) * x
-    else:
-        x = states[schedule.passes[-1].stack]
-    if cfg.after_loop == "linear":
-        x = _apply(model.after_loop, x)
-    else:
-        x = normed(x, model.after_loop, "after_loop")
-    x = yield from layers(x, range(schedule.first_coda_layer, schedule.n_layers))
-    yield FINAL, x
-
-
-def _apply(module: Any, *inputs: Tensor) -> Tensor:
-    """A linear module, in the dtype and on the device of its inputs, over any leading axes."""
-    plain: nn.Module = getattr(module, "_original_component", module)
-    weights = {name: p.detach().to(inputs[0].device, inputs[0].dtype) for name, p in plain.named_parameters()}
-    flat = tuple(x.reshape(1, -1, x.shape[-1]) for x in inputs)
-    return torch.func.functional_call(plain, weights, flat).reshape(inputs[0].shape)
+                x = write(x, at)
+            norm = getattr(block, after)
+            stream.x = x if norm is None else apply(norm, f"blocks.{i}.{after}", (x,))
+    yield FINAL, stream.x
 
 
 def check_sum(total: Tensor, of_run: Tensor, what: str) -> None:
@@ -392,8 +377,8 @@ class Decomposition(Reader):
         if cfg.initial_state == "embedding":
             if layer is not None and layer < cfg.n_prelude:
                 return False  # the point lies before the first pass
-            self._require(list(before_loop(cfg)))
-        return has_own_state(cfg, self.cache)
+            self._require(list(self.model.loop.state_before))
+        return has_own_state(self.model, self.cache)
 
     def _check(self, total: Tensor) -> None:
         """Compare the sum of all components with the stream of the run, where it was cached."""

@@ -13,6 +13,7 @@ from transformer_lens.model_bridge.generalized_components import EmbeddingBridge
 from ..config import LoopedConfig
 from ..errors import LoopedError, RunningSumError
 from ..model import LoopedModel
+from ..model.loops import loop_of
 from ..schedule import virtual_layer
 from .components import LoopedBlock
 
@@ -206,6 +207,8 @@ def stream_break(cfg: LoopedConfig, layer: int) -> str | None:
         >>> stream_break(cfg, 5)
     """
     schedule = cfg.schedule
+    if cfg.residual == "interpolate":
+        return "every branch draws the stream towards its output"
     if cfg.norm in ("branch", "sandwich"):
         return "every branch output is normed before it is added"
     if cfg.norm == "stream":
@@ -214,16 +217,8 @@ def stream_break(cfg: LoopedConfig, layer: int) -> str | None:
         return "the embedding is normed before the loop"
     if layer < schedule.n_prelude:
         return None if cfg.injection == "none" else "the prelude reaches the loop through its injection"
-    if (p := schedule.pass_of_layer(layer)) is None:
-        return None
-    if cfg.strategy == "anchored":
-        return "an anchored loop scales what its passes write"
-    is_last = schedule.is_last(p)
-    if cfg.pass_norm and not (is_last and cfg.pass_norm_is_final):
-        return "the state is normed after every pass"
-    if cfg.injection != "none" and not is_last:
-        return "the state goes through the injection of the next pass"
-    return None if cfg.after_loop == "none" else "the state leaving the loop goes through another map"
+    p = schedule.pass_of_layer(layer)
+    return None if p is None else loop_of(cfg).between(p)
 
 
 def check_running_sum(cfg: LoopedConfig, layers: range, asked: str) -> None:
@@ -283,9 +278,7 @@ class StreamBlock(LoopedBlock):
             LoopedError: it is not.
         """
         cfg = self.looped
-        if not cfg.n_coda and (
-            cfg.strategy == "anchored" or cfg.after_loop != "none" or (cfg.pass_norm and not cfg.pass_norm_is_final)
-        ):
+        if not cfg.n_coda and loop_of(cfg).between(cfg.schedule.passes[-1]) is not None:
             raise RunningSumError(
                 f"a readout of the residual stream was asked, but between the last layer of this {cfg.family} model and its "
                 'last norm the state goes through another map; use tl_looped.analysis.logit_lens(..., lens="native"), or '

@@ -324,9 +324,7 @@ class ResidualCache(NamedCache):
     def _cached_stream(self, name: str) -> str:
         """The name of a stream in the cache; the final one is the output of the last layer too, in most families."""
         cfg = self.model.looped_cfg
-        last_layer_is_last = cfg.n_coda or (
-            cfg.after_loop == "none" and cfg.strategy == "naive" and (not cfg.pass_norm or cfg.pass_norm_is_final)
-        )
+        last_layer_is_last = cfg.n_coda or self.model.plain.loop.between(cfg.schedule.passes[-1]) is None
         last = f"blocks.{self.model.cfg.n_layers - 1}.hook_resid_post"
         return last if name == FINAL and name not in self and last_layer_is_last else name
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.layers import is_observed
+from ..model.slots import is_observed
 
 # Runs with these are no whole runs; what they computed cannot be had again from the record.
 PARTIAL = ("start_at_layer", "stop_at_layer", "start", "stop", "injection", "past_key_values", "use_cache", "loop")

@@ -150,7 +150,13 @@ def _check_not_wrapped(checkpoint: Checkpoint) -> None:
 def _check_tensors(checkpoint: Checkpoint, plan: Plan) -> None:
     """Compare names and shapes with what the config asks for."""
     family, cfg, sources = plan
-    parameters = dict(parameter_shapes(cfg))
+    try:
+        parameters = dict(parameter_shapes(cfg))
+    except RuntimeError as error:  # of torch, which counts the bytes of a tensor in 64 bits
+        raise CheckpointError(
+            f"config.json asks for a tensor of more than 2^63 bytes (d_model={cfg.d_model}, d_mlp={cfg.d_mlp}, "
+            f"d_vocab={cfg.d_vocab}); restore the config.json that the checkpoint was published with."
+        ) from error
     if unknown := [name for name in sources if name not in parameters]:
         near = difflib.get_close_matches(unknown[0], parameters, n=3)
         hint = f" Nearest: {', '.join(near)}." if near else ""

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from ..config import LoopedConfig
 from ..errors import CheckpointError, LoopedError
 from ..kinds import choice, count, flag, number, optional, several, shown, table, text
-from . import canonical, hrm_text, huginn, llama, nanbeige, ouro, parcae, retrofit
+from . import canonical, dory, hrm_text, huginn, llama, loopus, nanbeige, ouro, parcae, retrofit
 from ._common import (
     Computed,
     Shapes,
@@ -108,7 +108,7 @@ class Family(Protocol):
         ...
 
 
-_FAMILIES: list[Family] = [canonical, ouro, huginn, retrofit, hrm_text, nanbeige, parcae, llama]
+_FAMILIES: list[Family] = [canonical, ouro, huginn, retrofit, hrm_text, nanbeige, parcae, dory, loopus, llama]
 
 
 def register(family: Family) -> None:
@@ -153,7 +153,8 @@ def detect(config: Mapping[str, Any], shapes: Shapes) -> Family:
     raise CheckpointError(
         f"this checkpoint has model_type={shown(config.get('model_type'))} and "
         f"architectures={shown(config.get('architectures'))}, "
-        "which no family knows; known looped families are ouro, huginn, retrofit, hrm_text, parcae, nanbeige and tl_looped's "
+        "which no family knows; known looped families are ouro, huginn, retrofit, hrm_text, parcae, nanbeige, dory, loopus and "
+        f"tl_looped's "
         f"own format, and what was given to tl_looped.families.register. The layers of an ordinary decoder "
         f"({', '.join(llama.MODEL_TYPES)}) can be looped with LoopedBridge.loop_layers."
     )

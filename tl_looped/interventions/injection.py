@@ -146,7 +146,7 @@ def set_initial_state(
     schedule = model.schedule
     first = schedule.passes_of(0, stack)[0]
     names = [f"{schedule.pass_prefix(p)}.hook_injection" for p in schedule.passes[: first.index]]
-    return [(name, _write(value, positions)) for name in [*names, f"{schedule.pass_prefix(first)}.hook_state"]]
+    return [(name, _write(value, positions)) for name in [*names, f"{schedule.pass_prefix(first)}.{model.plain.loop.entrance}"]]
 
 
 def _names(model: LoopedBridge, passes: list[Pass]) -> list[str]:

@@ -82,7 +82,7 @@ def skip_loop(model: LoopedBridge, loops: LoopSelector, *, stack: str | None = N
             "mode), which the state of earlier loops still has; use a model without weight processing, or fold_ln=False."
         )
     prefixes = dict.fromkeys(schedule.pass_prefix(p) for p in chosen)
-    return _identities([(f"{prefix}.hook_state", f"{prefix}.hook_out") for prefix in prefixes])
+    return _identities([(f"{prefix}.{model.plain.loop.entrance}", f"{prefix}.hook_out") for prefix in prefixes])
 
 
 def _identities(pairs: Iterable[tuple[str, str]]) -> Hooks:

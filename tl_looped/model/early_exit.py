@@ -21,7 +21,7 @@ from ..exits import ExitPolicy, LoopHistory
 from ..schedule import Pass
 from .initial_state import InitialState
 from .layers import Inputs
-from .passes import PassEnds
+from .loops import Parts, run_part
 
 
 class EarlyExit:
@@ -43,7 +43,8 @@ class EarlyExit:
         self._forget()
 
     def _forget(self) -> None:
-        self._kept: dict[Any, Tensor] = {}  # by what it is (an index for the state leaving a pass), [batch, pos, ...]
+        self._kept: dict[Any, Tensor] = {}  # by what it is (with its index, where a pass has changed it), [batch, pos, ...]
+        self._after: dict[int, dict[str, Any]] = {}  # the keys of what is carried after a pass
         self._n_read: dict[int, int] = {}  # for every loop, how many positions went through the coda after it
         self.key_values: DynamicCache | None = DynamicCache() if self.keep else None
 
@@ -69,23 +70,23 @@ class EarlyExit:
                 self._grow(key, value)
         for i in range(schedule.n_prelude):
             x = model.blocks[i](x, self._inputs_from(past))
-        embed, states = model._begin(x, initial_state, self._kept["positions"][:, past:])
-        for key, value in (("embed", embed), *states.items()):
-            self._grow(key, value)
+        carried = model.begin(x, initial_state, self._kept["positions"][:, past:])
+        for name, value in carried.items():
+            self._grow(name, value)
         self.n_full += x.shape[0] * x.shape[1] * len(schedule.passes)
 
         history = LoopHistory([], [], cache(lambda loop: self._readout(loop, history.loop)))
         waiting = torch.ones(len(x), dtype=torch.bool, device=x.device) if self.alive is None else self.alive.clone()
         passes = torch.zeros(len(x), dtype=torch.long, device=x.device)
         logits = x.new_zeros(len(x), model.cfg.d_vocab)
-        latest: dict[str, Any] = {stack: stack for stack in states}  # the key of every stack's current state
+        latest: dict[str, Any] = {name: name for name in carried}  # under which keys what is carried now is kept
         for p in schedule.passes:
             entered, exit_logit = self._run_pass(p, latest)
             if p.stack != last_stack:
                 continue
             if not history.states:
                 history.states.append(entered[:, -1])
-            history.states.append(self._kept[p.index][:, -1])
+            history.states.append(self._kept[latest[p.stack]][:, -1])
             if exit_logit is not None:
                 history.exit_logits.append(exit_logit[:, -1])
             leaving = waiting if schedule.is_last(p) else waiting & self.policy(history)
@@ -100,21 +101,22 @@ class EarlyExit:
 
     def _run_pass(self, p: Pass, latest: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Run a pass on the positions that lack it; the state that entered it there, and the exit logits if there is a gate."""
-        model, start = self._model, self._length(p.index)
-        ends = cast(PassEnds, model.passes[p.index])
-        other = "embed" if model.cfg.l_cycles is None else latest["H" if p.stack == "L" else "L"]
-        inputs = self._inputs_from(start)
-        x, state = ends.enter(self._kept[latest[p.stack]][:, start:], self._kept[other][:, start:])
+        model, start = self._model, self._length((p.index, p.stack))
+        parts, inputs = Parts(model, p, run_part), self._inputs_from(start)
+        before = {name: self._kept[key][:, start:] for name, key in latest.items()}
+        carried = dict(before)
+        x = model.loop.enter(parts, p, carried)
+        entered = carried["entered"]
         for i in p.layers:
             x = model.blocks[i](x, inputs)
-        if p.index == 0 and model.cfg.strategy == "anchored":
-            self._grow("anchor", x)
-        is_final = model.cfg.pass_norm_is_final and model.cfg.schedule.is_last(p)
-        x, exit_logit = ends.leave(x, state, model.ln_final if is_final else None)
-        self._grow(p.index, x)
         self.n_computed += x.shape[0] * x.shape[1]
-        latest[p.stack] = p.index
-        return state, exit_logit
+        model.loop.leave(parts, p, x, carried)
+        for name, value in carried.items():
+            if value is not before.get(name):
+                latest[name] = (p.index, name)
+                self._grow(latest[name], value)
+        self._after[p.index] = dict(latest)
+        return entered, model.loop.exit_logit(parts, p, carried)
 
     def _readout(self, loop: int, latest: int) -> Float[Tensor, "batch d_vocab"]:
         """What the model answers at the last position if it stops after a loop, one of those up to the latest."""
@@ -122,9 +124,9 @@ class EarlyExit:
             raise LoopedError(f"a policy asked for the readout of loop {loop}; up to now there are those of 0..{latest}.")
         model, coda = self._model, self._model._coda
         start = self._n_read.get(loop, 0) if coda else self._length("positions") - 1
-        anchor = self._kept["anchor"][:, start:] if "anchor" in self._kept else None
-        state = self._kept[model.cfg.schedule.pass_of_loop(loop).index][:, start:]
-        x = model.loop_output(state, anchor)
+        p = model.cfg.schedule.pass_of_loop(loop)
+        carried = {name: self._kept[key][:, start:] for name, key in self._after[p.index].items()}
+        x = model.loop.finish(Parts(model, None, run_part), p, carried)
         if coda:
             inputs = self._inputs_from(start)
             if self.key_values is not None:  # every readout has keys and values of its own
@@ -141,7 +143,7 @@ class EarlyExit:
             model, positions = self._model, self._kept["positions"][:, start:]
             input_ids, types = self._kept.get("input_ids"), self._kept.get("token_type_ids")
             self._inputs[start] = Inputs(
-                rope=model.rotary(positions) if model.rotary else None,
+                rope=model.rotary(positions),
                 masks=model._masks(positions, self._attention_mask, types if start == 0 else None, start),
                 cache=self.key_values,
                 value_embeds=model._value_embeds(None if input_ids is None else input_ids[:, start:]),

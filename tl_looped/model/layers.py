@@ -1,4 +1,4 @@
-"""The parts of a block: norms, attention, MLP.
+"""A block: attention, MLP, and what every layer of a run reads beside the stream.
 
 Every intermediate value a researcher may want passes through a slot, an `nn.Identity` named `hook_*`. The plain model computes
 the same with or without them; the bridge puts TransformerLens hook points in their place, so there is one forward to read and
@@ -8,11 +8,10 @@ to trust.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +19,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..config import LoopedConfig
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
+from .mlps import MLP
+from .norms import RMSNorm, norm_of
+from .residuals import Add, Interpolate, residual_write
+from .rotary import Angles
+from .slots import is_observed, same_bits
 
 
 @runtime_checkable
@@ -42,7 +39,7 @@ class KeyValueCache(Protocol):
 class Inputs:
     """What every layer of a run reads beside the residual stream; hooks ask `running()` for it."""
 
-    rope: tuple[Tensor, Tensor] | None
+    rope: dict[float, Angles]  # cos and sin, by the base of their frequencies
     # Attention masks by window (None: no window), True where a query may look; None means plain causal.
     masks: dict[int | None, Bool[Tensor, "#batch 1 query key"] | None]
     cache: KeyValueCache | None = None
@@ -64,75 +61,6 @@ def running() -> Inputs | None:
     return None if reference is None else reference()
 
 
-def is_observed(slot: nn.Module) -> bool:
-    """Whether a hook is attached to a slot."""
-    return bool(slot._forward_hooks or slot._forward_pre_hooks or slot._backward_hooks or slot._backward_pre_hooks)
-
-
-def observe(slot: nn.Module, x: Tensor) -> Tensor:
-    """Pass `x` through a slot. A hook gets a tensor of its own: edited in place, it must not change what others read."""
-    return slot(x.clone() if is_observed(slot) else x)
-
-
-class _ValueWithGradientOf(torch.autograd.Function):
-    """The bits of `value`, with the gradient of `graph`, which is the same number computed in another order."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(value: Tensor, graph: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, grads[0]
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        return tangents[1]
-
-
-def same_bits(value: Tensor, graph: Tensor) -> Tensor:
-    """`value`, through which gradients reach what hooks saw on the way to `graph`."""
-    return cast(Tensor, _ValueWithGradientOf.apply(value.detach(), graph)) if graph.requires_grad else value
-
-
-class RMSNorm(nn.Module):
-    """`x / rms(x)` in fp32, cast back, times a weight if there is one. `eps=None` is the resolution of the dtype."""
-
-    def __init__(self, width: int, eps: float | None, weight: bool = True):
-        super().__init__()
-        self.eps = eps
-        self.weight: nn.Parameter | None = nn.Parameter(torch.ones(width)) if weight else None
-        self.hook_scale: nn.Module = nn.Identity()
-        self.hook_normalized: nn.Module = nn.Identity()
-
-    def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
-        wide, power = self._power(x)
-        inverse = torch.rsqrt(power)
-        if is_observed(self.hook_scale):  # as with the attention pattern, only an edit changes the bits
-            scale = self.hook_scale(power.sqrt())
-            unedited = torch.equal(scale, power.sqrt())
-            inverse = same_bits(inverse, scale.reciprocal()) if unedited else scale.reciprocal()
-        normalized = self.hook_normalized((wide * inverse).to(x.dtype))
-        return normalized if self.weight is None else self.weight * normalized
-
-    def unhooked(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
-        """The norm without its slots, for uses that are not the one occurrence a hook name stands for."""
-        wide, power = self._power(x)
-        normalized = (wide * torch.rsqrt(power)).to(x.dtype)
-        return normalized if self.weight is None else self.weight * normalized
-
-    def _power(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        return wide, wide.pow(2).mean(-1, keepdim=True) + eps
-
-
 def rotate(
     x: Float[Tensor, "batch pos head d_head"], rope: tuple[Tensor, Tensor], layout: str
 ) -> Float[Tensor, "batch pos head d_head"]:
@@ -152,7 +80,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: LoopedConfig, physical: int):
         super().__init__()
         self.head_dim: int = cfg.d_head
-        self.rope_layout, self.qk_norm = cfg.rope_layout, cfg.qk_norm
+        self.rope_layout, self.rope_base, self.qk_norm = cfg.rope_layout, cfg.rope_base(physical), cfg.qk_norm
         self.window: int | None = cfg.windows[physical] if cfg.windows else None
         self.scale: float = cfg.d_head**-0.5
         self.grouped: bool = cfg.n_kv_heads != cfg.n_heads
@@ -174,8 +102,9 @@ class Attention(nn.Module):
             after = cfg.qk_norm == "after_rope"
             widths = (q_width, kv_width) if cfg.qk_norm == "flat" else (cfg.d_head, cfg.d_head)
             eps = cfg.qk_norm_eps if cfg.qk_norm_eps is not None or after else cfg.norm_eps
-            self.q_norm: RMSNorm = RMSNorm(widths[0], eps, not after)
-            self.k_norm: RMSNorm = RMSNorm(widths[1], eps, not after)
+            self.q_norm, self.k_norm = (norm_of(cfg, width, cfg.qk_norm_weight and not after, eps) for width in widths)
+        self.q_gain: nn.Parameter | None = nn.Parameter(torch.ones(q_width)) if cfg.query_gain else None
+        self.inner_norm: RMSNorm | None = norm_of(cfg, q_width) if cfg.inner_norm else None
         self.hook_rot_q: nn.Module = nn.Identity()
         self.hook_rot_k: nn.Module = nn.Identity()
         self.hook_attn_scores: nn.Module = nn.Identity()
@@ -192,18 +121,21 @@ class Attention(nn.Module):
             v = v + self.hook_value_embed(gate.unsqueeze(-1) * embed)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        if inputs.rope is not None:
-            q = self.hook_rot_q(rotate(q, inputs.rope, self.rope_layout))
-            k = self.hook_rot_k(rotate(k, inputs.rope, self.rope_layout))
+        if inputs.rope:
+            angles = inputs.rope[self.rope_base]
+            q = self.hook_rot_q(rotate(q, angles, self.rope_layout))
+            k = self.hook_rot_k(rotate(k, angles, self.rope_layout))
         if self.qk_norm == "after_rope":
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.q_gain is not None:
+            q = q * self.q_gain.view(-1, self.head_dim)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [batch, head, pos, d_head]
         if inputs.cache is not None:
             k, v = inputs.cache.update(k, v, self.slot)
         z = self.mix(q, k, v, inputs.masks[self.window]).transpose(1, 2).flatten(-2)  # [batch, pos, head * d_head]
         if self.gate is not None:
             z = z * torch.sigmoid(self.gate(x))
-        return self.o(z)
+        return self.o(z if self.inner_norm is None else self.inner_norm(z))
 
     def mix(
         self,
@@ -244,23 +176,6 @@ def causal(q: Tensor, k: Tensor) -> Bool[Tensor, "query key"]:
     return torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)
 
 
-class MLP(nn.Module):
-    """`down(act(gate(x)) * up(x))`, or Parcae's `down(relu(up(x))^2 / 2)`."""
-
-    def __init__(self, cfg: LoopedConfig):
-        super().__init__()
-        gated = cfg.mlp == "gated"
-        self.act: Callable[[Tensor], Tensor] = ACTIVATIONS[cfg.act_fn]
-        self.gate: nn.Linear | None = nn.Linear(cfg.d_model, cfg.d_mlp, bias="gate" in cfg.biases) if gated else None
-        self.up: nn.Linear = nn.Linear(cfg.d_model, cfg.d_mlp, bias="in" in cfg.biases)
-        self.down: nn.Linear = nn.Linear(cfg.d_mlp, cfg.d_model, bias="out" in cfg.biases)
-
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        if self.gate is None:
-            return self.down(0.5 * F.relu(self.up(x)).square())
-        return self.down(self.act(self.gate(x)) * self.up(x))
-
-
 class Block(nn.Module):
     """Attention and MLP around the residual stream, with the norms where the family has them."""
 
@@ -268,24 +183,28 @@ class Block(nn.Module):
         super().__init__()
 
         def norm(*kinds: str) -> RMSNorm | None:
-            return RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_weight) if cfg.norm in kinds else None
+            return norm_of(cfg) if cfg.norm in kinds else None
 
         self.ln1: RMSNorm | None = norm("pre", "sandwich", "stream")
         self.attn: Attention = Attention(cfg, physical)
         self.ln1_post: RMSNorm | None = norm("branch", "sandwich")
+        self.attn_write: Add | Interpolate = residual_write(cfg)
         self.ln1_stream: RMSNorm | None = norm("stream")
         self.hook_resid_mid: nn.Module = nn.Identity()
         self.ln2: RMSNorm | None = norm("pre", "sandwich", "stream")
         self.mlp: MLP = MLP(cfg)
         self.ln2_post: RMSNorm | None = norm("branch", "sandwich")
+        self.mlp_write: Add | Interpolate = residual_write(cfg)
         self.ln2_stream: RMSNorm | None = norm("stream")
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
-        attn_out = self.attn(x if self.ln1 is None else self.ln1(x), inputs)
-        x = x + (attn_out if self.ln1_post is None else self.ln1_post(attn_out))
+        read = x if self.ln1 is None else self.ln1(x)
+        out = self.attn(read, inputs)
+        x = self.attn_write(x, read, out if self.ln1_post is None else self.ln1_post(out))
         x = self.hook_resid_mid(x if self.ln1_stream is None else self.ln1_stream(x))
-        mlp_out = self.mlp(x if self.ln2 is None else self.ln2(x))
-        x = x + (mlp_out if self.ln2_post is None else self.ln2_post(mlp_out))
+        read = x if self.ln2 is None else self.ln2(x)
+        out = self.mlp(read)
+        x = self.mlp_write(x, read, out if self.ln2_post is None else self.ln2_post(out))
         return x if self.ln2_stream is None else self.ln2_stream(x)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar, cast
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,8 +15,10 @@ from ..errors import LoopedError
 from ..schedule import Pass, Schedule, check_count
 from .early_exit import EarlyExit
 from .initial_state import InitialState, NoiseTable, initial_state
-from .layers import Block, Inputs, KeyValueCache, RMSNorm, each_module
-from .passes import PassEnds
+from .layers import Block, Inputs, KeyValueCache, each_module
+from .loops import Begin, Parts, Repeat, Stream, crossings, loop_of, run_part
+from .norms import RMSNorm, norm_of
+from .passes import PASS_NAMES, PassEnds
 from .rotary import Rotary
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -24,7 +26,6 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 OnLoop = Callable[[int, Tensor], None]
 OnLayer = Callable[[int, "Stream", Inputs], None]
-Begun = tuple[Tensor, dict[str, Tensor]]  # the injected embedding, and the state of every stack before its first pass
 
 
 class LoopedOutput(NamedTuple):
@@ -38,25 +39,6 @@ class LoopedOutput(NamedTuple):
 
     logits: Tensor
     past_key_values: KeyValueCache | None = None
-
-
-@dataclass
-class Stream:
-    """What a run carries from layer to layer; with `Inputs`, all that later layers depend on.
-
-    Args:
-        x: the residual stream entering the next layer.
-        embed: what the passes of a one-stack model are injected.
-        states: the state of every looped stack, as its latest pass left it.
-        entered: the state that entered the current pass.
-        anchor: what the layers of the first pass wrote (anchored loops).
-    """
-
-    x: Tensor
-    embed: Tensor | None = None
-    states: dict[str, Tensor] = field(default_factory=dict)
-    entered: Tensor | None = None
-    anchor: Tensor | None = None
 
 
 class Embedding(nn.Embedding):
@@ -92,12 +74,12 @@ class LoopedModel(nn.Module):
             blocks.append(_share(physical[i]) if i in schedule.physical[:slot] else physical[i])
             blocks[-1].attn.slot = slot
         self.blocks: nn.ModuleList = nn.ModuleList(blocks)
-        last = PassEnds(cfg, is_last=True)
-        ends = PassEnds(cfg, is_last=False)
+        self.loop: Repeat = loop_of(cfg)
+        ends, last = (PassEnds(cfg, self.loop.pass_parts(is_last)) for is_last in (False, True))
         self.passes: nn.ModuleList = nn.ModuleList([*(_share(ends) for _ in schedule.passes[:-1]), last])
         self.prelude_norm: RMSNorm | None = None
         if cfg.prelude_norm:
-            self.prelude_norm = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_weight)
+            self.prelude_norm = norm_of(cfg)
         self.learned_state: nn.Parameter | None = None
         if cfg.initial_state == "learned":
             self.learned_state = nn.Parameter(torch.zeros(cfg.d_model))
@@ -108,13 +90,13 @@ class LoopedModel(nn.Module):
         if cfg.after_loop == "linear":
             self.after_loop = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
         elif cfg.after_loop == "final_norm":
-            self.after_loop = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_weight)
-        self.ln_final: RMSNorm = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_weight)
+            self.after_loop = norm_of(cfg)
+        self.ln_final: RMSNorm = norm_of(cfg)
         self.unembed: nn.Linear = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
-        self.rotary: Rotary | None = Rotary(cfg) if cfg.rope_layout != "none" else None
+        self.rotary: Rotary = Rotary(cfg)
         self.noise: NoiseTable = NoiseTable(cfg)
-        self._pass_starting = {p.first: p for p in schedule.passes}
-        self._pass_ending = {p.layers.stop - 1: p for p in schedule.passes}
+        self.pass_starting = {p.first: p for p in schedule.passes}
+        self.pass_ending = {p.layers.stop - 1: p for p in schedule.passes}
         self.parameter_slots: dict[str, list[tuple[nn.Module, str]]] = self._find_parameter_slots()
         for name, parameter in [(n, getattr(*holders[0])) for n, holders in self.parameter_slots.items()]:
             self.set_parameter(name, parameter)
@@ -140,9 +122,9 @@ class LoopedModel(nn.Module):
         for site, block in zip(schedule.sites, self.blocks, strict=True):
             holders.setdefault(f"{site.stack}.{site.layer}", []).append(block)
         for ends in self.passes:
-            for part in ("inject", "norm", "exit_gate"):
-                if (module := getattr(ends, part)) is not None:
-                    holders.setdefault({"norm": "pass_norm"}.get(part, part), []).append(module)
+            for part, module in ends.named_children():
+                if not part.startswith("hook_"):
+                    holders.setdefault(PASS_NAMES.get(part, part), []).append(module)
         if self.prelude_norm is not None:
             holders["prelude_norm"] = [self.prelude_norm]
         holders["value_embeds"] = [self.value_embeds]
@@ -267,7 +249,7 @@ class LoopedModel(nn.Module):
             past_key_values = DynamicCache()
         positions = self._positions(x, position_ids, attention_mask, past)
         inputs = Inputs(
-            rope=self.rotary(positions) if self.rotary else None,
+            rope=self.rotary(positions),
             masks=self._masks(x, attention_mask, token_type_ids, past),
             cache=past_key_values,
             value_embeds=self._value_embeds(input_ids),
@@ -275,23 +257,17 @@ class LoopedModel(nn.Module):
             real=None if attention_mask is None else attention_mask != 0,
         )
 
-        stream = Stream(x)
-        if entry is not None:
-            self._check_restart(entry, last, injection)
-            if injection is not None and self.cfg.l_cycles is None:
-                stream.embed = injection
-            elif injection is not None:
-                stream.states[other_stack(entry.stack)] = injection
+        stream = Stream(x, {} if entry is None else self.loop.resume(entry, last, injection))
         layers = [i for i in (*range(last.layers.stop), *self._coda) if i >= part.first]
         if on_layer is not None:
             on_layer(-1, stream, inputs)
-        for i in self.steps(stream, layers, inputs, part.is_restart, lambda x: self._begin(x, initial_state, positions)):
+        for i in self.steps(stream, layers, inputs, part.is_restart, lambda x: self.begin(x, initial_state, positions)):
             if on_layer is not None:
                 on_layer(i, stream, inputs)
             if i == part.stop:
                 return LoopedOutput(stream.x, inputs.cache)
             if on_loop is not None and (p := self._pass_before(i)) is not None and p.stack == last.stack:
-                x = self.loop_output(stream.states[p.stack], stream.anchor)
+                x = self.loop.finish(Parts(self, None, run_part), p, stream.carried)
                 for j in self._coda:
                     x = self.blocks[j](x, inputs)
                 on_loop(p.loop, self._logits(x))
@@ -300,9 +276,7 @@ class LoopedModel(nn.Module):
             on_loop(last.loop, x)
         return LoopedOutput(x, inputs.cache)
 
-    def steps(
-        self, stream: Stream, layers: Sequence[int], inputs: Inputs, is_restart: bool, begin: Callable[[Tensor], Begun]
-    ) -> Iterator[int]:
+    def steps(self, stream: Stream, layers: Sequence[int], inputs: Inputs, is_restart: bool, begin: Begin) -> Iterator[int]:
         """Run virtual layers, and what lies between them, on a stream.
 
         Before a layer runs, its index is yielded and `stream.x` is its input; whoever iterates may read the stream, or change
@@ -314,59 +288,30 @@ class LoopedModel(nn.Module):
             layers: which ones, in the order of the run.
             inputs: what they read beside the stream.
             is_restart: whether `stream.x` is the input of the first layer already.
-            begin: from the prelude's output to the injected embedding and the states before the first pass.
+            begin: from the prelude's output to what is carried before the first pass.
         """
-        before = None
-        for i in layers:
-            inputs.enter()
-            if not (is_restart and before is None):
-                self._cross(before, i, stream, begin)
+        inputs.enter()
+        for i in crossings(self, stream, layers, run_part, begin, is_restart):
             yield i
-            stream.x = self.blocks[i](stream.x, inputs)
-            before = i
-        yield self.cfg.schedule.n_layers
-        self._cross(before, None, stream, begin)
+            if i < self.cfg.schedule.n_layers:
+                stream.x = self.blocks[i](stream.x, inputs)
+                inputs.enter()
 
     def _pass_before(self, layer: int) -> Pass | None:
         """The pass that ends where another begins with this layer."""
-        started = self._pass_starting.get(layer)
+        started = self.pass_starting.get(layer)
         return self.cfg.schedule.passes[started.index - 1] if started and started.index else None
 
-    def _cross(self, before: int | None, after: int | None, stream: Stream, begin: Callable[[Tensor], Begun]) -> None:
-        """What lies between two layers: the end of a pass, the beginning of one, the end of the loop."""
-        cfg = self.cfg
-        ended = None if before is None else self._pass_ending.get(before)
-        started = None if after is None else self._pass_starting.get(after)
-        if ended is not None:
-            if ended.index == 0:
-                stream.anchor = stream.x
-            is_final = cfg.pass_norm_is_final and cfg.schedule.is_last(ended)
-            ends = cast(PassEnds, self.passes[ended.index])
-            stream.states[ended.stack], _ = ends.leave(stream.x, stream.entered, self.ln_final if is_final else None)
-        if started is not None:
-            if started.index == 0:
-                stream.embed, stream.states = begin(stream.x)
-            injected = stream.embed if cfg.l_cycles is None else stream.states[other_stack(started.stack)]
-            ends = cast(PassEnds, self.passes[started.index])
-            stream.x, stream.entered = ends.enter(stream.states[started.stack], injected)
-        elif ended is not None:
-            stream.x = self.loop_output(stream.states[ended.stack], stream.anchor)
+    def begin(self, x: Tensor, asked: InitialState, positions: Tensor) -> dict[str, Tensor]:
+        """What is carried before the first pass, from the prelude's output.
 
-    def loop_output(
-        self, state: Float[Tensor, "batch pos d_model"], anchor: Float[Tensor, "batch pos d_model"] | None
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """What the coda reads if the loop ends with this state; `anchor` is what the layers of the first pass wrote."""
-        if self.cfg.strategy == "anchored" and anchor is not None:
-            state = self.cfg.beta * anchor + (1 - self.cfg.beta) * state
-        return state if self.after_loop is None else self.after_loop(state)
-
-    def _begin(self, x: Tensor, asked: InitialState, positions: Tensor) -> Begun:
-        """From the prelude's output: the embedding to inject, and the state of every stack before its first pass."""
-        embed = x if self.prelude_norm is None else self.prelude_norm(x)
-        if self.learned_state is not None:
-            return embed, {"L": self._initial_state(asked, self.learned_state.expand_as(x), x, positions), "H": x}
-        default = embed if self.cfg.initial_state == "embedding" else None
-        return embed, {"core": self._initial_state(asked, default, x, positions)}
+        Args:
+            x: the output of the prelude, [batch, pos, d_model].
+            asked: see `tl_looped.model.initial_state.initial_state`.
+            positions: the position of every token, [batch, pos].
+        """
+        parts = Parts(self, self.cfg.schedule.passes[0], run_part)
+        return self.loop.begin(parts, x, lambda default, like: self._initial_state(asked, default, like, positions))
 
     @property
     def _coda(self) -> range:
@@ -394,19 +339,6 @@ class LoopedModel(nn.Module):
     def _is_trained(self) -> bool:
         """Whether some parameter is not frozen."""
         return any(getattr(*holders[0]).requires_grad for holders in self.parameter_slots.values())
-
-    def _check_restart(self, entry: Pass, last: Pass, injection: Tensor | None) -> None:
-        schedule = self.cfg.schedule
-        where = f"layer {entry.first} to {entry.layers.stop - 1} lie in pass {schedule.pass_prefix(entry)}"
-        if self.cfg.strategy == "anchored":
-            raise LoopedError(
-                f"{where} of an anchored loop, whose output also needs earlier passes; start before or after the loop."
-            )
-        if injection is None and self.cfg.injection != "none" and entry.index < last.index:
-            raise LoopedError(
-                f"{where}, and later passes read an injection that cannot be recomputed from the residual stream; "
-                f"pass injection=cache['{schedule.pass_prefix(entry)}.hook_injection']."
-            )
 
     def _logits(self, x: Tensor) -> Tensor:
         logits = self.unembed(x if self.cfg.pass_norm_is_final else self.ln_final(x))
@@ -531,11 +463,6 @@ class Part:
     @property
     def is_restart(self) -> bool:
         return self.start is not None
-
-
-def other_stack(stack: str) -> str:
-    """The other one of HRM-Text's two stacks."""
-    return "H" if stack == "L" else "L"
 
 
 def check_tokens(tokens: Tensor, d_vocab: int) -> None:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+from torch import nn
+
 from ..config import LoopedConfig
+from .layers import Block
+from .loops import loop_of
+from .norms import norm_of
+from .passes import PASS_NAMES
 
 Shape = tuple[int, ...]
 
@@ -23,60 +30,36 @@ def parameter_shapes(cfg: LoopedConfig) -> Iterator[tuple[str, Shape]]:
         >>> next(parameter_shapes(cfg))
         ('embed.weight', (10, 8))
     """
-    width, kv_width = cfg.d_model, cfg.n_kv_heads * cfg.d_head
-    norm = [("weight", (width,))] if cfg.norm_weight else []
-    yield "embed.weight", (cfg.d_vocab, width)
+    with torch.device("meta"):
+        loop, blocks = loop_of(cfg), dict[bool, list[tuple[str, Shape]]]()
+        around: dict[str, nn.Module] = {PASS_NAMES.get(n, n): part for n, part in loop.pass_parts(is_last=False).items()}
+        around["pass_norm" if cfg.pass_norm_is_final else "ln_final"] = norm_of(cfg)
+        if cfg.prelude_norm:
+            around["prelude_norm"] = norm_of(cfg)
+        if cfg.after_loop == "linear":
+            around["after_loop"] = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
+    yield "embed.weight", (cfg.d_vocab, cfg.d_model)
     if not cfg.tied:
-        yield "unembed.weight", (cfg.d_vocab, width)
-    yield from _named("pass_norm" if cfg.pass_norm_is_final else "ln_final", norm)
-    if cfg.pass_norm and not cfg.pass_norm_is_final:
-        yield from _named("pass_norm", norm)
-    if cfg.prelude_norm:
-        yield from _named("prelude_norm", norm)
+        yield "unembed.weight", (cfg.d_vocab, cfg.d_model)
     if cfg.initial_state == "learned":
-        yield "learned_state", (width,)
-    if cfg.injection == "concat":
-        yield "inject.weight", (width, 2 * width)
-    elif cfg.injection == "decay":
-        yield from _named("inject", [("A_log", (width,)), ("dt_bias", (width,)), ("B", (width, width))])
-    if cfg.exit_gate:
-        yield from _named("exit_gate", [("weight", (1, width)), ("bias", (1,))])
-    if cfg.after_loop == "linear":
-        yield "after_loop.weight", (width, width)
-    block, value_embed_layers, physical = list(_block(cfg)), set(cfg.value_embed_layers), 0
+        yield "learned_state", (cfg.d_model,)
+    for name, part in around.items():
+        yield from _named(name, _shapes(part))
+    physical = 0
     for stack, n_layers in cfg.schedule.stacks.items():
         for j in range(n_layers):
-            yield from _named(f"{stack}.{j}", block)
-            if physical in value_embed_layers:
-                yield f"{stack}.{j}.attn.value_gate.weight", (cfg.n_kv_heads, cfg.value_gate_width)
-                yield f"value_embeds.{physical}.weight", (cfg.d_vocab, kv_width)
+            has_values = physical in cfg.value_embed_layers
+            if has_values not in blocks:
+                with torch.device("meta"):
+                    blocks[has_values] = _shapes(Block(cfg, physical))
+            yield from _named(f"{stack}.{j}", blocks[has_values])
+            if has_values:
+                yield f"value_embeds.{physical}.weight", (cfg.d_vocab, cfg.n_kv_heads * cfg.d_head)
             physical += 1
 
 
-def _block(cfg: LoopedConfig) -> Iterator[tuple[str, Shape]]:
-    """The parameters that every block has."""
-    width, q_width, kv_width = cfg.d_model, cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
-    matrices = {
-        "attn.q": ("q", q_width, width),
-        "attn.k": ("k", kv_width, width),
-        "attn.v": ("v", kv_width, width),
-        "attn.o": ("o", width, q_width),
-        **({"attn.gate": ("attn_gate", q_width, width)} if cfg.attn_gate else {}),
-        **({"mlp.gate": ("gate", cfg.d_mlp, width)} if cfg.mlp == "gated" else {}),
-        "mlp.up": ("in", cfg.d_mlp, width),
-        "mlp.down": ("out", width, cfg.d_mlp),
-    }
-    for name, (bias, rows, columns) in matrices.items():
-        yield f"{name}.weight", (rows, columns)
-        if bias in cfg.biases:
-            yield f"{name}.bias", (rows,)
-    if cfg.qk_norm in ("head", "flat"):
-        yield "attn.q_norm.weight", (q_width if cfg.qk_norm == "flat" else cfg.d_head,)
-        yield "attn.k_norm.weight", (kv_width if cfg.qk_norm == "flat" else cfg.d_head,)
-    kinds = {"ln{}": ("pre", "sandwich", "stream"), "ln{}_post": ("branch", "sandwich"), "ln{}_stream": ("stream",)}
-    for name, having in kinds.items():
-        if cfg.norm_weight and cfg.norm in having:
-            yield from ((f"{name.format(i)}.weight", (width,)) for i in (1, 2))
+def _shapes(module: nn.Module) -> list[tuple[str, Shape]]:
+    return [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()]
 
 
 def _named(at: str, parts: list[tuple[str, Shape]]) -> Iterator[tuple[str, Shape]]:

@@ -1,15 +1,14 @@
-"""What happens around the layers of one pass: the injection on the way in, the norm and the exit gate on the way out."""
+"""The ends of a pass: its slots, its modules, and the maps by which something is injected."""
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..config import LoopedConfig
-from .layers import RMSNorm, observe
 
 
 class ConcatInjection(nn.Module):
@@ -50,40 +49,30 @@ class AddInjection(nn.Module):
         return state + injection
 
 
-class PassEnds(nn.Module):
-    """The entrance and the exit of one pass; the layers between them belong to the model."""
+PASS_NAMES = {"norm": "pass_norm"}  # canonical names of the parts of a pass, where they are not those of their modules
+INJECTIONS: dict[str, Callable[[int], nn.Module]] = {
+    "add": lambda width: AddInjection(),
+    "concat": ConcatInjection,
+    "decay": DecayInjection,
+}
 
-    def __init__(self, cfg: LoopedConfig, is_last: bool):
+
+class PassEnds(nn.Module):
+    """The slots and modules at the entrance and the exit of one pass; the loop kind calls them.
+
+    Args:
+        cfg: the structure.
+        parts: the modules that the loop kind has there.
+    """
+
+    def __init__(self, cfg: LoopedConfig, parts: dict[str, nn.Module]):
         super().__init__()
-        kinds = {"concat": ConcatInjection, "decay": DecayInjection}
-        self.inject: nn.Module | None = None
         if cfg.injection != "none":
-            self.inject = AddInjection() if cfg.injection == "add" else kinds[cfg.injection](cfg.d_model)
             self.hook_injection: nn.Module = nn.Identity()
         self.hook_state: nn.Module = nn.Identity()
         self.hook_in: nn.Module = nn.Identity()
-        own_norm = cfg.pass_norm and not (is_last and cfg.pass_norm_is_final)
-        self.norm: RMSNorm | None = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_weight) if own_norm else None
-        self.step: float | None = 1 / cfg.anchor_steps if cfg.strategy == "anchored" else None
         self.hook_out: nn.Module = nn.Identity()
-        self.exit_gate: nn.Linear | None = None
         if cfg.exit_gate:
-            self.exit_gate = nn.Linear(cfg.d_model, 1)
             self.hook_exit_logit: nn.Module = nn.Identity()
-
-    def enter(self, state: Tensor, injection: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The input of the first layer, and the state after its hooks."""
-        state = observe(self.hook_state, state)
-        if self.inject is None:
-            return observe(self.hook_in, state), state
-        return self.hook_in(self.inject(state, observe(self.hook_injection, cast(Tensor, injection)))), state
-
-    def leave(self, x: Tensor, state: Tensor | None, final_norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
-        """The state leaving the pass, and its exit logit. `final_norm` stands in for the pass's own norm in the last pass."""
-        norm = self.norm or final_norm
-        if norm is not None:
-            x = norm(x)
-        if self.step is not None and state is not None:
-            x = state + (x - state) * self.step
-        x = observe(self.hook_out, x)
-        return x, None if self.exit_gate is None else self.hook_exit_logit(self.exit_gate(x).squeeze(-1))
+        for name, part in parts.items():
+            setattr(self, name, part)

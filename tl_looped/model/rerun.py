@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .initial_state import InitialState
 from .layers import Inputs
-from .looped_model import LoopedModel, Stream
+from .looped_model import LoopedModel
+from .loops import Stream
 
 
 class Recording:
@@ -27,12 +28,12 @@ class Recording:
         self.given_state: bool = initial_state is not None
         self.cache: RecordedKeys | None = RecordedKeys() if keys else None
         self.streams: dict[int, Stream] = {}  # by the layer they enter; -1: the embedding
-        self.inputs: Inputs = Inputs(None, {})
+        self.inputs: Inputs = Inputs({}, {})
 
     def __call__(self, layer: int, stream: Stream, inputs: Inputs) -> None:
         inputs.cache = self.cache
         self.inputs = inputs
-        self.streams[layer] = replace(stream, states=dict(stream.states))
+        self.streams[layer] = Stream(stream.x, dict(stream.carried))
 
 
 class RecordedKeys:
@@ -87,18 +88,18 @@ def rerun(model: LoopedModel, recording: Recording, entries: Sequence[int], star
     copies = joining.pop(entries[0])
 
     def entering(layer: int, n: int) -> Stream:
-        return _map(lambda t: _copied(t[:, start:], n), recording.streams[layer])
+        return recording.streams[layer].map(lambda t: _copied(t[:, start:], n))
 
     stream, inputs = entering(entries[0], copies), replace(recording.inputs)
     _set_inputs(inputs, recording, copies, start)
 
-    def begin(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def begin(x: Tensor) -> dict[str, Tensor]:
         cfg, first = model.cfg, model.cfg.schedule.passes[0]
         asked = None
         if recording.given_state or cfg.initial_state != "embedding":
-            asked = _copied(recording.streams[first.first].states[first.stack][:, start:], copies)
+            asked = _copied(recording.streams[first.first].carried[first.stack][:, start:], copies)
         nowhere = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)  # not read: the state is given, or the embedding
-        return model._begin(x, asked, nowhere)
+        return model.begin(x, asked, nowhere)
 
     layers = range(max(entries[0], 0), n_layers)
     for i in model.steps(stream, layers, inputs, entries[0] >= 0, begin):
@@ -116,9 +117,7 @@ def _set_inputs(inputs: Inputs, recording: Recording, copies: int, start: int) -
         return t if len(t) == 1 else _copied(t, copies)
 
     whole = recording.inputs
-    if whole.rope is not None:
-        cos, sin = whole.rope
-        inputs.rope = (rows(cos[:, start:]), rows(sin[:, start:]))
+    inputs.rope = {base: (rows(cos[:, start:]), rows(sin[:, start:])) for base, (cos, sin) in whole.rope.items()}
     masks = {window: _mask(mask, recording, start) for window, mask in whole.masks.items()}
     inputs.masks = {window: None if mask is None else rows(mask) for window, mask in masks.items()}
     inputs.value_embeds = {i: _copied(t[:, start:], copies) for i, t in whole.value_embeds.items()}
@@ -140,16 +139,7 @@ def _copied(t: Tensor, copies: int) -> Tensor:
     return t.repeat(copies, *[1] * (t.ndim - 1))
 
 
-def _map(function: Callable[[Tensor], Tensor], stream: Stream) -> Stream:
-    states = {stack: function(state) for stack, state in stream.states.items()}
-    embed, entered, anchor = (None if t is None else function(t) for t in (stream.embed, stream.entered, stream.anchor))
-    return Stream(function(stream.x), embed, states, entered, anchor)
-
-
 def _join(stream: Stream, more: Stream) -> None:
     """Append the rows of another stream, in place."""
-    for name in ("x", "embed", "entered", "anchor"):
-        before, after = getattr(stream, name), getattr(more, name)
-        if before is not None:
-            setattr(stream, name, torch.cat((before, after)))
-    stream.states = {stack: torch.cat((state, more.states[stack])) for stack, state in stream.states.items()}
+    stream.x = torch.cat((stream.x, more.x))
+    stream.carried = {name: torch.cat((value, more.carried[name])) for name, value in stream.carried.items()}

@@ -1,0 +1,323 @@
+"""What happens between the layers of a loop: before the first pass, on the way into a pass, out of it, and out of the loop.
+
+A loop kind says it once. It calls the modules around the layers by name, through `Parts`; a run passes the modules themselves,
+whoever follows a frozen stream passes the same maps with norms and gates held. So the forward pass, generation under an exit
+policy, the native lens, runs that enter in the middle and exact attribution read the same lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import LoopedConfig
+from ..errors import LoopedError
+from ..schedule import Pass
+from .norms import norm_of
+from .passes import INJECTIONS
+from .slots import observe
+
+Initial = Callable[[Tensor | None, Tensor], Tensor]  # of its default, if it has one, and of a tensor like it
+Begin = Callable[[Tensor], dict[str, Tensor]]
+Apply = Callable[[nn.Module, str, tuple[Tensor, ...]], Tensor]
+
+
+@dataclass
+class Stream:
+    """What a run carries from layer to layer; with `Inputs`, all that later layers depend on.
+
+    Args:
+        x: the residual stream entering the next layer.
+        carried: what the loop kind keeps beside it: the state of every looped stack as its latest pass left it, by the name of
+            the stack; what is injected ("embed"); the state that entered the current pass ("entered"); and more, by kind.
+    """
+
+    x: Tensor
+    carried: dict[str, Tensor] = field(default_factory=dict)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Stream:
+        """The stream with every tensor changed.
+
+        Args:
+            function: what is done to each.
+        """
+        return Stream(function(self.x), {name: function(value) for name, value in self.carried.items()})
+
+
+class Parts:
+    """The modules around the layers, by the names that loop kinds call them by.
+
+    Args:
+        model: a `LoopedModel`.
+        p: the pass whose modules come first; None for those of the whole model alone.
+        apply: runs a module, which is given with the name of its hooks and its inputs.
+    """
+
+    def __init__(self, model: Any, p: Pass | None, apply: Apply):
+        self.model, self.p, self.apply = model, p, apply
+
+    def __call__(self, name: str, *inputs: Tensor) -> Tensor:
+        """What a module makes of its inputs; the first of them where the model has no such module."""
+        module, prefix = None, ""
+        if self.p is not None:
+            module = getattr(self.model.passes[self.p.index], name, None)
+            prefix = f"{self.model.cfg.schedule.pass_prefix(self.p)}."
+            if (
+                module is None
+                and name == "norm"
+                and self.model.cfg.pass_norm_is_final
+                and self.model.cfg.schedule.is_last(self.p)
+            ):
+                module, name, prefix = self.model.ln_final, "ln_final", ""
+        if module is None:
+            module, prefix = getattr(self.model, name, None), ""
+        return inputs[0] if module is None else self.apply(module, prefix + name, inputs)
+
+
+class Repeat:
+    """One stack whose passes continue the stream, with or without injection, pass norm and anchor.
+
+    Args:
+        cfg: the structure.
+    """
+
+    def __init__(self, cfg: LoopedConfig):
+        self.cfg = cfg
+        self.stack: str = cfg.schedule.core_stacks[0]
+
+    def pass_parts(self, is_last: bool) -> dict[str, nn.Module]:
+        """The modules of one pass; those of all passes share their parameters.
+
+        Args:
+            is_last: whether it is the last pass.
+        """
+        cfg, parts = self.cfg, dict[str, nn.Module]()
+        if cfg.injection != "none":
+            parts["inject"] = INJECTIONS[cfg.injection](cfg.d_model)
+        if cfg.entry_norm:
+            parts["entry_norm"] = norm_of(cfg)
+        if cfg.pass_norm and not (is_last and cfg.pass_norm_is_final):
+            parts["norm"] = norm_of(cfg)
+        if cfg.exit_gate:
+            parts["exit_gate"] = nn.Linear(cfg.d_model, 1)
+        return parts
+
+    def begin(self, parts: Parts, x: Tensor, initial: Initial) -> dict[str, Tensor]:
+        """What is carried before the first pass.
+
+        Args:
+            parts: the modules around the layers.
+            x: the output of the prelude.
+            initial: makes the state before the first pass.
+        """
+        embed = parts("prelude_norm", x)
+        own = x if self.cfg.entry_norm else embed
+        return {"embed": embed, self.stack: initial(own if self.cfg.initial_state == "embedding" else None, x)}
+
+    def enter(self, parts: Parts, p: Pass, carried: dict[str, Tensor]) -> Tensor:
+        """The input of the first layer of a pass.
+
+        Args:
+            parts: the modules around the layers.
+            p: the pass.
+            carried: what is carried; changed in place.
+        """
+        state = parts("hook_state", parts("entry_norm", carried[p.stack]))
+        carried["entered"] = state
+        if self.cfg.injection == "none":
+            return parts("hook_in", state)
+        return parts("hook_in", parts("inject", state, parts("hook_injection", self.injected(p, carried))))
+
+    def injected(self, p: Pass, carried: dict[str, Tensor]) -> Tensor:
+        """What a pass is injected."""
+        return carried[self.injected_from(p)]
+
+    def injected_from(self, p: Pass) -> str:
+        """The name under which that is carried."""
+        return "embed"
+
+    def leave(self, parts: Parts, p: Pass, x: Tensor, carried: dict[str, Tensor]) -> None:
+        """Keep the state that leaves a pass.
+
+        Args:
+            parts: the modules around the layers.
+            p: the pass.
+            x: the output of its last layer.
+            carried: what is carried; changed in place.
+        """
+        entered = carried.pop("entered", None)
+        if self.cfg.strategy == "anchored":
+            carried.setdefault("anchor", x)
+        x = self.written(parts, parts("norm", x), entered)
+        carried[p.stack] = parts("hook_out", x)
+
+    def written(self, parts: Parts, x: Tensor, entered: Tensor | None) -> Tensor:
+        """The state that a pass leaves, from what its layers return and the state that entered it."""
+        if self.cfg.strategy == "anchored" and entered is not None:
+            return entered + (x - entered) * (1 / self.cfg.anchor_steps)
+        return x
+
+    def exit_logit(self, parts: Parts, p: Pass, carried: dict[str, Tensor]) -> Tensor | None:
+        """The logit of stopping after a pass, [batch, pos]; None without an exit gate."""
+        if not self.cfg.exit_gate:
+            return None
+        return parts("hook_exit_logit", parts("exit_gate", carried[p.stack]).squeeze(-1))
+
+    def finish(self, parts: Parts, p: Pass, carried: dict[str, Tensor]) -> Tensor:
+        """What the coda reads if the loop ends after a pass.
+
+        Args:
+            parts: the modules around the layers.
+            p: the pass.
+            carried: what is carried.
+        """
+        state = carried[p.stack]
+        if "anchor" in carried:
+            state = self.cfg.beta * carried["anchor"] + (1 - self.cfg.beta) * state
+        return parts("after_loop", state)
+
+    def resume(self, p: Pass, last: Pass, injection: Tensor | None) -> dict[str, Tensor]:
+        """What is carried into a run that starts inside a pass, from the residual stream there.
+
+        Args:
+            p: the pass.
+            last: the last pass of the run.
+            injection: what is injected in it, if that was given.
+
+        Raises:
+            LoopedError: later passes need what such a run does not have.
+        """
+        prefix = self.cfg.schedule.pass_prefix(p)
+        where = f"layer {p.first} to {p.layers.stop - 1} lie in pass {prefix}"
+        if (why := self.reads_the_past()) is not None:
+            raise LoopedError(f"{where} of {why}; start before or after the loop.")
+        if injection is None and self.cfg.injection != "none" and p.index < last.index:
+            raise LoopedError(
+                f"{where}, and later passes read an injection that cannot be recomputed from the residual stream; "
+                f"pass injection=cache['{prefix}.hook_injection']."
+            )
+        return {} if injection is None else {self.injected_from(p): injection}
+
+    def reads_the_past(self) -> str | None:
+        """Which loop needs more than the residual stream inside a pass, and what; None if this one does not."""
+        if self.cfg.strategy == "anchored":
+            return "an anchored loop, whose output also needs earlier passes"
+        return None
+
+    def between(self, p: Pass) -> str | None:
+        """Why what the layers of a pass write is not simply added to what is read after it; None if it is."""
+        cfg, is_last = self.cfg, self.cfg.schedule.is_last(p)
+        if cfg.strategy == "anchored":
+            return "an anchored loop scales what its passes write"
+        if cfg.pass_norm and not (is_last and cfg.pass_norm_is_final):
+            return "the state is normed after every pass"
+        if cfg.entry_norm and not is_last:
+            return "the state is normed before every pass"
+        if cfg.injection != "none" and not is_last:
+            return "the state goes through the injection of the next pass"
+        return None if cfg.after_loop == "none" else "the state leaving the loop goes through another map"
+
+    @property
+    def state_before(self) -> tuple[str, str]:
+        """The hooks of the state before the first pass, and of what it is where the model has no state of its own."""
+        cfg = self.cfg
+        before = f"blocks.{cfg.n_prelude - 1}.hook_resid_post" if cfg.n_prelude else "hook_embed"
+        before = "prelude_norm.hook_out" if cfg.prelude_norm and not cfg.entry_norm else before
+        return f"{cfg.schedule.pass_prefix(cfg.schedule.passes[0])}.{self.entrance}", before
+
+    @property
+    def entrance(self) -> str:
+        """The hook, of a pass, of the state that enters it."""
+        return "entry_norm.hook_in" if self.cfg.entry_norm else "hook_state"
+
+
+class TwoStacks(Repeat):
+    """Two stacks that are injected each other's state (HRM-Text): `l_cycles` passes of L, then one of H."""
+
+    def begin(self, parts: Parts, x: Tensor, initial: Initial) -> dict[str, Tensor]:
+        """What is carried before the first pass: a learned state of L, the embedding as that of H."""
+        return {"L": initial(parts.model.learned_state.expand_as(x), x), "H": x}
+
+    def injected_from(self, p: Pass) -> str:
+        """The other stack."""
+        return "H" if p.stack == "L" else "L"
+
+
+def run_part(module: nn.Module, name: str, inputs: tuple[Tensor, ...]) -> Tensor:
+    """A module around the layers, as a run calls it; a hook in a slot gets a tensor of its own."""
+    return observe(module, *inputs) if name.rpartition(".")[2].startswith("hook_") else module(*inputs)
+
+
+_KINDS: dict[str, type[Repeat]] = {"repeat": Repeat}
+
+
+def register_loop(name: str, kind: type[Repeat]) -> None:
+    """Make a loop kind known under a name, which `LoopedConfig.loop` may then have.
+
+    Args:
+        name: what configs call it.
+        kind: the class; it derives from `Repeat` and says what differs.
+    """
+    _KINDS[name] = kind
+
+
+def loop_of(cfg: LoopedConfig) -> Repeat:
+    """The loop kind of a model.
+
+    Args:
+        cfg: the structure.
+
+    Raises:
+        LoopedError: nobody has registered it.
+    """
+    if cfg.l_cycles is not None:
+        return TwoStacks(cfg)
+    if cfg.loop not in _KINDS:
+        from .. import families as families  # which bring their loop kinds along
+    if cfg.loop not in _KINDS:
+        raise LoopedError(f"loop={cfg.loop!r} was asked, which is no loop kind; known are {', '.join(_KINDS)}.")
+    return _KINDS[cfg.loop](cfg)
+
+
+def crossings(
+    model: Any, stream: Stream, layers: Sequence[int], apply: Apply, begin: Begin, is_restart: bool = False, gates: bool = True
+) -> Iterator[int]:
+    """Do what lies between layers, and leave the layers to whoever iterates.
+
+    Before a layer its index is yielded and `stream.x` is its input, to be replaced by its output. Then `n_layers` is yielded,
+    with the output of the last layer, and in the end `stream.x` is what the last norm reads.
+
+    Args:
+        model: a `LoopedModel`.
+        stream: what the first of the layers reads; changed in place.
+        layers: which ones, in the order of the run.
+        apply: runs the modules around the layers.
+        begin: from the prelude's output to what is carried before the first pass.
+        is_restart: whether `stream.x` is the input of the first layer already.
+        gates: whether exit gates read the states, for whoever has hooks there.
+    """
+    schedule, ended = model.cfg.schedule, None
+    for i in (*layers, None):
+        started = None if i is None else model.pass_starting.get(i)
+        if i is None:
+            yield schedule.n_layers
+        if is_restart:
+            is_restart = False
+        else:
+            if ended is not None:
+                parts = Parts(model, ended, apply)
+                model.loop.leave(parts, ended, stream.x, stream.carried)
+                if gates:
+                    model.loop.exit_logit(parts, ended, stream.carried)
+            if started is not None:
+                if started.index == 0:
+                    stream.carried.update(begin(stream.x))
+                stream.x = model.loop.enter(Parts(model, started, apply), started, stream.carried)
+            elif ended is not None:
+                stream.x = model.loop.finish(Parts(model, None, apply), ended, stream.carried)
+        if i is not None:
+            yield i
+            ended = model.pass_ending.get(i)

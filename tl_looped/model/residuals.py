@@ -1,0 +1,59 @@
+"""How what a branch returns gets into the residual stream."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..config import LoopedConfig
+
+
+class Add:
+    """The sum of the two."""
+
+    def __call__(
+        self, x: Float[Tensor, "*rows d_model"], read: Float[Tensor, "*rows d_model"], out: Float[Tensor, "*rows d_model"]
+    ) -> Float[Tensor, "*rows d_model"]:
+        """The stream after a branch.
+
+        Args:
+            x: the stream before it.
+            read: what the branch read of it: the stream after the norm, where there is one.
+            out: what the branch returned, after the norm on its output.
+        """
+        return x + out
+
+
+class Interpolate(nn.Module):
+    """A step from what the branch read towards what it returned, at a rate of its own in every entry (nGPT, Dory).
+
+    Args:
+        width: that of the stream.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.rate: nn.Parameter = nn.Parameter(torch.ones(width))
+
+    def forward(
+        self, x: Float[Tensor, "*rows d_model"], read: Float[Tensor, "*rows d_model"], out: Float[Tensor, "*rows d_model"]
+    ) -> Float[Tensor, "*rows d_model"]:
+        return self.kept(read) + self.added(out)
+
+    def kept(self, read: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """What stays of the stream that the branch read."""
+        return (1 - self.rate.to(read.device, read.dtype)) * read
+
+    def added(self, out: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """What is added of that which the branch returned."""
+        return self.rate.to(out.device, out.dtype) * out
+
+
+def residual_write(cfg: LoopedConfig) -> Add | Interpolate:
+    """The write of one branch of a model.
+
+    Args:
+        cfg: the structure.
+    """
+    return Interpolate(cfg.d_model) if cfg.residual == "interpolate" else Add()
