@@ -297,7 +297,7 @@ class LoopedConfig:
         fields = table("the fields of a LoopedConfig", values)
         if unknown := sorted(set(fields) - set(_FIELDS)):
             raise LoopedError(f"unknown LoopedConfig fields {shown(unknown)}; this version knows {sorted(_FIELDS)}.")
-        needed = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
         if missing := [name for name in needed if name not in fields]:
             raise LoopedError(f"a LoopedConfig needs {', '.join(missing)}, which these fields lack: {shown(sorted(fields))}.")
         return cls(**{name: _FIELDS[name](name, value) for name, value in fields.items()})

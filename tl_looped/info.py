@@ -25,6 +25,8 @@ FAMILIES = (
     ("hrm_text", "sapientinc/HRM-Text-1B", "two stacks, L several times and H once per loop"),
     ("parcae", "SandyResearch/parcae-*", "decay injection, value embeddings"),
     ("nanbeige", "Nanbeige/Nanbeige4.2-*", "a Llama run twice, a norm after every pass"),
+    ("dory", "nvidia/NVIDIA-Nemotron-Labs-Dory1.0-4B-BF16", "a looped nGPT: states on the unit sphere, steps at learned rates"),
+    ("loopus", "Thrillcrazyer/*LoopUS*", "the middle of a Qwen3 or Llama behind a gate that opens as far as the state moves"),
     ("tl_looped", "what save_pretrained writes", "any"),
 )
 

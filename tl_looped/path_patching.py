@@ -10,23 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from ._changes import NormAt, changes_after
 from ._old_calls import accepts_old
 from ._precision import wide
 from .bridge.cache import LoopedCache
-from .bridge.decomposition import FINAL, Reader, Write, apply_module, check_sum, has_own_state, walk
+from .bridge.decomposition import FINAL, Reader, Write, check_sum, has_own_state, walk
 from .bridge.looped_bridge import LoopedBridge
 from .bridge.named_cache import as_slice
 from .comparison import Comparison, Metric, clean_at
 from .errors import LoopedError, UnknownNameError
-from .model.jvp import jvp
-from .model.norms import RMSNorm
 from .results import Grid
 
 Names = str | Sequence[str]
@@ -193,48 +191,6 @@ def path_patch(
     return paths.grid(values, "path effect")
 
 
-class NormAt:
-    """A norm where it stands in a run, and what it makes of changes of its input.
-
-    Args:
-        norm: the norm; None for none.
-        x: its input in the run, [..., d_model], in fp32 or wider.
-        dtype: that of the run, on which an epsilon may depend.
-    """
-
-    def __init__(self, norm: Any, x: Tensor, dtype: torch.dtype):
-        self.norm: Any = getattr(norm, "_original_component", norm)
-        self.x: Tensor = x
-        self.out: Tensor = x
-        if norm is not None:
-            self.eps: float = torch.finfo(dtype).eps if self.norm.eps is None else self.norm.eps
-            self.weight: Any = 1.0 if norm.weight is None else norm.weight.detach().to(x.device, x.dtype)
-            self.inverse: Tensor = self._inverse(x)
-            self.unit: Tensor = x * self.inverse
-            self.out = self.unit * self.weight
-
-    def _inverse(self, x: Tensor) -> Tensor:
-        return torch.rsqrt(self.norm.inner(x, x) + self.eps)
-
-    def exactly(self, change: Float[Tensor, "*row batch pos d_model"]) -> Float[Tensor, "*row batch pos d_model"]:
-        """The change of the output, its scale computed anew."""
-        if self.norm is None:
-            return change
-        moved = self.x + change
-        return moved * self._inverse(moved) * self.weight - self.out
-
-    def to_first_order(self, change: Float[Tensor, "*row batch pos d_model"]) -> Float[Tensor, "*row batch pos d_model"]:
-        """The change of the output for a small change of the input: the part along the input is lost."""
-        return change if self.norm is None else self._across(change) * self.weight
-
-    def pull_back(self, gradient: Float[Tensor, "*row batch pos d_model"]) -> Float[Tensor, "*row batch pos d_model"]:
-        """The gradient by the input, from that by the output."""
-        return gradient if self.norm is None else self._across(gradient * self.weight)
-
-    def _across(self, x: Tensor) -> Tensor:
-        return (x - self.unit * self.norm.inner(self.unit, x)) * self.inverse
-
-
 class Carried(NamedTuple):
     """The changes of some sources where a stream is read.
 
@@ -295,20 +251,7 @@ class Paths:
 
     def _through(self, module: Any, name: str, inputs: tuple[Tensor, ...]) -> Tensor:
         """Changes after a module that lies on the way of the stream, and in the last row what the run has after it."""
-        plain: Any = getattr(module, "_original_component", module)
-        if not hasattr(plain, "frozen"):
-            return apply_module(plain, *inputs)
-        changes, of_run = tuple(x[:-1] for x in inputs), tuple(x[-1] for x in inputs)
-        if isinstance(plain, RMSNorm):
-            at = NormAt(plain, of_run[0], self.dtype)
-            changed = at.to_first_order(changes[0]) if self.estimate else at.exactly(changes[0])
-            return torch.cat((changed, at.out[None]))
-        at_run = apply_module(plain, *of_run)
-        if self.estimate:
-            each = [jvp(partial(apply_module, plain), of_run, some) for some in zip(*changes, strict=True)]
-            return torch.stack([*each, at_run])
-        moved = apply_module(plain, *(x + change for x, change in zip(of_run, changes, strict=True)))
-        return torch.cat((moved - at_run, at_run[None]))
+        return changes_after(module, inputs, self.dtype, self.estimate)
 
     def _changes(self, at: Write, rows: range) -> Iterator[tuple[int, Tensor]]:
         """The rows written at one point, and what the clean run would change there."""

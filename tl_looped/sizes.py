@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from .config import LoopedConfig
+from .model.loops import loop_of
 from .model.parameters import parameter_shapes
 
 
@@ -58,6 +61,8 @@ def sizes(cfg: LoopedConfig) -> Sizes:
     parameters = dict(parameter_shapes(cfg))
     stacks = [name for name, n_layers in cfg.schedule.stacks.items() if n_layers]
     runs = {stack: cfg.schedule.n_loops_of(stack) // cfg.n_loops for stack in cfg.schedule.core_stacks}
+    with torch.device("meta"):
+        of_pass = loop_of(cfg).pass_parts(is_last=False)
     counts, per_loop, outside = dict.fromkeys(["embed", *stacks, "between", "unembed"], 0), 0, 0
     for name, shape in parameters.items():
         first = name.split(".")[0]
@@ -68,8 +73,8 @@ def sizes(cfg: LoopedConfig) -> Sizes:
             continue
         if part in runs:
             per_loop += runs[part] * n
-        elif first in ("inject", "exit_gate"):
-            per_loop += sum(runs.values()) * n if first == "inject" else n
+        elif first in of_pass:
+            per_loop += n if first == "exit_gate" else sum(runs.values()) * n
         else:
             outside += n
     if cfg.tied:
