@@ -28,12 +28,15 @@ def schedule_diagram(cfg: LoopedConfig) -> str:
             {"noise": "the state begins as noise", "learned": "the states begin as a learned vector"}[cfg.initial_state]
         )
     first = drawing.bottom
+    if cfg.entry_norm:
+        drawing.box("before every loop", "norm", loop=True)
     schedule = cfg.schedule
     for stack in schedule.core_stacks:
         times = schedule.n_loops_of(stack) // schedule.n_loops
         detail = _layers(schedule.stacks[stack]) + (f", {times} times" if times > 1 else "")
         drawing.box("looped layers" if len(schedule.core_stacks) == 1 else f"{stack} stack", detail, loop=True)
-    ends = [*(["norm"] if cfg.pass_norm else []), *(["exit gate"] if cfg.exit_gate else [])]
+    ends = ["gate"] if cfg.loop == "gated" else [cfg.loop] if cfg.loop != "repeat" else []
+    ends += [*(["norm"] if cfg.pass_norm else []), *(["exit gate"] if cfg.exit_gate else [])]
     if cfg.strategy == "anchored":
         ends.append(f"1/{cfg.anchor_steps} of the step")
     if ends:

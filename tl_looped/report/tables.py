@@ -51,8 +51,10 @@ def facts(model: LoopedBridge, found: Sizes) -> str:
         ),
         (
             "norms of a block",
-            {"pre": "before", "branch": "after", "sandwich": "before and after", "stream": "on the stream"}[cfg.norm],
+            {"pre": "before", "branch": "after", "sandwich": "before and after", "stream": "on the stream"}[cfg.norm]
+            + (", of length 1" if cfg.norm_kind == "l2" else ""),
         ),
+        *([("residual", "steps towards every branch, at learned rates")] if cfg.residual == "interpolate" else []),
         ("injection", cfg.injection),
         ("vocabulary", f"{cfg.d_vocab:,}"),
         (
