@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .looped_model import LoopedModel, LoopedOutput
+from .loops import Repeat, register_loop
 
-__all__ = ["LoopedModel", "LoopedOutput"]
+__all__ = ["LoopedModel", "LoopedOutput", "Repeat", "register_loop"]

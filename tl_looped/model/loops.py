@@ -260,7 +260,21 @@ def register_loop(name: str, kind: type[Repeat]) -> None:
     Args:
         name: what configs call it.
         kind: the class; it derives from `Repeat` and says what differs.
+
+    Raises:
+        LoopedError: another kind has that name.
+
+    Example:
+        >>> from tl_looped.model import Repeat, register_loop
+        >>> class Halfway(Repeat):
+        ...     def written(self, parts, x, entered):
+        ...         return 0.5 * (x + entered)
+        >>> register_loop("halfway", Halfway)
     """
+    if _KINDS.get(name, kind).__qualname__ != kind.__qualname__:  # a notebook's cell may run again
+        raise LoopedError(
+            f"{name!r} was registered as a loop kind, but is the name of {_KINDS[name].__qualname__}; choose another."
+        )
     _KINDS[name] = kind
 
 
