@@ -28,6 +28,7 @@ from tl_looped.interventions import (
     steer,
 )
 from tl_looped.model import LoopedModel
+from tl_looped.model.inputs import masks_of
 from tl_looped.model.layers import Inputs
 from tl_looped.model.loops import Parts, run_part
 
@@ -73,7 +74,7 @@ def by_hand(
     schedule = model.cfg.schedule
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     x = model.embed(tokens)
-    inputs = Inputs(model.rotary(positions), model._masks(x, None, None, 0), None, model._value_embeds(tokens))
+    inputs = Inputs(model.rotary(positions), masks_of(model.cfg, x, None, None, 0), None, model._value_embeds(tokens))
     run = layer or (lambda i, x, inputs: model.blocks[i](x, inputs))
     for i in range(schedule.n_prelude):
         x = run(i, x, inputs)

@@ -13,6 +13,7 @@ from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..model import LoopedModel
 from ..model.initial_state import InitialState
+from ..model.inputs import masks_of, positions_of
 from ..model.jvp import jvp
 from ..model.layers import Inputs
 from ..model.loops import Stream
@@ -49,10 +50,10 @@ class OneLoop:
         self.layers = range(schedule.n_prelude, self.stop + 1)
         with torch.no_grad():
             x = twin.embed(tokens)
-            positions = twin._positions(x, None, None, 0)
+            positions = positions_of(twin.cfg, x, None, None, 0)
             self.inputs = Inputs(
                 rope=twin.rotary(positions),
-                masks=twin._masks(x, None, None, 0),
+                masks=masks_of(twin.cfg, x, None, None, 0),
                 value_embeds=twin._value_embeds(tokens),
             )
             for i in range(schedule.n_prelude):

@@ -16,7 +16,7 @@ from .._depth import at_depth, check_model, first_hooked
 from ..bridge.structure import AnyBridge
 from ..bridge.tokens import refuse_unmarked_padding
 from ..errors import LoopedError
-from ..model.looped_model import check_tokens
+from ..model.inputs import check_tokens
 
 __all__ = [
     "Prompt",

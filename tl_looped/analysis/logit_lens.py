@@ -19,7 +19,7 @@ from ..errors import LoopedError
 from ..kinds import plain
 from ..metrics import one_token
 from ..model.initial_state import InitialState
-from ..model.looped_model import check_tokens
+from ..model.inputs import check_tokens
 from ..plots import rank_trajectories
 from ..results import Grid, Result
 from ..results.grid import Selection

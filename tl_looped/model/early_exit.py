@@ -20,6 +20,7 @@ from ..errors import LoopedError
 from ..exits import ExitPolicy, LoopHistory
 from ..schedule import Pass
 from .initial_state import InitialState
+from .inputs import masks_of, positions_of
 from .layers import Inputs
 from .loops import Parts, run_part
 
@@ -64,7 +65,7 @@ class EarlyExit:
         self._model, self._attention_mask, self._inputs = model, attention_mask, cast(dict[int, Inputs], {})
         schedule, last_stack = model.cfg.schedule, model.cfg.schedule.core_stacks[-1]
         past = self._length("positions")
-        self._grow("positions", model._positions(x, position_ids, attention_mask, past))
+        self._grow("positions", positions_of(model.cfg, x, position_ids, attention_mask, past))
         for key, value in (("input_ids", input_ids), ("token_type_ids", token_type_ids)):
             if value is not None:
                 self._grow(key, value)
@@ -144,7 +145,7 @@ class EarlyExit:
             input_ids, types = self._kept.get("input_ids"), self._kept.get("token_type_ids")
             self._inputs[start] = Inputs(
                 rope=model.rotary(positions),
-                masks=model._masks(positions, self._attention_mask, types if start == 0 else None, start),
+                masks=masks_of(model.cfg, positions, self._attention_mask, types if start == 0 else None, start),
                 cache=self.key_values,
                 value_embeds=model._value_embeds(None if input_ids is None else input_ids[:, start:]),
                 past=start,
