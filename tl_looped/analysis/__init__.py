@@ -6,9 +6,10 @@ from .attention_stability import AttentionStability, attention_bound, attention_
 from .exit_steps import ExitSteps, exit_steps, gate_pdf
 from .fixed_points import FixedPoints, fixed_points
 from .inference_stages import InferenceStages, inference_stages, output_neurons
+from .lens_result import LogitLensResult, Readout
 from .limiting_behaviour import BehaviourRule, LimitingBehaviour, TokenBehaviour, limiting_behaviour
 from .local_stability import LocalStability, local_stability
-from .logit_lens import LogitLensResult, Readout, logit_lens
+from .logit_lens import logit_lens
 from .path_independence import PathIndependence, path_independence
 from .random_init import RandomInitSweep, random_init_sweep
 from .stability import InjectionEffect, Stability, injection_effect, stability

@@ -9,7 +9,7 @@ from .._tokens_shown import visible
 
 if TYPE_CHECKING:
     from ..schedule import Site
-    from .logit_lens import LogitLensResult, Target
+    from .lens_result import LogitLensResult, Target
 
 
 def lens_grid(result: LogitLensResult, example: int, places: list[int], colour: str, target: Target | None) -> Any:

@@ -16,12 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .._old_calls import accepts_old
 from ..errors import LoopedError, UnknownNameError
 from ..model import LoopedModel
 from ..model.loops import Apply, Parts, Stream, crossings
 from ..model.residuals import Interpolate
-from ..results import Grid, Result
 from ..schedule import virtual_layer
 
 FINAL = "ln_final.hook_in"
@@ -36,57 +34,6 @@ class Write(NamedTuple):
     label: str
     hook: str
     layer: int | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class LogitAttribution(Result):
-    """What every component adds to a logit, or to a difference of two.
-
-    Args:
-        values: [component, *batch, *pos]; sums to the logit before a soft cap, without a bias of the unembedding. Padding has
-            NaN.
-        labels: the components, in the order of the run.
-        unit: what a component is: "component", "layer" or "head".
-        axes: the names of the axes, "component" first.
-    """
-
-    values: Float[Tensor, "component ..."]
-    labels: tuple[str, ...]
-    unit: str
-    axes: tuple[str, ...]
-
-    def top(self, k: int = 5) -> list[tuple[str, float]]:
-        """The components of the largest magnitude, with their values in logits, averaged over batch and real positions.
-
-        Args:
-            k: how many.
-        """
-        mean = self.values.flatten(1).nanmean(-1) if self.values.ndim > 1 else self.values
-        chosen = mean.abs().topk(min(k, len(self.labels))).indices.tolist()
-        return [(self.labels[i], mean[i].item()) for i in chosen]
-
-    @property
-    def grid(self) -> Grid:
-        """The values with their axes, of which `sel` and `[...]` take a part."""
-        counted = {axis: list(range(n)) for axis, n in zip(self.axes[1:], self.values.shape[1:], strict=True)}
-        return Grid(self.values, self.axes, {"component": list(self.labels), **counted}, "logits")
-
-    def to_dataframe(self) -> Any:
-        """A pandas DataFrame with a row per component (and example, and position)."""
-        return self.grid.to_dataframe()
-
-    @accepts_old("title")
-    def plot(self, *, title: str = "") -> Any:
-        """A plotly figure: bars, one per component, or a heat map of components by examples or positions.
-
-        Args:
-            title: above the figure.
-
-        Raises:
-            LoopedError: plotly is not installed.
-        """
-        grid = self.grid[:, 0] if self.values[0].numel() == 1 and self.axes[1:] == ("example",) else self.grid
-        return grid.plot(title=title or f"What every {self.unit} adds to the logits")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ HOMES = (
     "ablation",
     "analysis",
     "answers",
-    "bridge.decomposition",
+    "bridge.logit_attribution",
     "patching",
     "runs",
     "side_by_side",
