@@ -87,10 +87,11 @@ OTHER_ARITHMETIC = [
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_arithmetic_that_no_family_has_is_refused_in_every_family(checkpoint: str) -> None:
-    for key, value, _ in OTHER_ARITHMETIC:
+    others = [row for row in OTHER_ARITHMETIC if (checkpoint, row[0]) != ("dory", "layer_types")]  # which Dory has
+    for key, value, _ in others:
         with pytest.raises(CheckpointError, match=rf"{key}=.*not implemented"):
             make_plan(with_config(checkpoint, **{key: value}))
-    off = {key: neutral for key, _, neutral in OTHER_ARITHMETIC}
+    off = {key: neutral for key, _, neutral in others}
     assert torch.equal(config_logits(with_config(checkpoint, **off)), config_logits(with_config(checkpoint)))
 
 

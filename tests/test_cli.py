@@ -40,11 +40,11 @@ def test_lens_shows_the_readout_of_every_loop(family: str, capsys: pytest.Captur
     with torch.no_grad():
         _, cache = bridge.run_with_cache(tokens)
     assert len(rows) == 3
-    assert ("exit gate" in header) == (family == "ouro")
+    assert ("exit gate" in header) == (family in ("ouro", "loopus"))
     for loop, row in enumerate(rows):
         shown = cells(row)
         assert shown.pop(0) == str(loop)
-        if family == "ouro":
+        if family in ("ouro", "loopus"):
             assert float(shown.pop(0)) == pytest.approx(
                 cache[f"loops.{loop}.hook_exit_logit"][0, -1].sigmoid().item(), abs=6e-4
             )

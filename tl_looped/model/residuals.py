@@ -39,7 +39,7 @@ class Interpolate(nn.Module):
     def forward(
         self, x: Float[Tensor, "*rows d_model"], read: Float[Tensor, "*rows d_model"], out: Float[Tensor, "*rows d_model"]
     ) -> Float[Tensor, "*rows d_model"]:
-        return self.kept(read) + self.added(out)
+        return read + self.rate * (out - read)
 
     def kept(self, read: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """What stays of the stream that the branch read."""
