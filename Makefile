@@ -13,7 +13,7 @@ test: .venv/installed
 	.venv/bin/ruff format --check
 	.venv/bin/pyright -p pyproject.toml --pythonpath .venv/bin/python
 	$(PYTEST) -n 2
-	timeout 180 $(PYTEST) -n 2 $(CHECKED)
+	$(PYTEST) -n 2 $(CHECKED)
 	$(PYTEST) -n 2 -m slow
 	$(PYTEST) -n 2 -m "real or tutorials"
 
