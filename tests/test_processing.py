@@ -156,6 +156,14 @@ def test_earlier_readouts_are_right_or_refused(name: str, changes: dict[str, obj
         torch.testing.assert_close(log_softmax(unfolded.readout(TOKENS, loop=t), -1), before[t], atol=1e-11, rtol=0)
 
 
+def test_a_stream_that_goes_through_its_norms_keeps_their_weights() -> None:
+    bridge = random_bridge("dory", torch.float64, norm_weight=True)
+    before, norm = log_softmax(bridge(TOKENS), -1), bridge.blocks[1].ln1.weight.clone()
+    bridge.enable_compatibility_mode()
+    torch.testing.assert_close(log_softmax(bridge(TOKENS), -1), before, atol=1e-11, rtol=0)
+    assert torch.equal(bridge.blocks[1].ln1.weight, norm)
+
+
 def test_options_that_would_be_wrong_are_refused_before_anything_changes() -> None:
     bridge = random_bridge("ouro")
     logits = bridge(TOKENS)
@@ -164,6 +172,8 @@ def test_options_that_would_be_wrong_are_refused_before_anything_changes() -> No
     gated = random_bridge("hrm_text", biases=("v",))
     with pytest.raises(LoopedError, match="fold_value_biases=False"):
         gated.enable_compatibility_mode()
+    with pytest.raises(LoopedError, match="a norm scales the values"):
+        random_bridge("dory", attn_gate=False, biases=("v",)).enable_compatibility_mode()
     assert not bridge.compatibility_mode and not gated.compatibility_mode and torch.equal(bridge(TOKENS), logits)
     gated.enable_compatibility_mode(fold_value_biases=False)
     zero = random_bridge("huginn")

@@ -28,9 +28,10 @@ def check_options(cfg: LoopedConfig, *, fold_value_biases: bool, refactor_factor
             "refactor_factored_attn_matrices=True was asked, but it rotates queries and keys within a head, and what "
             "is done to them afterwards (rotary positions, norms, grouped keys) does not commute with that; leave it False."
         )
-    if fold_value_biases and cfg.attn_gate and "v" in cfg.biases:
+    if fold_value_biases and (cfg.attn_gate or cfg.inner_norm) and "v" in cfg.biases:
+        between = "an attention gate multiplies" if cfg.attn_gate else "a norm scales"
         raise LoopedError(
-            "fold_value_biases=True was asked, but an attention gate multiplies the values on their way to the output bias; "
+            f"fold_value_biases=True was asked, but {between} the values on their way to the output bias; "
             "pass fold_value_biases=False."
         )
 
@@ -54,7 +55,7 @@ def process_weights(
     """
     schedule = model.cfg.schedule
     for layer in [f"{stack}.{j}" for stack, n in schedule.stacks.items() for j in range(n)]:
-        if fold_ln:
+        if fold_ln and model.cfg.residual == "add":  # else the stream itself goes through these norms
             _fold_norm(model, f"{layer}.ln1.weight", [f"{layer}.{reader}.weight" for reader in READS_LN1])
             _fold_norm(model, f"{layer}.ln2.weight", [f"{layer}.{reader}.weight" for reader in READS_LN2])
         if fold_value_biases:
