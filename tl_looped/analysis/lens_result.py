@@ -134,6 +134,7 @@ class LogitLensResult(Result, Readout):
 
         Example:
             >>> from tl_looped import LoopedBridge, LoopedConfig
+            >>> from tl_looped.analysis import logit_lens
             >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
             >>> lens = logit_lens(model, torch.tensor([[1, 2, 3]]))
             >>> lens.sel(loop=slice(1, None), layer=-1, pos=2).labels
