@@ -42,7 +42,7 @@ class Gate(nn.Module):
         rank: that of the map `delta`.
     """
 
-    HELD = ("hook_alpha",)
+    HELD: tuple[str, ...] = ("hook_alpha",)
 
     def __init__(self, width: int, rank: int):
         super().__init__()

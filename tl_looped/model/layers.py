@@ -80,7 +80,8 @@ class Attention(nn.Module):
     def __init__(self, cfg: LoopedConfig, physical: int):
         super().__init__()
         self.head_dim: int = cfg.d_head
-        self.rope_layout, self.rope_base, self.qk_norm = cfg.rope_layout, cfg.rope_base(physical), cfg.qk_norm
+        self.rope_layout, self.qk_norm = cfg.rope_layout, cfg.qk_norm
+        self.rope_base: float = cfg.rope_base(physical)
         self.window: int | None = cfg.windows[physical] if cfg.windows else None
         self.scale: float = cfg.d_head**-0.5
         self.grouped: bool = cfg.n_kv_heads != cfg.n_heads
@@ -102,7 +103,9 @@ class Attention(nn.Module):
             after = cfg.qk_norm == "after_rope"
             widths = (q_width, kv_width) if cfg.qk_norm == "flat" else (cfg.d_head, cfg.d_head)
             eps = cfg.qk_norm_eps if cfg.qk_norm_eps is not None or after else cfg.norm_eps
-            self.q_norm, self.k_norm = (norm_of(cfg, width, cfg.qk_norm_weight and not after, eps) for width in widths)
+            weight = cfg.qk_norm_weight and not after
+            self.q_norm: RMSNorm = norm_of(cfg, widths[0], weight, eps)
+            self.k_norm: RMSNorm = norm_of(cfg, widths[1], weight, eps)
         self.q_gain: nn.Parameter | None = nn.Parameter(torch.ones(q_width)) if cfg.query_gain else None
         self.inner_norm: RMSNorm | None = norm_of(cfg, q_width) if cfg.inner_norm else None
         self.hook_rot_q: nn.Module = nn.Identity()

@@ -95,8 +95,8 @@ class LoopedModel(nn.Module):
         self.unembed: nn.Linear = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
         self.rotary: Rotary = Rotary(cfg)
         self.noise: NoiseTable = NoiseTable(cfg)
-        self.pass_starting = {p.first: p for p in schedule.passes}
-        self.pass_ending = {p.layers.stop - 1: p for p in schedule.passes}
+        self.pass_starting: dict[int, Pass] = {p.first: p for p in schedule.passes}
+        self.pass_ending: dict[int, Pass] = {p.layers.stop - 1: p for p in schedule.passes}
         self.parameter_slots: dict[str, list[tuple[nn.Module, str]]] = self._find_parameter_slots()
         for name, parameter in [(n, getattr(*holders[0])) for n, holders in self.parameter_slots.items()]:
             self.set_parameter(name, parameter)

@@ -57,7 +57,9 @@ class Parts:
     """
 
     def __init__(self, model: Any, p: Pass | None, apply: Apply):
-        self.model, self.p, self.apply = model, p, apply
+        self.model: Any = model
+        self.p: Pass | None = p
+        self.apply: Apply = apply
 
     def __call__(self, name: str, *inputs: Tensor) -> Tensor:
         """What a module makes of its inputs; the first of them where the model has no such module."""

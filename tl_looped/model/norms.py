@@ -19,7 +19,7 @@ class RMSNorm(nn.Module):
         weight: whether there is a weight.
     """
 
-    HELD = ("hook_scale",)  # what `frozen` is given of a run
+    HELD: tuple[str, ...] = ("hook_scale",)  # what `frozen` is given of a run
 
     def __init__(self, width: int, eps: float | None, weight: bool = True):
         super().__init__()
