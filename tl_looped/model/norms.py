@@ -54,7 +54,7 @@ class RMSNorm(nn.Module):
         x = x / scale
         return x if self.weight is None else x * self.weight.detach().to(x.device, x.dtype)
 
-    def inner(self, x: Float[Tensor, "*rows width"], y: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows one"]:
+    def inner(self, x: Float[Tensor, "*rows width"], y: Float[Tensor, "*others width"]) -> Float[Tensor, "... 1"]:
         """The product of two vectors whose square root is the size that the norm divides by."""
         return (x * y).mean(-1, keepdim=True)
 
@@ -67,7 +67,7 @@ class RMSNorm(nn.Module):
 class L2Norm(RMSNorm):
     """`x / |x|`, the same with the sum of squares."""
 
-    def inner(self, x: Float[Tensor, "*rows width"], y: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows one"]:
+    def inner(self, x: Float[Tensor, "*rows width"], y: Float[Tensor, "*others width"]) -> Float[Tensor, "... 1"]:
         """Their sum of products."""
         return (x * y).sum(-1, keepdim=True)
 
