@@ -62,7 +62,7 @@ class Gate(nn.Module):
         self,
         returned: Float[Tensor, "*rows d_model"],
         entered: Float[Tensor, "*rows d_model"],
-        alpha: Float[Tensor, "..."],
+        alpha: Float[Tensor, ...],
     ) -> Float[Tensor, "*rows d_model"]:
         """The gate with its opening held, a linear map."""
         return alpha * returned + (1 - alpha) * entered
