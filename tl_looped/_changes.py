@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .bridge.decomposition import apply_module
+from .model.frozen import apply_module
 from .model.jvp import jvp
 from .model.norms import RMSNorm
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import LoopedError
-from .kinds import Kind, choice, count, flag, number, optional, several, shown, table, text
+from .kinds import Kind, choice, count, flag, json_table, number, optional, several, shown, table, text
 from .schedule import Schedule, check_count
 
 Projection = Literal["q", "k", "v", "o", "gate", "in", "out", "attn_gate"]
@@ -224,6 +224,8 @@ class LoopedConfig:
             self._refuse("a random initial state without injection would ignore the prompt")
         if self.strategy == "anchored" and (self.injection != "none" or self.pass_norm):
             self._refuse("strategy='anchored' goes with injection='none' and without pass_norm")
+        if self.loop != "repeat" and (two_stacks or self.strategy == "anchored"):
+            self._refuse(f"loop={self.loop!r} goes with one stack (no l_cycles) and strategy='naive'")
         if self.residual == "interpolate" and self.norm == "stream":
             self._refuse("residual='interpolate' goes with norms on branches, not on the stream")
         if not self.final_norm and not self.pass_norm_is_final:
@@ -319,7 +321,7 @@ _FIELDS: dict[str, Kind[Any]] = {
     **dict.fromkeys("norm_eps noise_std noise_scale embed_scale".split(), number()),
     "family": text,
     "loop": text,
-    "options": table,
+    "options": json_table,
     "rope_theta_windowed": optional(number(1.0, above=True)),
     "l_cycles": optional(count()),
     "qk_norm_eps": optional(number()),

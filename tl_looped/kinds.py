@@ -5,6 +5,7 @@ A kind takes a name and a value, and returns the value as plain Python, or raise
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
@@ -185,3 +186,20 @@ def table(name: str, value: object) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise refusal(name, value, "a dictionary")
     return dict(value)
+
+
+def json_table(name: str, value: object) -> dict[str, Any]:
+    """A dictionary that a JSON file keeps as it is.
+
+    Args:
+        name: what it was given for.
+        value: what was given.
+    """
+    found = table(name, value)
+    try:
+        kept = json.loads(json.dumps(found)) == found
+    except (TypeError, ValueError):
+        kept = False
+    if not kept:
+        raise refusal(name, value, "a dictionary of what JSON has: texts, numbers, true and false, null, lists of these")
+    return found

@@ -50,6 +50,11 @@ class HookNames:
     def __init__(self, schedule: Schedule):
         self.schedule = schedule
 
+    @property
+    def pass_word(self) -> str:
+        """What a pass is called in sentences: a loop, if there is one stack."""
+        return "loop" if len(self.schedule.core_stacks) == 1 else "pass"
+
     def pass_prefix(self, p: Pass) -> str:
         """The loop-indexed name of a pass, without a hook, such as "loops.2".
 

@@ -183,11 +183,6 @@ class Schedule:
         core = {stack: runs[0].n_layers for stack, runs in self._runs_of.items()}
         return {"prelude": self.n_prelude, **core, "coda": self.n_coda}
 
-    @property
-    def pass_word(self) -> str:
-        """What a pass is called in sentences: a loop, if there is one stack."""
-        return "loop" if len(self.core_stacks) == 1 else "pass"
-
     @cached_property
     def _per_cycle(self) -> tuple[int, int]:
         """Passes and layers of a cycle."""
@@ -344,6 +339,15 @@ class Schedule:
         """
         return self._pass_of(self.core_stacks[-1], self.loop(loop))
 
+    def passes_in(self, loop: int) -> tuple[Pass, ...]:
+        """The passes of a loop, of all looped stacks, in the order of the run.
+
+        Args:
+            loop: which loop; negative ones count from the end.
+        """
+        end = self.pass_of_loop(loop).index
+        return self.passes[self.pass_of_loop(self.loop(loop) - 1).index + 1 if self.loop(loop) else 0 : end + 1]
+
     def pass_of_layer(self, index: int) -> Pass | None:
         """The pass that a virtual layer belongs to, or None in prelude and coda.
 
@@ -433,17 +437,13 @@ class Schedule:
         """See `HookNames.loop_name`."""
         return self.names.loop_name(name)
 
-    def tl_label(self, label: str) -> str:
-        """See `HookNames.tl_label`."""
-        return self.names.tl_label(label)
+    def expand(self, name: str) -> list[str]:
+        """See `HookNames.expand`."""
+        return self.names.expand(name)
 
     def loop_label(self, label: str) -> str:
         """See `HookNames.loop_label`."""
         return self.names.loop_label(label)
-
-    def expand(self, name: str) -> list[str]:
-        """See `HookNames.expand`."""
-        return self.names.expand(name)
 
     def describe(self) -> str:
         """See `HookNames.describe`."""

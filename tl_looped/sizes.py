@@ -74,7 +74,7 @@ def sizes(cfg: LoopedConfig) -> Sizes:
         if part in runs:
             per_loop += runs[part] * n
         elif first in of_pass:
-            per_loop += n if first == "exit_gate" else sum(runs.values()) * n
+            per_loop += sum(runs.values()) * n
         else:
             outside += n
     if cfg.tied:

@@ -107,13 +107,13 @@ class Decoder:
             # A state before the loop is read as if a pass had left it as it was.
             carried = {"entered": resid} if p is None else dict(self.carried)
             stack, x = cfg.schedule.core_stacks[-1] if p is None else p.stack, resid
-            for end in [end for end in cfg.schedule.passes[-2:] if end.stack == stack or end is cfg.schedule.passes[-1]]:
+            passes = cfg.schedule.passes
+            for end in passes[cfg.schedule.passes_of("last", stack)[0].index :]:
                 parts = Parts(twin, end, run_part)
                 if end.stack != stack:
                     x = self._layers(twin.loop.enter(parts, end, carried), end.stack, 0)
                 twin.loop.leave(parts, end, x, carried)
-            end = cfg.schedule.passes[-1]
-            x = self._layers(twin.loop.finish(Parts(twin, None, run_part), end, carried), "coda", 0)
+            x = self._layers(twin.loop.finish(Parts(twin, None, run_part), passes[-1], carried), "coda", 0)
         return x if cfg.pass_norm_is_final else twin.ln_final(x)
 
     def _layers(self, x: Tensor, stack: str, first: int) -> Tensor:

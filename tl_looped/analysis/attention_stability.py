@@ -243,6 +243,7 @@ def attention_bound(
     reasons = {
         "rotary positions": cfg.rope_layout != "none",
         "norms of q and k": cfg.qk_norm != "none",
+        "a gain on q": cfg.query_gain,
         "biases of q or k": "q" in cfg.biases or "k" in cfg.biases,
     }
     if broken := [reason for reason, holds in reasons.items() if holds]:

@@ -213,9 +213,5 @@ def _rows(schedule: Schedule, loops: LoopSelector | None) -> tuple[int, ...]:
     """The virtual layers to decode, in the order of the run."""
     if loops is None or (isinstance(loops, str) and loops == "all"):
         return tuple(range(schedule.n_layers))
-    rows: list[int] = []
-    for loop in sorted(set(schedule.select_loops(loops, schedule.core_stacks[-1]))):
-        begin = 0 if loop == 0 else schedule.pass_of_loop(loop - 1).index + 1
-        for p in schedule.passes[begin : schedule.pass_of_loop(loop).index + 1]:
-            rows += p.layers
-    return tuple(rows)
+    chosen = sorted(set(schedule.select_loops(loops, schedule.core_stacks[-1])))
+    return tuple(i for loop in chosen for p in schedule.passes_in(loop) for i in p.layers)

@@ -64,9 +64,8 @@ class LoopedCache(ResidualCache):
             OutOfRangeError: a loop that this run does not have.
         """
         schedule = self.model.schedule
-        kept = set(schedule.select_loops(loops, schedule.core_stacks[-1]))
-        per_loop = len(schedule.passes) // schedule.n_loops
-        others = [p for p in schedule.passes if p.index // per_loop not in kept]
+        kept = {p for t in schedule.select_loops(loops, schedule.core_stacks[-1]) for p in schedule.passes_in(t)}
+        others = [p for p in schedule.passes if p not in kept]
         dropped = tuple(f"blocks.{i}." for p in others for i in p.layers) + tuple(f"{schedule.pass_prefix(p)}." for p in others)
         entries = {name: value for name, value in self.cache_dict.items() if not name.startswith(dropped)}
         selected = LoopedCache(entries, self.model, self.has_batch_dim, self.weights)

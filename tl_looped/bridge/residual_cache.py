@@ -358,7 +358,7 @@ class ResidualCache(NamedCache):
 
     def _tl_labels(self, labels: Iterable[str]) -> list[str]:
         """What TransformerLens's own methods call components: code that reads their labels parses these."""
-        return [self.model.schedule.tl_label(label) for label in labels]
+        return [self.model.schedule.names.tl_label(label) for label in labels]
 
     def _split(
         self,

@@ -16,7 +16,7 @@ from ..config import LoopedConfig
 from ..errors import CheckpointError
 from ..kinds import choice, count, number, several, table
 from ._common import Computed, Shapes, Source, activation, layers
-from ._read import get, need, only, unused
+from ._read import get, need, only
 
 TIED = ("model.embed_tokens.weight", "lm_head.weight")
 IGNORED = ("*.rotary_emb.*",)
@@ -53,7 +53,6 @@ def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
     width, n_heads = need(config, "hidden_size", count()), need(config, "num_attention_heads", count())
     bases = _rope_bases(config)
     spread = get(config, "initializer_range", 0.0177, number(above=True))
-    unused(config, "max_window_layers rope_theta")
     return LoopedConfig(
         family="dory",
         d_model=width,

@@ -22,7 +22,6 @@ from ..config import LoopedConfig
 from ..errors import CheckpointError
 from ..kinds import count, several, table
 from ..model.loops import Parts, Repeat, register_loop
-from ..schedule import Pass
 from . import llama
 from ._common import Shapes, Source
 from ._read import Recorded, get, need, unused
@@ -74,7 +73,7 @@ class Gated(Repeat):
     def pass_parts(self, is_last: bool) -> dict[str, nn.Module]:
         """The modules of one pass."""
         width = self.cfg.d_model
-        parts: dict[str, nn.Module] = {"gate": Gate(width, self.cfg.options["gate_rank"])}
+        parts: dict[str, nn.Module] = {"gate": Gate(width, count()("gate_rank", self.cfg.options.get("gate_rank")))}
         if self.cfg.exit_gate:
             parts["exit_gate"] = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
         return parts
@@ -83,14 +82,6 @@ class Gated(Repeat):
         """The state that a pass leaves."""
         assert entered is not None
         return parts("gate", x, entered)
-
-    def reads_the_past(self) -> str:
-        """Inside a pass the state that entered it is still to be read."""
-        return "a gated loop, whose state also needs what entered the pass"
-
-    def between(self, p: Pass) -> str:
-        """The gate lies behind every pass."""
-        return "a gate scales what its passes write"
 
 
 register_loop("gated", Gated)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..config import LoopedConfig
 from .mlps import MLP
-from .norms import RMSNorm, norm_of
+from .norms import NORMS, RMSNorm, norm_of
 from .residuals import Add, Interpolate, residual_write
 from .rotary import Angles
 from .slots import is_observed, same_bits
@@ -104,8 +104,8 @@ class Attention(nn.Module):
             widths = (q_width, kv_width) if cfg.qk_norm == "flat" else (cfg.d_head, cfg.d_head)
             eps = cfg.qk_norm_eps if cfg.qk_norm_eps is not None or after else cfg.norm_eps
             weight = cfg.qk_norm_weight and not after
-            self.q_norm: RMSNorm = norm_of(cfg, widths[0], weight, eps)
-            self.k_norm: RMSNorm = norm_of(cfg, widths[1], weight, eps)
+            self.q_norm: RMSNorm = NORMS[cfg.norm_kind](widths[0], eps, weight)
+            self.k_norm: RMSNorm = NORMS[cfg.norm_kind](widths[1], eps, weight)
         self.q_gain: nn.Parameter | None = nn.Parameter(torch.ones(q_width)) if cfg.query_gain else None
         self.inner_norm: RMSNorm | None = norm_of(cfg, q_width) if cfg.inner_norm else None
         self.hook_rot_q: nn.Module = nn.Identity()

@@ -23,6 +23,8 @@ from .slots import observe
 Initial = Callable[[Tensor | None, Tensor], Tensor]  # of its default, if it has one, and of a tensor like it
 Begin = Callable[[Tensor], dict[str, Tensor]]
 Apply = Callable[[nn.Module, str, tuple[Tensor, ...]], Tensor]
+OF_MODEL = ("prelude_norm", "after_loop")  # parts that the whole model has once
+OPTIONAL = (*OF_MODEL, "entry_norm", "norm")  # and that a model may lack
 
 
 @dataclass
@@ -62,20 +64,27 @@ class Parts:
         self.apply: Apply = apply
 
     def __call__(self, name: str, *inputs: Tensor) -> Tensor:
-        """What a module makes of its inputs; the first of them where the model has no such module."""
-        module, prefix = None, ""
-        if self.p is not None:
-            module = getattr(self.model.passes[self.p.index], name, None)
-            prefix = f"{self.model.cfg.schedule.pass_prefix(self.p)}."
-            if (
-                module is None
-                and name == "norm"
-                and self.model.cfg.pass_norm_is_final
-                and self.model.cfg.schedule.is_last(self.p)
-            ):
-                module, name, prefix = self.model.ln_final, "ln_final", ""
-        if module is None:
-            module, prefix = getattr(self.model, name, None), ""
+        """What a module makes of its inputs, [..., d_model]; the first of them where this model lacks it.
+
+        Args:
+            name: the module or slot.
+            *inputs: what it reads.
+
+        Raises:
+            LoopedError: no model has a part of this name.
+        """
+        schedule, prefix, module = self.model.cfg.schedule, "", None
+        if name in OF_MODEL:
+            module = getattr(self.model, name)
+        elif self.p is not None:
+            module, prefix = getattr(self.model.passes[self.p.index], name, None), f"{schedule.pass_prefix(self.p)}."
+            if module is None and name == "norm" and self.model.cfg.pass_norm_is_final:  # of the last pass
+                module, prefix, name = self.model.ln_final, "", "ln_final"
+        if module is None and name not in OPTIONAL:
+            raise LoopedError(
+                f"the loop kind {type(self.model.loop).__name__} called the part {name!r}, which a pass of this model does not "
+                "have; pass_parts makes the modules of a pass."
+            )
         return inputs[0] if module is None else self.apply(module, prefix + name, inputs)
 
 
@@ -131,14 +140,14 @@ class Repeat:
         carried["entered"] = state
         if self.cfg.injection == "none":
             return parts("hook_in", state)
-        return parts("hook_in", parts("inject", state, parts("hook_injection", self.injected(p, carried))))
-
-    def injected(self, p: Pass, carried: dict[str, Tensor]) -> Tensor:
-        """What a pass is injected."""
-        return carried[self.injected_from(p)]
+        return parts("hook_in", parts("inject", state, parts("hook_injection", carried[self.injected_from(p)])))
 
     def injected_from(self, p: Pass) -> str:
-        """The name under which that is carried."""
+        """The name under which is carried what a pass is injected.
+
+        Args:
+            p: the pass.
+        """
         return "embed"
 
     def leave(self, parts: Parts, p: Pass, x: Tensor, carried: dict[str, Tensor]) -> None:
@@ -157,13 +166,25 @@ class Repeat:
         carried[p.stack] = parts("hook_out", x)
 
     def written(self, parts: Parts, x: Tensor, entered: Tensor | None) -> Tensor:
-        """The state that a pass leaves, from what its layers return and the state that entered it."""
+        """The state that a pass leaves, [..., d_model].
+
+        Args:
+            parts: the modules around the layers.
+            x: what its layers return, after the pass norm.
+            entered: the state that entered it; None in a run that starts inside the pass.
+        """
         if self.cfg.strategy == "anchored" and entered is not None:
             return entered + (x - entered) * (1 / self.cfg.anchor_steps)
         return x
 
     def exit_logit(self, parts: Parts, p: Pass, carried: dict[str, Tensor]) -> Tensor | None:
-        """The logit of stopping after a pass, [batch, pos]; None without an exit gate."""
+        """The logit of stopping after a pass, [batch, pos]; None without an exit gate.
+
+        Args:
+            parts: the modules around the layers.
+            p: the pass.
+            carried: what is carried.
+        """
         if not self.cfg.exit_gate:
             return None
         return parts("hook_exit_logit", parts("exit_gate", carried[p.stack]).squeeze(-1))
@@ -207,11 +228,23 @@ class Repeat:
         """Which loop needs more than the residual stream inside a pass, and what; None if this one does not."""
         if self.cfg.strategy == "anchored":
             return "an anchored loop, whose output also needs earlier passes"
-        return None
+        return f"a loop of the kind {self.cfg.loop!r}, whose state also needs what entered the pass" if self._is_own else None
+
+    @property
+    def _is_own(self) -> bool:
+        """Whether a kind has a way of its own into a pass, out of it or out of the loop."""
+        ways = ("enter", "leave", "written", "finish")
+        return any(getattr(type(self), way) is not getattr(Repeat, way) for way in ways)
 
     def between(self, p: Pass) -> str | None:
-        """Why what the layers of a pass write is not simply added to what is read after it; None if it is."""
+        """Why what the layers of a pass write is not simply added to what is read after it; None if it is.
+
+        Args:
+            p: the pass.
+        """
         cfg, is_last = self.cfg, self.cfg.schedule.is_last(p)
+        if self._is_own:
+            return f"a loop of the kind {cfg.loop!r} changes what its passes write"
         if cfg.strategy == "anchored":
             return "an anchored loop scales what its passes write"
         if cfg.pass_norm and not (is_last and cfg.pass_norm_is_final):

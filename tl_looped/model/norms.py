@@ -72,14 +72,14 @@ class L2Norm(RMSNorm):
         return (x * y).sum(-1, keepdim=True)
 
 
-def norm_of(cfg: LoopedConfig, width: int = 0, weight: bool | None = None, eps: float | None = 0.0) -> RMSNorm:
+NORMS: dict[str, type[RMSNorm]] = {"rms": RMSNorm, "l2": L2Norm}
+
+
+def norm_of(cfg: LoopedConfig, width: int = 0) -> RMSNorm:
     """A norm of the kind that a model has.
 
     Args:
         cfg: the structure.
         width: number of entries; 0 for that of the stream.
-        weight: whether it has a weight; None for what the others have.
-        eps: its epsilon; 0 for that of the others.
     """
-    kind = {"rms": RMSNorm, "l2": L2Norm}[cfg.norm_kind]
-    return kind(width or cfg.d_model, cfg.norm_eps if eps == 0.0 else eps, cfg.norm_weight if weight is None else weight)
+    return NORMS[cfg.norm_kind](width or cfg.d_model, cfg.norm_eps, cfg.norm_weight)

@@ -42,12 +42,12 @@ class Interpolate(nn.Module):
         return read + self.rate * (out - read)
 
     def kept(self, read: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-        """What stays of the stream that the branch read."""
-        return (1 - self.rate.to(read.device, read.dtype)) * read
+        """What stays of the stream that the branch read, where attribution follows it."""
+        return (1 - self.rate.detach().to(read.device, read.dtype)) * read
 
     def added(self, out: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """What is added of that which the branch returned."""
-        return self.rate.to(out.device, out.dtype) * out
+        return self.rate.detach().to(out.device, out.dtype) * out
 
 
 def residual_write(cfg: LoopedConfig) -> Add | Interpolate:

@@ -35,7 +35,7 @@ def schedule_diagram(cfg: LoopedConfig) -> str:
         times = schedule.n_loops_of(stack) // schedule.n_loops
         detail = _layers(schedule.stacks[stack]) + (f", {times} times" if times > 1 else "")
         drawing.box("looped layers" if len(schedule.core_stacks) == 1 else f"{stack} stack", detail, loop=True)
-    ends = ["gate"] if cfg.loop == "gated" else [cfg.loop] if cfg.loop != "repeat" else []
+    ends = [cfg.loop] if cfg.loop != "repeat" else []
     ends += [*(["norm"] if cfg.pass_norm else []), *(["exit gate"] if cfg.exit_gate else [])]
     if cfg.strategy == "anchored":
         ends.append(f"1/{cfg.anchor_steps} of the step")

@@ -26,7 +26,7 @@ def the_fixed_points(asked: Question, section: Section) -> None:
         rate = (float(moved[-1]) / max(float(moved[half]), 1e-300)) ** (1 / max(1, len(moved) - 1 - half))
         norms = found.norm.values.mean(-1)
         lowest = float(found.degeneracy.values[0])
-        name, a_pass = stack_prefix(stack, ": "), schedule.pass_word.capitalize()
+        name, a_pass = stack_prefix(stack, ": "), schedule.names.pass_word.capitalize()
         section.numbers[stack] = {
             "successive": found.successive,
             "distance": found.distance,

@@ -86,7 +86,7 @@ def the_patches(asked: Question, section: Section) -> None:
     for stack in schedule.core_stacks:
         if schedule.n_loops_of(stack) < 3:
             continue
-        a_pass, name = schedule.pass_word, stack_prefix(stack, ": ")
+        a_pass, name = schedule.names.pass_word, stack_prefix(stack, ": ")
         after = patch_sweep(
             model, corrupted, cache, metric, site="out", stack=stack, positions=positions, verbose=False
         ).normalised()

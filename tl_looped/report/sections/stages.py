@@ -43,7 +43,7 @@ def the_stages(asked: Question, section: Section) -> None:
             yes = [m for m in told if mean[m] >= REPEATS]
             no = [f"{m} ({number(mean[m])})" for m in told if mean[m] < REPEATS]
             section.reading.append(
-                f"{name}From one {schedule.pass_word} to the next, the curve over the layers stays about "
+                f"{name}From one {schedule.names.pass_word} to the next, the curve over the layers stays about "
                 f"the same (mean concordance of at least {REPEATS}; 1: the same curve) in "
                 f"{listed(yes) if yes else 'none of the measures'}"
                 + (f"; it does not in {listed(no)}." if no else ".")
