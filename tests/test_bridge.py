@@ -437,7 +437,7 @@ def test_start_and_stop_skip_the_work(name: str) -> None:
         assert torch.equal(out, stream) and ran == set(range(layer))
         p = schedule.pass_of_layer(layer)
         if p is not None and name in ("anchored", "loopus"):
-            with pytest.raises(LoopedError, match=r"(anchored|gated) loop"):
+            with pytest.raises(LoopedError, match=r"anchored|gated"):
                 bridge(stream, start_at_layer=layer)
             continue
         extra = {"input_ids": TOKENS} if bridge.looped_cfg.value_embed_layers else {}

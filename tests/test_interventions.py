@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import softplus
 from transformers import DynamicCache
 from zoo import FAMILIES, ZOO, random_bridge, random_tokens
 
@@ -30,7 +31,6 @@ from tl_looped.interventions import (
 from tl_looped.model import LoopedModel
 from tl_looped.model.inputs import masks_of
 from tl_looped.model.layers import Inputs
-from tl_looped.model.loops import Parts, run_part
 
 INJECTED = pytest.mark.parametrize("name", [n for n, cfg in sorted(ZOO.items()) if cfg.injection != "none"])
 TOKENS, OTHER = random_tokens(2, 6), random_tokens(2, 6, seed=1)
@@ -60,6 +60,10 @@ def unchanged(_: int, x: Tensor) -> Tensor:
     return x
 
 
+def l2(x: Tensor) -> Tensor:
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
 def by_hand(
     model: LoopedModel,
     tokens: Tensor = TOKENS,
@@ -71,29 +75,46 @@ def by_hand(
     state_at: str = "hook_state",
 ) -> Tensor:
     """Logits, step by step; passes (by index in the run) are left out or run in another order, what enters them is changed."""
-    schedule = model.cfg.schedule
+    cfg, schedule = model.cfg, model.cfg.schedule
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     x = model.embed(tokens)
     inputs = Inputs(model.rotary(positions), masks_of(model.cfg, x, None, None, 0), None, model._value_embeds(tokens))
     run = layer or (lambda i, x, inputs: model.blocks[i](x, inputs))
     for i in range(schedule.n_prelude):
         x = run(i, x, inputs)
-    carried = model.begin(x, None, positions)
+    embed = x if model.prelude_norm is None else model.prelude_norm(x)
+    if cfg.l_cycles is not None:
+        states = {"L": model.learned_state.expand_as(x), "H": x}
+    elif cfg.initial_state == "noise":
+        states = {"core": model.noise(0, positions).to(x.dtype)}
+    else:
+        states = {"core": x if cfg.entry_norm else embed}
+    anchor = None
     for k in range(len(schedule.passes)) if order is None else order:
-
-        def apply(module: nn.Module, at: str, inputs: tuple[Tensor, ...], k: int = k) -> Tensor:
-            if at.endswith(".hook_state" if state_at == "hook_state" else ".entry_norm"):
-                inputs = (state(k, inputs[0]),)
-            return injection(k, inputs[0]) if at.endswith(".hook_injection") else run_part(module, at, inputs)
-
-        p = schedule.passes[k]
-        parts, before = Parts(model, p, apply), carried.get(p.stack)
-        x = model.loop.enter(parts, p, carried)
+        p, ends = schedule.passes[k], model.passes[k]
+        s = states[p.stack]
+        if cfg.entry_norm:
+            s = l2(state(k, s) if state_at == "entry_norm.hook_in" else s)
+        s = x = state(k, s) if state_at == "hook_state" else s
+        if cfg.injection != "none":
+            other = injection(k, embed if cfg.l_cycles is None else states[{"L": "H", "H": "L"}[p.stack]])
+            x = s + other if cfg.injection == "add" else ends.inject(s, other)
         for i in p.layers:
             x = run(i, x, inputs)
-        model.loop.leave(parts, p, x, carried)
-        carried[p.stack] = before if k in skip else carried[p.stack]
-    x = model.loop.finish(Parts(model, None, run_part), schedule.passes[-1], carried)
+        anchor = x if anchor is None else anchor
+        if cfg.loop == "gated":
+            delta = softplus(ends.gate.up(ends.gate.down(x - s)))
+            alpha = torch.exp(-delta * ends.gate.A_log.exp())
+            x = alpha * x + (1 - alpha) * s
+        elif cfg.strategy == "anchored":
+            x = s + (x - s) / cfg.anchor_steps
+        elif cfg.pass_norm:
+            x = (model.ln_final if cfg.pass_norm_is_final and p is schedule.passes[-1] else ends.norm)(x)
+        states[p.stack] = states[p.stack] if k in skip else x
+    x = states[schedule.core_stacks[-1]]
+    if cfg.strategy == "anchored":
+        x = cfg.beta * anchor + (1 - cfg.beta) * x
+    x = x if model.after_loop is None else model.after_loop(x)
     for i in range(schedule.first_coda_layer, schedule.n_layers):
         x = run(i, x, inputs)
     return model._logits(x)

@@ -44,6 +44,49 @@ def test_the_base_may_be_a_llama_with_a_config_of_transformers_4() -> None:
     assert (cfg.qk_norm, cfg.rope_theta, cfg.n_prelude, cfg.n_core, cfg.n_coda) == ("none", 5000.0, 1, 3, 1)
 
 
+@torch.no_grad()
+def test_a_llama_base_computes_what_its_own_layers_do_behind_the_gate() -> None:
+    """The layers are those of transformers; the gate and the order of passes are written here."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 53}
+    base = LlamaConfig(**sizes, num_hidden_layers=6, max_position_embeddings=32, rms_norm_eps=1e-5, attn_implementation="eager")
+    llama = LlamaForCausalLM(base).double().eval()
+    parts = [("encoder", range(2)), ("reasoning", range(2, 5)), ("decoder", range(5, 6))]
+    tensors = {"encoder.embed_tokens.weight": llama.model.embed_tokens.weight, "decoder.norm.weight": llama.model.norm.weight}
+    tensors |= {"decoder.lm_head.weight": llama.lm_head.weight}
+    for part, layers in parts:
+        for j, i in enumerate(layers):
+            tensors |= {f"{part}.layers.{j}.{name}": p for name, p in llama.model.layers[i].named_parameters()}
+    down, up = torch.randn(2, 24, dtype=torch.float64), torch.randn(24, 2, dtype=torch.float64)
+    bias, a_log = torch.randn(24, dtype=torch.float64), torch.randn(24, dtype=torch.float64)
+    gate = {"dt_input_proj.weight": down, "delta_proj.weight": up, "delta_proj.bias": bias, "A_log": a_log}
+    tensors |= {f"reasoning.gate.{name}": tensor for name, tensor in gate.items()}
+    config = {"model_type": "lds", "base_config_dict": base.to_dict(), "N": 3, "hidden_size": 24, "vocab_size": 53}
+    config |= {f"{part}_layer_indices": [*layers] for part, layers in parts}
+    tokens = torch.randint(53, (2, 7))
+
+    positions = torch.arange(7)[None]
+    rope = llama.model.rotary_emb(llama.model.embed_tokens(tokens), positions)
+    causal = torch.full((7, 7), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+
+    def run(h: torch.Tensor, layers: range) -> torch.Tensor:
+        for i in layers:
+            h = llama.model.layers[i](h, attention_mask=causal, position_ids=positions, position_embeddings=rope)
+        return h
+
+    h = run(llama.model.embed_tokens(tokens), parts[0][1])
+    for _ in range(3):
+        u = run(h, parts[1][1])
+        alpha = torch.exp(-torch.nn.functional.softplus((u - h) @ down.T @ up.T + bias) * a_log.exp())
+        h = alpha * u + (1 - alpha) * h
+    expected = llama.lm_head(llama.model.norm(run(h, parts[2][1])))
+    model = load_model(MemoryCheckpoint(config, {name: t.detach().clone() for name, t in tensors.items()}))
+    # transformers norms in fp32, whatever the dtype
+    torch.testing.assert_close(model(tokens).logits, expected, atol=1e-5, rtol=0)
+
+
 def test_layers_in_another_order_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"all of its layers in their order"):
         load_model(with_config("loopus", reasoning_layer_indices=[1, 3, 2]))

@@ -157,7 +157,7 @@ def test_labels_are_those_of_transformer_lens_in_its_methods_and_loops_in_ours()
         _, found = getattr(mine, method)(return_labels=True, **options)
         _, wanted = getattr(cache, method)(return_labels=True, **options)
         assert found == wanted or set(found) == set(wanted), method
-        assert [ours.schedule.tl_label(ours.schedule.loop_label(label)) for label in found] == found
+        assert [ours.schedule.names.tl_label(ours.schedule.loop_label(label)) for label in found] == found
     _, heads = mine.stack_head_results(return_labels=True)
     assert [ours.schedule.loop_label(label) for label in heads] == list(
         mine.attribute_logits(3, unit="head").labels[: len(heads)]
