@@ -10,11 +10,11 @@ import torch
 from test_cli import word_tokenizer
 from zoo import random_bridge, random_tokens
 
-import tl_looped.answers
+import tl_looped.lenses.answers
 from tl_looped import LoopedBridge, LoopedError
-from tl_looped._tokens_shown import in_figure, token_texts, visible
-from tl_looped.answers import Answers
 from tl_looped.errors import OutOfRangeError
+from tl_looped.figures.tokens_shown import in_figure, token_texts, visible
+from tl_looped.lenses import Answers
 
 TEXTS = ["t5 t17 t3", "t9", "t1 t2 t3 t4"]
 
@@ -59,7 +59,7 @@ def test_texts_of_different_lengths_are_answered_each_at_its_end(name: str) -> N
 def test_every_kind_of_prompt(many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = random_bridge("retrofit_llama"), random_tokens(3, 5)
     if many:  # so that every prompt is a batch of its own
-        monkeypatch.setattr(tl_looped.answers, "AT_ONCE", 1)
+        monkeypatch.setattr(tl_looped.lenses.answers, "AT_ONCE", 1)
     check(model.answers(tokens, top_k=2, targets=[4, 4, 4]), model, list(tokens[:, None]), target=4)
     check(model.answers(tokens[0], top_k=2), model, [tokens[:1]])
     ragged = [tokens[0], tokens[1, :2], tokens[2, :4]]

@@ -10,11 +10,9 @@ import torch
 from zoo import random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedError
-from tl_looped.attribution import attribution_sweep
+from tl_looped.attribution import attribution_sweep, edge_sweep, influence, path_patch, weight_gradients_by_pass
 from tl_looped.metrics import logit_diff
 from tl_looped.patching import patch_between_loops, patch_sweep
-from tl_looped.path_patching import edge_sweep, path_patch
-from tl_looped.weight_gradients import influence, weight_gradients_by_pass
 
 CLEAN, CORRUPTED = random_tokens(2, 4, seed=1), random_tokens(2, 4)
 EDGE = {"sources": "loops.0.blocks.1.head.1", "receivers": "loops.1.blocks.0.mlp_in"}

@@ -10,7 +10,7 @@ from zoo import FAMILIES, SMALL, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped.analysis import attention_bound, attention_distances, attention_stability, looped_floorplan
-from tl_looped.plots import attention_heads, floorplan
+from tl_looped.figures import attention_heads, floorplan
 
 
 @FAMILIES

@@ -17,8 +17,8 @@ import torch
 from zoo import random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
-from tl_looped.attention_viewer import AttentionViewer
-from tl_looped.plots import attention_heads, attention_viewer
+from tl_looped.figures import attention_heads, attention_viewer
+from tl_looped.figures.attention_viewer import AttentionViewer
 
 PROMPT = "A b B c C d D a ? A"
 HALF_STEP = 0.5 / 255 + 1e-6

@@ -15,9 +15,7 @@ from torch import Tensor
 from zoo import CHECKPOINTS, GOLDEN, golden_tensors, with_config
 
 from tl_looped import LoopedBridge
-from tl_looped.analysis import (
-    exit_steps,
-)
+from tl_looped.analysis import exit_steps
 from tl_looped.checkpoints import MemoryCheckpoint, load_model, make_plan
 from tl_looped.errors import CheckpointError
 from tl_looped.exits import Gate

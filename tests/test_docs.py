@@ -89,7 +89,7 @@ def test_the_reference_has_every_public_module() -> None:
     modules = {m.name for m in pkgutil.iter_modules(tl_looped.__path__) if not m.name.startswith("_")} - inside
     analyses = {f"analysis.{m.name}" for m in pkgutil.iter_modules(analysis.__path__) if not m.name.startswith("_")}
     wanted = {f"tl_looped.{name}" for name in (modules | analyses) - {"analysis"}}
-    assert wanted - named <= {"tl_looped.config"} and "tl_looped.LoopedConfig" in named
+    assert wanted - named <= {"tl_looped.model.config"} and "tl_looped.LoopedConfig" in named
     public = {f"tl_looped.{name}" for name in tl_looped.__all__ if isinstance(getattr(tl_looped, name), type)}
     assert public - named == {"tl_looped.Schedule"} and "tl_looped.schedule" in named
 

@@ -14,10 +14,7 @@ from torch import Tensor
 from zoo import FAMILIES, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError, exits
-from tl_looped.analysis import (
-    exit_steps,
-    gate_pdf,
-)
+from tl_looped.analysis import exit_steps, gate_pdf
 from tl_looped.exits import LoopHistory
 
 POLICIES = [exits.KL(0.05), exits.StateChange(0.8), exits.TwoHitAcceleration(30.0)]

@@ -18,10 +18,10 @@ from zoo import GOLDEN
 
 from tl_looped import LoopedError, families
 from tl_looped.checkpoints import Checkpoint, MemoryCheckpoint, load_model, open_checkpoint
-from tl_looped.config import LoopedConfig
 from tl_looped.errors import CheckpointError
 from tl_looped.families import huginn, llama, ouro
 from tl_looped.model import LoopedModel
+from tl_looped.model.config import LoopedConfig
 from tl_looped.schedule import Site
 
 FAMILIES = ("ouro", "huginn", "retrofit_llama", "retrofit_olmo", "hrm_text", "nanbeige", "parcae")

@@ -14,7 +14,7 @@ from tl_looped import LoopedBridge, families
 from tl_looped.cli import compare, info, lens, main, report, sweep_init
 from tl_looped.errors import CheckpointError
 from tl_looped.info import checkpoint_text, hooks_text
-from tl_looped.sizes import human, sizes
+from tl_looped.model.sizes import human, sizes
 
 
 def counted(bridge: LoopedBridge, n_loops: int, n_tokens: int) -> tuple[int, int]:

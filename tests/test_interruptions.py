@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tl_looped import LoopedBridge, LoopedConfig, exits
-from tl_looped.weight_gradients import influence, weight_gradients_by_pass
+from tl_looped.attribution import influence, weight_gradients_by_pass
 
 
 class _InterruptedAt:

@@ -17,9 +17,9 @@ from zoo import GOLDEN
 
 from tl_looped import LoopedBridge
 from tl_looped.checkpoints import MemoryCheckpoint, load_model, load_tokenizer, open_checkpoint, save_model
-from tl_looped.config import LoopedConfig
 from tl_looped.errors import CheckpointError, LoopedError
 from tl_looped.model import LoopedModel
+from tl_looped.model.config import LoopedConfig
 from tl_looped.model.looped_model import initialise
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5]])

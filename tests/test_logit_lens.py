@@ -17,8 +17,8 @@ from transformer_lens.tools.analysis import logit_lens as transformer_lens_lens
 from zoo import FAMILIES, GOLDEN, SMALL, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
-from tl_looped.analysis import LogitLensResult, logit_lens
 from tl_looped.errors import OutOfRangeError
+from tl_looped.lenses import LogitLensResult, logit_lens
 from tl_looped.schedule import Site
 
 TOKENS = random_tokens()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
-from tl_looped.analysis import logit_lens
+from tl_looped.lenses import logit_lens
 from tl_looped.model import Repeat, loops, register_loop
 from tl_looped.model.inputs import masks_of
 from tl_looped.model.layers import Inputs

@@ -12,10 +12,9 @@ from test_cli import word_tokenizer
 from zoo import random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
-from tl_looped.attribution import attribution_sweep
+from tl_looped.attribution import attribution_sweep, edge_sweep, path_patch
 from tl_looped.metrics import RowMetric, kl_to, logit, logit_diff, prob
 from tl_looped.patching import patch_between_loops, patch_sweep
-from tl_looped.path_patching import edge_sweep, path_patch
 
 TOKENS, OTHER = random_tokens(3, 6, seed=1), random_tokens(3, 6)
 RIGHT, WRONG = [4, 9, 5], [7, 3, 8]

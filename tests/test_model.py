@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tl_looped.config import LoopedConfig
 from tl_looped.errors import LoopedError, OutOfRangeError
 from tl_looped.model import LoopedModel
+from tl_looped.model.config import LoopedConfig
 from tl_looped.model.layers import Block
 from tl_looped.model.looped_model import initialise
 from tl_looped.model.norms import RMSNorm

@@ -14,11 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
-from tl_looped.analysis import (
-    logit_lens,
-)
 from tl_looped.errors import UnknownNameError
 from tl_looped.interventions import ablate
+from tl_looped.lenses import logit_lens
 
 
 def _llama_of_transformer_lens(hf: Any) -> Any:

@@ -14,13 +14,12 @@ from safetensors.torch import save_file
 
 from tl_looped import LoopedBridge, LoopedConfig, analysis
 from tl_looped._old_calls import accepts_old
-from tl_looped.attribution import attribution_sweep
+from tl_looped.attribution import attribution_sweep, edge_sweep, path_patch
 from tl_looped.errors import LoopedError
 from tl_looped.exits import KL
+from tl_looped.figures import floorplan
 from tl_looped.interventions import ablate, freeze_attention, skip_layer, steer
 from tl_looped.patching import patch_sweep
-from tl_looped.path_patching import edge_sweep, path_patch
-from tl_looped.plots import floorplan
 from tl_looped.results import Grid, load_result
 from tl_looped.toys.hop import hop_prompts
 

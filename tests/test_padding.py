@@ -13,12 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import FAMILIES, GOLDEN, ZOO, random_bridge
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
-from tl_looped.analysis import (
-    logit_lens,
-)
+from tl_looped.attribution import influence, weight_gradients_by_pass
 from tl_looped.interventions import ablate
+from tl_looped.lenses import logit_lens
 from tl_looped.patching import patch_sweep
-from tl_looped.weight_gradients import influence, weight_gradients_by_pass
 
 WORDS = ["<s>", *(f"w{i}" for i in range(1, 31))]  # a token is its place in this list
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tl_looped.plots import grouped, heat_map, panels
+from tl_looped.figures import grouped, heat_map, panels
 from tl_looped.report.page import page
 from tl_looped.report.section import Figure, Section
 from tl_looped.results import Grid

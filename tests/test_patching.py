@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from test_cli import word_tokenizer
 from zoo import ZOO, random_bridge, random_tokens, shared_bridge
 
-from tl_looped import LoopedBridge, LoopedConfig, LoopedError, _patcher
+from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped.interventions import freeze_attention, skip_loop
-from tl_looped.patching import patch_between_loops, patch_sweep
+from tl_looped.patching import batches, patch_between_loops, patch_sweep
 from tl_looped.sites import HEADS, PASSES, STREAMS
 
 GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/config.json"))
@@ -168,7 +168,7 @@ def test_batches_of_any_size_give_the_same(name: str, monkeypatch: pytest.Monkey
     with torch.no_grad():
         _, cache = bridge.run_with_cache(CLEAN)
         found = [quiet_sweep(bridge, CORRUPTED, cache, metric, max_batch=rows).values for rows in (None, 1, 7)]
-        monkeypatch.setattr(_patcher, "LOGITS_AT_ONCE", 1)
+        monkeypatch.setattr(batches, "LOGITS_AT_ONCE", 1)
         found.append(quiet_sweep(bridge, CORRUPTED, cache, metric).values)
     for values in found[1:]:
         torch.testing.assert_close(values, found[0], atol=1e-9, rtol=1e-9, equal_nan=True)
@@ -397,10 +397,10 @@ def test_a_batch_needs_no_more_memory_than_estimated(name: str) -> None:
     hook = "blocks.0.hook_resid_pre"
     with torch.no_grad():
         _, cache = bridge.run_with_cache(CLEAN[:1])
-        patcher = _patcher.Patcher(bridge, CORRUPTED[:1], lambda logits: logits[0, -1, 0], [hook], None, {}, rows)
-        edit = _patcher.Edit(hook, cache[hook], torch.ones(5, 1, dtype=torch.bool))
+        patcher = batches.Patcher(bridge, CORRUPTED[:1], lambda logits: logits[0, -1, 0], [hook], None, {}, rows)
+        edit = batches.Edit(hook, cache[hook], torch.ones(5, 1, dtype=torch.bool))
         with PeakMemory(bridge) as live:
-            patcher.run([_patcher.Cell([edit], 0, 0)] * rows, False, "")
+            patcher.run([batches.Cell([edit], 0, 0)] * rows, False, "")
     assert rows * patcher._row_bytes(5) / 4 < live.nbytes <= rows * patcher._row_bytes(5)
 
 

@@ -17,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import FAMILIES, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedCache, LoopedError
+from tl_looped.attribution import edge_sweep, path_patch
 from tl_looped.bridge.processing import stream_break
 from tl_looped.errors import UnknownNameError
-from tl_looped.path_patching import edge_sweep, path_patch
 
 CLEAN, CORRUPTED = random_tokens(pos=4), random_tokens(pos=4, seed=1)
 
@@ -179,7 +179,7 @@ def test_chunks_and_examples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     bridge = random_bridge("huginn", torch.float64)
     clean = run(bridge, CLEAN)
     whole = edge_sweep(bridge, CORRUPTED, clean, total)
-    monkeypatch.setattr("tl_looped.path_patching.CHUNK", 7 * 2 * 4 * 24)
+    monkeypatch.setattr("tl_looped.attribution.paths.CHUNK", 7 * 2 * 4 * 24)
     rows = edge_sweep(bridge, CORRUPTED, clean, per_row)
     assert rows.axes == ("source", "receiver", "example")
     torch.testing.assert_close(rows.values.sum(-1), whole.values)

@@ -10,16 +10,9 @@ import torch
 from zoo import random_bridge, random_tokens
 
 from tl_looped import LoopedError, exits
-from tl_looped.analysis import (
-    attention_stability,
-    exit_steps,
-    fixed_points,
-    logit_lens,
-    looped_floorplan,
-    stability,
-    trajectories,
-)
-from tl_looped.plots import attention_heads, floorplan, grouped, heat_map, panels, rank_trajectories
+from tl_looped.analysis import attention_stability, exit_steps, fixed_points, looped_floorplan, stability, trajectories
+from tl_looped.figures import attention_heads, floorplan, grouped, heat_map, panels, rank_trajectories
+from tl_looped.lenses import logit_lens
 from tl_looped.results import Estimate, Grid
 from tl_looped.schedule import Schedule
 

@@ -12,8 +12,8 @@ from zoo import FAMILIES, ZOO, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.analysis import step_geometry, trajectories
+from tl_looped.attribution import weight_gradients_by_pass
 from tl_looped.patching import patch_between_loops
-from tl_looped.weight_gradients import weight_gradients_by_pass
 
 TOKENS = random_tokens()
 CASES = pytest.mark.parametrize(

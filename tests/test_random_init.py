@@ -8,10 +8,7 @@ import pytest
 import torch
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
-from tl_looped.analysis import (
-    random_init,
-    random_init_sweep,
-)
+from tl_looped.analysis import random_init, random_init_sweep
 from tl_looped.analysis.random_init import INJECTIONS, NORMS, draw
 from tl_looped.cli import main
 

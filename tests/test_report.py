@@ -20,13 +20,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from zoo import GOLDEN, random_bridge, random_tokens
 
-from tl_looped import LoopedBridge, LoopedConfig, LoopedError, plots
+from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped._writing import write_text
-from tl_looped.analysis import (
-    fixed_points,
-    stability,
-)
+from tl_looped.analysis import fixed_points, stability
 from tl_looped.cli import main
+from tl_looped.figures import plots
 from tl_looped.report import Report, report, sections
 from tl_looped.report.drawing import short
 from tl_looped.report.pointer_chasing import right_answers

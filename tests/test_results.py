@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tl_looped
-from tl_looped import LoopedBridge, LoopedConfig
+from tl_looped import LoopedBridge, LoopedConfig, compare
 from tl_looped.analysis import (
     attention_stability,
     exit_steps,
@@ -22,7 +22,6 @@ from tl_looped.analysis import (
     injection_effect,
     limiting_behaviour,
     local_stability,
-    logit_lens,
     looped_floorplan,
     path_independence,
     random_init_sweep,
@@ -31,6 +30,7 @@ from tl_looped.analysis import (
     trajectories,
 )
 from tl_looped.errors import LoopedError
+from tl_looped.lenses import logit_lens
 from tl_looped.patching import patch_sweep
 from tl_looped.results import Estimate, Grid, Result, load_result, saving
 
@@ -160,6 +160,7 @@ def made(model: LoopedBridge, injected: LoopedBridge) -> dict[str, Any]:
         "logit_lens": logit_lens(model, TOKENS, attention_mask=torch.tensor([[1, 1, 1, 0]] + [[1] * 4] * 2)),
         "floorplan": looped_floorplan(model, TOKENS[0]),
         "logit_attribution": cache.attribute_logits(3),
+        "compare": compare(model, TOKENS, n_loops=(1, 2), **QUIET),
     }
 
 

@@ -9,10 +9,7 @@ from test_cli import word_tokenizer
 from zoo import ZOO, random_bridge, random_tokens
 
 from tl_looped import LoopedError
-from tl_looped.analysis import (
-    injection_effect,
-    stability,
-)
+from tl_looped.analysis import injection_effect, stability
 
 MEASURES = ["loss", "accuracy", "margin", "kl", "overthinking", "loss_change", "agreement"]
 

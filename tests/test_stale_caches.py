@@ -11,10 +11,9 @@ from torch import Tensor
 from zoo import FAMILIES, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedCache, LoopedError
-from tl_looped.attribution import attribution_sweep
+from tl_looped.attribution import attribution_sweep, edge_sweep
 from tl_looped.interventions import ablate
 from tl_looped.patching import patch_sweep
-from tl_looped.path_patching import edge_sweep
 
 
 def _edited(name: str) -> Callable[[LoopedBridge], object]:

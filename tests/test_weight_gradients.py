@@ -8,8 +8,8 @@ from torch import Tensor
 from zoo import FAMILIES, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
+from tl_looped.attribution import influence, weight_gradients_by_pass
 from tl_looped.errors import OutOfRangeError
-from tl_looped.weight_gradients import influence, weight_gradients_by_pass
 
 TOKENS = random_tokens(pos=5)
 

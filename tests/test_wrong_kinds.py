@@ -11,13 +11,11 @@ import pytest
 import torch
 
 from tl_looped import LoopedBridge, LoopedConfig, analysis, compare, interventions, run
-from tl_looped.ablation import ablation_sweep
-from tl_looped.attribution import attribution_sweep
+from tl_looped.attribution import attribution_sweep, edge_sweep, influence, path_patch, weight_gradients_by_pass
 from tl_looped.errors import LoopedError
 from tl_looped.patching import patch_between_loops, patch_sweep
-from tl_looped.path_patching import edge_sweep, path_patch
+from tl_looped.patching.sweep import ablation_sweep
 from tl_looped.report import report
-from tl_looped.weight_gradients import influence, weight_gradients_by_pass
 
 CFG: dict[str, Any] = {"d_model": 8, "n_heads": 2, "d_vocab": 10, "n_core": 2, "n_loops": 3, "injection": "concat"}
 MODEL = LoopedBridge.from_config(LoopedConfig(**CFG), seed=0)

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ._old_names import accept, moved
+
 if TYPE_CHECKING:
     from . import (
-        ablation,
         analysis,
         attribution,
         checkpoints,
         exits,
         families,
+        figures,
         interventions,
+        lenses,
         metrics,
         patching,
-        path_patching,
-        plots,
         report,
         results,
         toys,
-        weight_gradients,
     )
+    from .analysis.side_by_side import compare
     from .bridge.cache import LoopedCache
     from .bridge.looped_bridge import LoopedBridge
-    from .config import LoopedConfig
     from .errors import LoopedError
+    from .model.config import LoopedConfig
     from .results import load_result
     from .runs import run
     from .schedule import Schedule
-    from .side_by_side import compare
 
     __version__: str
 
@@ -39,36 +39,34 @@ __all__ = [
     "LoopedConfig",
     "LoopedError",
     "Schedule",
-    "ablation",
     "analysis",
     "attribution",
     "checkpoints",
     "compare",
     "exits",
     "families",
+    "figures",
     "interventions",
+    "lenses",
     "load_result",
     "metrics",
     "patching",
-    "path_patching",
-    "plots",
     "report",
     "results",
     "run",
     "toys",
-    "weight_gradients",
 ]
 # Where the names above that are no modules stand. Everything is imported when it is first asked for: torch and
 # TransformerLens take seconds, which `tl-looped --help` has no use for.
 _HOMES = {
     "LoopedBridge": "bridge.looped_bridge",
     "LoopedCache": "bridge.cache",
-    "LoopedConfig": "config",
+    "LoopedConfig": "model.config",
     "LoopedError": "errors",
     "load_result": "results",
     "run": "runs",
     "Schedule": "schedule",
-    "compare": "side_by_side",
+    "compare": "analysis.side_by_side",
 }
 
 
@@ -82,12 +80,13 @@ def __getattr__(name: str) -> object:
     elif name in __all__:
         found = import_module(f".{name}", __name__)
     else:
-        import sys
-
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+        return moved(__name__, name)
     globals()[name] = found
     return found
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, "__version__"})
+
+
+accept()

@@ -10,11 +10,11 @@ import torch
 
 from .bridge.looped_bridge import LoopedBridge
 from .checkpoints import make_plan, open_checkpoint, stored_dtype
-from .config import LoopedConfig
 from .model import LoopedModel
+from .model.config import LoopedConfig
+from .model.sizes import human, sizes
 from .schedule import Pass, virtual_layer
 from .sites import KINDS
-from .sizes import human, sizes
 from .toys import TOYS
 
 # Family, checkpoints on the Hub, what is special about the loop.

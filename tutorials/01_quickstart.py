@@ -45,7 +45,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from tl_looped import LoopedBridge, LoopedError
-from tl_looped.plots import attention_viewer
+from tl_looped.figures import attention_viewer
 from tl_looped.toys.hop import WORDS, hop_accuracy, hop_prompts
 
 MODEL = "toy:hop"  # on a GPU, for example "ByteDance/Ouro-1.4B"
@@ -173,8 +173,8 @@ if HOP:
     assert [str_tokens[i] for i in looked_at[:, 0]] == right
 
 # %% [markdown]
-# `tl_looped.plots.attention_viewer` shows every head of every loop. Point at one to see it large, click to keep it. "minus the
-# loop before" shows what a loop changes.
+# `tl_looped.figures.attention_viewer` shows every head of every loop. Point at one to see it large, click to keep it. "minus
+# the loop before" shows what a loop changes.
 
 # %%
 attention_viewer(cache)

@@ -40,7 +40,8 @@ import plotly.io as pio
 import torch
 
 from tl_looped import LoopedBridge, LoopedConfig, exits
-from tl_looped.analysis import exit_steps, gate_pdf, logit_lens
+from tl_looped.analysis import exit_steps, gate_pdf
+from tl_looped.lenses import logit_lens
 from tl_looped.toys import hop_prompts
 from tl_looped.toys.text import WINDOW, corpus, encode, loss_by_loop, windows
 

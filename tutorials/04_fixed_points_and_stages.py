@@ -51,8 +51,8 @@ from tl_looped.analysis import (
     stability,
     trajectories,
 )
+from tl_looped.figures import floorplan, grouped
 from tl_looped.interventions import ablate
-from tl_looped.plots import floorplan, grouped
 from tl_looped.results import Grid
 from tl_looped.schedule import Site
 from tl_looped.toys.stages import repetition, resemblance, spread, untrained

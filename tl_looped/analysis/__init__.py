@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from .._old_names import moved
 from .attention_stability import AttentionStability, attention_bound, attention_distances, attention_stability, looped_floorplan
 from .exit_steps import ExitSteps, exit_steps, gate_pdf
 from .fixed_points import FixedPoints, fixed_points
 from .inference_stages import InferenceStages, inference_stages, output_neurons
-from .lens_result import LogitLensResult, Readout
 from .limiting_behaviour import BehaviourRule, LimitingBehaviour, TokenBehaviour, limiting_behaviour
 from .local_stability import LocalStability, local_stability
-from .logit_lens import logit_lens
+from .more_loops import InjectionEffect, Stability, injection_effect, stability
 from .path_independence import PathIndependence, path_independence
 from .random_init import RandomInitSweep, random_init_sweep
-from .stability import InjectionEffect, Stability, injection_effect, stability
 from .step_geometry import StepGeometry, step_geometry
 from .trajectories import Path, Trajectories, trajectories
 
@@ -49,7 +48,8 @@ __all__ = [
     "InferenceStages",
     "inference_stages",
     "output_neurons",
-    "LogitLensResult",
-    "Readout",
-    "logit_lens",
 ]
+
+
+def __getattr__(name: str) -> object:
+    return moved(__name__, name)

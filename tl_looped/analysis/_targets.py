@@ -11,7 +11,7 @@ from torch import Tensor
 from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
-from .logit_lens import _target_id
+from ..lenses.logit_lens import _target_id
 
 Answers = Sequence[str | int] | Int[Tensor, " example"]
 

@@ -13,9 +13,9 @@ from .._old_calls import accepts_old
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
 from ..errors import LoopedError
+from ..figures.plots import GroupBy, grouped
 from ..model.initial_state import InitialState
 from ..model.slots import is_observed
-from ..plots import GroupBy, grouped
 from ..results import Estimate, Grid, Result, table
 from ..schedule import Indices, Schedule, Site, select_indices
 from ._prompts import Prompts, at_depth, check_model, over_batches, token_batches

@@ -66,7 +66,7 @@ class ExitSteps(Result):
         Raises:
             LoopedError: plotly is not installed.
         """
-        from ..plots import plotly
+        from ..figures.plots import plotly
 
         layout = {
             "title": "What exit policies cost and keep",

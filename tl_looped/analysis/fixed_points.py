@@ -15,8 +15,8 @@ from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
 from ..errors import LoopedError
+from ..figures.plots import GroupBy, grouped
 from ..model.initial_state import InitialState
-from ..plots import GroupBy, grouped
 from ..results import Estimate, Result, table
 from ..schedule import Indices, Pass, Schedule, Site, check_count
 from ._directions import cosine, relative_distance

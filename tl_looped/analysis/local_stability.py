@@ -79,7 +79,7 @@ class LocalStability(Result):
         Raises:
             LoopedError: plotly is not installed.
         """
-        from ..plots import plotly
+        from ..figures.plots import plotly
 
         figure = plotly().Figure(
             layout={

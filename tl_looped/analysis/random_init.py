@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 
 from .._words import counted
 from ..bridge.looped_bridge import LoopedBridge
-from ..config import LoopedConfig
 from ..errors import LoopedError
 from ..kinds import plain
 from ..model import LoopedModel
+from ..model.config import LoopedConfig
 from ..model.looped_model import initialise
 from ..results import Estimate, Result, table
 from ..schedule import check_count
@@ -115,7 +115,7 @@ class RandomInitSweep(Result):
         Raises:
             LoopedError: plotly is not installed.
         """
-        from ..plots import log_ticks, plotly
+        from ..figures.plots import log_ticks, plotly
 
         title = f"Distance to X*, mean over {self.distance.count} initialisations"
         layout = {

@@ -15,9 +15,9 @@ from .._old_calls import accepts_old
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
 from ..errors import LoopedError
+from ..figures.plots import paths
 from ..kinds import plain
 from ..model.initial_state import InitialState
-from ..plots import paths
 from ..results import Estimate, Grid, Result
 from ..schedule import Indices, Schedule, check_count, check_index, select_indices
 from ._prompts import Prompts, at_depth, over_batches

@@ -11,8 +11,8 @@ from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapt
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.types import ComponentMapping
 
-from ..config import LoopedConfig
 from ..model import LoopedModel
+from ..model.config import LoopedConfig
 from ..model.norms import RMSNorm
 from .components import (
     InputProjection,

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..config import LoopedConfig
 from ..errors import LoopedError
 from ..model import LoopedModel
+from ..model.config import LoopedConfig
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

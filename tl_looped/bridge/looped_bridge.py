@@ -16,9 +16,9 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from .. import checkpoints, families
 from .._old_calls import accepts_old
-from ..config import LoopedConfig
 from ..errors import LoopedError
 from ..model import LoopedModel
+from ..model.config import LoopedConfig
 from ..model.initial_state import InitialState
 from ..model.looped_model import initialise
 from ..schedule import LoopSelector, check_count
@@ -30,7 +30,7 @@ from .running import RunningBridge
 from .weights import without_collections
 
 if TYPE_CHECKING:
-    from ..answers import Answers
+    from ..lenses.answers import Answers
 
 # TransformerLens's own tools over paths, which ask every layer whether it adds to one running sum, and refuse.
 TOOLS_THAT_ASK = ("transformer_lens.patching", "transformer_lens.tools")
@@ -318,7 +318,7 @@ class LoopedBridge(InMemory, RunningBridge):
             [['A b B c C a ? A', 0, 'b', 1], ['A b B c C a ? A', 1, 'c', 0], ['A b B c C a ? A', 2, 'a', 6]]
         """
         from .._depth import at_depth
-        from ..answers import ask
+        from ..lenses.answers import ask
 
         inputs = {"initial_state": initial_state, "token_type_ids": token_type_ids}
         model = at_depth(self, n_loops)
@@ -342,7 +342,7 @@ class LoopedBridge(InMemory, RunningBridge):
         warnings.warn(
             "set_use_split_qkv_input(True) was called, and the inputs may be edited. But tools that take the residual stream "
             f"for one running sum (edge attribution, EAP-IG) get wrong numbers in this {self.looped_cfg.family} model: from "
-            f"layer {layer} ({self.schedule.layer_name(layer)}) on, {why}. Use tl_looped.path_patching.edge_sweep for edges.",
+            f"layer {layer} ({self.schedule.layer_name(layer)}) on, {why}. Use tl_looped.attribution.edge_sweep for edges.",
             stacklevel=4,
         )
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components import EmbeddingBridge
 
-from ..config import LoopedConfig
 from ..errors import LoopedError, RunningSumError
 from ..model import LoopedModel
+from ..model.config import LoopedConfig
 from ..model.loops import loop_of
 from ..schedule import virtual_layer
 from .components import LoopedBlock

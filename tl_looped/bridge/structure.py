@@ -6,9 +6,9 @@ from typing import Any, cast
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..config import LoopedConfig
 from ..kinds import plain
 from ..model import LoopedModel
+from ..model.config import LoopedConfig
 from ..schedule import Schedule
 
 AnyBridge = TransformerBridge  # what tools take that compare a looped model with others

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..config import LoopedConfig
 from ..errors import CheckpointError, LoopedError
 from ..families import Computed, Source
 from ..model import LoopedModel
+from ..model.config import LoopedConfig
 from .open import Checkpoint
 from .plan import check_depth, make_plan, stored
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from .. import families
 from .._old_calls import accepts_old
-from ..config import LoopedConfig
 from ..errors import CheckpointError, LoopedError
 from ..families import Computed, Family, Source
+from ..model.config import LoopedConfig
 from ..model.parameters import parameter_shapes
 from ..schedule import check_count
 from .open import Checkpoint

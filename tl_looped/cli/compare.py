@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
         raise LoopedError("compare was asked of no prompts; give --prompt TEXT or --prompts FILE.")
     check_writable(args.csv)
     from .._writing import write_text
+    from ..analysis.side_by_side import compare
     from ..bridge.looped_bridge import LoopedBridge
-    from ..side_by_side import compare
 
     names = [args.checkpoint] if args.other is None else [args.checkpoint, args.other]
     models = {name: LoopedBridge.from_pretrained(name, device=args.device) for name in names}

@@ -14,8 +14,8 @@ from ._parser import add_command, token_ids
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..answers import Answers
     from ..bridge.looped_bridge import LoopedBridge
+    from ..lenses.answers import Answers
     from ._parser import Commands
 
 EXAMPLE = 'tl-looped lens ByteDance/Ouro-1.4B --prompt "The capital of France is"'
@@ -68,7 +68,7 @@ def answers_table(model: LoopedBridge, found: Answers) -> str:
         model: the model.
         found: its answers.
     """
-    from .._tokens_shown import cut
+    from ..figures.tokens_shown import cut
 
     probs = found.probs.values[..., 0].tolist()
     rows = [["prompt", *(f"loop {loop}" for loop in found.probs.labels["loop"])]]

@@ -9,23 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from ..config import LoopedConfig
 from ..errors import CheckpointError, LoopedError
 from ..kinds import choice, count, flag, number, optional, several, shown, table, text
+from ..model.config import LoopedConfig
 from . import canonical, dory, hrm_text, huginn, llama, loopus, nanbeige, ouro, parcae, retrofit
-from ._common import (
-    Computed,
-    Shapes,
-    Source,
-    activation,
-    attention_rows,
-    fused,
-    layers,
-    mlp_rows,
-    modules,
-    readout,
-    rope,
-)
+from ._common import Computed, Shapes, Source, activation, attention_rows, fused, layers, mlp_rows, modules, readout, rope
 from ._read import Recorded, get, need, only, unused
 
 __all__ = [
@@ -115,7 +103,7 @@ def register(family: Family) -> None:
     """Make a family known to `from_pretrained` and `from_hf` of this process, before those that are known already.
 
     The command is a process of its own and does not know it; what it shows is `tl_looped.report.report` and
-    `tl_looped.analysis.logit_lens` here.
+    `tl_looped.lenses.logit_lens` here.
 
     Args:
         family: a module or an object with `matches`, `looped_config`, `sources`, `TIED` and `IGNORED`.

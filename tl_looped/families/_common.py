@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import LoopedConfig, scaling
 from ..errors import CheckpointError
 from ..kinds import count, flag, number, shown, table
+from ..model.config import LoopedConfig, scaling
 from ._read import get, model_kind, need, only
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import LoopedConfig
 from ..kinds import table
+from ..model.config import LoopedConfig
 from ..model.parameters import parameter_shapes
 from ._common import Shapes, Source
 from ._read import need

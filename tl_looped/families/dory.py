@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import LoopedConfig
 from ..errors import CheckpointError
 from ..kinds import choice, count, number, several, table
+from ..model.config import LoopedConfig
 from ._common import Computed, Shapes, Source, activation, layers
 from ._read import get, need, only
 

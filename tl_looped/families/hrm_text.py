@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import LoopedConfig
 from ..errors import CheckpointError
 from ..kinds import count, flag, number
+from ..model.config import LoopedConfig
 from ._common import (
     LLAMA_BLOCK,
     Shapes,

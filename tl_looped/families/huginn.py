@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import LoopedConfig
 from ..errors import CheckpointError
 from ..kinds import count, flag, number, table
+from ..model.config import LoopedConfig
 from ._common import Shapes, Source, activation, attention_rows, fused, layers, mlp_rows, modules, readout
 from ._read import get, need, only, unused
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..config import LoopedConfig
 from ..errors import CheckpointError, LoopedError
 from ..kinds import choice, count, several
+from ..model.config import LoopedConfig
 from ..schedule import check_count
 from ._common import LLAMA_BLOCK, Shapes, Source, decoder_fields, llama_sources, stored_layers
 from ._read import get, model_kind

@@ -18,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ..config import LoopedConfig
 from ..errors import CheckpointError
 from ..kinds import count, several, table
+from ..model.config import LoopedConfig
 from ..model.loops import Parts, Repeat, register_loop
 from . import llama
 from ._common import Shapes, Source

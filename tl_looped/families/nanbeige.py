@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import LoopedConfig
 from ..kinds import count, flag, number, several
+from ..model.config import LoopedConfig
 from ._common import Shapes, Source, decoder_fields, llama_sources
 from ._read import get, need, only, unused
 

@@ -13,9 +13,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import LoopedConfig
 from ..errors import CheckpointError
 from ..kinds import MAX_COUNT, count, number
+from ..model.config import LoopedConfig
 from ._common import LLAMA_BLOCK, Shapes, Source, decoder_fields, llama_sources, modules
 from ._read import get, need, only, unused
 

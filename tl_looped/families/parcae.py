@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import LoopedConfig
 from ..kinds import count, flag, number, table
+from ..model.config import LoopedConfig
 from ._common import Shapes, Source, layers, modules, readout
 from ._read import Recorded, get, need, only, unused
 

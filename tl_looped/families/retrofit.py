@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import LoopedConfig
 from ..kinds import count, number, table
+from ..model.config import LoopedConfig
 from ._common import Shapes, Source, rope
 from ._read import get, need, only
 from .huginn import raven_fields, raven_sources, raven_tied

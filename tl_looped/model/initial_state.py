@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..config import LoopedConfig
 from ..errors import LoopedError
+from .config import LoopedConfig
 
 InitialState = Float[Tensor, "batch pos d_model"] | int | torch.Generator | Literal["zero"] | None
 

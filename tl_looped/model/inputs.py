@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import LoopedConfig
 from ..errors import LoopedError
 from ..schedule import Schedule
+from .config import LoopedConfig
 
 
 @dataclass(frozen=True)

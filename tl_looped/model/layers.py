@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..config import LoopedConfig
+from .config import LoopedConfig
 from .mlps import MLP
 from .norms import NORMS, RMSNorm, norm_of
 from .residuals import Add, Interpolate, residual_write

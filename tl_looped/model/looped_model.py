@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..config import LoopedConfig
 from ..errors import LoopedError
 from ..schedule import Pass, check_count
+from .config import LoopedConfig
 from .early_exit import EarlyExit
 from .initial_state import InitialState, NoiseTable, initial_state
 from .inputs import Part, check_tokens, masks_of, positions_of

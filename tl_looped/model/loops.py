@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import LoopedConfig
 from ..errors import LoopedError
 from ..schedule import Pass
+from .config import LoopedConfig
 from .norms import norm_of
 from .passes import INJECTIONS
 from .slots import observe
@@ -325,7 +325,7 @@ def loop_of(cfg: LoopedConfig) -> Repeat:
     if cfg.l_cycles is not None:
         return TwoStacks(cfg)
     if cfg.loop not in _KINDS:
-        from .. import families as families  # which bring their loop kinds along
+        pass  # which bring their loop kinds along
     if cfg.loop not in _KINDS:
         raise LoopedError(f"loop={cfg.loop!r} was asked, which is no loop kind; known are {', '.join(_KINDS)}.")
     return _KINDS[cfg.loop](cfg)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..config import LoopedConfig
+from .config import LoopedConfig
 from .norms import RMSNorm, norm_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

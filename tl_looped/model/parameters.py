@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ..config import LoopedConfig
+from .config import LoopedConfig
 from .layers import Block
 from .loops import loop_of
 from .norms import norm_of

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..config import LoopedConfig
+from .config import LoopedConfig
 
 
 class ConcatInjection(nn.Module):

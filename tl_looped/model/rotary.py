@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..config import LoopedConfig
+from .config import LoopedConfig
 
 
 def inverse_frequencies(cfg: LoopedConfig, base: float) -> tuple[Float[Tensor, " half"], float]:

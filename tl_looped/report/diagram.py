@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from .._words import counted
-from ..config import LoopedConfig
+from ..model.config import LoopedConfig
 
 _WIDTH, _BOX, _GAP = 380, 210, 26  # room for × 128 beside the box
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from .. import plots
+from ..figures import plots
 from ..results import Grid
 
 LONGEST = 16  # characters of a token in a figure

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.names import Hook
-from ..plots import heat_map, plotly
+from ..figures.plots import heat_map, plotly
 from ..results import Estimate, Grid
 from ..toys.hop import WORDS, HopPrompts, hop_prompts
 from .drawing import mark

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from ..bridge.looped_bridge import LoopedBridge
-from ..sizes import Sizes, human
+from ..model.sizes import Sizes, human
 from .question import Question
 from .section import share
 

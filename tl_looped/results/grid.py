@@ -255,7 +255,7 @@ class Grid(Shown):
         Raises:
             LoopedError: plotly is not installed; a single number, without axes.
         """
-        from ..plots import heat_map
+        from ..figures.plots import heat_map
 
         return heat_map(self, title=title)
 

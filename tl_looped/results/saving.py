@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 FORMAT = 1
 KEY = "tl_looped"  # in the metadata of the file
 HOMES = (
-    "ablation",
     "analysis",
-    "answers",
+    "analysis.side_by_side",
+    "attribution",
     "bridge.logit_attribution",
+    "lenses",
     "patching",
     "runs",
-    "side_by_side",
 )  # of the classes of results
 FORMER: dict[Any, str] = {("Trajectories", "pos"): "positions"}  # fields that had other names, in files of before
 PLAIN = (str, int, float, bool, type(None))
@@ -119,7 +119,7 @@ def _classes() -> dict[str, type]:
     from ..analysis.limiting_behaviour import BehaviourRule, TokenBehaviour
     from ..analysis.trajectories import Path as Trajectory
     from ..bridge.fingerprint import Fingerprint
-    from ..config import LoopedConfig
+    from ..model.config import LoopedConfig
     from ..schedule import Schedule
 
     assert homes

@@ -21,8 +21,8 @@ from torch.nn.functional import cross_entropy
 
 from ..bridge.looped_bridge import LoopedBridge
 from ..checkpoints import save_model
-from ..config import LoopedConfig
 from ..model import LoopedModel
+from ..model.config import LoopedConfig
 from ..model.looped_model import initialise
 from . import TOYS
 from .hop import N_SYMBOLS, WORDS, hop_accuracy, hop_prompts, hop_tokenizer

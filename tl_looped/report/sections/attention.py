@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ... import plots
 from ..._words import counted
 from ...analysis import attention_distances, attention_stability
+from ...figures import plots
 from ..question import Question
 from ..section import Figure, Section, number
 from ._common import left_out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..._words import counted
-from ...sizes import human, sizes
+from ...model.sizes import human, sizes
 from ..diagram import schedule_diagram
 from ..question import Question
 from ..section import Section, share

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..._words import counted
 from ...metrics import logit_diff
 from ...names import stack_prefix
-from ...patching import patch_sweep
+from ...patching.sweep import patch_sweep
 from ...results import Grid
 from ...schedule import Schedule, Site
 from .. import pointer_chasing

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..._words import counted
 from ...analysis import stability
-from ...plots import panels
+from ...figures.plots import panels
 from .. import pointer_chasing
 from ..drawing import thinned
 from ..question import Question

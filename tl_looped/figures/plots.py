@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from ._html import in_script
-from ._old_calls import accepts_old
+from .._html import in_script
+from .._old_calls import accepts_old
+from ..errors import LoopedError
+from ..names import stack_prefix
+from ..schedule import Indices, LoopSelector, Schedule, Site, check_index, select_indices
 from .attention_viewer import Tokens, attention_viewer, check_cache, token_texts
-from .errors import LoopedError
-from .names import stack_prefix
-from .schedule import Indices, LoopSelector, Schedule, Site, check_index, select_indices
 
 if TYPE_CHECKING:
-    from .bridge.cache import LoopedCache
-    from .results import Grid
+    from ..bridge.cache import LoopedCache
+    from ..results import Grid
 
 __all__ = [
     "GroupBy",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .._token_grid import COLOURS, Band, check_colour, lines, token_grid
-from .._tokens_shown import visible
+from ..figures.token_grid import COLOURS, Band, check_colour, lines, token_grid
+from ..figures.tokens_shown import visible
 
 if TYPE_CHECKING:
     from ..schedule import Site

@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .._old_calls import accepts_old
-from .._tokens_shown import in_figure, visible
 from ..errors import LoopedError
-from ..plots import rank_trajectories
+from ..figures.plots import rank_trajectories
+from ..figures.tokens_shown import in_figure, visible
 from ..results import Grid, Result
 from ..results.grid import Selection
 from ..results.showing import MOST_ROWS
@@ -134,7 +134,7 @@ class LogitLensResult(Result, Readout):
 
         Example:
             >>> from tl_looped import LoopedBridge, LoopedConfig
-            >>> from tl_looped.analysis import logit_lens
+            >>> from tl_looped.lenses import logit_lens
             >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
             >>> lens = logit_lens(model, torch.tensor([[1, 2, 3]]))
             >>> lens.sel(loop=slice(1, None), layer=-1, pos=2).labels

@@ -15,20 +15,20 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._depth import stopping
-from ._old_calls import accepts_old
-from ._patcher import Cell, Edit, Patcher
-from ._precision import wide
-from .bridge.looped_bridge import LoopedBridge
-from .bridge.tokens import refuse_unmarked_padding
-from .comparison import Metric
-from .errors import LoopedError
-from .kinds import plain, shown
-from .metrics import Divergence, RowMetric, metric_name
-from .model.initial_state import InitialState
-from .results import Estimate, Grid, Result
-from .schedule import Indices, LoopSelector, select_indices
-from .sites import Place, laid_out, swept_places
+from .._depth import stopping
+from .._old_calls import accepts_old
+from .._precision import wide
+from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.tokens import refuse_unmarked_padding
+from ..errors import LoopedError
+from ..kinds import plain, shown
+from ..metrics import Divergence, RowMetric, metric_name
+from ..model.initial_state import InitialState
+from ..results import Estimate, Grid, Result
+from ..schedule import Indices, LoopSelector, select_indices
+from ..sites import Place, laid_out, swept_places
+from .batches import Cell, Edit, Patcher
+from .clean_run import Metric
 
 __all__ = ["AblationSweep", "ablation_sweep"]
 
@@ -153,7 +153,7 @@ def ablation_sweep(
 
     Example:
         >>> from tl_looped import LoopedBridge
-        >>> from tl_looped.ablation import ablation_sweep
+        >>> from tl_looped.patching import ablation_sweep
         >>> from tl_looped.metrics import prob
         >>> model = LoopedBridge.from_pretrained("toy:hop", device="cpu")
         >>> found = ablation_sweep(model, ["A b B a ? A", "A b C a B c ? A"], prob(["a", "a"]), by=("loop",), verbose=False)

@@ -11,16 +11,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .bridge.looped_bridge import LoopedBridge
-from .bridge.run import INPUTS, Run
-from .comparison import Metric, measured
-from .errors import LoopedError
-from .metrics import bound
-from .model.initial_state import InitialState
-from .model.rerun import Recording, rerun
-from .model.slots import is_observed
-from .schedule import check_count
-from .sites import axes_of
+from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.run import INPUTS, Run
+from ..errors import LoopedError
+from ..metrics import bound
+from ..model.initial_state import InitialState
+from ..model.rerun import Recording, rerun
+from ..model.slots import is_observed
+from ..schedule import check_count
+from ..sites import axes_of
+from .clean_run import Metric, measured
 
 MEMORY_SHARE = 0.25  # of the free memory, for a batch of patches
 CPU_TOKENS = 2048  # rows x positions: on a CPU, matrix products gain nothing from more

@@ -77,7 +77,7 @@ class Stability(Result):
         Raises:
             LoopedError: plotly is not installed.
         """
-        from ..plots import panels
+        from ..figures.plots import panels
 
         curves = [
             replace(self.loss, name="loss (nats)"),
@@ -210,7 +210,7 @@ class InjectionEffect(Result):
         Raises:
             LoopedError: plotly is not installed.
         """
-        from ..plots import panels
+        from ..figures.plots import panels
 
         curves = [
             replace(self.state_change, name="change of the state, over its norm"),

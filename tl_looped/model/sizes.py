@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from .config import LoopedConfig
-from .model.loops import loop_of
-from .model.parameters import parameter_shapes
+from .loops import loop_of
+from .parameters import parameter_shapes
 
 
 @dataclass(frozen=True)

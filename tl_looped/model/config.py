@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .errors import LoopedError
-from .kinds import Kind, choice, count, flag, json_table, number, optional, several, shown, table, text
-from .schedule import Schedule, check_count
+from ..errors import LoopedError
+from ..kinds import Kind, choice, count, flag, json_table, number, optional, several, shown, table, text
+from ..schedule import Schedule, check_count
 
 Projection = Literal["q", "k", "v", "o", "gate", "in", "out", "attn_gate"]
 # Scaling rules whose frequencies do not depend on the length of the prompt, and their parameters. The other rules would make an

@@ -13,16 +13,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ._depth import check_model
-from ._precision import wide
-from ._words import counted
-from .analysis._prompts import Prompts, at_depth, check_finite, token_batches
-from .analysis._targets import Answers, Targets
-from .bridge.looped_bridge import LoopedBridge
-from .bridge.run import rehearsal
-from .errors import LoopedError
-from .model.initial_state import InitialState
-from .results import Estimate, Result, table
+from .._depth import check_model
+from .._precision import wide
+from .._words import counted
+from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.run import rehearsal
+from ..errors import LoopedError
+from ..model.initial_state import InitialState
+from ..results import Estimate, Result, table
+from ._prompts import Prompts, at_depth, check_finite, token_batches
+from ._targets import Answers, Targets
 
 Models = LoopedBridge | Sequence[LoopedBridge] | Mapping[str, LoopedBridge]
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
@@ -113,7 +113,7 @@ class SideBySide(Result):
         Raises:
             LoopedError: plotly is not installed.
         """
-        from .plots import plotly
+        from ..figures.plots import plotly
 
         go = plotly()
         from plotly.subplots import make_subplots

@@ -10,19 +10,19 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ._precision import wide
-from ._token_grid import COLOURS, Colours, check_colour, lines, token_grid
-from ._tokens_shown import cut, token_texts, visible
-from ._words import counted
-from .bridge.tokens import Mask, encode, refuse_unmarked_padding
-from .errors import LoopedError
-from .kinds import plain, shown
-from .metrics import one_token
-from .results import Grid, Result
-from .schedule import LoopSelector, check_count
+from .._precision import wide
+from .._words import counted
+from ..bridge.tokens import Mask, encode, refuse_unmarked_padding
+from ..errors import LoopedError
+from ..figures.token_grid import COLOURS, Colours, check_colour, lines, token_grid
+from ..figures.tokens_shown import cut, token_texts, visible
+from ..kinds import plain, shown
+from ..metrics import one_token
+from ..results import Grid, Result
+from ..schedule import LoopSelector, check_count
 
 if TYPE_CHECKING:
-    from .bridge.looped_bridge import LoopedBridge
+    from ..bridge.looped_bridge import LoopedBridge
 
 __all__ = ["Answers"]
 

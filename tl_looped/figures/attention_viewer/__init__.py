@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from .._html import in_script
-from .._words import counted
-from .._writing import write_text
-from ..bridge.cache import LoopedCache
-from ..bridge.looped_bridge import LoopedBridge
-from ..errors import LoopedError
-from ..schedule import Indices, LoopSelector, Schedule, Site, check_count, check_index, select_indices
+from ..._html import in_script
+from ..._words import counted
+from ..._writing import write_text
+from ...bridge.cache import LoopedCache
+from ...bridge.looped_bridge import LoopedBridge
+from ...errors import LoopedError
+from ...schedule import Indices, LoopSelector, Schedule, Site, check_count, check_index, select_indices
 
 __all__ = ["AttentionViewer", "Tokens", "attention_viewer"]
 
@@ -157,7 +157,7 @@ def check_cache(cache: object, what: str) -> None:
     if not isinstance(cache, LoopedCache):
         raise LoopedError(
             f"{what} was asked of a {type(cache).__name__}; pass the cache of model.run_with_cache(prompt), or ask "
-            "tl_looped.plots.attention_viewer(model, prompt)."
+            "tl_looped.figures.attention_viewer(model, prompt)."
         )
 
 

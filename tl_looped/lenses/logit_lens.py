@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .._depth import at_depth, check_model
 from .._old_calls import accepts_old
-from .._tokens_shown import token_texts
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.tokens import real_positions, refuse_unmarked_padding
 from ..errors import LoopedError
+from ..figures.tokens_shown import token_texts
 from ..kinds import plain
 from ..metrics import one_token
 from ..model.initial_state import InitialState
@@ -99,7 +99,7 @@ def logit_lens(
 
     Example:
         >>> from tl_looped import LoopedBridge, LoopedConfig
-        >>> from tl_looped.analysis import logit_lens
+        >>> from tl_looped.lenses import logit_lens
         >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
         >>> result = logit_lens(model, torch.tensor([[1, 2, 3]]), lens="native", loops=[0, 2], positions=-1)
         >>> result.labels

@@ -11,17 +11,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ._depth import check_model, stopping
-from ._old_calls import accepts_old
-from .bridge.looped_bridge import LoopedBridge
-from .bridge.processing import check_pass_norms
-from .bridge.tokens import refuse_unmarked_padding
-from .comparison import Metric
-from .errors import LoopedError
-from .metrics import RowMetric
-from .model.undo import undone
-from .results import Grid
-from .schedule import LoopSelector
+from .._depth import check_model, stopping
+from .._old_calls import accepts_old
+from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.processing import check_pass_norms
+from ..bridge.tokens import refuse_unmarked_padding
+from ..errors import LoopedError
+from ..metrics import RowMetric
+from ..model.undo import undone
+from ..patching.clean_run import Metric
+from ..results import Grid
+from ..schedule import LoopSelector
 
 PASS_PARAMETERS = ("inject.", "pass_norm.", "exit_gate.")
 Loss = Callable[[Tensor, Tensor], Tensor]

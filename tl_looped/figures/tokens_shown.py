@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from .kinds import plain
+from ..kinds import plain
 
 _SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 

@@ -16,16 +16,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .._old_calls import accepts_old
+from .._precision import wide
+from ..bridge.cache import LoopedCache
+from ..bridge.decomposition import FINAL, Reader, Write, check_sum, has_own_state, walk
+from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.named_cache import as_slice
+from ..errors import LoopedError, UnknownNameError
+from ..patching.clean_run import Comparison, Metric, clean_at
+from ..results import Grid
 from ._changes import NormAt, changes_after
-from ._old_calls import accepts_old
-from ._precision import wide
-from .bridge.cache import LoopedCache
-from .bridge.decomposition import FINAL, Reader, Write, check_sum, has_own_state, walk
-from .bridge.looped_bridge import LoopedBridge
-from .bridge.named_cache import as_slice
-from .comparison import Comparison, Metric, clean_at
-from .errors import LoopedError, UnknownNameError
-from .results import Grid
 
 Names = str | Sequence[str]
 CHUNK = 2**27  # numbers of carried changes that are held at once

@@ -9,15 +9,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ._old_calls import accepts_old
-from ._precision import wide
-from .bridge.cache import LoopedCache
-from .bridge.looped_bridge import LoopedBridge
-from .comparison import Comparison, Metric, clean_at
-from .errors import LoopedError
-from .results import Grid
-from .schedule import LoopSelector, check_count
-from .sites import KINDS, check_site, laid_out, outer_axes, swept_places
+from .._old_calls import accepts_old
+from .._precision import wide
+from ..bridge.cache import LoopedCache
+from ..bridge.looped_bridge import LoopedBridge
+from ..errors import LoopedError
+from ..patching.clean_run import Comparison, Metric, clean_at
+from ..results import Grid
+from ..schedule import LoopSelector, check_count
+from ..sites import KINDS, check_site, laid_out, outer_axes, swept_places
 
 
 @accepts_old("site", "axes")

@@ -11,15 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ._depth import stopping
-from ._precision import wide
-from ._words import counted
-from .bridge.cache import LoopedCache
-from .bridge.looped_bridge import LoopedBridge
-from .bridge.run import Run
-from .errors import LoopedError, UnknownNameError
-from .metrics import bound
-from .model.initial_state import InitialState
+from .._depth import stopping
+from .._precision import wide
+from .._words import counted
+from ..bridge.cache import LoopedCache
+from ..bridge.looped_bridge import LoopedBridge
+from ..bridge.run import Run
+from ..errors import LoopedError, UnknownNameError
+from ..metrics import bound
+from ..model.initial_state import InitialState
 
 Metric = Callable[[Tensor], Any]
 Hooks = Sequence[tuple[str, Callable[..., Any]]]

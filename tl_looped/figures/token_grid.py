@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ._tokens_shown import cut, in_figure, visible
 from .plots import plotly
+from .tokens_shown import cut, in_figure, visible
 
 ROW = 22
 LONGEST = 8  # characters of a token in a cell
@@ -190,7 +190,7 @@ def check_colour(colour: str, allowed: Mapping[str, Any]) -> None:
     Raises:
         LoopedError: another one.
     """
-    from .errors import LoopedError
+    from ..errors import LoopedError
 
     if colour not in allowed:
         raise LoopedError(f"colour={colour!r} was asked; choose {', '.join(map(repr, allowed))}.")

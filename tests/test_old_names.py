@@ -1,0 +1,47 @@
+"""Names of the release before import once more, and say where they are now."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import pytest
+
+import tl_looped
+from tl_looped import _old_names
+
+
+@pytest.mark.parametrize(("old", "new"), sorted(_old_names.MODULES.items()))
+def test_a_module_that_moved_imports_under_its_former_name(old: str, new: str) -> None:
+    sys.modules.pop(f"tl_looped.{old}", None)
+    with pytest.warns(FutureWarning, match=rf"tl_looped\.{old} is now tl_looped\.{new}\."):
+        module = import_module(f"tl_looped.{old}")
+    held = vars(import_module(f"tl_looped.{new}"))
+    public = [name for name in held if not name.startswith("_") and getattr(held[name], "__module__", "") == f"tl_looped.{new}"]
+    assert public and all(getattr(module, name) is held[name] for name in public)
+
+
+@pytest.mark.parametrize(
+    ("statement", "home"),
+    [
+        ("from tl_looped.analysis import logit_lens", "tl_looped.lenses.logit_lens"),
+        ("from tl_looped.analysis import LogitLensResult as logit_lens", "tl_looped.lenses.lens_result"),
+        ("from tl_looped import plots; logit_lens = plots.heat_map", "tl_looped.figures.plots"),
+        ("from tl_looped.path_patching import path_patch as logit_lens", "tl_looped.attribution.paths"),
+    ],
+)
+def test_statements_of_the_release_before(statement: str, home: str) -> None:
+    found: dict[str, object] = {}
+    for old in _old_names.MODULES:
+        sys.modules.pop(f"tl_looped.{old}", None)
+        vars(tl_looped).pop(old, None)
+    with pytest.warns(FutureWarning, match="is now"):
+        exec(statement, found)
+    assert found["logit_lens"].__module__ == home
+
+
+def test_a_name_that_never_was_is_still_an_error() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        import_module("tl_looped.nothing")
+    with pytest.raises(ImportError):
+        exec("from tl_looped.analysis import nothing")

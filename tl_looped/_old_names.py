@@ -1,0 +1,74 @@
+"""Public names of the release before: what moved can be imported once more, with a warning that says where it is now."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# Not those of `analysis` that are called as what they hold: `from tl_looped.analysis import logit_lens` is the function.
+MODULES = {
+    "_changes": "attribution._changes",
+    "ablation": "patching.ablation",
+    "answers": "lenses.answers",
+    "attention_viewer": "figures.attention_viewer",
+    "comparison": "patching.clean_run",
+    "config": "model.config",
+    "path_patching": "attribution.paths",
+    "plots": "figures.plots",
+    "side_by_side": "analysis.side_by_side",
+    "sizes": "model.sizes",
+    "weight_gradients": "attribution.weights",
+}
+NAMES = {f"analysis.{name}": f"lenses.{name}" for name in ("LogitLensResult", "Readout", "logit_lens")}
+PACKAGE = __name__.partition(".")[0]
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Finds modules that moved; asked when no other finder knows a name."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """The spec of a module under its former name."""
+        package, _, old = fullname.partition(".")
+        return ModuleSpec(fullname, self) if package == PACKAGE and old in MODULES else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Fill it with what the new one holds."""
+        new = MODULES[module.__name__.partition(".")[2]]
+        _warn(module.__name__, f"{PACKAGE}.{new}")
+        held = vars(import_module(f".{new}", PACKAGE))
+        vars(module).update({name: value for name, value in held.items() if not name.startswith("__") or name == "__all__"})
+
+
+def accept() -> None:
+    """Let modules that moved be imported under their former names."""
+    if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
+        sys.meta_path.append(_Moved())
+
+
+def moved(package: str, name: str) -> Any:
+    """What a package once held under a name.
+
+    Args:
+        package: its full name.
+        name: which of its names.
+
+    Raises:
+        AttributeError: the package never had it.
+    """
+    old = f"{package}.{name}".partition(".")[2]
+    if old in NAMES:
+        home, _, new = NAMES[old].rpartition(".")
+        _warn(f"{package}.{name}", f"{PACKAGE}.{NAMES[old]}")
+        return getattr(import_module(f".{home}", PACKAGE), new)
+    if old in MODULES and not name.startswith("_"):
+        return import_module(f".{old}", PACKAGE)
+    raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package])
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(f"{old} is now {new}.", FutureWarning, stacklevel=3)
