@@ -15,8 +15,7 @@ from tl_looped import LoopedBridge, LoopedError
 from tl_looped.errors import OutOfRangeError
 from tl_looped.interventions import ablate
 from tl_looped.metrics import kl_to, logit_diff, prob
-from tl_looped.patching import patch_sweep
-from tl_looped.patching.sweep import ablation_sweep
+from tl_looped.patching import ablation_sweep, patch_sweep
 from tl_looped.toys.hop import hop_prompts
 
 TEXTS = ["t3 t4 t5", "t6 t7 t8 t9", "t10 t5 t11", "t4 t4"]

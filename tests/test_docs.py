@@ -9,6 +9,7 @@ import pkgutil
 import re
 import runpy
 import textwrap
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import transformer_lens.patching
 import yaml
 
 import tl_looped
-from tl_looped import analysis
 from tl_looped.bridge.generation import GeneratingBridge
 
 ROOT = Path(__file__).parent.parent
@@ -85,11 +85,14 @@ def test_pages_run(page: str, tmp_path: Path) -> None:
 
 def test_the_reference_has_every_public_module() -> None:
     named = set(re.findall(r"^::: (\S+)", "\n".join(p.read_text() for p in (DOCS / "api").glob("*.md")), flags=re.MULTILINE))
-    inside = {"bridge", "model", "sites", "comparison"}  # the reference names what is public in them
-    modules = {m.name for m in pkgutil.iter_modules(tl_looped.__path__) if not m.name.startswith("_")} - inside
-    analyses = {f"analysis.{m.name}" for m in pkgutil.iter_modules(analysis.__path__) if not m.name.startswith("_")}
-    wanted = {f"tl_looped.{name}" for name in (modules | analyses) - {"analysis"}}
-    assert wanted - named <= {"tl_looped.model.config"} and "tl_looped.LoopedConfig" in named
+    inside = {"bridge", "model", "sites", "looped"}  # the reference names what is public in them
+    rooms = {"analysis", "attribution", "figures", "lenses", "patching"}
+    inside |= {"patching.batches", "patching.clean_run", "figures.token_grid", "figures.tokens_shown"}
+    modules = {m.name for m in pkgutil.iter_modules(tl_looped.__path__) if not m.name.startswith("_")} - rooms
+    for room in rooms:
+        path = import_module(f"tl_looped.{room}").__path__
+        modules |= {f"{room}.{m.name}" for m in pkgutil.iter_modules(path) if not m.name.startswith("_")}
+    assert {f"tl_looped.{name}" for name in modules - inside} <= named and "tl_looped.LoopedConfig" in named
     public = {f"tl_looped.{name}" for name in tl_looped.__all__ if isinstance(getattr(tl_looped, name), type)}
     assert public - named == {"tl_looped.Schedule"} and "tl_looped.schedule" in named
 

@@ -19,6 +19,7 @@ from tl_looped.errors import LoopedError
 from tl_looped.exits import KL
 from tl_looped.figures import floorplan
 from tl_looped.interventions import ablate, freeze_attention, skip_layer, steer
+from tl_looped.lenses import logit_lens
 from tl_looped.patching import patch_sweep
 from tl_looped.results import Grid, load_result
 from tl_looped.toys.hop import hop_prompts
@@ -102,7 +103,7 @@ def test_analyses_and_figures_take_calls_of_the_release_before(name: str, unchec
     given: Any = (model, other, cache, lambda logits: logits[0, -1, 3])
     a: Any = analysis
     found = a.trajectories(model, tokens, positions=1, verbose=False)
-    lens, sites = a.logit_lens(model, tokens, targets=[3]), model.schedule.sites
+    lens, sites = logit_lens(model, tokens, targets=[3]), model.schedule.sites
     plan = a.looped_floorplan(model, tokens, heads=1)
     floor: Any = floorplan
     rest: Any = {"edges": edge_sweep, "path": path_patch}
@@ -123,7 +124,7 @@ def test_analyses_and_figures_take_calls_of_the_release_before(name: str, unchec
             lambda: a.exit_steps(model, tokens, KL(0.1), **quiet).cost,
             lambda: a.exit_steps(model, tokens, policies=KL(0.1), **quiet).cost,
         ),
-        "lens": (lambda: a.logit_lens(model, tokens, [3], "logit").log_probs, lambda: lens.log_probs),
+        "lens": (lambda: logit_lens(model, tokens, [3], "logit").log_probs, lambda: lens.log_probs),
         "edges": (
             lambda: rest["edges"](*given, *edge),
             lambda: edge_sweep(*given, sources=edge[0], receivers=edge[1]),

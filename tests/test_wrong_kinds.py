@@ -13,8 +13,7 @@ import torch
 from tl_looped import LoopedBridge, LoopedConfig, analysis, compare, interventions, run
 from tl_looped.attribution import attribution_sweep, edge_sweep, influence, path_patch, weight_gradients_by_pass
 from tl_looped.errors import LoopedError
-from tl_looped.patching import patch_between_loops, patch_sweep
-from tl_looped.patching.sweep import ablation_sweep
+from tl_looped.patching import ablation_sweep, patch_between_loops, patch_sweep
 from tl_looped.report import report
 
 CFG: dict[str, Any] = {"d_model": 8, "n_heads": 2, "d_vocab": 10, "n_core": 2, "n_loops": 3, "injection": "concat"}
