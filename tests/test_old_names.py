@@ -28,6 +28,8 @@ def test_a_module_that_moved_imports_under_its_former_name(old: str, new: str) -
         ("from tl_looped.analysis import LogitLensResult as logit_lens", "tl_looped.lenses.lens_result"),
         ("from tl_looped import plots; logit_lens = plots.heat_map", "tl_looped.figures.plots"),
         ("from tl_looped.path_patching import path_patch as logit_lens", "tl_looped.attribution.paths"),
+        ("from tl_looped.toys.stages import repetition as logit_lens", "tl_looped.analysis.stage_order"),
+        ("from tl_looped.toys.stages import untrained as logit_lens", "tl_looped.toys.text"),
     ],
 )
 def test_statements_of_the_release_before(statement: str, home: str) -> None:

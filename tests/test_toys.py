@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stages_on_text
 import torch
+import train_toys as training
 from transformer_lens.hook_points import HookPoint
 
-from tl_looped import LoopedBridge
+from tl_looped import LoopedBridge, toys
 from tl_looped.analysis import inference_stages, output_neurons
+from tl_looped.analysis.stage_order import as_one_pass, repetition, resemblance, spread
 from tl_looped.bridge.cache import LoopedCache
 from tl_looped.errors import CheckpointError, LoopedError
-from tl_looped.toys import TOYS, hop_accuracy, hop_prompts
-from tl_looped.toys import stages as on_text
-from tl_looped.toys import train as training
+from tl_looped.toys import TOYS, _script, hop_accuracy, hop_prompts
 from tl_looped.toys.hop import WORDS, HopPrompts
-from tl_looped.toys.text import WINDOW, corpus, encode, loss_by_loop, windows
+from tl_looped.toys.text import WINDOW, corpus, encode, held_out_windows, loss_by_loop, untrained, windows
 
-CHECKPOINTS = Path(training.__file__).parent / "checkpoints"
+CHECKPOINTS = Path(toys.__file__).parent / "checkpoints"
 
 
 @pytest.fixture(scope="module")
@@ -208,35 +211,47 @@ def test_a_short_training_learns_how_frequent_words_are(
 def test_stages_on_text_are_as_the_page_says(unchecked: None) -> None:
     """The central figures of docs/stages_on_text.md, on every eighth window."""
     text, plain = (LoopedBridge.from_pretrained(name) for name in ("toy:text", "toy:text-feedforward"))
-    tokens = on_text.held_out_windows(text, 8)
-    looped, reference, start = (
-        inference_stages(model, tokens, verbose=False) for model in (text, plain, on_text.untrained(text, 0))
-    )
+    tokens = held_out_windows(text, 8)
+    looped, reference, start = (inference_stages(model, tokens, verbose=False) for model in (text, plain, untrained(text, 0)))
     colsum, mixing, entropy, norm = range(4)
-    again, again_start = on_text.repetition(looped), on_text.repetition(start)
+    again, again_start = repetition(looped), repetition(start)
     assert again[0, 1:, :2].min() > 0.75 and again[0].amax(-1).amin() > -0.1  # attention repeats in passes 2 and 3
     assert (again[0, 1:, :, 0] >= again[1:, 1:, :, 0].max(0).values - 1e-3).all()  # in this order best
     assert again[5, 1:, :2, 0].min() > 0.95  # but hardly: with first and last layer exchanged three points look the same
     assert again[0, 0, colsum].abs().max() < 0.1  # but not in pass 1
     assert again[0, 1:, 2:, 0].min() > 0.95 and again[0, :, 2:, 1].max() < 0.2  # entropy and norm: in form, not in level
     assert again_start[0, 1:, [colsum, entropy, norm], 0].min() > 0.95  # a loop repeats itself before it is trained, too
-    assert (on_text.spread(looped) / on_text.spread(start))[[colsum, mixing]].min() > 10  # but without layers that differ
-    like = on_text.resemblance(looped, reference)[:, 1:, :, 0]  # [order, loop, metric]
+    assert (spread(looped) / spread(start))[[colsum, mixing]].min() > 10  # but without layers that differ
+    like = resemblance(looped, reference)[:, 1:, :, 0]  # [order, loop, metric]
     assert like[0, :, colsum].min() > 0.5 > 0.4 > like[1:, :, colsum].mean()
     assert like[0, :, mixing].mean() < like[1:, :, mixing].max(0).values.mean()  # not in this order in particular
-    one = on_text.as_one_pass(looped).compare(reference)
+    one = as_one_pass(looped).compare(reference)
     assert one.values[0, one.labels["metric"].index("colsum"), 0] < 0
     assert all(output_neurons(model).values.max() == 0 for model in (text, plain))
 
 
 def test_the_tables_of_stages(unchecked: None, capsys: pytest.CaptureFixture[str]) -> None:
     """With two feed-forward models, over which there is a standard error."""
-    assert on_text.main(["--feedforward", "toy:text-feedforward", "toy:text", "--every", "60"]) == 0
+    assert stages_on_text.main(["--feedforward", "toy:text-feedforward", "toy:text", "--every", "60"]) == 0
     tables = capsys.readouterr().out.split("\n\n")
     titles, bodies = tables[1::2], tables[2::2]
     assert tables[0] == "3 windows; 1 looped models, 2 feed-forward" and len(bodies) == 8
     assert titles[0] == "Loss, nats per token" and "±" not in bodies[0].splitlines()[2] and "±" in bodies[0].splitlines()[-1]
     assert all(len({line.count("|") for line in body.splitlines()}) == 1 for body in bodies)
+
+
+@pytest.mark.parametrize(("module", "script"), [("train", "train_toys.py"), ("stages", "stages_on_text.py")])
+def test_a_script_runs_under_its_former_name_in_a_checkout(
+    module: str, script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["", "--help"])
+    sys.modules.pop(f"tl_looped.toys.{module}", None)
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module(f"tl_looped.toys.{module}", run_name="__main__")
+    assert f"usage: python experiments/{script}" in capsys.readouterr().out
+    monkeypatch.setattr(_script, "_EXPERIMENTS", Path("elsewhere"))
+    with pytest.raises(SystemExit, match=rf"experiments/{script} is not installed"):
+        runpy.run_module(f"tl_looped.toys.{module}", run_name="__main__")
 
 
 @pytest.mark.parametrize(("asked", "message"), [

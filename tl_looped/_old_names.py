@@ -24,7 +24,11 @@ MODULES = {
     "sizes": "model.sizes",
     "weight_gradients": "attribution.weights",
 }
-NAMES = {f"analysis.{name}": f"lenses.{name}" for name in ("LogitLensResult", "Readout", "logit_lens")}
+NAMES = {
+    **{f"analysis.{name}": f"lenses.{name}" for name in ("LogitLensResult", "Readout", "logit_lens")},
+    **{f"toys.stages.{name}": f"analysis.stage_order.{name}" for name in "repetition resemblance as_one_pass spread".split()},
+    **{f"toys.stages.{name}": f"toys.text.{name}" for name in ("held_out_windows", "untrained")},
+}
 PACKAGE = __name__.partition(".")[0]
 
 

@@ -51,12 +51,12 @@ from tl_looped.analysis import (
     stability,
     trajectories,
 )
+from tl_looped.analysis.stage_order import repetition, resemblance, spread
 from tl_looped.figures import floorplan, grouped
 from tl_looped.interventions import ablate
 from tl_looped.results import Grid
 from tl_looped.schedule import Site
-from tl_looped.toys.stages import repetition, resemblance, spread, untrained
-from tl_looped.toys.text import WINDOW, corpus, encode, windows
+from tl_looped.toys.text import WINDOW, corpus, encode, untrained, windows
 
 MODEL = "toy:text"  # on a GPU, for example "ByteDance/Ouro-1.4B"
 TOY = MODEL == "toy:text"  # the numbers in the text are those of this model
@@ -660,7 +660,7 @@ if TOY:
 # </details>
 #
 # **2.** Take the whole run as one pass through the stages: is its curve like the feed-forward model's?
-# `tl_looped.toys.stages.as_one_pass(stages).compare(feed_forward)`.
+# `tl_looped.analysis.stage_order.as_one_pass(stages).compare(feed_forward)`.
 #
 # <details><summary>Answer</summary>
 #
@@ -702,8 +702,8 @@ if TOY:
 if TOY:
     from tl_looped import LoopedError
     from tl_looped.analysis import attention_bound, output_neurons
+    from tl_looped.analysis.stage_order import as_one_pass
     from tl_looped.toys import hop_prompts
-    from tl_looped.toys.stages import as_one_pass
 
     hop = fixed_points(LoopedBridge.from_pretrained("toy:hop"), hop_prompts(16).tokens, n_loops=64, verbose=False)
     assert hop.successive["relative"].values.min() > 0.3 and hop.norm.values[15:].max() < 1.3 * hop.norm.values[15:].min()

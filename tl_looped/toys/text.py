@@ -21,9 +21,12 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from ..bridge.looped_bridge import LoopedBridge
+from ..model import LoopedModel
+from ..model.looped_model import initialise
 
 BOS = "<s>"
 WINDOW = 128  # tokens, the first of which is BOS
+TEXT_STD = 0.06  # of the matrices before the first step of training
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 _ELSEWHERE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "distutils"}
 
@@ -83,6 +86,27 @@ def windows(tokens: Int[Tensor, " pos"], starts: Int[Tensor, " batch"]) -> Int[T
     found = tokens[starts[:, None] + torch.arange(-1, WINDOW - 1, device=tokens.device)]
     found[:, 0] = 0
     return found
+
+
+def held_out_windows(model: LoopedBridge, step: int = 1) -> Int[Tensor, "batch window"]:
+    """The held-out text, cut into windows that do not overlap.
+
+    Args:
+        model: a toy of text, for its tokenizer.
+        step: keep every so many.
+    """
+    tokens = encode(model.tokenizer, corpus(held_out=True))
+    return windows(tokens, torch.arange(1, len(tokens) - WINDOW, WINDOW * step, device=tokens.device))
+
+
+def untrained(model: LoopedBridge, seed: int) -> LoopedBridge:
+    """A model of the same structure, as training begins.
+
+    Args:
+        model: a toy of text.
+        seed: of the initialisation.
+    """
+    return LoopedBridge(initialise(LoopedModel(model.looped_cfg), seed, std=TEXT_STD), model.tokenizer, "toy")
 
 
 @torch.no_grad()
