@@ -84,8 +84,8 @@ def test_lens_of_a_file_of_prompts(tmp_path: Path, capsys: pytest.CaptureFixture
     [
         ([str(GOLDEN / "ouro"), "--prompts", "/no/such/file"], "--prompts '/no/such/file' cannot be read"),
         ([str(GOLDEN / "ouro"), "--tokens", "5", "--csv", "/no/such/place/x.csv"], "no directory '/no/such/place'"),
-        ([str(GOLDEN / "ouro"), "--prompt", "hello"], "no tokenizer.*--tokens"),
-        ([str(GOLDEN / "ouro"), "--prompt", ""], "empty"),
+        ([str(GOLDEN / "ouro"), "--prompt", "hello"], "has no tokenizer, and 'hello' is no list of token ids"),
+        ([str(GOLDEN / "ouro"), "--prompt", ""], "no tokenizer, and '' is no list"),
         (["no/such-model", "--tokens", "1"], "no/such-model.*not a directory"),
         ([str(GOLDEN / "ouro"), "--tokens", "500"], "0..100"),
         ([str(GOLDEN / "ouro"), "--tokens", "5", "--n-loops", "0"], "n_loops=0"),

@@ -41,18 +41,9 @@ def pick_loops(loops: LoopSelector, n: int, more_loops: bool) -> list[int]:
     Raises:
         OutOfRangeError: a loop that does not exist, or no loop at all.
     """
-    loops = plain(loops)
     if isinstance(loops, str) and loops in ("all", "last"):
-        return list(range(n)) if loops == "all" else [n - 1]
-    if isinstance(loops, slice):
-        chosen = list(range(n)[loops])
-    elif isinstance(loops, int) or (isinstance(loops, Sequence) and not isinstance(loops, str)):
-        chosen = [pick_one(t, n, "loop", "loops", more_loops) for t in ([loops] if isinstance(loops, int) else loops)]
-    else:
-        raise LoopedError(f'loops={loops!r} was asked; pass an int, a slice, a list of ints, "all" or "last".')
-    if not chosen:
-        raise OutOfRangeError(f"loops={loops!r} selects nothing: there are {n} loops{span(n)}.")
-    return chosen
+        loops = slice(None) if loops == "all" else -1
+    return _several(loops, n, "loop", "loops", '"all" or "last"', more_loops)
 
 
 def select_indices(asked: Indices, n: int, what: str) -> list[int]:
@@ -61,16 +52,20 @@ def select_indices(asked: Indices, n: int, what: str) -> list[int]:
     Raises:
         OutOfRangeError: an index that does not exist, or none at all.
     """
+    return sorted({*_several(slice(None) if asked is None else asked, n, what, what, "or None for all")})
+
+
+def _several(asked: object, n: int, one: str, what: str, others: str, more_loops: bool = False) -> list[int]:
+    """The indices below `n` that were asked for, in the order asked."""
     asked = plain(asked)
-    if asked is None or isinstance(asked, slice):
-        chosen = list(range(n)[asked if isinstance(asked, slice) else slice(None)])
+    if isinstance(asked, slice):
+        chosen = list(range(n)[asked])
     elif isinstance(asked, int) or (isinstance(asked, Sequence) and not isinstance(asked, str)):
-        indices = [asked] if isinstance(asked, int) else asked
-        chosen = sorted({pick_one(i, n, what, what) for i in indices})
+        chosen = [pick_one(i, n, one, what, more_loops) for i in ([asked] if isinstance(asked, int) else asked)]
     else:
-        raise LoopedError(f"{what}={asked!r} was asked; pass an int, a slice, a list of ints, or None for all.")
+        raise LoopedError(f"{what}={asked!r} was asked; pass an int, a slice, a list of ints, {others}.")
     if not chosen:
-        raise OutOfRangeError(f"{asked!r} selects nothing: there are {n} {what}{span(n)}.")
+        raise OutOfRangeError(f"{what}={asked!r} selects nothing: there are {n} {what}{span(n)}.")
     return chosen
 
 

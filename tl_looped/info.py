@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ._words import aligned
 from .bridge.looped_bridge import LoopedBridge
 from .checkpoints import make_plan, open_checkpoint, stored_dtype
 from .model import LoopedModel
@@ -36,9 +37,9 @@ def families_text() -> str:
     toys = [[f"toy:{name}", what] for name, what in TOYS.items()]
     return "\n".join(
         [
-            *_columns([["family", "checkpoints", "loop"], *map(list, FAMILIES)]),
+            *aligned([["family", "checkpoints", "loop"], *map(list, FAMILIES)]),
             "",
-            *_columns([["toy", "what it is"], *toys]),
+            *aligned([["toy", "what it is"], *toys]),
             "",
             "Layers of an ordinary Llama, Mistral, Qwen2, Qwen3 or SmolLM: LoopedBridge.loop_layers.",
         ]
@@ -78,7 +79,7 @@ def checkpoint_text(name_or_dir: str | Path, revision: str | None = None) -> str
             f"every earlier token, {human(found.cache_per_loop * dtype.itemsize, 'B')} of keys and values, no parameter",
         ],
     ]
-    return "\n".join([str(name_or_dir), *_columns(rows), "", hooks_text(cfg)])
+    return "\n".join([str(name_or_dir), *aligned(rows), "", hooks_text(cfg)])
 
 
 def hooks_text(cfg: LoopedConfig) -> str:
@@ -151,8 +152,3 @@ def _shapes(cfg: LoopedConfig) -> dict[str, str]:
         )
         shapes[kind.hook] = f"[{', '.join(['batch', *(names.get(axis, axis) for axis in kind.axes)])}]"
     return shapes
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[k]) for row in rows if k < len(row)) for k in range(max(map(len, rows)))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._words import counted
+from .._words import aligned, counted
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..kinds import plain
@@ -102,12 +102,10 @@ class RandomInitSweep(Result):
 
             cells = [show(e, k, half) for e in (self.distance, self.cosine, self.norm)]
             rows.append([layout, *cells, show(self.norm, k, n_loops - 1), show(self.degeneracy, k), verdict])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         std = "1/sqrt(fan_in)" if self.std == "fan_in" else self.std
         size = f"{counted(self.n_layers, 'layer')} of width {self.d_model}, {counted(n_loops, 'loop')}"
         title = f"{size}, {counted(self.distance.count, 'seed')}, weights of std {std}, embedding of std {self.embed_std:g}"
-        return "\n".join([title, "", *lines])
+        return "\n".join([title, "", *aligned(rows)])
 
     def plot(self) -> Any:
         """A plotly figure: distance to X* over the loops, one line per layout.

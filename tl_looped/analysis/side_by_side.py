@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._depth import check_model
 from .._precision import wide
-from .._words import counted
+from .._words import aligned, counted
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
 from ..errors import LoopedError
@@ -87,12 +87,10 @@ class SideBySide(Result):
             rows.append([str(t), *(tokens[t] for tokens in one), *losses, _signed(self.loss_difference, t), kl, same])
         if self.kl is None:
             rows = [[*row[:-2], row[-1]] for row in rows]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         loops = {side: counted(n, "loop") for side, n in self.sides.items()}
         names = " beside ".join(side if n in side else f"{side} ({n})" for side, n in loops.items())
         title = f"{names}, {counted(len(self.prompts), 'prompt')}; loss in nats, of {self.scored}"
-        return "\n".join([title, "", *lines, "", *self._partings()])
+        return "\n".join([title, "", *aligned(rows), "", *self._partings()])
 
     def _partings(self) -> list[str]:
         """Lines that say after which loop the answers to a prompt first differ, of the earliest eight prompts."""

@@ -23,7 +23,7 @@ from ..kinds import count, several, table
 from ..model.config import LoopedConfig
 from ..model.loops import Parts, Repeat, register_loop
 from . import llama
-from ._common import Shapes, Source
+from ._common import Shapes, Source, layers
 from ._read import Recorded, get, need, unused
 
 TIED = ("encoder.embed_tokens.weight", "decoder.lm_head.weight")
@@ -121,13 +121,13 @@ def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
 def sources(cfg: LoopedConfig, shapes: Shapes) -> dict[str, Source]:
     """Where every parameter is stored."""
     looped = "plateau" if any(name.startswith("plateau.") for name in shapes) else "reasoning"
-    stored = [(looped if stack == "core" else {"prelude": "encoder", "coda": "decoder"}[stack], j) for stack, j in _sites(cfg)]
+    parts = {"prelude": "encoder", "core": looped, "coda": "decoder"}
+    stored = [f"{parts[stack]}.layers.{j}" for _, stack, j, _ in layers(cfg)]
 
     def name_of(base: str) -> str:
         if base.startswith("model.layers."):
             index, _, rest = base.removeprefix("model.layers.").partition(".")
-            part, j = stored[int(index)]
-            return f"{part}.layers.{j}.{rest}"
+            return f"{stored[int(index)]}.{rest}"
         module, _, leaf = base.rpartition(".")
         return f"{_ENDS[module]}.{leaf}"
 
@@ -139,10 +139,6 @@ def sources(cfg: LoopedConfig, shapes: Shapes) -> dict[str, Source]:
     if cfg.exit_gate:
         found |= {f"exit_gate.{i}.{leaf}": Source(f"q_head.{i}.{leaf}") for i in (0, 1) for leaf in ("weight", "bias")}
     return found
-
-
-def _sites(cfg: LoopedConfig) -> list[tuple[str, int]]:
-    return [(stack, j) for stack, n in cfg.schedule.stacks.items() for j in range(n)]
 
 
 def _base_name(name: str, first_core: int, first_coda: int) -> str:
