@@ -1,0 +1,7 @@
+"""A screen on which a looped model is asked, loop by loop: in a notebook, and as a page of this machine."""
+
+from __future__ import annotations
+
+from .session import Session
+
+__all__ = ["Session"]
