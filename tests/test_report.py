@@ -24,7 +24,7 @@ from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped._writing import write_text
 from tl_looped.analysis import fixed_points, stability
 from tl_looped.cli import main
-from tl_looped.figures import plots
+from tl_looped.figures.plotly import graph_objects
 from tl_looped.report import Report, report, sections
 from tl_looped.report.drawing import short
 from tl_looped.report.pointer_chasing import right_answers
@@ -383,7 +383,7 @@ def test_made_for_so_many_loops_is_said_only_of_models_that_were() -> None:
 
 
 def test_figures_that_say_nothing_are_left_out() -> None:
-    go = plots.plotly()
+    go = graph_objects()
     assert not says_something(go.Figure(go.Scatter(x=[0, 1], y=[3.0, 4.0])))
     assert not says_something(go.Figure(go.Scatter(x=[0, 1, 2], y=[0.0, 0.0, 0.0])))
     assert not says_something(go.Figure(go.Heatmap(z=[[1.0, 1.0], [1.0, 0.9999999]])))

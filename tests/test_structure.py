@@ -38,6 +38,13 @@ def test_only_the_bridge_imports_transformer_lens() -> None:
     assert [name for name in FILES if does(name) and not name.startswith("tl_looped.bridge.")] == []
 
 
+def test_numbers_know_panels_and_only_figures_know_plotly() -> None:
+    of = {name: [*imported(name, when_loaded=False)] for name in FILES}
+    plotly = [name for name, found in of.items() if any(f"{module}.".startswith("plotly.") for module in found)]
+    assert plotly == ["tl_looped.figures.plotly"]
+    assert [name for name in of if room(name) in ("results", "panels") and any(room(m) == "figures" for m in of[name])] == []
+
+
 def room(name: str) -> str:
     """The package or module directly under `tl_looped` in which a module lies."""
     return ".".join(name.split(".")[1:2])

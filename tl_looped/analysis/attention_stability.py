@@ -13,9 +13,9 @@ from .._old_calls import accepts_old
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
 from ..errors import LoopedError
-from ..figures.plots import GroupBy, grouped
 from ..model.initial_state import InitialState
 from ..model.slots import is_observed
+from ..panels import GroupBy, Panel, grouped
 from ..results import Estimate, Grid, Result, table
 from ..schedule import Indices, Schedule, Site, select_indices
 from ._prompts import Prompts, at_depth, check_model, over_batches, token_batches
@@ -43,22 +43,21 @@ class AttentionStability(Result):
         """A pandas DataFrame with one row per (loop, layer, head)."""
         return table(self.distance, self.successive)
 
-    def plot(self, group_by: GroupBy = "layer") -> Any:
-        """A plotly figure of the successive distances, mean over heads; `.plot()` of a field is its heat map, head by head.
+    def panels(self, group_by: GroupBy = "layer") -> list[Panel]:
+        """The successive distances, mean over heads; `.plot()` of a field is its heat map, head by head.
 
         Args:
             group_by: one line per layer ("layer"), per loop ("recurrence"), or one over all layers in their order ("depth").
 
         Raises:
-            LoopedError: plotly is not installed; an unknown grouping.
+            LoopedError: an unknown grouping.
         """
         grid = self.successive
         at = [Site(self.stack, t, j) for t in grid.labels["loop"] for j in grid.labels["layer"]]
         layers = [self.schedule.virtual(site) for site in at]
         values, title = grid.values.mean(-1).flatten().tolist(), "Attention patterns against the loop before, mean over heads"
-        return grouped(
-            values, self.schedule, layers=layers, group_by=group_by, name="Frobenius distance / sqrt(pos)", title=title
-        )
+        name = "Frobenius distance / sqrt(pos)"
+        return [grouped(values, self.schedule, layers=layers, group_by=group_by, name=name, title=title)]
 
 
 def attention_stability(

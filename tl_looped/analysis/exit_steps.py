@@ -17,6 +17,7 @@ from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..exits import ExitPolicy, LoopHistory
 from ..model.initial_state import InitialState
+from ..panels import Axis, Panel
 from ..results import Estimate, Result, table
 from ._prompts import Prompts, at_depth, check_finite, check_model, over_batches
 from ._targets import Answers, Targets
@@ -60,27 +61,15 @@ class ExitSteps(Result):
         """A pandas DataFrame with one row per policy."""
         return table(self.cost, self.accuracy, self.loss)
 
-    def plot(self) -> Any:
-        """A plotly figure: accuracy over cost, the policies against the curve of fixed numbers of loops.
-
-        Raises:
-            LoopedError: plotly is not installed.
-        """
-        from ..figures.plots import plotly
-
-        layout = {
-            "title": "What exit policies cost and keep",
-            "xaxis_title": "loops per token",
-            "yaxis_title": "accuracy",
-            "template": "plotly_white",
-        }
-        figure, n = plotly().Figure(layout=layout), len(self.cost.values) - self.n_loops
+    def panels(self) -> list[Panel]:
+        """Accuracy over cost, the policies against the curve of fixed numbers of loops."""
         x, y, names = self.cost.values.tolist(), self.accuracy.values.tolist(), self.cost.labels["policy"]
-        grey = {"color": "#999"}
-        figure.add_scatter(x=x[n:], y=y[n:], text=names[n:], name="fixed number of loops", mode="lines+markers", line=grey)
-        for point in zip(x[:n], y[:n], names[:n], strict=True):  # a name in the legend does not run into its neighbour's
-            figure.add_scatter(x=point[:1], y=point[1:2], name=point[2], mode="markers", marker={"size": 11})
-        return figure
+        n = len(x) - self.n_loops
+        lines = [{"x": x[n:], "y": y[n:], "text": names[n:], "name": "fixed number of loops", "ink": "#999"}]
+        # A name in the legend does not run into its neighbour's.
+        lines += [{"x": x[k : k + 1], "y": y[k : k + 1], "name": names[k], "points": "circle"} for k in range(n)]
+        roles = {"x": Axis("loops per token"), "y": Axis("accuracy")}
+        return [Panel("lines", lines, roles, caption="What exit policies cost and keep")]
 
 
 def gate_pdf(exit_logits: Float[Tensor, "loop ..."]) -> Float[Tensor, "loop ..."]:

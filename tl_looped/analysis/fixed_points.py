@@ -15,8 +15,8 @@ from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
 from ..errors import LoopedError
-from ..figures.plots import GroupBy, grouped
 from ..model.initial_state import InitialState
+from ..panels import GroupBy, Panel, grouped
 from ..results import Estimate, Result, table
 from ..schedule import Indices, Pass, Schedule, Site, check_count
 from ._directions import cosine, relative_distance
@@ -78,8 +78,10 @@ class FixedPoints(Result):
         return table(self.norm, *self.successive.values(), *self.distance.values(), *patterns)
 
     @accepts_old("group_by")
-    def plot(self, quantity: Quantity = "distance", metric: Metric = "relative", *, group_by: GroupBy = "layer") -> Any:
-        """A plotly figure of one quantity, as in figures 3 and 4 of arXiv 2604.11791; `.plot()` of a field is its heat map.
+    def panels(
+        self, quantity: Quantity = "distance", metric: Metric = "relative", *, group_by: GroupBy = "layer"
+    ) -> list[Panel]:
+        """One quantity, as in figures 3 and 4 of arXiv 2604.11791; `.plot()` of a field is its heat map.
 
         Args:
             quantity: "distance", "successive" or "norm".
@@ -87,7 +89,7 @@ class FixedPoints(Result):
             group_by: one line per layer ("layer"), per loop ("recurrence"), or one over all layers in their order ("depth").
 
         Raises:
-            LoopedError: plotly is not installed; an unknown quantity, metric or grouping.
+            LoopedError: an unknown quantity, metric or grouping.
         """
         if quantity not in get_args(Quantity) or metric not in get_args(Metric):
             known = f"{', '.join(get_args(Quantity))} in {', '.join(get_args(Metric))}"
@@ -101,9 +103,8 @@ class FixedPoints(Result):
             values[-1] = torch.nan  # by construction
         title = f"{TITLES[quantity]}, {'mean over tokens' if self.reduction == 'token' else 'of the whole prompt'}"
         name = "L2 norm" if quantity == "norm" else NAMES[metric]
-        return grouped(
-            values.flatten().tolist(), self.schedule, layers=layers, group_by=group_by, name=name, title=title, log_y=log_y
-        )
+        drawn = values.flatten().tolist()
+        return [grouped(drawn, self.schedule, layers=layers, group_by=group_by, name=name, title=title, log_y=log_y)]
 
 
 def fixed_points(

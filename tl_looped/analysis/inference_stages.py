@@ -16,8 +16,8 @@ from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.structure import AnyBridge
 from ..errors import LoopedError
-from ..figures.plots import GroupBy, grouped
 from ..model.initial_state import InitialState
+from ..panels import GroupBy, Panel, grouped
 from ..results import Estimate, Grid, Result, table
 from ..schedule import Indices, Schedule
 from ._prompts import Prompts, at_depth, check_bridge, check_finite, over_batches
@@ -106,19 +106,20 @@ class InferenceStages(Result):
         """A pandas DataFrame with one row per executed layer; for every metric its mean and standard error."""
         return table(*(getattr(self, m) for m in METRICS))
 
-    def plot(self, metric: str = "colsum", group_by: GroupBy = "depth") -> Any:
-        """A plotly figure of one metric, in one of the paper's three groupings.
+    def panels(self, metric: str = "colsum", group_by: GroupBy = "depth") -> list[Panel]:
+        """One metric, in one of the paper's three groupings.
 
         Args:
             metric: "colsum", "sink_rate", "mixing", "entropy" or "norm".
             group_by: one line over all layers ("depth"), one per pass ("recurrence") or one per layer ("layer").
 
         Raises:
-            LoopedError: plotly is not installed; an unknown metric or grouping.
+            LoopedError: an unknown metric or grouping.
         """
         grid = self._metric(metric)
         name = {"colsum": "ColSum concentration", "sink_rate": "sink rate", "norm": "residual norm (L2)"}.get(metric, grid.name)
-        return grouped(grid.values.tolist(), self.schedule, layers=range(self.schedule.n_layers), group_by=group_by, name=name)
+        layers, values = range(self.schedule.n_layers), grid.values.tolist()
+        return [grouped(values, self.schedule, layers=layers, group_by=group_by, name=name)]
 
     def _metric(self, metric: str) -> Estimate:
         if metric not in METRICS:

@@ -16,6 +16,7 @@ from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
+from ..panels import Panel
 from ..results import Estimate, Grid, Result
 from ..schedule import check_count
 from ._directions import cosine
@@ -185,9 +186,9 @@ class LimitingBehaviour(Result):
             frames.append(pd.DataFrame({"example": n, **columns, **numbers}))
         return pd.concat(frames, ignore_index=True)
 
-    def plot(self) -> Any:
-        """A plotly heat map of the share of tokens with each label in every layer."""
-        return self.fractions.plot(title=f"Share of tokens with each label after {self.n_loops} loops")
+    def panels(self) -> list[Panel]:
+        """A heat map of the share of tokens with each label in every layer."""
+        return self.fractions.panels(title=f"Share of tokens with each label after {self.n_loops} loops")
 
 
 def limiting_behaviour(

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
+from ..panels import Axis, Mark, Panel
 from ..results import Estimate, Result
 from ..schedule import check_count
 from ._one_loop import OneLoop
@@ -73,29 +74,17 @@ class LocalStability(Result):
         exponents = {f"lyapunov_{k}": column for k, column in enumerate(zip(*self.lyapunov, strict=True))}
         return pd.DataFrame({name: getattr(self, name) for name in QUANTITIES} | exponents)
 
-    def plot(self) -> Any:
-        """A plotly figure: for every example, spectral radius, contraction rate, and the growth per loop by the first exponent.
-
-        Raises:
-            LoopedError: plotly is not installed.
-        """
-        from ..figures.plots import plotly
-
-        figure = plotly().Figure(
-            layout={
-                "title": "What a loop makes of a small change; below 1 it shrinks",
-                "yaxis_title": "factor per loop",
-                "xaxis": {"title": "example", "dtick": max(1, len(self.residual) // 20), "showgrid": False},
-                "template": "plotly_white",
-            }
-        )
+    def panels(self) -> list[Panel]:
+        """For every example, spectral radius, contraction rate, and the growth per loop by the first exponent."""
         growth = [math.exp(row[0]) for row in self.lyapunov]
         parts = {"spectral radius": self.spectral_radius, "contraction": self.contraction, "exp(first exponent)": growth}
-        for name, values in parts.items():
-            symbol = {"size": 10, "symbol": ("circle", "x", "diamond-open")[len(figure.data)]}  # they may lie on each other
-            figure.add_scatter(x=list(range(len(values))), y=list(values), name=name, mode="markers", marker=symbol)
-        figure.add_hline(y=1.0, line={"width": 1, "color": "#444"})
-        return figure
+        symbols = ("circle", "x", "diamond-open")  # they may lie on each other
+        lines = [
+            {"name": name, "x": list(range(len(values))), "y": list(values), "points": symbol}
+            for (name, values), symbol in zip(parts.items(), symbols, strict=True)
+        ]
+        roles = {"x": Axis("example", form="count"), "y": Axis("factor per loop")}
+        return [Panel("lines", lines, roles, [Mark(y=1.0)], "What a loop makes of a small change; below 1 it shrinks")]
 
 
 def local_stability(

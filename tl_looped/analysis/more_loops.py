@@ -16,6 +16,7 @@ from ..bridge.run import rehearsal
 from ..errors import LoopedError
 from ..kinds import plain
 from ..model.initial_state import InitialState
+from ..panels import Panel, curves
 from ..results import Estimate, Result, table
 from ..schedule import check_count
 from ._directions import relative_distance
@@ -71,24 +72,17 @@ class Stability(Result):
         """A pandas DataFrame with one row per number of loops; `.agreement.to_dataframe()` is that of the agreement matrix."""
         return table(self.loss, self.accuracy, self.margin, self.kl, self.overthinking, self.loss_change)
 
-    def plot(self) -> Any:
-        """A plotly figure: everything over the number of loops; `.agreement.plot()` is the agreement matrix.
-
-        Raises:
-            LoopedError: plotly is not installed.
-        """
-        from ..figures.plots import panels
-
-        curves = [
+    def panels(self) -> list[Panel]:
+        """Everything over the number of loops; `.agreement.plot()` is the agreement matrix."""
+        found = [
             replace(self.loss, name="loss (nats)"),
             self.accuracy,
             replace(self.margin, name="margin (logits)"),
             replace(self.kl, name=f"KL from {self.trained} loops (nats)"),
             replace(self.overthinking, name="overthinking (share that was right before and is wrong now)"),
         ]
-        return panels(
-            curves, title=f"Answers after every number of loops; dotted: the trained {self.trained}", mark=self.trained
-        )
+        title = f"Answers after every number of loops; dotted: the trained {self.trained}"
+        return curves(found, title=title, mark=self.trained)
 
 
 def stability(
@@ -204,19 +198,13 @@ class InjectionEffect(Result):
         """A pandas DataFrame with one row per loop."""
         return table(self.state_change, self.kl)
 
-    def plot(self) -> Any:
-        """A plotly figure: both over the loops.
-
-        Raises:
-            LoopedError: plotly is not installed.
-        """
-        from ..figures.plots import panels
-
-        curves = [
+    def panels(self) -> list[Panel]:
+        """Both over the loops."""
+        found = [
             replace(self.state_change, name="change of the state, over its norm"),
             replace(self.kl, name="KL from the untouched answers (nats)"),
         ]
-        return panels(curves, title=f"Injection edited from loop {self.from_loop} on (dotted)", mark=self.from_loop)
+        return curves(found, title=f"Injection edited from loop {self.from_loop} on (dotted)", mark=self.from_loop)
 
 
 @accepts_old("from_loop", "replacement")

@@ -14,6 +14,7 @@ from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
+from ..panels import Panel
 from ..results import Estimate, Result
 from ._prompts import Prompts, over_batches
 from ._streaming import visit
@@ -51,9 +52,9 @@ class PathIndependence(Result):
         """A pandas DataFrame of the spread with a row per (loop, layer)."""
         return self.spread.to_dataframe()
 
-    def plot(self) -> Any:
-        """A plotly heat map of the spread, loops by layers."""
-        return self.spread.plot(title=f"Spread over {self.n_states} initial states (1: unrelated)")
+    def panels(self) -> list[Panel]:
+        """A heat map of the spread, loops by layers."""
+        return self.spread.panels(title=f"Spread over {self.n_states} initial states (1: unrelated)")
 
 
 def path_independence(

@@ -19,6 +19,7 @@ from ..kinds import plain
 from ..model import LoopedModel
 from ..model.config import LoopedConfig
 from ..model.looped_model import initialise
+from ..panels import Axis, Panel
 from ..results import Estimate, Result, table
 from ..schedule import check_count
 from ._streaming import need_loops
@@ -107,28 +108,16 @@ class RandomInitSweep(Result):
         title = f"{size}, {counted(self.distance.count, 'seed')}, weights of std {std}, embedding of std {self.embed_std:g}"
         return "\n".join([title, "", *aligned(rows)])
 
-    def plot(self) -> Any:
-        """A plotly figure: distance to X* over the loops, one line per layout.
-
-        Raises:
-            LoopedError: plotly is not installed.
-        """
-        from ..figures.plots import log_ticks, plotly
-
+    def panels(self) -> list[Panel]:
+        """Distance to X* over the loops, one line per layout."""
+        colours, lines = ("#2166ac", "#1a9850", "#d73027"), list[dict[str, Any]]()
+        for k, (name, row) in enumerate(zip(self.distance.labels["layout"], self.distance.values.tolist(), strict=True)):
+            dash = "solid" if k < len(NORMS) else "dot"
+            y = row[:-1]  # the last is 0 by construction
+            lines.append({"name": name, "x": list(range(len(y))), "y": y, "ink": colours[k % len(NORMS)], "dash": dash})
+        roles = {"x": Axis("loop"), "y": Axis("relative distance to X*", scale="log")}
         title = f"Distance to X*, mean over {self.distance.count} initialisations"
-        layout = {
-            "title": title,
-            "xaxis_title": "loop",
-            "yaxis_title": "relative distance to X*",
-            "template": "plotly_white",
-        }
-        figure, colours = plotly().Figure(layout=layout), ("#2166ac", "#1a9850", "#d73027")
-        names = self.distance.labels["layout"]
-        for k, (name, row) in enumerate(zip(names, self.distance.values.tolist(), strict=True)):
-            y = [v if v > 0 else None for v in row[:-1]]  # the last is 0 by construction
-            line = {"color": colours[k % len(NORMS)], "dash": "solid" if k < len(NORMS) else "dot"}
-            figure.add_scatter(y=y, name=name, line=line)
-        return figure.update_yaxes(type="log", **log_ticks(self.distance.values[:, :-1].flatten().tolist()))
+        return [Panel("lines", lines, roles, caption=title)]
 
 
 def random_init_sweep(

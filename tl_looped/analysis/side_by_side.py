@@ -20,6 +20,7 @@ from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
 from ..errors import LoopedError
 from ..model.initial_state import InitialState
+from ..panels import Axis, Mark, Panel
 from ..results import Estimate, Result, table
 from ._prompts import Prompts, at_depth, check_finite, token_batches
 from ._targets import Answers, Targets
@@ -105,44 +106,27 @@ class SideBySide(Result):
             lines.append(f"  loop {t}: {self.top[i][0][t]} and {self.top[i][1][t]} after {prompt!r}")
         return lines + ([f"  and {len(parted) - 8} more"] if len(parted) > 8 else [])
 
-    def plot(self) -> Any:
-        """A plotly figure over the loops: loss of both sides, their difference with two standard errors, KL and agreement.
-
-        Raises:
-            LoopedError: plotly is not installed.
-        """
-        from ..figures.plots import plotly
-
-        go = plotly()
-        from plotly.subplots import make_subplots
-
+    def panels(self) -> list[Panel]:
+        """Over the loops: loss of both sides, their difference with two standard errors, KL and agreement."""
         first, second = self.sides
-        x = [int(t) for t in self.agreement.labels["loop"]]
-        single = [("KL (nats)", self.kl), ("share with the same top token", self.agreement)]
-        shown = [(name, grid) for name, grid in single if grid is not None]
-        titles = ["loss (nats)", "loss, second less first, ± 2 standard errors"]
-        titles += [name for name, _ in shown]
-        figure: Any = make_subplots(
-            rows=len(titles), shared_xaxes=True, vertical_spacing=0.25 / len(titles), subplot_titles=titles
-        )
-        for k, side in enumerate(self.sides):
-            y = self.loss.values[k].tolist()
-            line = {"color": COLOURS[k], "dash": "dash" if k else "solid"}
-            figure.add_trace(go.Scatter(x=x, y=y, name=side, mode="lines+markers", line=line), row=1, col=1)
-        errors = {"type": "data", "array": (2 * self.loss_difference.stderr).nan_to_num().tolist()}
-        grey = {"mode": "lines+markers", "line": {"color": "#444"}, "showlegend": False}
-        pairs = go.Scatter(x=x, y=self.loss_difference.values.tolist(), error_y=errors, **grey)
-        figure.add_trace(pairs, row=2, col=1).add_hline(y=0, line={"width": 1, "dash": "dot"}, row=2, col=1)
-        for row, (_, grid) in enumerate(shown, 3):
-            figure.add_trace(go.Scatter(x=x, y=grid.values.tolist(), **grey), row=row, col=1)
-        if self.kl is not None:
-            figure.update_yaxes(rangemode="tozero", exponentformat="power", row=3, col=1)
-        figure.update_yaxes(range=[-0.05, 1.05], tickformat=".0%", row=len(titles), col=1)
-        figure.update_annotations(font_size=13)
-        figure.update_xaxes(title="loop", tickformat="d", row=len(titles), col=1)
+        x, loop = [int(t) for t in self.agreement.labels["loop"]], Axis("loop", form="count")
+        sides = [
+            {"name": side, "x": x, "y": self.loss.values[k].tolist(), "ink": COLOURS[k], "dash": "dash" if k else "solid"}
+            for k, side in enumerate(self.sides)
+        ]
         title = f"{first} and {second}, {counted(len(self.prompts), 'prompt')}"
-        legend = {"orientation": "h", "y": -0.14, "yanchor": "top"}  # under a long title there is no place for it
-        return figure.update_layout(title=title, template="plotly_white", height=140 + 170 * len(titles), legend=legend)
+        found = [Panel("lines", sides, {"x": loop, "y": Axis("loss (nats)")}, caption=title)]
+        band, zero = (2 * self.loss_difference.stderr).nan_to_num().tolist(), Mark(y=0, look="dotted")
+        pairs = {"x": x, "y": self.loss_difference.values.tolist(), "band": band, "ink": "#444"}
+        roles = {"x": loop, "y": Axis("loss, second less first, ± 2 standard errors")}
+        found.append(Panel("lines", [pairs], roles, [zero]))
+        ends = None if self.kl is None else (0.0, 1.05 * max(self.kl.values.tolist(), default=0.0) or 1.0)
+        share = Axis("share with the same top token", form="%", range=(-0.05, 1.05))
+        for grid, axis in ((self.kl, Axis("KL (nats)", range=ends)), (self.agreement, share)):
+            if grid is not None:
+                line = {"x": x, "y": grid.values.tolist(), "ink": "#444"}
+                found.append(Panel("lines", [line], {"x": loop, "y": axis}))
+        return found
 
 
 COLOURS = ("rgb(33,102,172)", "rgb(217,95,14)")

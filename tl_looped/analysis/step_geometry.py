@@ -13,9 +13,9 @@ from torch import Tensor
 from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
-from ..figures.plots import panels
 from ..model.initial_state import InitialState
 from ..names import stack_prefix
+from ..panels import Panel, curves
 from ..results import Estimate, Result, table
 from ..schedule import Indices, LoopSelector, Site, select_indices
 from ._directions import cosine, direction, ratio
@@ -75,14 +75,14 @@ class StepGeometry(Result):
         """A pandas DataFrame with a row per loop and a column, with its standard error, per quantity; for CKA see `cka`."""
         return table(*(getattr(self, name) for name in PER_LOOP))
 
-    def plot(self) -> Any:
-        """A plotly figure, one panel per quantity over the loops; `cka.plot()` is the heat map of loops against loops."""
+    def panels(self) -> list[Panel]:
+        """One per quantity over the loops; `cka.plot()` is the heat map of loops against loops."""
         where = f"{self.hook}{', after the last norm' if self.after_norm else ''}"
         units = {
             "turning_angle": "turning angle (radians)",
             "curvature": "curvature (radians between steps from token to token)",
         }
-        return panels([replace(grid, name=units.get(grid.name, grid.name)) for grid in map(self._of, PER_LOOP)], title=where)
+        return curves([replace(grid, name=units.get(grid.name, grid.name)) for grid in map(self._of, PER_LOOP)], title=where)
 
     def _of(self, name: str) -> Estimate:
         return getattr(self, name)

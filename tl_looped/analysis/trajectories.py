@@ -15,9 +15,9 @@ from .._old_calls import accepts_old
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.run import rehearsal
 from ..errors import LoopedError
-from ..figures.plots import paths
 from ..kinds import plain
 from ..model.initial_state import InitialState
+from ..panels import Panel, paths
 from ..results import Estimate, Grid, Result
 from ..schedule import Indices, Schedule, check_count, check_index, select_indices
 from ._prompts import Prompts, at_depth, over_batches
@@ -94,15 +94,14 @@ class Trajectories(Result):
         return pd.concat(frames, ignore_index=True)
 
     @accepts_old("example", "components")
-    def plot(self, *, example: int = 0, components: tuple[int, int] = (0, 1)) -> Any:
-        """A plotly figure of one example's path in a plane (figures 5 and 26 to 28 of arXiv 2604.11791; 12 of 2502.05171).
+    def panels(self, *, example: int = 0, components: tuple[int, int] = (0, 1)) -> list[Panel]:
+        """One example's path in a plane (figures 5 and 26 to 28 of arXiv 2604.11791; 12 of 2502.05171).
 
         Args:
             example: which one.
             components: the components across and upwards, 0-based.
 
         Raises:
-            LoopedError: plotly is not installed.
             OutOfRangeError: an example or a component that there is not.
         """
         path = self.paths[check_index(example, len(self.paths), "example")]
@@ -117,12 +116,13 @@ class Trajectories(Result):
             title = f"{token} over all layers, in its principal components"
             index = {self.schedule.layer_name(i): float(i) for i in range(self.schedule.n_layers)}
             order = [index[name] for name in where]
-            return paths({"": values}, order, hover=where, axes=(across, upwards), title=title, colour_name="virtual layer")
+            axes, what = (across, upwards), "virtual layer"
+            return [paths({"": values}, order, hover=where, axes=axes, title=title, colour_name=what)]
         loops = grid.labels["loop"]
         lines = {f"position {pos}": [row[k] for row in values] for k, pos in enumerate(grid.labels["pos"])}
         title = "All tokens at the ends of the loops, in principal components"
         hover = [f"loop {t}" for t in loops]
-        return paths(lines, [float(t) for t in loops], hover=hover, axes=(across, upwards), title=title)
+        return [paths(lines, [float(t) for t in loops], hover=hover, axes=(across, upwards), title=title)]
 
 
 @accepts_old(pos="positions")

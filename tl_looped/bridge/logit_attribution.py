@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._old_calls import accepts_old
+from ..panels import Panel
 from ..results import Grid, Result
 
 
@@ -50,14 +51,11 @@ class LogitAttribution(Result):
         return self.grid.to_dataframe()
 
     @accepts_old("title")
-    def plot(self, *, title: str = "") -> Any:
-        """A plotly figure: bars, one per component, or a heat map of components by examples or positions.
+    def panels(self, *, title: str = "") -> list[Panel]:
+        """Bars, one per component, or a heat map of components by examples or positions.
 
         Args:
             title: above the figure.
-
-        Raises:
-            LoopedError: plotly is not installed.
         """
         grid = self.grid[:, 0] if self.values[0].numel() == 1 and self.axes[1:] == ("example",) else self.grid
-        return grid.plot(title=title or f"What every {self.unit} adds to the logits")
+        return grid.panels(title=title or f"What every {self.unit} adds to the logits")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from .plots import plotly
+from .plotly import graph_objects
 from .tokens_shown import cut, in_figure, visible
 
 ROW = 22
@@ -113,7 +113,7 @@ def token_grid(
     Raises:
         LoopedError: plotly is not installed.
     """
-    go = plotly()
+    go = graph_objects()
     at = {
         "x": 0,
         "xref": "container",

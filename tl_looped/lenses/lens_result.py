@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .._old_calls import accepts_old
 from ..errors import LoopedError
-from ..figures.plots import rank_trajectories
-from ..figures.tokens_shown import in_figure, visible
+from ..figures.tokens_shown import visible
+from ..panels import draw, rank_trajectories
 from ..results import Grid, Result
 from ..results.grid import Selection
 from ..results.showing import MOST_ROWS
@@ -270,10 +270,11 @@ class LogitLensResult(Result, Readout):
         names = self.target_names or [self.text(token) for token in self.targets[example, pos].tolist()]
         lines = {self._shown(name): [float(row[k]) for row in ranks] for k, name in enumerate(names)}
         where = f"{self.lens} lens, position {self.positions[pos]}, {self._shown(int(self.tokens[example, pos]))}"
-        return rank_trajectories(lines, self.schedule, layers=self.layers, title=f"Rank of the target by layer ({where})")
+        title = f"Rank of the target by layer ({where})"
+        return draw([rank_trajectories(lines, self.schedule, layers=self.layers, title=title)])
 
     def _shown(self, token: Target) -> str:
-        return in_figure(visible(token if isinstance(token, str) else self.text(token)))
+        return visible(token if isinstance(token, str) else self.text(token))
 
     @accepts_old("stack")
     def at(self, loop: int | None, layer: int, *, stack: str | None = None) -> Readout:

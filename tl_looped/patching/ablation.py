@@ -24,6 +24,7 @@ from ..errors import LoopedError
 from ..kinds import plain, shown
 from ..metrics import Divergence, RowMetric, metric_name
 from ..model.initial_state import InitialState
+from ..panels import Panel
 from ..results import Estimate, Grid, Result
 from ..schedule import Indices, LoopSelector, select_indices
 from ..sites import Place, laid_out, swept_places
@@ -79,13 +80,13 @@ class AblationSweep(Result):
         return Grid(values, self.change.axes, self.change.labels, f"share of the {self.change.name}")
 
     @accepts_old("title")
-    def plot(self, *, title: str = "") -> Any:
+    def panels(self, *, title: str = "") -> list[Panel]:
         """The figure of the changes, as of a `Grid`.
 
         Args:
             title: above the figure; the name of the numbers if empty.
         """
-        return self.change.plot(title=title)
+        return self.change.panels(title=title)
 
     def to_dataframe(self) -> Any:
         """The changes with their standard errors, one row per cell."""

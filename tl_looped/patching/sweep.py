@@ -23,6 +23,7 @@ from ..bridge.tokens import counts_from_end
 from ..errors import LoopedError
 from ..metrics import metric_name
 from ..model.initial_state import InitialState
+from ..panels import Panel
 from ..results import Grid
 from ..schedule import Indices, LoopSelector, select_indices
 from ..sites import KINDS, Place, axes_of, check_site, laid_out, layer_place, outer_axes, swept_places
@@ -52,19 +53,19 @@ class PatchSweep(Grid):
         return self.values if self.baseline_corrupted is None else self.values - self.baseline_corrupted  # what a patch changes
 
     @accepts_old("title")
-    def plot(self, *, title: str = "") -> Any:
+    def panels(self, *, title: str = "") -> list[Panel]:
         """The figure of a `Grid`, of the mean over the examples if there are several.
 
         Args:
             title: above the figure; the name of the numbers if empty.
 
         Raises:
-            LoopedError: plotly is not installed; a single number, without axes.
+            LoopedError: a single number, without axes.
         """
         if self.axes[-1] != "example" or len(self.axes) == 1:
-            return super().plot(title=title)
+            return super().panels(title=title)
         mean = Grid(self.values.double().mean(-1), self.axes[:-1], self.labels, self.name)
-        return mean.plot(title=title or f"{self.name}, mean of {self.values.shape[-1]} examples")
+        return mean.panels(title=title or f"{self.name}, mean of {self.values.shape[-1]} examples")
 
     def normalised(self) -> PatchSweep:
         """The values on a scale where the corrupted run is 0 and the clean run is 1.

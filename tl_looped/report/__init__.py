@@ -18,7 +18,7 @@ from .._words import counted
 from .._writing import write_text
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
-from ..figures import plots
+from ..figures.plotly import graph_objects
 from .arguments import Prompt, ask
 from .page import page
 from .question import Question
@@ -155,7 +155,7 @@ def report(
         2
     """
     check_model(model)
-    plots.plotly()
+    graph_objects()
     names = _chosen(sections)
     asked = ask(
         model,

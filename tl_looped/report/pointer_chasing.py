@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.names import Hook
-from ..figures.plots import heat_map, plotly
+from ..figures.plotly import graph_objects
+from ..figures.plots import heat_map
 from ..results import Estimate, Grid
 from ..toys.hop import WORDS, HopPrompts, hop_prompts
 from .drawing import mark
@@ -127,7 +128,7 @@ def accuracy_beyond(asked: Question, section: Section) -> None:
     if name in OTHER:
         twin = OTHER[name]
         found[twin] = _accuracy(LoopedBridge.from_pretrained(twin, n_loops=n_loops, device=model.cfg.device), prompts, twin)
-    figure = plotly().Figure(layout={"xaxis_title": "loop", "yaxis_title": "right answers", "yaxis_tickformat": ".0%"})
+    figure = graph_objects().Figure(layout={"xaxis_title": "loop", "yaxis_title": "right answers", "yaxis_tickformat": ".0%"})
     for one, estimate in found.items():
         section.numbers[one] = estimate
         values, errors = estimate.values.tolist(), estimate.stderr.tolist()

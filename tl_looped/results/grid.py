@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._old_calls import accepts_old
 from ..errors import LoopedError
+from ..panels import Panel, heat_map, json_ready
 from .showing import Shown, html_table, matrix
 
 Label = str | int  # an int where it counts something (loop, layer, head, example), which "prelude" and "coda" may stand beside
@@ -246,18 +247,21 @@ class Grid(Shown):
         return DataArray(self.values.cpu().numpy(), {a: self.labels[a] for a in self.axes}, self.axes, name=self.name)
 
     @accepts_old("title")
-    def plot(self, *, title: str = "") -> Any:
-        """A plotly figure: a heat map with the last axis across and the others down, or a line if there is one axis.
+    def panels(self, *, title: str = "") -> list[Panel]:
+        """A heat map with the last axis across and the others down, or a line if there is one axis.
 
         Args:
             title: above the figure; the name of the numbers if empty.
 
         Raises:
-            LoopedError: plotly is not installed; a single number, without axes.
+            LoopedError: a single number, without axes.
         """
-        from ..figures.plots import heat_map
+        return [heat_map(self, title=title)]
 
-        return heat_map(self, title=title)
+    def to_dict(self) -> dict[str, Any]:
+        """Name, axes, labels and values as JSON has them."""
+        labels = {axis: list(map(str, self.labels[axis])) for axis in self.axes}
+        return json_ready({"name": self.name, "axes": self.axes, "labels": labels, "values": self.values})
 
     def _described(self) -> list[str]:
         known = self.values[self.values.isfinite()] if self.values.is_floating_point() else self.values
@@ -350,6 +354,10 @@ class Estimate(Grid):
         """Standard error of the mean, from the sample variance; NaN for a single example."""
         spread = self.m2 / (self.count - 1) if self.count > 1 else torch.full_like(self.values, torch.nan)
         return (spread / self.count).sqrt()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As for a `Grid`, with the standard errors and the number of examples."""
+        return super().to_dict() | {"stderr": json_ready(self.stderr), "count": self.count}
 
     def to_dataframe(self) -> Any:
         """As for a `Grid`, with the columns `{name}_stderr` and `count` beside the mean."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..panels import Panel, draw
+
 if TYPE_CHECKING:
     from ..bridge.looped_bridge import LoopedBridge
     from .grid import Grid
@@ -39,6 +41,22 @@ class Shown:
     def to_dataframe(self) -> Any:
         """A pandas DataFrame of the numbers."""
         raise NotImplementedError
+
+    def panels(self) -> list[Panel]:
+        """What `plot` draws, as plain data; its arguments are those of `plot`."""
+        raise NotImplementedError
+
+    def plot(self, *args: Any, **kwargs: Any) -> Any:
+        """A plotly figure of `panels`.
+
+        Args:
+            *args: as for `panels`.
+            **kwargs: as for `panels`.
+
+        Raises:
+            LoopedError: plotly is not installed, or what `panels` raises.
+        """
+        return draw(self.panels(*args, **kwargs))
 
     def save(self, path: str | Path, model: LoopedBridge | None = None) -> Path:
         """Write the result into one file, without pickle; `tl_looped.load_result` reads it.
