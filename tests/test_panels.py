@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ VALUES = [10.0, 1, 2, 3, 4, 5, 6, 20]
 
 
 def test_layers_are_grouped_in_three_ways() -> None:
-    options = {"layers": range(8), "name": "norm"}
+    options: dict[str, Any] = {"layers": range(8), "name": "norm"}
     depth, recurrence, layer = (
         {line["name"]: (line["x"], line["y"]) for line in grouped(VALUES, SCHEDULE, group_by=by, **options).grids}
         for by in ("depth", "recurrence", "layer")
