@@ -14,7 +14,6 @@ from zoo import random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, exits
 from tl_looped.analysis import (
-    attention_bound,
     attention_distances,
     attention_stability,
     exit_steps,
@@ -22,8 +21,8 @@ from tl_looped.analysis import (
     inference_stages,
     injection_effect,
     local_stability,
+    more_loops,
     path_independence,
-    stability,
 )
 from tl_looped.analysis._one_loop import OneLoop
 
@@ -61,7 +60,7 @@ def test_memory_is_that_of_a_few_loops_and_time_that_of_a_few_runs(name: str) ->
 
 
 def test_a_matrix_of_loops_is_all_that_grows() -> None:
-    nbytes, runs = counted(deep_loop(), lambda m, x: stability(m, x, n_loops=N_LOOPS, trained=1, verbose=False), TOKENS)
+    nbytes, runs = counted(deep_loop(), lambda m, x: more_loops(m, x, n_loops=N_LOOPS, trained=1, verbose=False), TOKENS)
     matrix = 8 * len(TOKENS) * N_LOOPS**2  # fp64
     assert runs == 1  # and one of a single loop
     assert nbytes <= 3 * one_loop_bytes(TOKENS) + 4 * matrix
@@ -75,12 +74,6 @@ def test_distances_of_all_pairs_run_again_rather_than_hold_all_patterns() -> Non
     )  # as the docstring says; a hook is attached, so nothing is masked
     assert nbytes <= 3 * one_loop_bytes(tokens, patterns=True) + 5 * 8 * N_LAYERS**2
     assert attention_distances(deep_loop().unroll(4), tokens, verbose=False).values.shape == (6, 6)
-
-
-def test_the_bound_holds_one_loop() -> None:
-    bridge = random_bridge("retrofit_llama", n_core=1, n_loops=N_LOOPS, rope_layout="none", n_coda=1)
-    nbytes, runs = counted(bridge, lambda m, x: attention_bound(m, x, verbose=False), TOKENS)
-    assert runs == 1 and nbytes <= 3 * one_loop_bytes(TOKENS, patterns=True)
 
 
 def test_local_stability_holds_a_few_states() -> None:

@@ -29,7 +29,7 @@ def _answers(model: LoopedBridge, tokens: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     model.exit_policy = exits.KL(0.5)
     found["text"] = model.generate(tokens, 3, do_sample=False, stop_at_eos=False, verbose=False)
-    found["loops"] = model.generation_report.passes_per_token
+    found["loops"] = model.generation_report.loops_per_token
     model.exit_policy = None
     return found
 

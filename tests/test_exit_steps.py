@@ -79,7 +79,7 @@ def test_the_last_token_leaves_when_generation_reads_it(name: str, policy: exits
     found = exit_steps(bridge, tokens, policies={"mine": policy}, answers=[1, 2, 3, 4], verbose=False)
     bridge.exit_policy = policy
     bridge.generate(tokens, max_new_tokens=1, do_sample=False, stop_at_eos=False, verbose=False)
-    read = bridge.generation_report.passes_per_token[:, 0]
+    read = bridge.generation_report.loops_per_token[:, 0]
     assert found.passes[0][0, :, -1].tolist() == read.tolist() and len(set(read.tolist())) > 1
     assert found.cost.values[0].item() == pytest.approx(read.double().mean().item())
     assert len(found.plot().data) == 2 and found.to_dataframe()["policy"].tolist()[0] == "mine"
@@ -222,7 +222,7 @@ def test_generate_and_exit_steps_show_a_policy_what_hooks_leave(name: str, cache
         ]
         assert found.passes[0][0, :, -1].tolist() == by_hand
         report = model.generation_report
-        assert report is not None and report.passes_per_token[:, 0].tolist() == by_hand
+        assert report is not None and report.loops_per_token[:, 0].tolist() == by_hand
 
 
 def test_a_policy_that_looks_back_leaves_where_its_formula_says() -> None:
@@ -236,7 +236,7 @@ def test_a_policy_that_looks_back_leaves_where_its_formula_says() -> None:
     model.exit_policy = far
     model.generate(tokens, 2, do_sample=False, stop_at_eos=False, verbose=False)
     report = model.generation_report
-    assert report is not None and (report.passes_per_token == 7).all()
+    assert report is not None and (report.loops_per_token == 7).all()
 
 
 @pytest.mark.parametrize(

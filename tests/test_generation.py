@@ -40,12 +40,12 @@ def test_a_token_read_early_has_the_logits_of_its_loop_with_and_without_cache(na
     bridge.exit_policy = After()
     tokens, logits, report = write(bridge)
     tokens_2, logits_2, report_2 = write(bridge, use_past_kv_cache=False)
-    assert torch.equal(tokens, tokens_2) and torch.equal(report.passes_per_token, report_2.passes_per_token)
+    assert torch.equal(tokens, tokens_2) and torch.equal(report.loops_per_token, report_2.loops_per_token)
     torch.testing.assert_close(logits, logits_2, atol=1e-4, rtol=1e-5)
-    assert len(report.passes_per_token.unique()) > 1  # or catching up was not needed
+    assert len(report.loops_per_token.unique()) > 1  # or catching up was not needed
     for step in range(5):
         text = tokens[:, : TOKENS.shape[1] + step]
-        for row, loops in enumerate(report.passes_per_token[:, step].tolist()):
+        for row, loops in enumerate(report.loops_per_token[:, step].tolist()):
             wanted = bridge.readout(text, loop=loops - 1)[row, -1]
             torch.testing.assert_close(logits[row, step], wanted, atol=1e-4, rtol=1e-5)
 
@@ -92,7 +92,7 @@ def test_policies_leave_where_their_formulas_say(name: str) -> None:
     for policy in policies + ([exits.Gate(0.55), exits.Gate(0.9)] if name == "ouro" else []):
         bridge.exit_policy = policy
         tokens, _, report = write(bridge, TOKENS[:1])
-        for step, loops in enumerate(report.passes_per_token[0].tolist()):
+        for step, loops in enumerate(report.loops_per_token[0].tolist()):
             assert loops == brute_force(bridge, policy, tokens[:, : TOKENS.shape[1] + step])
             chosen.add(loops)
     assert len(chosen) > 1
@@ -108,7 +108,7 @@ def test_the_gate_reads_what_the_published_code_reads(threshold: float) -> None:
         _, logits, report = write(bridge, tokens[:, : pos + 1], new=1)
         torch.testing.assert_close(logits[:, 0], wanted[:, pos], atol=2e-4, rtol=0)
         loops = (golden["R4/exit_pdf"][:, pos].cumsum(-1) >= threshold).int().argmax(-1) + 1
-        assert torch.equal(report.passes_per_token[:, 0], loops.long())
+        assert torch.equal(report.loops_per_token[:, 0], loops.long())
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def test_a_gate_threshold_of_one_is_not_never(bias: float, dtype: torch.dtype, l
     gate["exit_gate.bias"].data.fill_(bias)
     bridge.to(dtype)
     bridge.exit_policy = exits.Gate(1.0)
-    assert write(bridge, new=1)[2].passes_per_token.unique().tolist() == [loops]
+    assert write(bridge, new=1)[2].loops_per_token.unique().tolist() == [loops]
     bridge.exit_policy = None
-    assert write(bridge, new=1)[2].passes_per_token.unique().tolist() == [4]
+    assert write(bridge, new=1)[2].loops_per_token.unique().tolist() == [4]
 
 
 @FAMILIES
@@ -144,7 +144,7 @@ def test_hooks_of_a_loop_fire_in_it_once_for_every_position(name: str, policy: e
     with bridge.hooks(fwd_hooks=[(n, partial(hook, where=n)) for n in where]):
         tokens, _, report = write(bridge, TOKENS[:1], new=6)
     _, cache = bridge.run_with_cache(tokens[:, :-1])
-    most = torch.cummax(report.passes_per_token.flip(-1), dim=-1).values.flip(-1)[0]  # loops of every position in the end
+    most = torch.cummax(report.loops_per_token.flip(-1), dim=-1).values.flip(-1)[0]  # loops of every position in the end
     for t, hook_name in enumerate(where):
         pieces = seen.get(hook_name, [])
         reached = int((most > t).sum())
@@ -166,9 +166,9 @@ def test_an_edit_in_a_loop_reaches_the_exit_decision_and_later_tokens(name: str)
     with bridge.hooks(fwd_hooks=edits):
         tokens, _, edited = write(bridge)
         assert torch.equal(tokens, write(bridge, use_past_kv_cache=False)[0])
-    assert (edited.passes_per_token <= 3).all() and not torch.equal(edited.passes_per_token, report.passes_per_token)
+    assert (edited.loops_per_token <= 3).all() and not torch.equal(edited.loops_per_token, report.loops_per_token)
     again, _, report_2 = write(bridge)
-    assert torch.equal(again, plain) and torch.equal(report.passes_per_token, report_2.passes_per_token)
+    assert torch.equal(again, plain) and torch.equal(report.loops_per_token, report_2.loops_per_token)
 
 
 @pytest.mark.parametrize("policy", [None, After()])
@@ -201,7 +201,7 @@ def test_left_padded_rows_generate_like_the_rows_alone(name: str) -> None:
         tokens_1, logits_1, report_1 = write(bridge, alone)
         assert torch.equal(tokens[row, 5:], tokens_1[0, alone.shape[1] :])
         torch.testing.assert_close(logits[row], logits_1[0], atol=1e-4, rtol=1e-5)
-        assert torch.equal(report.passes_per_token[row], report_1.passes_per_token[0])
+        assert torch.equal(report.loops_per_token[row], report_1.loops_per_token[0])
 
 
 def test_the_report_counts_rows_while_they_write() -> None:
@@ -212,8 +212,8 @@ def test_the_report_counts_rows_while_they_write() -> None:
     out = bridge.generate(TOKENS, 6, do_sample=False, verbose=False, eos_token_id=eos)
     report = bridge.generation_report
     ended = (out[0, TOKENS.shape[1] :] == eos).int().argmax() + 1
-    assert (report.passes_per_token[0, :ended] > 0).all() and (report.passes_per_token[0, ended:] == 0).all()
-    spent = report.passes_per_token[report.passes_per_token > 0].double()
+    assert (report.loops_per_token[0, :ended] > 0).all() and (report.loops_per_token[0, ended:] == 0).all()
+    spent = report.loops_per_token[report.loops_per_token > 0].double()
     assert report.saved_fraction == pytest.approx(1 - spent.mean().item() / 5) and 0 < report.saved_fraction < 1
     assert f"{report.saved_fraction:.0%} saved" in str(report)
 
@@ -249,7 +249,7 @@ def test_initial_state_and_prefix_hold_for_every_token() -> None:
             assert torch.equal(tokens, tokens_2)
             torch.testing.assert_close(logits, logits_2, atol=1e-4, rtol=1e-5)
             full = {**extra, "token_type_ids": torch.cat([types, types.new_zeros(2, 4)], 1)} if bridge is hrm else extra
-            last = bridge(tokens[:, :-1], loop=int(report.passes_per_token[0, -1]) - 1, **full)[0, -1]
+            last = bridge(tokens[:, :-1], loop=int(report.loops_per_token[0, -1]) - 1, **full)[0, -1]
             torch.testing.assert_close(logits[0, -1], last, atol=1e-4, rtol=1e-5)
             assert not torch.allclose(logits[:, 0], write(bridge)[1][:, 0])
 
@@ -260,7 +260,7 @@ def test_streaming_and_embeddings_follow_the_policy() -> None:
     tokens, _, report = write(bridge)
     pieces = list(bridge.generate_stream(TOKENS, 5, max_tokens_per_yield=2, **GREEDY))
     assert torch.equal(torch.cat(pieces, dim=1), tokens)
-    assert torch.equal(bridge.generation_report.passes_per_token, report.passes_per_token)
+    assert torch.equal(bridge.generation_report.loops_per_token, report.loops_per_token)
     from_embeddings = bridge.generate(bridge.original_model.embed(TOKENS), 5, **GREEDY)
     assert torch.equal(from_embeddings, tokens[:, TOKENS.shape[1] :])
 

@@ -11,8 +11,9 @@ from zoo import SMALL, ZOO, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped.analysis import local_stability
+from tl_looped.analysis._directions import CONVERGED
 from tl_looped.analysis._one_loop import OneLoop
-from tl_looped.analysis.local_stability import SETTLED, contraction_rate, spectral_radius
+from tl_looped.analysis.local_stability import contraction_rate, spectral_radius
 
 
 @pytest.mark.parametrize("name", ["ouro", "huginn", "hrm_text", "parcae", "anchored"])
@@ -108,7 +109,7 @@ def test_against_the_eigenvalues_and_products_of_explicit_jacobians(name: str) -
                 x = loop(x)
     assert found.lyapunov[0] == pytest.approx(sorted(np.mean(growth, 0), reverse=True), rel=1e-6)
     if name == "hrm_text":  # its state may keep moving: then there is no fixed point to be stable at
-        assert math.isnan(found.spectral_radius[0]) == (found.residual[0] > SETTLED)
+        assert math.isnan(found.spectral_radius[0]) == (found.residual[0] > CONVERGED)
     else:
         assert found.residual[0] < 1e-3
         assert found.spectral_radius[0] == pytest.approx(np.abs(np.linalg.eigvals(j)).max(), rel=1e-6)

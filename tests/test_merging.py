@@ -20,8 +20,8 @@ from tl_looped.analysis import (
     injection_effect,
     limiting_behaviour,
     local_stability,
+    more_loops,
     path_independence,
-    stability,
     step_geometry,
     trajectories,
 )
@@ -44,7 +44,7 @@ SETTINGS: list[tuple[Callable[..., Any], dict[str, Any], dict[str, Any], str]] =
     (path_independence, {"n_loops": 4, "rule": RULE}, {"initial_states": (4, 5, 6, 7)}, "states="),
     (local_stability, LOCAL, {"n_exponents": 1}, "n_exponents="),
     (injection_effect, {"from_loop": 1}, {"replacement": "mean"}, "replacement="),
-    (stability, {}, {"answers": [1, 2]}, "scored="),
+    (more_loops, {}, {"answers": [1, 2]}, "scored="),
     (exit_steps, {"policies": {"mine": exits.KL(0.1)}}, {"policies": {"mine": exits.KL(0.2)}}, "policies="),
     (exit_steps, {"policies": [exits.KL(0.1)]}, {"answers": [1, 2]}, "scored="),
 ]

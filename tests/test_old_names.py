@@ -6,9 +6,11 @@ import sys
 from importlib import import_module
 
 import pytest
+import torch
 
 import tl_looped
-from tl_looped import _old_names
+from tl_looped import _old_names, analysis
+from tl_looped.exits import GenerationReport
 
 
 @pytest.mark.parametrize(("old", "new"), sorted(_old_names.MODULES.items()))
@@ -47,3 +49,21 @@ def test_a_name_that_never_was_is_still_an_error() -> None:
         import_module("tl_looped.nothing")
     with pytest.raises(ImportError):
         exec("from tl_looped.analysis import nothing")
+
+
+def test_the_analysis_of_more_loops_was_called_stability() -> None:
+    found: dict[str, object] = {}
+    with pytest.warns(FutureWarning, match=r"analysis\.\w+ is now tl_looped\.analysis\.(more_loops|MoreLoops)\."):
+        exec("from tl_looped.analysis import Stability, stability", found)
+    assert found["Stability"] is analysis.MoreLoops and found["stability"] is analysis.more_loops
+
+
+def test_what_was_removed_says_why() -> None:
+    with pytest.raises(ImportError, match=r"attention_bound is no more: .* proposition 4\.2 by hand\."):
+        exec("from tl_looped.analysis import attention_bound")
+
+
+def test_passes_per_token_are_loops() -> None:
+    report = GenerationReport(torch.tensor([[2, 3]]), 4, 1.0)
+    with pytest.warns(FutureWarning, match="loops_per_token"):
+        assert report.passes_per_token is report.loops_per_token

@@ -207,7 +207,7 @@ def test_no_row_depends_on_the_padding_of_its_neighbours() -> None:
 
 def test_padding_that_nothing_says_is_refused() -> None:
     """Where a number would be one of padding: tokens without a mask, and one position for rows that end in different places."""
-    from tl_looped.analysis import stability
+    from tl_looped.analysis import more_loops
 
     model, texts = with_words("ouro"), TEXTS[:2]
     right, left = (model.to_tokens(texts, padding_side=side) for side in ("right", "left"))
@@ -224,7 +224,7 @@ def test_padding_that_nothing_says_is_refused() -> None:
         lambda: model.generate(left, 2, verbose=False),
         lambda: model.generate_stream(right, 2, verbose=False),
         lambda: model.generate(right, 2, verbose=False, attention_mask=(right != 0).long()),
-        lambda: stability(model, right, n_loops=4),
+        lambda: more_loops(model, right, n_loops=4),
         lambda: logit_lens(model, right),
         lambda: influence(model, right, right),
         lambda: model.readout(texts, loop=0),

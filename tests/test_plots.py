@@ -10,7 +10,7 @@ import torch
 from zoo import random_bridge, random_tokens
 
 from tl_looped import LoopedError, exits
-from tl_looped.analysis import attention_stability, exit_steps, fixed_points, looped_floorplan, stability, trajectories
+from tl_looped.analysis import attention_stability, exit_steps, fixed_points, looped_floorplan, more_loops, trajectories
 from tl_looped.figures import attention_heads, floorplan, grouped, heat_map, panels, rank_trajectories
 from tl_looped.lenses import logit_lens
 from tl_looped.results import Estimate, Grid
@@ -90,7 +90,7 @@ def test_ranks_from_zero_on_a_logarithmic_axis() -> None:
 
 def test_panels_say_their_units_and_mark_the_trained_loops() -> None:
     bridge, tokens = random_bridge("ouro"), random_tokens(2, 5)
-    figure = stability(bridge, tokens, verbose=False).plot()
+    figure = more_loops(bridge, tokens, verbose=False).plot()
     assert notes(figure)[0] == "loss (nats)" and "KL from 3 loops (nats)" in notes(figure)
     assert {shape.x0 for shape in figure.layout.shapes} == {3} and len(figure.layout.shapes) == 5
     assert figure.layout.xaxis5.title.text == "number of loops"

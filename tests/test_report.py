@@ -22,7 +22,7 @@ from zoo import GOLDEN, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped._writing import write_text
-from tl_looped.analysis import fixed_points, stability
+from tl_looped.analysis import fixed_points, more_loops
 from tl_looped.cli import main
 from tl_looped.figures.plotly import graph_objects
 from tl_looped.report import Report, report, sections
@@ -252,7 +252,7 @@ def test_other_models_are_measured_as_the_analyses_do(tmp_path: Path) -> None:
     found = report(model, TOKENS, n_loops=6, clean=torch.tensor([5, 17, 3]), corrupted=torch.tensor([5, 18, 3]), verbose=False)
     measured = {section.name: section for section in found.sections}
     assert not measured["patching"].refused and not measured["exits"].refused
-    reference = stability(model, TOKENS, n_loops=6, verbose=False)
+    reference = more_loops(model, TOKENS, n_loops=6, verbose=False)
     assert torch.allclose(measured["stability"].numbers["loss"].values, reference.loss.values, rtol=1e-5)
     assert "gate ≥ 0.5" in " ".join(measured["exits"].reading) and "gate_pdf" in measured["exits"].numbers
     head = found.save(tmp_path / "page.html").read_text(encoding="utf-8")

@@ -23,9 +23,9 @@ from tl_looped.analysis import (
     limiting_behaviour,
     local_stability,
     looped_floorplan,
+    more_loops,
     path_independence,
     random_init_sweep,
-    stability,
     step_geometry,
     trajectories,
 )
@@ -153,7 +153,7 @@ def made(model: LoopedBridge, injected: LoopedBridge) -> dict[str, Any]:
         "local_stability": local_stability(injected, TOKENS[:1, :2], n_loops=4, n_exponents=1, iterations=3, **QUIET),
         "path_independence": path_independence(injected, TOKENS, n_loops=6, **QUIET),
         "random_init": random_init_sweep(n_layers=1, d_model=16, n_loops=4, seeds=2, **QUIET),
-        "stability": stability(model, TOKENS, **QUIET),
+        "more_loops": more_loops(model, TOKENS, **QUIET),
         "step_geometry": step_geometry(model, TOKENS, **QUIET),
         "trajectories": trajectories(model, TOKENS, n_components=2, **QUIET),
         "patch_sweep": patch_sweep(model, TOKENS[1:2], cache, lambda logits: logits[0, -1, 3], **QUIET),
@@ -207,7 +207,7 @@ def test_a_table_says_what_it_leaves_out_and_takes_no_markup() -> None:
 
 
 def test_results_of_other_settings_do_not_add_up(model: LoopedBridge, results: dict[str, Any]) -> None:
-    whole = results["stability"]
+    whole = results["more_loops"]
     assert sum([whole, whole]).loss.count == 2 * whole.loss.count
     other = fixed_points(model, TOKENS, n_loops=4, reduction="matrix", **QUIET)
     with pytest.raises(LoopedError, match=r"reduction='token' was added to one with reduction='matrix'"):

@@ -28,6 +28,11 @@ NAMES = {
     **{f"analysis.{name}": f"lenses.{name}" for name in ("LogitLensResult", "Readout", "logit_lens")},
     **{f"toys.stages.{name}": f"analysis.stage_order.{name}" for name in "repetition resemblance as_one_pass spread".split()},
     **{f"toys.stages.{name}": f"toys.text.{name}" for name in ("held_out_windows", "untrained")},
+    "analysis.Stability": "analysis.MoreLoops",
+    "analysis.stability": "analysis.more_loops",
+}
+GONE = {
+    "analysis.attention_bound": "it refused every rotary model; the fourth tutorial computes proposition 4.2 by hand",
 }
 PACKAGE = __name__.partition(".")[0]
 
@@ -63,6 +68,7 @@ def moved(package: str, name: str) -> Any:
 
     Raises:
         AttributeError: the package never had it.
+        ImportError: it has it no more.
     """
     old = f"{package}.{name}".partition(".")[2]
     if old in NAMES:
@@ -71,6 +77,8 @@ def moved(package: str, name: str) -> Any:
         return getattr(import_module(f".{home}", PACKAGE), new)
     if old in MODULES and not name.startswith("_"):
         return import_module(f".{old}", PACKAGE)
+    if old in GONE:
+        raise ImportError(f"{package}.{name} is no more: {GONE[old]}.")  # of an AttributeError `from` keeps no word
     raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -34,7 +35,7 @@ class LoopHistory:
         >>> model = LoopedBridge.from_pretrained("toy:hop", device="cpu")
         >>> model.exit_policy = is_sure
         >>> _ = model.generate("A b B c C a ? A", max_new_tokens=1, verbose=False)
-        >>> model.generation_report.passes_per_token.tolist()
+        >>> model.generation_report.loops_per_token.tolist()
         [[1]]
     """
 
@@ -239,21 +240,27 @@ class GenerationReport:
     """How many loops a generation spent.
 
     Args:
-        passes_per_token: loops after which every new token was read, 1 to `n_loops`; 0 where a row had already ended.
+        loops_per_token: loops after which every new token was read, 1 to `n_loops`; 0 where a row had already ended.
         n_loops: loops of the model.
         computed_fraction: share of the layer passes that were executed, of those that the same call without a policy executes.
             More than `1 - saved_fraction` when a token that loops longer has to catch up the positions before it, when rows
             wait for others, and because of the prompt; codas and readouts are not counted.
     """
 
-    passes_per_token: Int[Tensor, "batch new_pos"]
+    loops_per_token: Int[Tensor, "batch new_pos"]
     n_loops: int
     computed_fraction: float
 
     @property
+    def passes_per_token(self) -> Int[Tensor, "batch new_pos"]:
+        """The former name of `loops_per_token`."""
+        warnings.warn("GenerationReport.passes_per_token is now .loops_per_token.", FutureWarning, stacklevel=2)
+        return self.loops_per_token
+
+    @property
     def mean_passes(self) -> float:
         """Loops per new token."""
-        return float(self.passes_per_token[self.passes_per_token > 0].double().mean())
+        return float(self.loops_per_token[self.loops_per_token > 0].double().mean())
 
     @property
     def saved_fraction(self) -> float:
@@ -261,7 +268,7 @@ class GenerationReport:
         return 1 - self.mean_passes / self.n_loops
 
     def __str__(self) -> str:
-        tokens = int((self.passes_per_token > 0).sum())
+        tokens = int((self.loops_per_token > 0).sum())
         return (
             f"{tokens} tokens read after {self.mean_passes:.2f} of {self.n_loops} loops on average "
             f"({self.saved_fraction:.0%} saved); {self.computed_fraction:.0%} of the layer passes were computed"

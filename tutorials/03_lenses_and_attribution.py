@@ -317,7 +317,7 @@ model.exit_policy = exits.KL(0.1)
 print(model.generate(prompt, max_new_tokens=12, do_sample=False, stop_at_eos=False, verbose=False))
 print(model.generation_report)
 # A token that loops on needs the keys and values of the tokens before it, which are then computed after all.
-print("loops per new token:", model.generation_report.passes_per_token[0].tolist())
+print("loops per new token:", model.generation_report.loops_per_token[0].tolist())
 model.exit_policy = None
 
 # %% tags=["remove-cell"]
@@ -377,7 +377,7 @@ of_fourth, of_third = (in_loop(difference, loop).sum(0).mean() for loop in (4, 3
 assert of_fourth > 1 > 0.2 > abs(of_third)
 model.exit_policy = exits.KL(1e9)
 model.generate(prompt, max_new_tokens=3, do_sample=False, stop_at_eos=False, verbose=False)
-assert (model.generation_report.passes_per_token == 2).all()
+assert (model.generation_report.loops_per_token == 2).all()
 model.exit_policy = None
 if TOY:
     assert len(tokens) in range(25, 34)

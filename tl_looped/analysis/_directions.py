@@ -6,6 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+# Shares of a state that a loop changes, or that it is away from its end; our choice.
+SETTLED = 0.01  # less than this is settled
+CONVERGED = 1e-3  # and less than this near enough to a fixed point for the Jacobian there
+
 
 def direction(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
     """Vectors of length 1; NaN for a vector that is zero.

@@ -1,4 +1,4 @@
-"""Whether attention settles: how far the patterns of two executed layers are apart, and a bound on how far they can be."""
+"""Whether attention settles: how far the patterns of two executed layers are apart."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from .._old_calls import accepts_old
@@ -18,8 +18,8 @@ from ..model.slots import is_observed
 from ..panels import GroupBy, Panel, grouped
 from ..results import Estimate, Grid, Result, table
 from ..schedule import Indices, Schedule, Site, select_indices
-from ._prompts import Prompts, at_depth, check_model, over_batches, token_batches
-from ._streaming import layer_hooks, need_loops, visit
+from ._prompts import Prompts, at_depth, over_batches, token_batches
+from ._streaming import need_loops, visit
 from .fixed_points import PATTERN, compare_loops, frobenius_per_head
 
 
@@ -201,88 +201,6 @@ def attention_distances(
     return over_batches(examples, deep, prompts, verbose=verbose, what="attention_distances")
 
 
-def attention_bound(
-    model: LoopedBridge,
-    prompts: Prompts,
-    *,
-    n_loops: int | None = None,
-    stack: str | None = None,
-    initial_state: InitialState = None,
-    verbose: bool = True,
-) -> Estimate:
-    """How much of its bound a change of attention uses: left over right side of proposition 4.2 of arXiv 2604.11791.
-
-    `|A_t - A_{t-1}|_F <= 1/2 * 2 B kappa / sqrt(d_head) * |X_t - X_{t-1}|_F`, where X is what the attention reads, B the
-    larger spectral norm of the two X, kappa that of `W_Q W_K^T`, and 1/2 the Lipschitz constant of the softmax (the
-    appendix's). Of all heads of a layer the largest ratio is taken. It never exceeds 1; far below 1 the bound says little.
-
-    Args:
-        model: a model without rotary positions, norms or biases of q and k, which the proposition does not know.
-        prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; every row is an example.
-        n_loops: loops to run (H cycles for HRM-Text); None for the model's own.
-        stack: "L" or "H" for HRM-Text; not needed elsewhere.
-        initial_state: as in `LoopedBridge.forward`.
-        verbose: show a progress bar.
-
-    Returns:
-        An estimate with the axes (loop, layer), from the second loop on; NaN where the input did not change.
-
-    Raises:
-        LoopedError: the proposition does not hold for this model in its literal form; no prompts; fewer than two loops.
-
-    Example:
-        >>> from tl_looped import LoopedBridge, LoopedConfig
-        >>> cfg = LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3, rope_layout="none")
-        >>> ratio = attention_bound(LoopedBridge.from_config(cfg, seed=0), torch.tensor([[1, 2, 3]]), verbose=False)
-        >>> tuple(ratio.values.shape), bool((ratio.values <= 1).all())
-        ((2, 2), True)
-    """
-    check_model(model)
-    cfg = model.looped_cfg
-    reasons = {
-        "rotary positions": cfg.rope_layout != "none",
-        "norms of q and k": cfg.qk_norm != "none",
-        "a gain on q": cfg.query_gain,
-        "biases of q or k": "q" in cfg.biases or "k" in cfg.biases,
-    }
-    if broken := [reason for reason, holds in reasons.items() if holds]:
-        raise LoopedError(
-            f"attention_bound was asked of a {cfg.family} model with {' and '.join(broken)}: its scores are not "
-            "X W_Q W_K^T X^T, so proposition 4.2 does not apply in its literal form."
-        )
-    deep = at_depth(model, n_loops)
-    passes = deep.schedule.passes_of("all", stack)
-    need_loops(len(passes), 2, "attention_bound", "a change between loops")
-    kappas = [_kappa(deep, i) for i in passes[0].layers]
-    hooks = {name: (at, "input") for name, at in layer_hooks(deep.schedule, passes, "attn.hook_in").items()}
-    hooks |= {name: (at, "pattern") for name, at in layer_hooks(deep.schedule, passes, "attn.hook_pattern").items()}
-    labels = {"loop": [p.loop for p in passes[1:]], "layer": list(range(passes[0].n_layers))}
-
-    def examples(tokens: Int[Tensor, "batch pos"]) -> Estimate:
-        before: dict[tuple[int, str], Tensor] = {}
-        bounds: dict[int, Tensor] = {}
-        ratios = torch.full((len(tokens), len(passes) - 1, passes[0].n_layers), torch.nan, dtype=torch.float64, device="cpu")
-
-        def measure(key: tuple[tuple[int, int], str], value: Tensor) -> None:
-            (loop, layer), kind = key
-            old = before.pop((layer, kind), None)
-            before[layer, kind] = value
-            if old is None:
-                return
-            if kind == "input":
-                x, old = value.double(), old.double()
-                norms = torch.stack([torch.linalg.matrix_norm(state, ord=2) for state in (old, x)]).amax(0)
-                change = (x - old).flatten(1).norm(dim=-1)
-                bounds[layer] = norms[:, None] * kappas[layer] / cfg.d_head**0.5 * change[:, None]
-            else:
-                ratios[:, loop - 1, layer] = (frobenius_per_head(value, old) / bounds[layer]).amax(-1).cpu()
-
-        visit(deep, tokens, hooks, measure, stop=passes[-1].layers.stop, initial_state=initial_state)
-        return Estimate.of(ratios, ("loop", "layer"), labels, "bound_ratio")
-
-    return over_batches(examples, deep, prompts, verbose=verbose, what="attention_bound")
-
-
 @accepts_old(head="heads")
 def looped_floorplan(
     model: LoopedBridge,
@@ -340,11 +258,3 @@ def _parts(first: int, stop: int, n_cells: int) -> list[tuple[int, slice, slice]
         start, end = max(first, head * n_cells), min(stop, (head + 1) * n_cells)
         found.append((head, slice(start - head * n_cells, end - head * n_cells), slice(start - first, end - first)))
     return found
-
-
-def _kappa(model: LoopedBridge, layer: int) -> Float[Tensor, " head"]:
-    """The spectral norm of `W_Q W_K^T` of every head."""
-    attn: Any = model.blocks[layer].attn
-    q, k = attn.W_Q.detach().double(), attn.W_K.detach().double()  # [head, d_model, d_head]
-    k = k.repeat_interleave(len(q) // len(k), dim=0)
-    return torch.linalg.matrix_norm(torch.linalg.qr(q)[1] @ torch.linalg.qr(k)[1].mT, ord=2)

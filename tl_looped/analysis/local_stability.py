@@ -17,13 +17,13 @@ from ..model.initial_state import InitialState
 from ..panels import Axis, Mark, Panel
 from ..results import Estimate, Result
 from ..schedule import check_count
+from ._directions import CONVERGED
 from ._one_loop import OneLoop
 from ._prompts import Prompts, check_finite, check_model, over_batches
 from ._streaming import need_loops
 
 __all__ = ["LocalStability", "local_stability"]
 
-SETTLED = 1e-3  # an example is at a fixed point if a loop changes its state by less than this share
 QUANTITIES = ("residual", "contraction", "spectral_radius", "ritz_residual")
 
 
@@ -164,7 +164,7 @@ def local_stability(
         size = x.double().transpose(0, 1).flatten(1).norm(dim=1)
         residual = changes[-1] / size
         radius, error = spectral_radius(lambda v: loop.jvp(x, v[None])[0], directions.sum(0), min(iterations, width))
-        radius = torch.where(residual <= SETTLED, radius, torch.nan)
+        radius = torch.where(residual <= CONVERGED, radius, torch.nan)
         floor = 100 * torch.finfo(x.dtype).eps * size
         rates = [contraction_rate(row, float(least)) for row, least in zip(torch.stack(changes, 1), floor, strict=True)]
         lyapunov = torch.stack(growth).mean(0).sort(dim=-1, descending=True).values  # [batch, direction]

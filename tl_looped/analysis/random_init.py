@@ -22,6 +22,7 @@ from ..model.looped_model import initialise
 from ..panels import Axis, Panel
 from ..results import Estimate, Result, table
 from ..schedule import check_count
+from ._directions import SETTLED
 from ._streaming import need_loops
 from .fixed_points import fixed_points
 
@@ -37,7 +38,7 @@ INJECTIONS: dict[str, dict[str, Any]] = {
     "injection": {"injection": "concat", "initial_state": "noise"},
     "none": {"injection": "none"},
 }
-SETTLED, ALIGNED, SHARED = 0.01, 0.9, 0.999  # what the verdicts mean; our choice
+ALIGNED, SHARED = 0.9, 0.999  # what the verdicts mean; our choice
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,7 +40,7 @@ class GeneratingBridge(WeightsBridge):
             >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=8))
             >>> model.exit_policy = exits.StateChange(0.5)
             >>> text = model.generate(torch.tensor([[1, 2]]), 3, do_sample=False, stop_at_eos=False, verbose=False)
-            >>> model.generation_report.passes_per_token.shape
+            >>> model.generation_report.loops_per_token.shape
             torch.Size([1, 3])
         """
         return self.__dict__.get("_exit_policy")

@@ -29,7 +29,8 @@ HOMES = (
     "patching",
     "runs",
 )  # of the classes of results
-FORMER: dict[Any, str] = {("Trajectories", "pos"): "positions"}  # fields that had other names, in files of before
+# Classes and fields that had other names, in files of before.
+FORMER: dict[Any, str] = {"Stability": "MoreLoops", ("Trajectories", "pos"): "positions"}
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -165,7 +166,7 @@ def _decode(content: Any, tensors: dict[str, Tensor], classes: dict[str, type]) 
         parts: dict[Any, Any] = {
             FORMER.get((held, name), name): _decode(value, tensors, classes) for name, value in rest[0][1].items()
         }
-        return classes[held](**parts)
+        return classes[FORMER.get(held, held)](**parts)
     if kind == "dict":
         return {_decode(k, tensors, classes): _decode(v, tensors, classes) for k, v in held}
     made = [_decode(v, tensors, classes) for v in held]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from ...analysis import fixed_points
+from ...analysis._directions import SETTLED
 from ...names import stack_prefix
 from ..drawing import linear_if_narrow
 from ..question import Question
 from ..section import Section, number, share
 from ._common import say_first_token
 
-SETTLED = 0.01  # of the norm of the state, in one loop
 ONE_DIRECTION = 0.99  # cosine of states that are said to have one direction
 
 

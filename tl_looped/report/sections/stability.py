@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..._words import counted
-from ...analysis import stability
+from ...analysis import more_loops
 from ...figures.plots import panels
 from .. import pointer_chasing
 from ..drawing import thinned
@@ -27,7 +27,7 @@ def the_stability(asked: Question, section: Section) -> None:
     if asked.hops is not None:
         return pointer_chasing.accuracy_beyond(asked, section)
     own = asked.model.n_loops
-    found = stability(asked.deep, asked.of_length(2), n_loops=asked.n_loops, trained=own, verbose=False)
+    found = more_loops(asked.deep, asked.of_length(2), n_loops=asked.n_loops, trained=own, verbose=False)
     section.numbers |= {name: getattr(found, name) for name in (*DRAWN, "loss_change", "agreement")}
     loss, best, n_prompts = found.loss.values, int(found.loss.values.argmin()), found.loss.count
     section.numbers |= {"own": own, "best_number_of_loops": best + 1}

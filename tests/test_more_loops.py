@@ -9,7 +9,7 @@ from test_cli import word_tokenizer
 from zoo import ZOO, random_bridge, random_tokens
 
 from tl_looped import LoopedError
-from tl_looped.analysis import injection_effect, stability
+from tl_looped.analysis import injection_effect, more_loops
 
 MEASURES = ["loss", "accuracy", "margin", "kl", "overthinking", "loss_change", "agreement"]
 
@@ -20,7 +20,7 @@ def test_every_count_is_what_the_model_with_so_many_loops_answers(name: str, wit
     bridge, tokens = random_bridge(name, torch.float64, n_loops=2), random_tokens(3, 5)
     answers = [4, 30, 7] if with_answers else None
     trained, n_loops = bridge.n_loops, bridge.n_loops + 2
-    found = stability(bridge, tokens, n_loops=n_loops, answers=answers, verbose=False)
+    found = more_loops(bridge, tokens, n_loops=n_loops, answers=answers, verbose=False)
     with torch.no_grad():
         deep = bridge.unroll(n_loops)
         logits = [*(bridge.readout(tokens, t) for t in range(trained)), deep.readout(tokens, trained), deep(tokens)]
@@ -59,8 +59,8 @@ def test_split_work_answers_in_order_and_text_answers() -> None:
     bridge = random_bridge("huginn", n_loops=2)
     bridge.tokenizer = word_tokenizer()
     prompts, answers = [random_tokens(2, 5), random_tokens(1, 4, seed=1)], [3, 5, 9]
-    whole = stability(bridge, iter(prompts), answers=torch.tensor(answers), verbose=False)
-    parts = [stability(bridge, p, answers=a, verbose=False) for p, a in zip(prompts, [answers[:2], answers[2:]], strict=True)]
+    whole = more_loops(bridge, iter(prompts), answers=torch.tensor(answers), verbose=False)
+    parts = [more_loops(bridge, p, answers=a, verbose=False) for p, a in zip(prompts, [answers[:2], answers[2:]], strict=True)]
     merged = parts[0] + parts[1]
     for measure in MEASURES:
         a, b = getattr(whole, measure), getattr(merged, measure)
@@ -68,8 +68,8 @@ def test_split_work_answers_in_order_and_text_answers() -> None:
     assert list(whole.to_dataframe()["n_loops"]) == [1, 2, 3, 4]
     assert len(whole.plot().data) == 5
     word = next(w for w in bridge.tokenizer.get_vocab() if bridge.to_tokens(w, prepend_bos=False).numel() == 1)
-    text = stability(bridge, prompts[1], answers=[word], verbose=False)
-    ids = stability(bridge, prompts[1], answers=bridge.to_tokens(word, prepend_bos=False)[0], verbose=False)
+    text = more_loops(bridge, prompts[1], answers=[word], verbose=False)
+    ids = more_loops(bridge, prompts[1], answers=bridge.to_tokens(word, prepend_bos=False)[0], verbose=False)
     assert torch.equal(text.loss.values, ids.loss.values)
 
 
@@ -79,16 +79,16 @@ def test_overthinks_when_later_loops_lose_the_answer() -> None:
     with torch.no_grad():
         right = bridge(tokens)[:, -1].argmax(-1)  # the answers after three loops are right by construction
         late = bridge.unroll(6)(tokens)[:, -1].argmax(-1)
-    found = stability(bridge, tokens, answers=right, verbose=False)
+    found = more_loops(bridge, tokens, answers=right, verbose=False)
     assert found.accuracy.values[2] == 1 and found.overthinks
     lost = (right != late).double().mean().item()
     assert lost > 0 and found.overthinking.values[-1].item() == pytest.approx(lost)
-    assert not stability(bridge, tokens, answers=late, verbose=False).overthinks
+    assert not more_loops(bridge, tokens, answers=late, verbose=False).overthinks
     with pytest.raises(LoopedError, match="several examples"):
-        _ = stability(bridge, tokens[:1], verbose=False).overthinks
+        _ = more_loops(bridge, tokens[:1], verbose=False).overthinks
 
 
-def test_stability_refusals() -> None:
+def test_refusals() -> None:
     bridge, tokens = random_bridge("ouro"), random_tokens()
     for match, options in {
         "around the trained number of 3": {"n_loops": 2},
@@ -98,15 +98,15 @@ def test_stability_refusals() -> None:
         "answer 31 was given": {"answers": [3, 31]},
     }.items():
         with pytest.raises(LoopedError, match=match):
-            stability(bridge, tokens, verbose=False, **options)
+            more_loops(bridge, tokens, verbose=False, **options)
     with pytest.raises(LoopedError, match="no prompts"):
-        stability(bridge, [], verbose=False)
+        more_loops(bridge, [], verbose=False)
     with pytest.raises(LoopedError, match="no next token"):
-        stability(bridge, tokens[:, :1], verbose=False)
+        more_loops(bridge, tokens[:, :1], verbose=False)
     deeper = bridge.unroll(6)
     deeper.add_hook("loops.4.hook_out", lambda x, hook: x * torch.nan)
     with pytest.raises(LoopedError, match="the readout after loop 4 holds NaN"):
-        stability(deeper, tokens, n_loops=6, trained=3, verbose=False)
+        more_loops(deeper, tokens, n_loops=6, trained=3, verbose=False)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("huginn", "tokens"), ("retrofit_olmo", "zero"), ("parcae", "mean")])
