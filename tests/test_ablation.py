@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import word_tokenizer
+from helpers import word_tokenizer
 from zoo import FAMILIES, ZOO, random_bridge
 
 from tl_looped import LoopedBridge, LoopedError

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import word_tokenizer
+from helpers import with_words, word_tokenizer
 from zoo import random_bridge, random_tokens
 
 import tl_looped.lenses.answers
@@ -17,12 +17,6 @@ from tl_looped.figures.tokens_shown import in_figure, token_texts, visible
 from tl_looped.lenses import Answers
 
 TEXTS = ["t5 t17 t3", "t9", "t1 t2 t3 t4"]
-
-
-def with_words(name: str = "huginn") -> LoopedBridge:
-    model = random_bridge(name)
-    model.tokenizer = word_tokenizer()
-    return model
 
 
 @cache

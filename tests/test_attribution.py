@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import run
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
@@ -25,13 +26,6 @@ def per_row(logits: Tensor) -> Tensor:
 
 def total(logits: Tensor) -> Tensor:
     return per_row(logits).sum()
-
-
-def run(bridge: LoopedBridge, tokens: Tensor, **kwargs: object) -> LoopedCache:
-    with torch.no_grad():
-        _, cache = bridge.run_with_cache(tokens, **kwargs)
-    assert isinstance(cache, LoopedCache)
-    return cache
 
 
 def near(clean: LoopedCache, corrupted: LoopedCache, eps: float) -> LoopedCache:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import storages
 from transformer_lens import ActivationCache, patching
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import get_act_name
@@ -35,10 +36,6 @@ def switch_on(bridge: LoopedBridge, *switches: str) -> None:
         warnings.filterwarnings("ignore", "set_use_split_qkv_input")  # edges of others are no matter here
         for switch in switches:
             getattr(bridge, f"set_use_{switch}")(True)
-
-
-def storages(model: torch.nn.Module) -> set[int]:
-    return {p.untyped_storage().data_ptr() for p in model.parameters()}
 
 
 @FAMILIES

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from helpers import run
 from peak_memory import PeakMemory
 from transformer_lens import ActivationCache
 from zoo import FAMILIES, random_bridge, random_tokens, shared_bridge
@@ -19,16 +20,10 @@ TOKENS = random_tokens(pos=4)
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-def run(name: str, tokens: torch.Tensor = TOKENS, **kwargs: object) -> LoopedCache:
-    _, cache = shared_bridge(name).run_with_cache(tokens, **kwargs)
-    assert isinstance(cache, LoopedCache)
-    return cache
-
-
 @pytest.mark.slow
 @FAMILIES
 def test_a_view_of_every_layer(name: str) -> None:
-    cache = run(name)
+    cache = run(shared_bridge(name), TOKENS)
     for index, (stack, loop, layer) in enumerate(cache.model.schedule.sites):
         view = cache.at(loop, layer, stack=stack)
         for short in ("resid_pre", "resid_mid", "resid_post", "pattern", "z", "post", "attn_out"):
@@ -41,7 +36,7 @@ def test_a_view_of_every_layer(name: str) -> None:
 
 @FAMILIES
 def test_a_view_of_every_pass(name: str) -> None:
-    cache = run(name)
+    cache = run(shared_bridge(name), TOKENS)
     schedule = cache.model.schedule
     for p in schedule.passes:
         view, prefix = cache.at(loop=p.loop, stack=p.stack), schedule.pass_prefix(p)
@@ -52,12 +47,12 @@ def test_a_view_of_every_pass(name: str) -> None:
 
 
 def test_the_norm_of_the_last_pass() -> None:
-    cache = run("ouro")
+    cache = run(shared_bridge("ouro"), TOKENS)
     assert cache.at(loop=-1)["norm.hook_scale"] is cache["ln_final.hook_scale"]
 
 
 def test_views_that_do_not_exist() -> None:
-    huginn, hrm = run("huginn"), run("hrm_text")
+    huginn, hrm = run(shared_bridge("huginn"), TOKENS), run(shared_bridge("hrm_text"), TOKENS)
     cases = [
         (huginn, {"loop": 3, "layer": 0}, "loop 3 is out of range: there are 3 loops"),
         (huginn, {"loop": 0, "layer": 3}, "layer 3 is out of range"),
@@ -78,7 +73,7 @@ def test_views_that_do_not_exist() -> None:
 
 @FAMILIES
 def test_selecting_loops(name: str) -> None:
-    cache = run(name)
+    cache = run(shared_bridge(name), TOKENS)
     schedule = cache.model.schedule
     last = cache.select_loops([-1])
     assert isinstance(last, LoopedCache) and last.has_batch_dim
@@ -97,7 +92,7 @@ def test_selecting_loops(name: str) -> None:
 
 @FAMILIES
 def test_batch_axis_device_and_order_keep_the_type(name: str) -> None:
-    cache = run(name)
+    cache = run(shared_bridge(name), TOKENS)
     keys = list(cache)
     assert keys == list(cache.keys()) == [n for n, _ in cache.items()] and len(cache) == len(keys) == len(cache.values())
     row = cache.apply_slice_to_batch_dim(1)
@@ -115,7 +110,7 @@ def test_batch_axis_device_and_order_keep_the_type(name: str) -> None:
 
 @FAMILIES
 def test_stacks_of_activations_read_virtual_layers(name: str) -> None:
-    cache = run(name)
+    cache = run(shared_bridge(name), TOKENS)
     n_layers = cache.model.cfg.n_layers
     stacked = cache.stack_activation("z")
     assert len(stacked) == n_layers and torch.equal(stacked, torch.stack([cache["z", i] for i in range(n_layers)]))
@@ -135,7 +130,7 @@ def test_computed_head_results_are_what_the_hook_would_hold(name: str) -> None:
 
 
 def test_state_space_methods_are_refused() -> None:
-    cache = run("ouro")
+    cache = run(shared_bridge("ouro"), TOKENS)
     assert cache.ssm_layers() == []
     for method in (cache.compute_ssm_state, cache.compute_ssm_effective_attention):
         with pytest.raises(RuntimeError, match="No SSM mixer layers"):
@@ -145,7 +140,7 @@ def test_state_space_methods_are_refused() -> None:
 @pytest.mark.slow
 @FAMILIES
 def test_stacks_of_passes_and_of_layers(name: str) -> None:
-    cache = run(name)
+    cache = run(shared_bridge(name), TOKENS)
     schedule = cache.model.schedule
     for stack in schedule.core_stacks:
         prefixes = [schedule.pass_prefix(p) for p in schedule.passes if p.stack == stack]
@@ -222,7 +217,7 @@ def test_a_filtered_run_holds_what_the_filter_names_and_no_more(name: str, grad:
 
 
 def test_what_is_no_name() -> None:
-    cache = run("ouro")
+    cache = run(shared_bridge("ouro"), TOKENS)
     for key in (5, None, (), slice(1)):
         with pytest.raises(LoopedError, match="pass a name"):
             cache[key]

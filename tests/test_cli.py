@@ -10,8 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from helpers import word_tokenizer
 from zoo import GOLDEN, random_bridge
 
 from tl_looped import LoopedBridge
@@ -20,14 +19,6 @@ from tl_looped.cli import main
 
 def cells(line: str) -> list[str]:
     return re.split(r"  +", line.strip())
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of "t3 t4 ... t30"."""
-    words = ["<pad>", "<s>", "</s>", *(f"t{i}" for i in range(3, 31))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 @pytest.mark.parametrize("family", sorted(folder.name for folder in GOLDEN.iterdir()))

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from helpers import run
 from torch import Tensor
 from transformer_lens.tools.analysis import direct_logit_attribution, logit_lens
 from zoo import CHECKPOINTS, FAMILIES, GOLDEN, ZOO, random_bridge, random_tokens, shared_bridge
@@ -19,12 +20,6 @@ UNITS = ("component", "layer", "head")
 
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-
-
-def run(bridge: LoopedBridge, tokens: Tensor = TOKENS, **kwargs: object) -> LoopedCache:
-    _, cache = bridge.run_with_cache(tokens, **kwargs)
-    assert isinstance(cache, LoopedCache)
-    return cache
 
 
 def in_loops(cache: LoopedCache, found: tuple[Tensor, list[str]]) -> tuple[Tensor, list[str]]:
@@ -69,8 +64,8 @@ def check_sums(cache: LoopedCache, tolerance: float) -> None:
 @FAMILIES
 @pytest.mark.parametrize("n_loops", [1, 4])
 def test_contributions_sum_to_the_stream_and_to_the_logits(name: str, n_loops: int) -> None:
-    check_sums(run(random_bridge(name, n_loops=n_loops)), 1e-4)
-    check_sums(run(random_bridge(name, torch.float64, n_loops=n_loops)), 1e-9)
+    check_sums(run(random_bridge(name, n_loops=n_loops), TOKENS), 1e-4)
+    check_sums(run(random_bridge(name, torch.float64, n_loops=n_loops), TOKENS), 1e-9)
 
 
 @pytest.mark.parametrize("family", CHECKPOINTS)
@@ -93,13 +88,13 @@ def test_contributions_sum_in_other_configurations(norm: str, ends: str) -> None
         "no coda": {"after_loop": "final_norm", "n_coda": 0},
     }[ends]
     bridge = random_bridge("looped_qwen", torch.float64, norm=norm, windows=(), biases=("o", "out"), **changes)
-    check_sums(run(bridge), 1e-9)
+    check_sums(run(bridge, TOKENS), 1e-9)
 
 
 @FAMILIES
 def test_half_precision(name: str) -> None:
     bridge = random_bridge(name, torch.bfloat16)
-    cache = run(bridge)
+    cache = run(bridge, TOKENS)
     stack = cache.decompose_resid()
     assert stack.dtype == torch.float32
     assert error(stack.sum(0), cache[FINAL].float()) < 0.1
@@ -119,7 +114,7 @@ def frozen(bridge: LoopedBridge, cache: LoopedCache, edits: dict[str, Tensor], f
 @FAMILIES
 def test_each_component_equals_a_run_without_it(name: str) -> None:
     bridge = shared_bridge(name, torch.float64)
-    cache, schedule = run(bridge), bridge.schedule
+    cache, schedule = run(bridge, TOKENS), bridge.schedule
     stack, labels = in_loops(cache, cache.decompose_resid(return_labels=True))
     first = schedule.pass_prefix(schedule.passes[0])
     hooks = {"embed": "hook_embed", "initial_state": f"{first}.hook_state"}
@@ -138,7 +133,7 @@ def test_each_component_equals_a_run_without_it(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in ZOO if ZOO[n].injection != "none"])
 def test_each_injection_equals_a_run_without_it(name: str) -> None:
     bridge = shared_bridge(name, torch.float64)
-    cache = run(bridge)
+    cache = run(bridge, TOKENS)
     stack, labels = in_loops(cache, cache.decompose_resid(return_labels=True, injections=True))
     parts = dict(zip(labels, stack, strict=True))
     prefixes = [bridge.schedule.pass_prefix(p) for p in bridge.schedule.passes]
@@ -156,7 +151,7 @@ def test_each_injection_equals_a_run_without_it(name: str) -> None:
 
 def test_injections_are_refused_where_nothing_is_injected() -> None:
     with pytest.raises(LoopedError, match="nothing is injected"):
-        run(shared_bridge("ouro")).decompose_resid(injections=True)
+        run(shared_bridge("ouro"), TOKENS).decompose_resid(injections=True)
 
 
 @FAMILIES
@@ -164,7 +159,7 @@ def test_injections_are_refused_where_nothing_is_injected() -> None:
 def test_heads_and_neurons_equal_runs_without_them(name: str, result_is_cached: bool) -> None:
     bridge = random_bridge(name, torch.float64)
     bridge.set_use_attn_result(result_is_cached)
-    cache = run(bridge)
+    cache = run(bridge, TOKENS)
     heads = dict(zip(*reversed(in_loops(cache, cache.stack_head_results(return_labels=True))), strict=True))
     neurons = dict(
         zip(*reversed(in_loops(cache, cache.stack_neuron_results(None, neuron_slice=[0, 7], return_labels=True))), strict=True)
@@ -184,7 +179,7 @@ def test_heads_and_neurons_equal_runs_without_them(name: str, result_is_cached: 
 @FAMILIES
 def test_pulling_back_equals_carrying(name: str) -> None:
     bridge = shared_bridge(name)
-    cache = run(bridge)
+    cache = run(bridge, TOKENS)
     tokens = torch.randint(0, 31, TOKENS.shape)
     components, labels = in_loops(cache, cache.decompose_resid(return_labels=True))
     heads, head_labels = in_loops(cache, cache.stack_head_results(incl_remainder=True, return_labels=True))
@@ -213,7 +208,7 @@ def test_pulling_back_equals_carrying(name: str) -> None:
 @FAMILIES
 def test_streams_inside_the_model(name: str) -> None:
     bridge = shared_bridge(name, torch.float64)
-    cache = run(bridge)
+    cache = run(bridge, TOKENS)
     for layer in range(bridge.cfg.n_layers):
         for mlp_input, hook in ((False, "hook_resid_pre"), (True, "hook_resid_mid")):
             stack, labels = in_loops(cache, cache.decompose_resid(layer, mlp_input=mlp_input, return_labels=True))
@@ -233,7 +228,7 @@ def test_streams_inside_the_model(name: str) -> None:
 @FAMILIES
 def test_accumulated_parts_are_sums_of_what_was_written_by_then(name: str) -> None:
     bridge = shared_bridge(name, torch.float64)
-    cache = run(bridge)
+    cache = run(bridge, TOKENS)
     components, labels = in_loops(cache, cache.decompose_resid(return_labels=True))
     parts, names = in_loops(cache, cache.accumulated_resid(incl_mid=True, return_labels=True))
     streams, stream_names = in_loops(cache, cache.accumulated_resid(incl_mid=True, return_labels=True, carried=False))
@@ -251,7 +246,7 @@ def test_accumulated_parts_are_sums_of_what_was_written_by_then(name: str) -> No
 @FAMILIES
 def test_labels_are_unique_and_in_the_order_of_the_run(name: str) -> None:
     bridge = shared_bridge(name)
-    cache = run(bridge)
+    cache = run(bridge, TOKENS)
     _, labels = in_loops(cache, cache.decompose_resid(return_labels=True))
     _, full = in_loops(cache, cache.get_full_resid_decomposition(return_labels=True))
     assert len(set(labels)) == len(labels) and len(set(full)) == len(full)
@@ -269,7 +264,7 @@ def test_labels_are_unique_and_in_the_order_of_the_run(name: str) -> None:
 @FAMILIES
 def test_positions_and_batch_axis(name: str) -> None:
     bridge = shared_bridge(name)
-    both, alone = run(bridge), run(bridge, TOKENS[:1]).remove_batch_dim()
+    both, alone = run(bridge, TOKENS), run(bridge, TOKENS[:1]).remove_batch_dim()
     assert isinstance(alone, LoopedCache)
     full, heads = both.decompose_resid(), both.stack_head_results(incl_remainder=True)
     for positions, index in ((-1, -1), ((1, 3), slice(1, 3)), ([0, 2], [0, 2])):
@@ -292,7 +287,7 @@ def test_positions_and_batch_axis(name: str) -> None:
 
 def test_kinds_of_tokens() -> None:
     bridge = shared_bridge("ouro")
-    cache = run(bridge)
+    cache = run(bridge, TOKENS)
     stack, logits = cache.decompose_resid(), cache["unembed.hook_out"]
     per_row, per_position = torch.tensor([3, 8]), torch.randint(0, 31, TOKENS.shape)
     cases = [
@@ -314,7 +309,7 @@ def test_kinds_of_tokens() -> None:
 
 
 def test_top_components() -> None:
-    parts = run(shared_bridge("ouro")).attribute_logits(3, positions=-1)
+    parts = run(shared_bridge("ouro"), TOKENS).attribute_logits(3, positions=-1)
     mean = parts.values.mean(-1)
     label, value = parts.top(2)[0]
     assert value == pytest.approx(mean[parts.labels.index(label)].item()) and abs(value) == pytest.approx(
@@ -325,26 +320,28 @@ def test_top_components() -> None:
 
 def test_a_cache_that_lacks_something_is_told_what() -> None:
     bridge = shared_bridge("ouro")
-    cache = run(bridge, names_filter=lambda name: "ln_final" in name or name.endswith(("hook_attn_out", "hook_mlp_out")))
+    cache = run(
+        bridge, TOKENS, names_filter=lambda name: "ln_final" in name or name.endswith(("hook_attn_out", "hook_mlp_out"))
+    )
     with pytest.raises(UnknownNameError, match=r"lacks loops.0.hook_state, hook_embed|lacks hook_embed") as caught:
         cache.decompose_resid()
     assert "names_filter" in str(caught.value)
-    whole = run(bridge)
+    whole = run(bridge, TOKENS)
     for missing in ("loops.1.norm.hook_scale", "blocks.3.hook_mlp_out", "blocks.2.attn.hook_z", "blocks.2.ln1_post.hook_scale"):
         kept = LoopedCache({n: v for n, v in whole.items() if not torch.equal(v, whole[missing])}, bridge)
         with pytest.raises(UnknownNameError, match=missing):
             kept.stack_head_results(incl_remainder=True)
     needed = ["hook_embed", "*hook_state", "loops.*.norm.hook_scale", "blocks.*.hook_attn_out", "blocks.*.hook_mlp_out", FINAL]
     names = [n for name in needed if not name.startswith("*") for n in bridge.expand_name(name)] + ["loops.0.hook_state"]
-    kept = run(bridge, names_filter=names)
+    kept = run(bridge, TOKENS, names_filter=names)
     assert torch.equal(kept.decompose_resid(), whole.decompose_resid())
 
 
 def test_runs_of_a_part_of_the_model_are_refused() -> None:
     bridge = shared_bridge("huginn")
     with pytest.raises(UnknownNameError, match="lacks"):
-        run(bridge, loop=1).decompose_resid()
-    stopped = run(bridge, stop_at_layer=6)
+        run(bridge, TOKENS, loop=1).decompose_resid()
+    stopped = run(bridge, TOKENS, stop_at_layer=6)
     with pytest.raises(UnknownNameError, match="lacks"):
         stopped.decompose_resid()
     assert error(stopped.decompose_resid(5).sum(0), stopped["resid_pre", 5]) < 1e-4
@@ -355,12 +352,12 @@ def test_an_edited_stream_is_refused_and_an_edited_component_is_not(name: str) -
     bridge = shared_bridge(name)
     middle = bridge.cfg.n_layers // 2
     with bridge.hooks(fwd_hooks=[(f"blocks.{middle}.hook_resid_mid", lambda tensor, hook: tensor + 1)]):
-        cache = run(bridge)
+        cache = run(bridge, TOKENS)
     for method in (cache.decompose_resid, cache.accumulated_resid, lambda: cache.attribute_logits(3, positions=None)):
         with pytest.raises(LoopedError, match="edited"):
             method()
     with bridge.hooks(fwd_hooks=[(f"blocks.{middle}.hook_attn_out", lambda tensor, hook: tensor * 0)]):
-        cache = run(bridge)
+        cache = run(bridge, TOKENS)
     stack, labels = in_loops(cache, cache.decompose_resid(return_labels=True))
     assert error(stack.sum(0), cache[FINAL]) < 1e-4
     assert not stack[labels.index(bridge.schedule.name(middle, "attn_out"))].any()
@@ -369,29 +366,29 @@ def test_an_edited_stream_is_refused_and_an_edited_component_is_not(name: str) -
 def test_an_initial_state_of_ones_own_is_a_component() -> None:
     bridge = shared_bridge("looped_qwen")
     state = torch.randn(*TOKENS.shape, 24)
-    cache = run(bridge, initial_state=state)
+    cache = run(bridge, TOKENS, initial_state=state)
     stack, labels = in_loops(cache, cache.decompose_resid(return_labels=True))
     assert labels.index("initial_state") == 3 and error(stack.sum(0), cache[FINAL]) < 1e-4
     assert not stack[:3].any()  # what came before never reaches the loop
-    assert run(bridge, initial_state="zero").attribute_logits(3).labels[3] == "initial_state"
+    assert run(bridge, TOKENS, initial_state="zero").attribute_logits(3).labels[3] == "initial_state"
 
 
 def test_gradients_and_inference_mode() -> None:
     bridge = shared_bridge("parcae")
-    expected = run(bridge).attribute_logits(3, unit="head").values
+    expected = run(bridge, TOKENS).attribute_logits(3, unit="head").values
     with torch.enable_grad():
-        cache = run(bridge)
+        cache = run(bridge, TOKENS)
         parts = cache.attribute_logits(3, unit="head").values
         assert not parts.requires_grad and not cache.decompose_resid().requires_grad
         torch.testing.assert_close(parts, expected, atol=1e-5, rtol=1e-5)
     with torch.inference_mode():
-        torch.testing.assert_close(run(bridge).attribute_logits(3, unit="head").values, expected)
+        torch.testing.assert_close(run(bridge, TOKENS).attribute_logits(3, unit="head").values, expected)
 
 
 @FAMILIES
 def test_neurons_of_one_layer(name: str) -> None:
     bridge = random_bridge(name, torch.float64, biases=("out",))
-    cache = run(bridge)
+    cache = run(bridge, TOKENS)
     direction = torch.randn(24, 3, dtype=torch.float64)
     for layer in (0, -1):
         neurons = cache.get_neuron_results(layer)
@@ -421,7 +418,7 @@ def test_direct_logit_attribution(name: str) -> None:
         bridge.enable_compatibility_mode()
     finally:
         logging.disable(logging.NOTSET)
-    cache = run(bridge)
+    cache = run(bridge, TOKENS)
     bias = bridge.b_U if bridge.b_U is not None else torch.zeros(31)
     logits = cache["unembed.hook_out"] - bias
     for unit in UNITS:
@@ -441,7 +438,7 @@ def test_direct_logit_attribution(name: str) -> None:
 @FAMILIES
 def test_logit_lens_reads_the_streams_as_they_are(name: str) -> None:
     bridge = shared_bridge(name)
-    cache = run(bridge)
+    cache = run(bridge, TOKENS)
     results = [logit_lens(bridge, TOKENS, positions=None), cache.logit_lens(positions=None)]
     results.append(logit_lens(bridge, cache=cache, positions=None))
     streams = cache.accumulated_resid(apply_ln=True)
@@ -456,7 +453,7 @@ def test_logit_lens_reads_the_streams_as_they_are(name: str) -> None:
 
 
 def test_streams_as_they_are_are_no_contributions() -> None:
-    cache = run(shared_bridge("ouro"))
+    cache = run(shared_bridge("ouro"), TOKENS)
     streams = cache.accumulated_resid(carried=False)
     with pytest.raises(LoopedError, match="carried=True"):
         cache.logit_attrs(streams, 3)
@@ -469,7 +466,7 @@ def test_streams_as_they_are_are_no_contributions() -> None:
 
 
 def test_bad_choices(unchecked: None) -> None:
-    cache = run(shared_bridge("ouro"))
+    cache = run(shared_bridge("ouro"), TOKENS)
     with pytest.raises(LoopedError, match="mode='both'"):
         cache.decompose_resid(mode="both")  # pyright: ignore[reportArgumentType]
     with pytest.raises(LoopedError, match="unit='neuron'"):

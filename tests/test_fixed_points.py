@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import states_by_layer, word_tokenizer
 from linear import D, deep_loop, linear_loop, model, one_loop_bytes, rotation
 from peak_memory import PeakMemory
-from test_cli import word_tokenizer
 from zoo import FAMILIES, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
@@ -22,14 +22,6 @@ def run(bridge: LoopedBridge, tokens: Any = TOKENS, n_loops: int | None = None, 
     return fixed_points(bridge, tokens, n_loops=n_loops, verbose=False, **options)
 
 
-def cached(bridge: LoopedBridge, name: str = "resid_post", stack: str | None = None, **options: Any) -> torch.Tensor:
-    """[loop, layer, batch, ...]"""
-    hook = {"resid_post": "hook_resid_post", "pattern": "attn.hook_pattern"}[name]
-    with torch.no_grad():
-        _, cache = bridge.run_with_cache(TOKENS, names_filter=f"blocks.*.{hook}", **options)
-    return cache.stack_loops(name, stack=stack)
-
-
 def stacks(name: str) -> list[str | None]:
     return ["L", "H"] if name == "hrm_text" else [None]
 
@@ -38,7 +30,7 @@ def stacks(name: str) -> list[str | None]:
 def test_token_distances_equal_those_of_the_whole_cache(name: str) -> None:
     bridge = model(name)
     for stack in stacks(name):
-        found, x = run(bridge, stack=stack), cached(bridge, stack=stack)
+        found, x = run(bridge, stack=stack), states_by_layer(bridge, TOKENS, stack=stack)
         for got, a, b in ((found.successive, x[:-1], x[1:]), (found.distance, x, x[-1:].expand_as(x))):
             l2 = (a - b).norm(dim=-1)
             torch.testing.assert_close(got["l2"].values, l2.mean((2, 3)))
@@ -62,7 +54,7 @@ def test_token_distances_equal_those_of_the_whole_cache(name: str) -> None:
 def test_patterns_in_frobenius_norm(name: str) -> None:
     bridge = model(name)
     for stack in stacks(name):
-        found, x = run(bridge, stack=stack, patterns=True), cached(bridge, "pattern", stack)
+        found, x = run(bridge, stack=stack, patterns=True), states_by_layer(bridge, TOKENS, "pattern", stack)
         scale = (x.shape[3] * x.shape[4]) ** 0.5
         assert found.pattern_distance is not None and found.pattern_successive is not None
         torch.testing.assert_close(found.pattern_distance.values, (x - x[-1]).flatten(3).norm(dim=3).mean(2) / scale)
@@ -72,7 +64,7 @@ def test_patterns_in_frobenius_norm(name: str) -> None:
 
 def test_matrix_reduction() -> None:
     bridge = model("huginn")
-    found, x = run(bridge, reduction="matrix"), cached(bridge).flatten(3)
+    found, x = run(bridge, reduction="matrix"), states_by_layer(bridge, TOKENS).flatten(3)
     l2 = (x - x[-1]).norm(dim=3)
     torch.testing.assert_close(found.distance["l2"].values, l2.mean(2))
     torch.testing.assert_close(found.distance["relative"].values, (l2 / x[-1].norm(dim=2)).mean(2))
@@ -88,10 +80,10 @@ def test_a_reference_further_on_is_the_state_of_a_longer_run(name: str) -> None:
     bridge = model(name)
     for stack in stacks(name):
         found = run(bridge, n_loops=2, n_reference=4, stack=stack)
-        long = cached(bridge, stack=stack)
+        long = states_by_layer(bridge, TOKENS, stack=stack)
         short = long[: len(found.norm.values)]
         if name in ("ouro", "parcae", "anchored"):
-            torch.testing.assert_close(short, cached(model(name, 2)))
+            torch.testing.assert_close(short, states_by_layer(model(name, 2), TOKENS))
         torch.testing.assert_close(found.distance["l2"].values, (short - long[-1]).norm(dim=-1).mean((2, 3)))
         assert found.reference == len(long) - 1
         assert (found.distance["l2"].values[-1] > 0).all()
@@ -111,7 +103,7 @@ def test_a_contraction_falls_at_its_rate_to_the_point_solved_for() -> None:
         rtol=0.2,
         atol=0,
     )  # a mean of ratios is near the ratio of means
-    torch.testing.assert_close(cached(bridge)[-1, 0], point)
+    torch.testing.assert_close(states_by_layer(bridge, TOKENS)[-1, 0], point)
 
 
 def test_a_rotation_keeps_its_norm_and_its_step() -> None:
@@ -155,10 +147,12 @@ def test_initial_states() -> None:
     generator = torch.Generator().manual_seed(5)
     found = run(bridge, initial_state=generator)  # both runs start from one state
     assert (found.distance["l2"].values[-1] == 0).all()
-    x = cached(bridge, initial_state=torch.Generator().manual_seed(5))
+    x = states_by_layer(bridge, TOKENS, initial_state=torch.Generator().manual_seed(5))
     torch.testing.assert_close(found.norm.values, x.norm(dim=-1).mean((2, 3)))
     zero = run(bridge, initial_state="zero")
-    torch.testing.assert_close(zero.norm.values, cached(bridge, initial_state="zero").norm(dim=-1).mean((2, 3)))
+    torch.testing.assert_close(
+        zero.norm.values, states_by_layer(bridge, TOKENS, initial_state="zero").norm(dim=-1).mean((2, 3))
+    )
 
 
 def test_hooks_act_on_the_run_and_texts_are_read() -> None:
@@ -175,7 +169,7 @@ def test_hooks_act_on_the_run_and_texts_are_read() -> None:
 
 def test_low_precision_is_measured_in_high() -> None:
     bridge = random_bridge("ouro", torch.bfloat16)
-    found, x = run(bridge), cached(bridge).double()
+    found, x = run(bridge), states_by_layer(bridge, TOKENS).double()
     torch.testing.assert_close(found.distance["l2"].values, (x - x[-1]).norm(dim=-1).mean((2, 3)), rtol=1e-5, atol=1e-5)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import tiny_llama
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
-from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import FAMILIES, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedError
@@ -35,16 +35,9 @@ def by_numpy(pattern: np.ndarray, resid: np.ndarray, tau: float = 0.3) -> list[f
     return [np.mean(colsum), np.mean(sinks), np.mean(mixing), entropy, np.linalg.norm(resid, axis=-1).mean()]
 
 
-def hf_llama() -> LlamaForCausalLM:
-    shape: Any = dict(vocab_size=31, hidden_size=24, intermediate_size=20, num_hidden_layers=4, num_attention_heads=3)
-    config = LlamaConfig(**shape, head_dim=8, max_position_embeddings=32, attn_implementation="eager")
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
-
-
 def llama() -> TransformerBridge:
     """An ordinary decoder in TransformerLens, as a user would compare with."""
-    hf = hf_llama()
+    hf = tiny_llama(attn_implementation="eager")
     return build_bridge_from_module(hf, "LlamaForCausalLM", hf_config=hf.config, dtype=torch.float32, device="cpu")
 
 
@@ -150,7 +143,7 @@ def test_against_a_feed_forward_model() -> None:
     feed_forward = inference_stages(llama(), random_tokens(), verbose=False)
     assert feed_forward.colsum.labels["depth"] == [f"blocks.{i}" for i in range(4)]
     # The same Llama with layers 1 and 2 in a loop that runs once is the same model.
-    bridge = LoopedBridge.loop_layers(hf_llama(), 1, 3, n_loops=1)
+    bridge = LoopedBridge.loop_layers(tiny_llama(attn_implementation="eager"), 1, 3, n_loops=1)
     once = inference_stages(bridge, random_tokens(), verbose=False)
     for metric in METRICS:
         assert torch.allclose(getattr(once, metric).values, getattr(feed_forward, metric).values, atol=1e-5)

@@ -8,24 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import states_by_layer
 from linear import D, deep_loop, linear_loop, model, one_loop_bytes, rotation
 from peak_memory import PeakMemory
 from zoo import FAMILIES, random_tokens
 
-from tl_looped import LoopedBridge, LoopedError
+from tl_looped import LoopedError
 from tl_looped.analysis import BehaviourRule, LimitingBehaviour, TokenBehaviour, limiting_behaviour, path_independence
 from tl_looped.analysis.limiting_behaviour import LABELS
 
 TOKENS = random_tokens()
 RULE = BehaviourRule(warm_up=0)
 SHORT: dict[str, Any] = {"window": 4, "period": 4, "rule": RULE, "n_loops": None, "verbose": False}
-
-
-def states(bridge: LoopedBridge, stack: str | None = None, **options: Any) -> torch.Tensor:
-    """[loop, layer, batch, pos, d_model]"""
-    with torch.no_grad():
-        _, cache = bridge.run_with_cache(TOKENS, names_filter="blocks.*.hook_resid_post", **options)
-    return cache.stack_loops("resid_post", stack=stack)
 
 
 def label_by_hand(c: list[float], rule: BehaviourRule, warm_up: int) -> str:
@@ -55,7 +49,7 @@ def test_all_numbers_equal_those_of_the_whole_cache(name: str) -> None:
     bridge = model(name)
     for stack in ["L", "H"] if name == "hrm_text" else [None]:
         found = limiting_behaviour(bridge, TOKENS, stack=stack, settle=3.0, keep_signal=True, **SHORT)
-        x = states(bridge, stack)
+        x = states_by_layer(bridge, TOKENS, stack=stack)
         c = torch.cosine_similarity(x, x[-1:], dim=-1)
         steps = (x[1:] - x[:-1]).norm(dim=-1)
         for b, example in enumerate(found.examples):
@@ -151,7 +145,9 @@ def test_path_independence_of_a_contraction_and_of_a_rotation() -> None:
     bridge = linear_loop(0.5 * torch.eye(D), torch.eye(D), n_loops=12)
     found = path_independence(bridge, TOKENS, n_loops=None, verbose=False)
     assert found.initial_spread.values > 0.5 and found.n_states == 4
-    x = torch.stack([states(bridge, initial_state=seed)[:, :, :, :] for seed in range(4)])  # [seed, loop, layer, batch, pos, d]
+    x = torch.stack(
+        [states_by_layer(bridge, TOKENS, initial_state=seed)[:, :, :, :] for seed in range(4)]
+    )  # [seed, loop, layer, batch, pos, d]
     pairs = torch.stack([(x[i] - x[j]).square().sum(-1) for i in range(4) for j in range(i)]).mean(0)
     expected = (pairs / 2 / x.square().sum(-1).mean(0)).sqrt().mean((2, 3))
     torch.testing.assert_close(found.spread.values, expected)

@@ -376,7 +376,7 @@ def test_errors_show_a_part_of_a_long_listing_and_the_words_that_no_token_has(tm
 
 
 def test_code_that_lies_beside_a_checkpoint_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from test_cli import word_tokenizer
+    from helpers import word_tokenizer
 
     checkpoint, ran = copy("ouro", tmp_path), tmp_path / "ran"
     word_tokenizer().save_pretrained(checkpoint)

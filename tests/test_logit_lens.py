@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import word_tokenizer
 from peak_memory import PeakMemory
-from test_cli import word_tokenizer
 from transformer_lens.tools.analysis import logit_lens as transformer_lens_lens
 from zoo import FAMILIES, GOLDEN, SMALL, random_bridge, random_tokens, shared_bridge
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from test_cli import word_tokenizer
+from helpers import storages, tiny_llama, word_tokenizer
 from transformer_lens.model_bridge.sources import build_bridge_from_module
-from transformers import HrmTextConfig, HrmTextForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import HrmTextConfig, HrmTextForCausalLM, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from zoo import ZOO, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
@@ -19,10 +20,7 @@ TOKENS = random_tokens()
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-def llama(n_layers: int = 5, **changes: object) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    fields = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 20, "vocab_size": 31}
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=n_layers, initializer_range=0.2, **{**fields, **changes})).eval()
+llama = partial(tiny_llama, 5, num_key_value_heads=1, initializer_range=0.2)
 
 
 def layers_of(hf: LlamaForCausalLM, x: torch.Tensor, layers: range) -> torch.Tensor:
@@ -38,10 +36,6 @@ def wrapped_llama() -> LlamaForCausalLM:
     hf = llama()
     build_bridge_from_module(hf, "LlamaForCausalLM", hf_config=hf.config, dtype=torch.float32, device="cpu")
     return hf
-
-
-def storages(model: torch.nn.Module) -> set[int]:
-    return {p.untyped_storage().data_ptr() for p in model.parameters()}
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformer_lens.patching
-from test_cli import word_tokenizer
+from helpers import word_tokenizer
 from zoo import random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError

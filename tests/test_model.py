@@ -107,12 +107,6 @@ def close(got: Tensor, wanted: Tensor, atol: float = 1e-4) -> None:
     torch.testing.assert_close(got, wanted, atol=atol, rtol=0)
 
 
-@pytest.fixture
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
 def test_the_configurations_use_every_option() -> None:
     """A field that no configuration changes would be untested."""
     plain = LoopedConfig(**SIZES).to_dict()

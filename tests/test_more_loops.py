@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_cli import word_tokenizer
+from helpers import word_tokenizer
 from zoo import ZOO, random_bridge, random_tokens
 
 from tl_looped import LoopedError

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import tiny_llama
 from torch import Tensor
 from transformer_lens.model_bridge.sources import build_bridge_from_module
-from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
@@ -24,17 +24,10 @@ def _llama_of_transformer_lens(hf: Any) -> Any:
     return build_bridge_from_module(copy.deepcopy(hf), "LlamaForCausalLM", hf_config=hf.config, model_name="ordinary")
 
 
-def _ordinary_llama() -> Any:
-    config = LlamaConfig(
-        vocab_size=31, hidden_size=24, intermediate_size=20, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=3
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 @pytest.mark.parametrize("compatible", [False, True])
 def test_hooks_have_the_names_that_an_ordinary_bridge_gives_them(compatible: bool) -> None:
     """Right is what TransformerLens calls them in its own bridge around the same decoder."""
-    hf = _ordinary_llama()
+    hf = tiny_llama()
     ours, theirs = LoopedBridge.loop_layers(hf, start=1, stop=3, n_loops=1), _llama_of_transformer_lens(hf)
     if compatible:
         for model in (ours, theirs):
@@ -141,7 +134,7 @@ def test_tokens_of_one_axis_are_a_prompt_everywhere() -> None:
 
 def test_labels_are_those_of_transformer_lens_in_its_methods_and_loops_in_ours() -> None:
     """Right is what TransformerLens calls the components of the same decoder in its own bridge."""
-    hf, tokens = _ordinary_llama(), random_tokens(1, 4)
+    hf, tokens = tiny_llama(), random_tokens(1, 4)
     ours, theirs = LoopedBridge.loop_layers(hf, start=1, stop=3, n_loops=1), _llama_of_transformer_lens(hf)
     theirs.set_use_attn_result(True)
     (_, mine), (_, cache) = ours.run_with_cache(tokens), theirs.run_with_cache(tokens)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import tiny_llama, with_words
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
-from zoo import FAMILIES, GOLDEN, ZOO, random_bridge
+from zoo import FAMILIES, GOLDEN, ZOO
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped.attribution import influence, weight_gradients_by_pass
@@ -37,12 +37,6 @@ def words_tokenizer(words: list[str] = WORDS, post_processor: bool = False, **se
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**usual, **settings})
 
 
-def with_words(name: str, **settings: Any) -> LoopedBridge:
-    model = random_bridge(name)
-    model.tokenizer = words_tokenizer(**settings)
-    return model
-
-
 def ids_of(text: str, prepend_bos: bool = True) -> Tensor:
     """The tokens of a text by hand, [1, pos]."""
     return torch.tensor([[0] * prepend_bos + [WORDS.index(word) for word in text.split()]])
@@ -60,7 +54,7 @@ def next_token_losses(logits: Tensor, ids: Tensor) -> Tensor:
 @FAMILIES
 def test_texts_of_different_lengths_answer_as_each_alone(name: str) -> None:
     """Right is what each text's tokens, written down by hand, answer alone. Pad and beginning are one token."""
-    model, hook = with_words(name), "H.loops.1.hook_out" if name == "hrm_text" else "loops.1.hook_out"
+    model, hook = with_words(name, words_tokenizer()), "H.loops.1.hook_out" if name == "hrm_text" else "loops.1.hook_out"
     for side, prepend_bos in itertools.product(("left", "right"), (True, False)):
         model.tokenizer = words_tokenizer(post_processor=side == "left")  # which begins texts by itself
         ids, how = [ids_of(text, prepend_bos) for text in TEXTS], {"padding_side": side, "prepend_bos": prepend_bos}
@@ -108,7 +102,7 @@ def test_the_loss_of_texts_leaves_padding_out() -> None:
 @pytest.mark.parametrize("name", ["ouro", "huginn", "hrm_text", "parcae"])
 def test_texts_of_different_lengths_are_continued_as_each_alone(name: str) -> None:
     """Right is what each text's tokens, written down by hand, are continued with alone."""
-    model = with_words(name)
+    model = with_words(name, words_tokenizer())
     how: Any = {"max_new_tokens": 4, "do_sample": False, "stop_at_eos": False, "verbose": False, "return_type": "tokens"}
     for prepend_bos, use_past_kv_cache in ((True, False), (False, True)):
         alone = [model.generate(ids_of(text, prepend_bos), **how)[0, -4:] for text in TEXTS]
@@ -124,9 +118,6 @@ def test_settings_of_a_tokenizer_in_memory_stay(tmp_path: Path) -> None:
     given = words_tokenizer(post_processor=True, padding_side="left", truncation_side="left", pad_token="w30")
     made = LoopedBridge.from_config(ZOO["ouro"], tokenizer=given)
     made.save_pretrained(tmp_path)
-    llama = LlamaForCausalLM(
-        LlamaConfig(num_hidden_layers=3, vocab_size=31, hidden_size=16, intermediate_size=8, num_attention_heads=2)
-    )
     set_later = LoopedBridge.from_config(ZOO["ouro"])
     set_later.tokenizer = given
     models = [
@@ -135,7 +126,7 @@ def test_settings_of_a_tokenizer_in_memory_stay(tmp_path: Path) -> None:
         set_later.unroll(2),
         LoopedBridge.from_pretrained(tmp_path, device="cpu"),
         LoopedBridge.from_pretrained(GOLDEN / "ouro", device="cpu", tokenizer=given),
-        LoopedBridge.loop_layers(llama, 1, 2, n_loops=2, tokenizer=given),
+        LoopedBridge.loop_layers(tiny_llama(3), 1, 2, n_loops=2, tokenizer=given),
     ]
     for model in models:
         assert (model.tokenizer.padding_side, model.tokenizer.truncation_side) == ("left", "left")
@@ -163,7 +154,7 @@ def test_no_special_token_is_invented() -> None:
 def test_analyses_of_padded_rows_see_what_is_real(name: str, side: str) -> None:
     """The last position of a row is its last real token, and means leave padding out; right is each row alone."""
 
-    model = with_words(name, padding_side=side)
+    model = with_words(name, words_tokenizer(padding_side=side))
     stack = model.schedule.core_stacks[-1]
     lens = logit_lens(model, TEXTS, targets=5, positions=[-2, -1], lens="native")
     ids = [ids_of(text) for text in TEXTS]
@@ -209,7 +200,7 @@ def test_padding_that_nothing_says_is_refused() -> None:
     """Where a number would be one of padding: tokens without a mask, and one position for rows that end in different places."""
     from tl_looped.analysis import more_loops
 
-    model, texts = with_words("ouro"), TEXTS[:2]
+    model, texts = with_words("ouro", words_tokenizer()), TEXTS[:2]
     right, left = (model.to_tokens(texts, padding_side=side) for side in ("right", "left"))
     _, cache = model.run_with_cache(texts)
     _, other = model.run_with_cache(["w3", "w3 w7 w1 w20 w9"])

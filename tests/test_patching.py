@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import metric, word_tokenizer
 from peak_memory import PeakMemory
 from safetensors.torch import load_file
-from test_cli import word_tokenizer
 from zoo import ZOO, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
@@ -35,10 +35,6 @@ def zoo(name: str) -> LoopedBridge:
 @torch.no_grad()
 def clean_cache(name: str) -> Any:
     return zoo(name).run_with_cache(CLEAN)[1]
-
-
-def metric(logits: torch.Tensor) -> torch.Tensor:
-    return logits[:, -1, :5].sum(-1) - logits[:, -2, 5:9].sum(-1)
 
 
 def hooks_of(bridge: LoopedBridge, site: str, at: dict[str, Any], stack: str | None) -> list[str]:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_attribution import near, per_row, run, total
+from helpers import run, tiny_llama
+from test_attribution import near, per_row, total
 from torch import Tensor
 from transformer_lens import patching
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
-from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import FAMILIES, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedCache, LoopedError
@@ -226,8 +226,7 @@ def test_bad_input_is_explained(unchecked: None) -> None:
 
 def looped_and_plain() -> tuple[LoopedBridge, TransformerBridge]:
     """Layers 1 and 2 of a Llama run twice, and TransformerLens's own bridge of the Llama with these layers copied."""
-    shape: Any = dict(vocab_size=31, hidden_size=24, intermediate_size=20, num_attention_heads=3, head_dim=8)
-    hf, twin = (LlamaForCausalLM(LlamaConfig(num_hidden_layers=n, **shape)).eval() for n in (4, 6))
+    hf, twin = tiny_llama(4), tiny_llama(6)
     generator = torch.Generator().manual_seed(1)
     for parameter in hf.parameters():
         noise = torch.randn(parameter.shape, generator=generator)

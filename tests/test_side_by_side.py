@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from test_cli import word_tokenizer
+from helpers import word_tokenizer
 from torch import Tensor
 from zoo import random_bridge, random_tokens
 

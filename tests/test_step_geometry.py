@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import states
 from linear import D, deep_loop, linear_loop, model, one_loop_bytes, rotation
 from peak_memory import PeakMemory
 from zoo import FAMILIES, random_tokens
@@ -21,14 +22,6 @@ TOKENS = 2 * torch.arange(14).view(2, 7)  # no token twice
 
 def run(bridge: LoopedBridge, tokens: Any = TOKENS, **options: Any) -> StepGeometry:
     return step_geometry(bridge, tokens, verbose=False, **options)
-
-
-def states(bridge: LoopedBridge, name: str) -> torch.Tensor:
-    """[loop, batch, pos, d_model]"""
-    with torch.no_grad():
-        _, cache = bridge.run_with_cache(TOKENS, names_filter=name)
-    names = [bridge.schedule.loop_name(n) for n in bridge.expand_name(name)]
-    return torch.stack([cache[n] for n in names])
 
 
 def angle(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -72,7 +65,7 @@ def test_all_quantities_equal_those_by_hand(name: str, layer: int | None) -> Non
     for stack in ["L", "H"] if name == "hrm_text" else [None]:
         prefix = f"{stack}.loops.*" if stack else "loops.*"
         hook = f"{prefix}.hook_out" if layer is None else f"{prefix}.blocks.{bridge.looped_cfg.n_core - 1}.hook_resid_post"
-        found, x = run(bridge, layer=layer, stack=stack), states(bridge, hook)
+        found, x = run(bridge, layer=layer, stack=stack), states(bridge, TOKENS, hook)
         assert found.hook == hook and not found.after_norm
         examples = [by_hand(x[:, b]) for b in range(len(TOKENS))]
         for quantity in examples[0]:
@@ -87,7 +80,7 @@ def test_all_quantities_equal_those_by_hand(name: str, layer: int | None) -> Non
 
 def test_after_the_last_norm() -> None:
     bridge = model("huginn")
-    x = bridge.ln_final(states(bridge, "loops.*.hook_out")).detach()
+    x = bridge.ln_final(states(bridge, TOKENS, "loops.*.hook_out")).detach()
     found = run(bridge, after_norm=True)
     assert found.after_norm
     expected = torch.tensor([by_hand(x[:, b])["step_norm"] for b in range(2)]).double().mean(0)

@@ -7,7 +7,7 @@ from functools import cache as once
 
 import pytest
 import torch
-from test_cli import word_tokenizer
+from helpers import word_tokenizer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformer_lens import SVDInterpreter, evals, patching

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import states
 from linear import D, deep_loop, linear_loop, model, one_loop_bytes, rotation
 from peak_memory import PeakMemory
 from zoo import FAMILIES, random_tokens
@@ -20,13 +21,6 @@ TOKENS = random_tokens()
 
 def run(bridge: LoopedBridge, tokens: Any = TOKENS, **options: Any) -> Trajectories:
     return trajectories(bridge, tokens, verbose=False, **options)
-
-
-def cached(bridge: LoopedBridge, name: str, **options: Any) -> torch.Tensor:
-    """[layer or loop, batch, pos, d_model]"""
-    with torch.no_grad():
-        _, cache = bridge.run_with_cache(TOKENS, names_filter=name, **options)
-    return torch.stack([cache[bridge.schedule.loop_name(n)] for n in bridge.expand_name(name)])
 
 
 def check(path: Path, x: torch.Tensor, k: int = 3) -> None:
@@ -43,7 +37,7 @@ def check(path: Path, x: torch.Tensor, k: int = 3) -> None:
 @FAMILIES
 def test_one_token_over_all_layers(name: str) -> None:
     bridge = model(name)
-    found, x = run(bridge), cached(bridge, "blocks.*.hook_resid_post")
+    found, x = run(bridge), states(bridge, TOKENS, "blocks.*.hook_resid_post")
     assert len(x) == bridge.schedule.n_layers <= D  # the states are held
     for b, path in enumerate(found.paths):
         check(path, x[:, b, -1])
@@ -60,7 +54,7 @@ def test_all_tokens_at_loop_ends(name: str) -> None:
     bridge = model(name)
     for stack in ["L", "H"] if name == "hrm_text" else [None]:
         found = run(bridge, over="loop_ends", stack=stack)
-        x = cached(bridge, f"{stack}.loops.*.hook_out" if stack else "loops.*.hook_out")
+        x = states(bridge, TOKENS, f"{stack}.loops.*.hook_out" if stack else "loops.*.hook_out")
         assert len(x) * x.shape[2] > D  # their covariance is summed
         for b, path in enumerate(found.paths):
             check(path, x[:, b].flatten(0, 1))
@@ -70,14 +64,14 @@ def test_all_tokens_at_loop_ends(name: str) -> None:
 
 def test_after_the_last_norm() -> None:
     bridge = model("huginn")
-    x = bridge.ln_final(cached(bridge, "loops.*.hook_out")).detach()
+    x = bridge.ln_final(states(bridge, TOKENS, "loops.*.hook_out")).detach()
     check(run(bridge, over="loop_ends", after_norm=True).paths[0], x[:, 0].flatten(0, 1))
 
 
 def test_a_random_state_is_the_same_in_both_runs() -> None:
     bridge = model("retrofit_llama")
     found = run(bridge, over="loop_ends", initial_state=torch.Generator().manual_seed(3))
-    x = cached(bridge, "loops.*.hook_out", initial_state=torch.Generator().manual_seed(3))
+    x = states(bridge, TOKENS, "loops.*.hook_out", initial_state=torch.Generator().manual_seed(3))
     check(found.paths[1], x[:, 1].flatten(0, 1))
 
 
