@@ -7,7 +7,7 @@ the only place that converts between its index and its site (stack, loop, layer)
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import groupby
@@ -62,6 +62,13 @@ class _Run(NamedTuple):
     at: int
     first: int
     loop: int
+
+
+def _find(runs: Sequence[_Run], counted_as: str, index: int, per_cycle: int) -> tuple[int, _Run, int]:
+    """The cycle and the run in which something lies that is counted through, and how far it is into the run."""
+    cycle, at = divmod(index, per_cycle)
+    run = runs[bisect_right(runs, at, key=attrgetter(counted_as)) - 1]
+    return cycle, run, at - getattr(run, counted_as)
 
 
 @dataclass(frozen=True, repr=False)
@@ -201,10 +208,9 @@ class Schedule:
     def _pass(self, index: int) -> Pass:
         """The pass at a place in the run, always the same object."""
         if index not in self._made:
-            cycle, at = divmod(index, self._per_cycle[0])
-            run = self._cycle[bisect_right(self._cycle, at, key=attrgetter("at")) - 1]
-            loop = cycle * self._loops_of(run.stack) + run.loop + at - run.at
-            first = self.n_prelude + cycle * self._per_cycle[1] + run.first + (at - run.at) * run.n_layers
+            cycle, run, at = _find(self._cycle, "at", index, self._per_cycle[0])
+            loop = cycle * self._loops_of(run.stack) + run.loop + at
+            first = self.n_prelude + cycle * self._per_cycle[1] + run.first + at * run.n_layers
             self._made[index] = Pass(index, run.stack, loop, first, run.n_layers)
         return self._made[index]
 
@@ -218,10 +224,8 @@ class Schedule:
 
     def _pass_of(self, stack: str, loop: int) -> Pass:
         """The pass that is the execution number `loop` of a stack."""
-        cycle, at = divmod(loop, self._loops_of(stack))
-        runs = self._runs_of[stack]
-        run = runs[bisect_right(runs, at, key=attrgetter("loop")) - 1]
-        return self._pass(cycle * self._per_cycle[0] + run.at + at - run.loop)
+        cycle, run, at = _find(self._runs_of[stack], "loop", loop, self._loops_of(stack))
+        return self._pass(cycle * self._per_cycle[0] + run.at + at)
 
     @property
     def n_layers(self) -> int:
@@ -360,9 +364,8 @@ class Schedule:
         layer = self.layer(index)
         if not self.n_prelude <= layer < self.first_coda_layer:
             return None
-        cycle, at = divmod(layer - self.n_prelude, self._per_cycle[1])
-        run = self._cycle[bisect_right(self._cycle, at, key=attrgetter("first")) - 1]
-        return self._pass(cycle * self._per_cycle[0] + run.at + (at - run.first) // run.n_layers)
+        cycle, run, at = _find(self._cycle, "first", layer - self.n_prelude, self._per_cycle[1])
+        return self._pass(cycle * self._per_cycle[0] + run.at + at // run.n_layers)
 
     def site(self, index: int) -> Site:
         """The site of a virtual layer.

@@ -32,86 +32,36 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class SafetensorsFile:
-    """A safetensors file, whose own library says what lies where.
-
-    The file is opened for every read: while it stays open, the pages that were read count as memory beside what they were
-    copied to.
+class InFile:
+    """A tensor in a file.
 
     Args:
         path: the file.
-        stamp: which file it is; another one may be put in its place.
+        dtype: of the tensor.
+        shape: of the tensor.
+        name: what it is stored as.
     """
 
     path: Path
-    stamp: tuple[int, ...]
-
-    @classmethod
-    def at(cls, path: Path) -> SafetensorsFile:
-        """The file that lies there now."""
-        return cls(path, _stamp(path))
-
-    @contextmanager
-    def opened(self) -> Generator[Any, None, None]:
-        """Open the file.
-
-        Raises:
-            CheckpointError: the library refuses it, or it is another file by now.
-        """
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                if _stamp(self.path) != self.stamp:
-                    raise _changed(self.path)
-                yield file
-        except CheckpointError:
-            raise
-        except FileNotFoundError as error:
-            raise _changed(self.path) from error
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            pointer = ": it is a pointer of Git LFS, not the file itself" if _is_pointer(self.path) else ""
-            raise CheckpointError(
-                f"{self.path} is truncated or not a safetensors file ({error}){pointer}. Download it again."
-            ) from error
-
-
-def _changed(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path} has changed while it was read. Load the checkpoint again.")
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Download it again.") from error
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-def _is_pointer(path: Path) -> bool:
-    try:
-        with path.open("rb") as stream:
-            return stream.read(30).startswith(b"version https://git-lfs")
-    except OSError:
-        return False
-
-
-@dataclass(frozen=True)
-class InSafetensors:
-    """A tensor in a safetensors file."""
-
-    file: SafetensorsFile
     dtype: torch.dtype
     shape: tuple[int, ...]
     name: str
     device: ClassVar[torch.device] = torch.device("cpu")
 
-    @property
-    def path(self) -> Path:
-        """The file it lies in."""
-        return self.file.path
+
+@dataclass(frozen=True)
+class InSafetensors(InFile):
+    """A tensor in a safetensors file, whose own library says what lies where.
+
+    Args:
+        stamp: which file it was; another one may be put in its place.
+    """
+
+    stamp: tuple[int, ...]
 
     def read(self, start: int, count: int) -> Tensor:
         """Read `count` elements from element `start` on, into memory of their own."""
-        with self.file.opened() as file:
+        with _opened(self.path, self.stamp) as file:
             if not self.shape or not count:
                 return file.get_tensor(self.name).reshape(-1)[start : start + count].clone()
             row = math.prod(self.shape[1:])
@@ -119,15 +69,8 @@ class InSafetensors:
             return file.get_slice(self.name)[first:last].reshape(-1)[start - first * row :][:count].clone()
 
 
-@dataclass(frozen=True)
-class InPickle:
+class InPickle(InFile):
     """A tensor in a .bin file, mapped anew for every read so that pages do not pile up."""
-
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    name: str
-    device: ClassVar[torch.device] = torch.device("cpu")
 
     def read(self, start: int, count: int) -> Tensor:
         """Read `count` elements from element `start` on."""
@@ -169,14 +112,53 @@ def safetensors_header(path: Path) -> tuple[dict[str, InSafetensors], dict[str, 
     Raises:
         CheckpointError: the library of the format refuses it, or it stores numbers of a kind that is not read here.
     """
-    file, tensors = SafetensorsFile.at(path), dict[str, InSafetensors]()
-    with file.opened() as content:
+    stamp, tensors = _stamp(path), dict[str, InSafetensors]()
+    with _opened(path, stamp) as content:
         for name in content.keys():
             part = content.get_slice(name)
             if (stored_as := part.get_dtype()) not in _DTYPES:
                 raise CheckpointError(f"{path} stores {name} as {stored_as}; readable are {', '.join(_DTYPES)}. Convert it.")
-            tensors[name] = InSafetensors(file, _DTYPES[stored_as], tuple(part.get_shape()), name)
+            tensors[name] = InSafetensors(path, _DTYPES[stored_as], tuple(part.get_shape()), name, stamp)
         return tensors, content.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path, stamp: tuple[int, ...]) -> Generator[Any, None, None]:
+    """A safetensors file, opened for one read: while it is open, pages that were read count as memory beside their copies."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if _stamp(path) != stamp:
+                raise _changed(path)
+            yield file
+    except CheckpointError:
+        raise
+    except FileNotFoundError as error:
+        raise _changed(path) from error
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        pointer = ": it is a pointer of Git LFS, not the file itself" if _is_pointer(path) else ""
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file ({error}){pointer}. Download it again."
+        ) from error
+
+
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} has changed while it was read. Load the checkpoint again.")
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Download it again.") from error
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(30).startswith(b"version https://git-lfs")
+    except OSError:
+        return False
 
 
 def pickle_header(file: Path) -> dict[str, InPickle]:
