@@ -99,7 +99,10 @@ def test_a_list_of_a_million_loops_and_a_config_that_says_so_are_described_at_on
         assert schedule.n_layers == 7 * 10**9 + 5 and schedule.first_coda_layer == 7 * 10**9 + 3
         assert schedule.name(3 + 7 * 999 + 4, "hook_in") == "loops.999.blocks.4.hook_in"
         assert schedule.site(-1) == ("coda", None, 1) and schedule.pass_of_loop(-1).first == 3 + 7 * (10**9 - 1)
-        assert schedule.expand("loops.-1.blocks.6.x") == [f"blocks.{7 * 10**9 + 2}.x"] and schedule.site(2).stack == "prelude"
+        assert (
+            schedule.names.expand("loops.-1.blocks.6.x") == [f"blocks.{7 * 10**9 + 2}.x"]
+            and schedule.site(2).stack == "prelude"
+        )
 
 
 def test_own_format_and_looped_decoders_count_too() -> None:

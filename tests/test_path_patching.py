@@ -31,10 +31,10 @@ WRITES = ("hook_embed", "attn.hook_z", "hook_mlp_out")
 def written(bridge: LoopedBridge, clean: LoopedCache, corrupted: LoopedCache, source: str) -> tuple[str, Tensor]:
     """The hook that holds what a source writes, and its change; a head's is in its z, zero for other heads."""
     if ".head." not in source:
-        name = bridge.schedule.expand(source.replace("mlp_out", "hook_mlp_out"))[0] if source != "embed" else "hook_embed"
+        name = bridge.schedule.names.expand(source.replace("mlp_out", "hook_mlp_out"))[0] if source != "embed" else "hook_embed"
         return name, clean[name] - corrupted[name]
     place, head = source.split(".head.")
-    name = bridge.schedule.expand(f"{place}.attn.hook_z")[0]
+    name = bridge.schedule.names.expand(f"{place}.attn.hook_z")[0]
     change = torch.zeros_like(corrupted[name])
     change[..., int(head), :] = (clean[name] - corrupted[name])[..., int(head), :]
     return name, change
@@ -82,11 +82,11 @@ def entering(bridge: LoopedBridge, changes: dict[str, Tensor], receiver: str) ->
     if receiver == "logits":
         return "unembed.hook_in", changes["unembed.hook_in"]
     if ".head." not in receiver:
-        name = bridge.schedule.expand(receiver.replace("mlp_in", "mlp.hook_in"))[0]
+        name = bridge.schedule.names.expand(receiver.replace("mlp_in", "mlp.hook_in"))[0]
         return name, changes[name]
     place, rest = receiver.split(".head.")
     head, letter = rest.split(".")
-    layer = bridge.schedule.expand(f"{place}.attn")[0].removesuffix(".attn")
+    layer = bridge.schedule.names.expand(f"{place}.attn")[0].removesuffix(".attn")
     linear = getattr(bridge.blocks[int(layer.removeprefix("blocks."))].attn, letter).original_component
     width = bridge.cfg.d_head
     projected = (changes[f"{layer}.attn.hook_in"] @ linear.weight.detach().T).unflatten(-1, (-1, width))

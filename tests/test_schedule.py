@@ -49,7 +49,7 @@ def test_every_virtual_index_round_trips_through_its_name(schedule: Schedule, ho
     names = [schedule.name(i, hook) for i in range(schedule.n_layers)]
     assert len(set(names)) == schedule.n_layers
     for i, name in enumerate(names):
-        assert schedule.expand(name) == [f"blocks.{i}.{hook}"]
+        assert schedule.names.expand(name) == [f"blocks.{i}.{hook}"]
         assert schedule.loop_name(f"blocks.{i}.{hook}") == name
         assert schedule.loop_name(name) == name
         assert schedule.virtual(schedule.site(i)) == i
@@ -131,24 +131,24 @@ def test_patterns_select_what_filtering_all_names_selects(schedule: Schedule, da
         assert is_pattern(name) == any(sign in name for sign in "*:")
         if loops:
             of_pass = [f"{prefix}{t}.hook_state" for t in loops]
-            assert schedule.expand(f"{prefix}{loop}.hook_state") == of_pass
+            assert schedule.names.expand(f"{prefix}{loop}.hook_state") == of_pass
     if wanted:
-        assert schedule.expand(name) == wanted
+        assert schedule.names.expand(name) == wanted
     else:
         with pytest.raises(OutOfRangeError, match="selects nothing"):
-            schedule.expand(name)
+            schedule.names.expand(name)
 
 
 @given(schedules, st.data())
 def test_plain_names_take_patterns_too(schedule: Schedule, data: st.DataObject) -> None:
     index, chosen = data.draw(index_and_choice(schedule.n_layers))
     assume(chosen)
-    assert schedule.expand(f"blocks.{index}.mlp.hook_out") == [f"blocks.{i}.mlp.hook_out" for i in chosen]
+    assert schedule.names.expand(f"blocks.{index}.mlp.hook_out") == [f"blocks.{i}.mlp.hook_out" for i in chosen]
 
 
 @pytest.mark.parametrize("name", ["hook_embed", "ln_final.hook_normalized", "unembed.hook_out", "blocks", "loops", ""])
 def test_names_without_an_index_are_left_alone(name: str) -> None:
-    assert ONE_STACK.expand(name) == [name]
+    assert ONE_STACK.names.expand(name) == [name]
     assert ONE_STACK.loop_name(name) == name
     assert not is_pattern(name)
 
@@ -170,7 +170,7 @@ def test_names_without_an_index_are_left_alone(name: str) -> None:
 )
 def test_out_of_range_names_say_what_exists(schedule: Schedule, name: str, message: str) -> None:
     with pytest.raises(OutOfRangeError, match=message) as caught:
-        schedule.expand(name)
+        schedule.names.expand(name)
     assert isinstance(caught.value, IndexError)
     assert name in str(caught.value)
 
@@ -185,7 +185,7 @@ def test_out_of_range_names_say_what_exists(schedule: Schedule, name: str, messa
 )
 def test_unknown_stacks_are_refused(schedule: Schedule, name: str, exist: str) -> None:
     with pytest.raises(UnknownNameError) as caught:
-        schedule.expand(name)
+        schedule.names.expand(name)
     assert isinstance(caught.value, KeyError)
     assert name in str(caught.value) and str(caught.value).endswith(f"begin with {exist}.")
 
@@ -272,8 +272,8 @@ def test_an_order_that_no_family_has() -> None:
     assert UNEVEN.physical == (0, 1, 2, 3, 4, 5, 1, 2, 1, 2, 3, 4, 5, 6, 7)
     assert (UNEVEN.n_loops, UNEVEN.n_loops_of("A"), UNEVEN.n_passes, UNEVEN.first_coda_layer) == (2, 3, 5, 13)
     assert [UNEVEN.pass_of_loop(t).index for t in range(2)] == [1, 4] and UNEVEN.is_last(UNEVEN.passes[4])
-    assert UNEVEN.expand("A.loops.1:.blocks.-1.x") == ["blocks.7.x", "blocks.9.x"]
-    assert UNEVEN.expand("B.loops.*.hook_out") == ["B.loops.0.hook_out", "B.loops.1.hook_out"]
+    assert UNEVEN.names.expand("A.loops.1:.blocks.-1.x") == ["blocks.7.x", "blocks.9.x"]
+    assert UNEVEN.names.expand("B.loops.*.hook_out") == ["B.loops.0.hook_out", "B.loops.1.hook_out"]
     assert UNEVEN.describe() == (
         "2 loops over stacks A (3 x 2 layers) and B (2 x 3 layers), 1 prelude and 2 coda layers: 15 virtual layers"
     )
@@ -303,7 +303,7 @@ def test_any_order_of_passes_has_names_that_find_back(made: tuple[list[tuple[str
     names = [schedule.name(i, "hook_z") for i in range(schedule.n_layers)]
     assert len(set(names)) == len(names)
     for i, name in enumerate(names):
-        assert schedule.expand(name) == [f"blocks.{i}.hook_z"] and schedule.virtual(schedule.site(i)) == i
+        assert schedule.names.expand(name) == [f"blocks.{i}.hook_z"] and schedule.virtual(schedule.site(i)) == i
         assert schedule.loop_name(f"blocks.{i}.hook_z") == name
         assert schedule.pass_of_layer(i) is next((p for p in schedule.passes if i in p.layers), None)
 

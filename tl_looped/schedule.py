@@ -440,10 +440,6 @@ class Schedule:
         """See `HookNames.loop_name`."""
         return self.names.loop_name(name)
 
-    def expand(self, name: str) -> list[str]:
-        """See `HookNames.expand`."""
-        return self.names.expand(name)
-
     def loop_label(self, label: str) -> str:
         """See `HookNames.loop_label`."""
         return self.names.loop_label(label)

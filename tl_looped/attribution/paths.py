@@ -389,7 +389,7 @@ def _chosen(model: LoopedBridge, what: str, nodes: dict[str, Any], asked: Names 
         return nodes
     keys: set[str] = set()
     for name in [asked] if isinstance(asked, str) else asked:
-        patterns = model.schedule.expand(name)
+        patterns = model.schedule.names.expand(name)
         if not (found := [key for key in nodes if any(fnmatchcase(key, pattern) for pattern in patterns)]):
             examples = ", ".join(model.schedule.loop_name(key) for key in [*list(nodes)[1:4], list(nodes)[-1]])
             raise UnknownNameError(f"{what} {name!r} was asked, but this model has no such {what}; some are {examples}.")

@@ -33,7 +33,7 @@ class NamedBridge(ReadingBridge):
             UnknownNameError: no such hook; the message has the nearest names.
             OutOfRangeError: a loop or layer that this run does not have.
         """
-        names = self.schedule.expand(name)
+        names = self.schedule.names.expand(name)
         if self.looped_cfg.pass_norm_is_final:  # the last pass's norm is the model's last norm
             last = f"{self.schedule.pass_prefix(self.schedule.passes[-1])}.norm."
             names = [f"ln_final.{n.removeprefix(last)}" if n.startswith(last) else n for n in names]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .._words import aligned
 from .._writing import write_text
@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     texts = [args.prompt] if args.prompts is None else prompts_in(args.prompts)
     model = LoopedBridge.from_pretrained(args.checkpoint, n_loops=args.n_loops, revision=args.revision, device=args.device)
     prompts = [read_prompt(model, text) for text in texts] if args.tokens is None else [torch.tensor([args.tokens])]
-    found = model.answers([one if isinstance(one, str) else one[0] for one in prompts], top_k=args.top_k)
+    asked: Any = [one if isinstance(one, str) else one[0] for one in prompts]
+    found = model.answers(asked, top_k=args.top_k)
     print(lens_table(model, prompts[0], found) if args.prompts is None else answers_table(model, found))
     if args.csv is not None:
         write_text(args.csv, found.to_dataframe().to_csv(index=False))
