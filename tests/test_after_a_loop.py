@@ -50,7 +50,7 @@ def test_reference_checkpoints_too(name: str) -> None:
     tokens = random_tokens(1, 5) % model.cfg.d_vocab
     every = model.readout(tokens, "all")
     for loop in range(model.n_loops):
-        right = model.unroll(loop + 1)(tokens)
+        right = model.unroll(loop + 1, cut=True)(tokens)
         assert torch.equal(model(tokens, loop=loop), right)
         torch.testing.assert_close(every[loop], right, atol=1e-4, rtol=1e-4)
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from safetensors.torch import load_file
-from zoo import CHECKPOINTS, GOLDEN
+from zoo import CHECKPOINTS, GOLDEN, golden_tensors, with_config
 
 from tl_looped import LoopedBridge
+from tl_looped.checkpoints import MemoryCheckpoint, load_model
 
 ATOL = 2e-4  # fp32, logits of order 10
 
@@ -23,6 +24,9 @@ LAYER_HOOKS = {
     "mlp_out": "mlp.hook_out",
     "attn_z": "attn.hook_z",
     "mlp_post": "mlp.hook_post",
+    "attn_in": "attn.hook_in",
+    "mlp_in": "mlp.hook_in",
+    "modulation": "modulation.hook_out",
     "attn_out_normed": "hook_attn_out",
     "mlp_out_normed": "hook_mlp_out",
 }
@@ -36,6 +40,9 @@ PASS_HOOKS = {
     "adapter_out": "hook_in",
     "in": "hook_in",
     "out": "hook_out",
+    "time_embed": "conditioning.hook_time",
+    "dt_embed": "conditioning.hook_step",
+    "conditioning": "conditioning.hook_out",
 }
 OTHER_HOOKS = {
     "embed": "hook_embed",
@@ -47,6 +54,7 @@ OTHER_HOOKS = {
     "prelude_out": "loops.0.entry_norm.hook_in",
     "final_norm_in": "ln_final.hook_in",
 }
+CONDITIONS = ("modulation", "time_embed", "dt_embed", "conditioning")  # the same at every position
 # What a pass of one family holds elsewhere: Dory norms the state on its way in, LoopUS gates what the layers return.
 OWN_HOOKS = {("dory", "state_before"): "entry_norm.hook_in", ("loopus", "out"): "blocks.2.hook_resid_post"}
 
@@ -77,6 +85,10 @@ def runs(family: str) -> Iterator[tuple[str, dict[str, torch.Tensor], LoopedBrid
             counts = {"n_loops": int(match[1]), "l_cycles": int(match[2])}
         elif match := re.fullmatch(r"R([1-9]\d*)(_scale0)?", run):
             counts = {"n_loops": int(match[1])}
+        elif run.startswith("S") and "steps" in tensors:
+            changed = MemoryCheckpoint(with_config(family, steps=tensors["steps"].tolist()).config, golden_tensors(family))
+            yield run, {"input_ids": data["input_ids"], **tensors}, LoopedBridge(load_model(changed), None, family)
+            continue
         else:
             continue  # no loop at all, another config, or an unseeded initial state
         yield run, {"input_ids": data["input_ids"], **tensors}, LoopedBridge.from_pretrained(GOLDEN / family, **counts)
@@ -94,7 +106,8 @@ def test_every_reference_activation(family: str) -> None:
             name = hook_of(family, what)
             for hook in bridge.expand_name(name) if name else []:
                 value = cache[hook].unsqueeze(-1) if what.startswith("gate_logit") else cache[hook]
-                value = value[:, -1] if what.startswith("halt_logit") else value.view_as(expected)
+                value = value[:, -1] if what.startswith("halt_logit") else value
+                value = value[:, 0] if what.split("/")[0] in CONDITIONS else value.view_as(expected)
                 torch.testing.assert_close(value, expected, atol=ATOL, rtol=0, msg=lambda m, at=f"{run}/{what}": f"{at}: {m}")
                 checked += 1
     assert checked >= 15

@@ -22,15 +22,19 @@ def stopping(model: LoopedBridge, at_loop: int | None, n_loops: int | None) -> L
     if at_loop is None:
         return at_depth(model, n_loops)
     total = model.n_loops if n_loops is None else check_count("n_loops", n_loops)
-    return at_depth(model, check_index(at_loop, total, "loop") + 1)
+    asked = check_index(at_loop, total, "loop") + 1
+    if model.plain.loop.changes is None or asked == total:
+        return at_depth(model, asked)
+    return at_depth(at_depth(model, n_loops), asked, cut=True)
 
 
-def at_depth(model: LoopedBridge, n_loops: int | None) -> LoopedBridge:
+def at_depth(model: LoopedBridge, n_loops: int | None, cut: bool = False) -> LoopedBridge:
     """The model with `n_loops` loops: itself where that is its own number or None, else an unroll without its hooks.
 
     Args:
         model: the model.
         n_loops: the number asked for.
+        cut: as in `LoopedBridge.unroll`.
 
     Raises:
         LoopedError: `n_loops` is no positive int; the model has hooks, which would silently not act on the unroll.
@@ -43,7 +47,7 @@ def at_depth(model: LoopedBridge, n_loops: int | None) -> LoopedBridge:
             f"{n_loops} loops were asked of a model of {model.n_loops} that has hooks, such as at {hooked}; they would not act "
             f"on that run. Hook other = model.unroll({n_loops}) and ask that."
         )
-    return model.unroll(n_loops)
+    return model.unroll(n_loops, cut=cut)
 
 
 def check_model(model: object) -> None:

@@ -42,6 +42,11 @@ class OneLoop:
                 "not act on it; take them off (model.reset_hooks())."
             )
         # A second loop, so that the first one is not the last, which may end otherwise.
+        if (why := model.plain.loop.changes) is not None:
+            raise LoopedError(
+                f"one loop as a function of the state was asked, but in this {model.looped_cfg.family} model {why}, "
+                "so that the loops are not one map applied again; compare states of a run (tl_looped.analysis.step_geometry)."
+            )
         twin: Any = model.unroll(2).plain
         self.twin: LoopedModel = twin
         schedule = twin.cfg.schedule
@@ -49,7 +54,7 @@ class OneLoop:
         self.stop = schedule.pass_of_loop(0).layers.stop
         self.layers = range(schedule.n_prelude, self.stop + 1)
         with torch.no_grad():
-            x = twin.embed(tokens)
+            x = twin._embed(tokens, None, None, None, None, 0)
             positions = positions_of(twin.cfg, x, None, None, 0)
             self.inputs = Inputs(
                 rope=twin.rotary(positions),

@@ -21,15 +21,17 @@ class NormAt:
         norm: the norm; None for none.
         x: its input in the run, [..., d_model], in fp32 or wider.
         dtype: that of the run, on which an epsilon may depend.
+        weight: what the norm multiplies by; None for its weight.
     """
 
-    def __init__(self, norm: Any, x: Tensor, dtype: torch.dtype):
+    def __init__(self, norm: Any, x: Tensor, dtype: torch.dtype, weight: Tensor | None = None):
         self.norm: Any = getattr(norm, "_original_component", norm)
         self.x: Tensor = x
         self.out: Tensor = x
         if norm is not None:
             self.eps: float = torch.finfo(dtype).eps if self.norm.eps is None else self.norm.eps
-            self.weight: Any = 1.0 if norm.weight is None else norm.weight.detach().to(x.device, x.dtype)
+            weight = norm.weight if weight is None else weight
+            self.weight: Any = 1.0 if weight is None else weight.detach().to(x.device, x.dtype)
             self.inverse: Tensor = self._inverse(x)
             self.unit: Tensor = x * self.inverse
             self.out = self.unit * self.weight

@@ -23,6 +23,7 @@ from ..bridge.decomposition import FINAL, Reader, Write, check_sum, has_own_stat
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.named_cache import as_slice
 from ..errors import LoopedError, UnknownNameError
+from ..model.norms import RMSNorm
 from ..patching.clean_run import Comparison, Metric, clean_at
 from ..results import Grid
 from ._changes import NormAt, changes_after
@@ -236,8 +237,11 @@ class Paths:
         self.dtype: torch.dtype = self.plain.embed.weight.dtype
         kept = ["hook_embed", *(name for name in model.hook_dict if name.endswith(("hook_attn_out", "hook_mlp_out")))]
         kept += [f"blocks.{i}.attn.hook_z" for i in layers]
-        kept += [f"blocks.{i}.ln1_post.hook_in" for i in layers if self.plain.blocks[i].ln1_post is not None]
+        for i in layers:
+            if (post := self._post(i)) is not None:
+                kept += [f"blocks.{i}.ln1_post.{hook}" for hook in (["hook_in"] if isinstance(post, RMSNorm) else post.HELD)]
         kept += [*self.plain.loop.state_before, *(r.reads for r in self.receivers.values())]
+        kept += [name for r in self.receivers.values() for name in self._beside(r)]
         entered = list(dict.fromkeys(r.hook for r in self.receivers.values()))
         if estimate:
             seen, gradients = pair.gradients(entered, also=kept)
@@ -248,6 +252,11 @@ class Paths:
         self.own_state: bool = has_own_state(self.plain, self.cache)
         self.read: Reader = Reader(self.cache, as_slice(None))
         self.like: Tensor = self.read.get("hook_embed")
+
+    def _post(self, layer: int) -> Any:
+        """What the output of the attention of a layer goes through; None for nothing."""
+        post: Any = self.plain.blocks[layer].ln1_post
+        return getattr(post, "_original_component", post)
 
     def _through(self, module: Any, name: str, inputs: tuple[Tensor, ...]) -> Tensor:
         """Changes after a module that lies on the way of the stream, and in the last row what the run has after it."""
@@ -268,10 +277,12 @@ class Paths:
         layer, heads = chosen[0][1].layer, [s.head for _, s in chosen]
         weight = self.model.blocks[layer].attn.W_O.detach()[heads].to(change.device, change.dtype)
         vectors = torch.einsum("bphi,hid->hbpd", change[..., heads, :], weight)
-        block: Any = self.plain.blocks[layer]
-        if block.ln1_post is not None:
+        post = self._post(layer)
+        if isinstance(post, RMSNorm):
             out = self.read.get(f"blocks.{layer}.ln1_post.hook_in")
-            vectors = self._through(block.ln1_post, "", (torch.cat((vectors, out[None])),))[:-1]
+            vectors = self._through(post, "", (torch.cat((vectors, out[None])),))[:-1]
+        elif post is not None:
+            vectors = post.frozen(vectors, *(self.read.get(f"blocks.{layer}.ln1_post.{hook}") for hook in post.HELD))
         yield from zip((row for row, _ in chosen), vectors, strict=True)
 
     @torch.no_grad()
@@ -306,7 +317,13 @@ class Paths:
     def _norm(self, receiver: Receiver, stream: Tensor) -> NormAt:
         """The norm before a receiver, where it stands in the run."""
         norm = self.plain.ln_final if receiver.layer is None else getattr(self.plain.blocks[receiver.layer], receiver.norm)
-        return NormAt(norm, stream, self.dtype)
+        weight = next((self.read.get(name) for name in self._beside(receiver)), None)
+        return NormAt(norm, stream, self.dtype, weight)
+
+    def _beside(self, receiver: Receiver) -> list[str]:
+        """The hooks of what the norm before a receiver reads beside the stream."""
+        norm = None if receiver.layer is None else getattr(self.plain.blocks[receiver.layer], receiver.norm)
+        return [] if norm is None else [f"blocks.{receiver.layer}.{receiver.norm}.{hook}" for hook in norm.HELD[1:]]
 
     def _weight(self, receiver: Receiver) -> Tensor:
         """The projection of one head, [d_head, d_model]."""

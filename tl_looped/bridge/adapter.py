@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.conversion_utils.param_processing_conversion import ParamProcessingConversion
@@ -29,6 +31,7 @@ from .components import (
 from .processing import LoopedEmbedding, StreamBlock
 
 ARCHITECTURE = "TLLoopedForCausalLM"
+_USUAL = frozenset("ln1 attn ln1_post ln1_stream ln2 mlp ln2_post ln2_stream".split())  # what every block may have
 
 
 def bridge_config(cfg: LoopedConfig, model_name: str) -> TransformerBridgeConfig:
@@ -46,7 +49,7 @@ def bridge_config(cfg: LoopedConfig, model_name: str) -> TransformerBridgeConfig
         architecture=ARCHITECTURE,
         model_name=model_name,
         act_fn=cfg.act_fn,
-        eps=cfg.norm_eps,
+        eps=torch.finfo(torch.float32).eps if cfg.norm_eps is None else cfg.norm_eps,
         rotary_base=cfg.rope_theta,
         rotary_adjacent_pairs=cfg.rope_layout == "pairs",
         tie_word_embeddings=cfg.tied,
@@ -72,8 +75,8 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
         self.component_mapping: ComponentMapping | None = {
             "embed": LoopedEmbedding(name="embed"),
             **self._norms(model, "prelude_norm"),
-            "blocks": self._block(model.blocks[0], looped),
-            "passes": PassBridge(name="passes", submodules=self._pass_parts(model)),
+            "blocks": self._block(model, looped),
+            "passes": PassBridge(name="passes", submodules=self._parts(model.passes)),
             **(
                 {"after_loop": LoopedLinear(name="after_loop")}
                 if looped.after_loop == "linear"
@@ -84,19 +87,21 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
         }
 
     def _norms(self, parent: nn.Module, *names: str) -> dict[str, GeneralizedComponent]:
-        return {name: LoopedNorm(name=name, config=self.cfg) for name in names if getattr(parent, name) is not None}
+        kinds = {name: LoopedNorm if isinstance(getattr(parent, name), RMSNorm) else LoopedPart for name in names}
+        return {name: kinds[name](name=name, config=self.cfg) for name in names if getattr(parent, name) is not None}
 
-    def _pass_parts(self, model: LoopedModel) -> dict[str, GeneralizedComponent]:
-        """What the passes have hook points in; a part may be missing in the last pass."""
+    def _parts(self, owners: Iterable[nn.Module], known: Container[str] = ()) -> dict[str, GeneralizedComponent]:
+        """What else some modules have hook points in; one of them may lack a part."""
         parts: dict[str, GeneralizedComponent] = {}
-        for name, part in [found for ends in model.passes for found in ends.named_children()]:
+        for name, part in [found for owner in owners for found in owner.named_children() if found[0] not in known]:
             if isinstance(part, RMSNorm):
                 parts[name] = LoopedNorm(name=name, config=self.cfg, optional=True)
             elif any(slot.startswith("hook_") for slot in part._modules):
                 parts[name] = LoopedPart(name=name, config=self.cfg, optional=True)
         return parts
 
-    def _block(self, block: Any, looped: LoopedConfig) -> StreamBlock:
+    def _block(self, model: LoopedModel, looped: LoopedConfig) -> StreamBlock:
+        block: Any = model.blocks[0]
         attention: dict[str, GeneralizedComponent] = {letter: InputProjection(name=letter) for letter in "qkv"}
         attention["o"] = OutputProjection(name="o")
         if looped.attn_gate:
@@ -118,5 +123,6 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
                 **self._norms(block, "ln1_post", "ln1_stream", "ln2"),
                 "mlp": (LoopedGatedMLP if "gate" in mlp else LoopedMLP)(name="mlp", config=self.cfg, submodules=mlp),
                 **self._norms(block, "ln2_post", "ln2_stream"),
+                **self._parts(model.blocks, _USUAL),
             },
         )

@@ -205,7 +205,7 @@ class LoopedCache(ResidualCache):
     def _of_the_shorter_model(self) -> LoopedCache:
         """The cache of a run that stopped after a loop, as one of a whole run of the model that has no further loop."""
         self.check_weights("a decomposition")
-        schedule, short = self.model.schedule, self.model.unroll(cast(int, self.loop) + 1)
+        schedule, short = self.model.schedule, self.model.unroll(cast(int, self.loop) + 1, cut=True)
         names = {short.expand_name(schedule.loop_name(name))[0]: value for name, value in self.cache_dict.items()}
         cache = LoopedCache(names, short, self.has_batch_dim)
         cache.attention_mask = self.attention_mask

@@ -97,6 +97,8 @@ def walk(
             return write(None, Write(f"{place}.injection", name))
         if last == "hook_in":
             return inputs[0].clone()  # writes may be in place
+        if getattr(getattr(module, "_original_component", module), "BESIDE", False):
+            return inputs[0]  # no part of the stream goes through it
         return inputs[0] if last.startswith("hook_") else apply(module, name, inputs)
 
     def initial(default: Tensor | None, like: Tensor) -> Tensor:
@@ -225,10 +227,8 @@ class Reader:
         norm: Any = getattr(self.model.blocks[layer], name)
         if norm is None:
             return None
-        inverse = self.get(f"blocks.{layer}.{name}.hook_scale").reciprocal()
-        width = self.model.cfg.d_model
-        weight = inverse.new_ones(width) if norm.weight is None else norm.weight.detach().to(inverse.device, inverse.dtype)
-        return inverse * weight
+        held = [self.get(f"blocks.{layer}.{name}.{hook}") for hook in norm.HELD]
+        return norm.frozen(held[0].new_ones(self.model.cfg.d_model), *held)  # it acts on every entry by itself
 
 
 class Decomposition(Reader):
@@ -371,6 +371,6 @@ def branch_inputs(model: LoopedModel, cache: Any, heads: bool, neurons: bool) ->
         result = f"{prefix}.attn.hook_result"
         inner = f"{prefix}.mlp.hook_post" if not is_attention else result if result in cache else f"{prefix}.attn.hook_z"
         norm = "ln1_post" if is_attention else "ln2_post"
-        return [inner] if getattr(block, norm) is None else [inner, f"{prefix}.{norm}.hook_scale"]
+        return [inner, *(f"{prefix}.{norm}.{hook}" for hook in getattr(getattr(block, norm), "HELD", ()))]
 
     return names

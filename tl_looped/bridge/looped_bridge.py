@@ -230,11 +230,12 @@ class LoopedBridge(InMemory, RunningBridge):
     boot_native: Callable[..., NoReturn] = boot_transformers
     boot_tl_legacy: Callable[..., NoReturn] = boot_transformers
 
-    def unroll(self, n_loops: int) -> LoopedBridge:
+    def unroll(self, n_loops: int, *, cut: bool = False) -> LoopedBridge:
         """The same model with another number of loops: the same parameters, no copy, its own hooks.
 
         Args:
             n_loops: how often to loop (H cycles for HRM-Text).
+            cut: the first loops of this run, also where those of a shorter run would be others (LoopFormer's larger steps).
 
         Raises:
             LoopedError: `n_loops` is no positive int; the weights were processed, and belong to this unroll only.
@@ -248,7 +249,7 @@ class LoopedBridge(InMemory, RunningBridge):
         """
         if self._weights_processed:
             raise LoopedError("the weights of this model were processed (compatibility mode); unroll the model before that.")
-        model = without_collections(partial(self.plain.unrolled, n_loops))
+        model = without_collections(partial(self.plain.unrolled, n_loops, cut))
         unrolled = LoopedBridge(model, None, self.cfg.model_name)
         unrolled._warned_of_paths = self._warned_of_paths
         unrolled.made_for = self.made_for

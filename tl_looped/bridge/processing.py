@@ -54,7 +54,7 @@ def process_weights(
         fold_value_biases: move the biases of v into the biases of o.
     """
     schedule = model.cfg.schedule
-    for layer in [f"{stack}.{j}" for stack, n in schedule.stacks.items() for j in range(n)]:
+    for layer in [at for stack, n in schedule.stacks.items() for j in range(n) for at in model.cfg.layer_names(stack, j)]:
         if fold_ln and model.cfg.residual == "add":  # else the stream itself goes through these norms
             _fold_norm(model, f"{layer}.ln1.weight", [f"{layer}.{reader}.weight" for reader in READS_LN1])
             _fold_norm(model, f"{layer}.ln2.weight", [f"{layer}.{reader}.weight" for reader in READS_LN2])
@@ -133,7 +133,8 @@ def _fold_final_norm(model: LoopedModel) -> None:
     _put(model, "ln_final.weight", torch.ones_like(weight))
     if cfg.tied:
         embed = slots["embed.weight"][0][0]
-        _put(model, "embed.weight", _wide(model, "embed.weight") * weight)
+        for name in ("embed.weight", "embed.positions") if cfg.learned_positions else ("embed.weight",):
+            _put(model, name, _wide(model, name) * weight)
         embed.register_buffer("unfold", (1 / weight).to(_get(model, "embed.weight").dtype))
         embed.register_forward_hook(_unfold)
     else:
@@ -210,6 +211,8 @@ def stream_break(cfg: LoopedConfig, layer: int) -> str | None:
     schedule = cfg.schedule
     if cfg.residual == "interpolate":
         return "every branch draws the stream towards its output"
+    if (why := loop_of(cfg).scaled) is not None:
+        return why
     if cfg.norm in ("branch", "sandwich"):
         return "every branch output is normed before it is added"
     if cfg.norm == "stream":

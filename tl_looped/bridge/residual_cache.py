@@ -299,10 +299,8 @@ class ResidualCache(NamedCache):
         norm = self.model.plain.ln_final if point == FINAL else getattr(blocks[self._layer(layer)], name[-3:])
         if norm is None:
             return stack
-        scale = as_slice(pos_slice).apply(self[f"{name}.hook_scale"], dim=-2)
-        scale = rows.apply(scale, dim=0) if self.has_batch_dim else scale
-        stack = stack / scale.to(stack.device)
-        return stack if norm.weight is None else stack * norm.weight.to(stack.device, stack.dtype)
+        held = [as_slice(pos_slice).apply(self[f"{name}.{hook}"], dim=-2).to(stack.device) for hook in norm.HELD]
+        return norm.frozen(stack, *((rows.apply(x, dim=0) for x in held) if self.has_batch_dim else held))
 
     def _ensure_head_results(self) -> bool:
         self.check_weights("compute_head_results")

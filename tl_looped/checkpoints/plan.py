@@ -82,14 +82,20 @@ def make_plan(
         raise CheckpointError(
             f"the config.json of {checkpoint} cannot be understood ({reason}). Restore the published one."
         ) from error
-    cfg = _with_counts(cfg, n_loops, l_cycles)
+    full, cfg = cfg, _with_counts(cfg, n_loops, l_cycles)
+    if cfg.own_layers and cfg.n_loops > full.n_loops:
+        raise LoopedError(
+            f"n_loops={n_loops} was asked, but every loop of this {cfg.family} model has weights of its own, and {checkpoint} "
+            f"holds those of {full.n_loops}; choose at most as many."
+        )
     if cfg.n_physical > max(_MANY_LAYERS, len(checkpoint.shapes)):
         raise CheckpointError(
             f"config.json of {checkpoint} has {cfg.n_physical} layers, but there are {len(checkpoint.shapes)} tensors. "
             "Use the config.json these tensors were saved with."
         )
     plan = Plan(family, cfg, family.sources(cfg, checkpoint.shapes))
-    _check_tensors(checkpoint, plan)
+    later = family.sources(full, checkpoint.shapes).values() if cfg.own_layers else ()  # of loops that nobody asked for
+    _check_tensors(checkpoint, plan, {at for source in later for at in stored(source)})
     return plan
 
 
@@ -147,7 +153,7 @@ def _check_not_wrapped(checkpoint: Checkpoint) -> None:
             )
 
 
-def _check_tensors(checkpoint: Checkpoint, plan: Plan) -> None:
+def _check_tensors(checkpoint: Checkpoint, plan: Plan, also: Collection[str]) -> None:
     """Compare names and shapes with what the config asks for."""
     family, cfg, sources = plan
     try:
@@ -170,7 +176,7 @@ def _check_tensors(checkpoint: Checkpoint, plan: Plan) -> None:
             fields = expected.setdefault(at, (shape, []))[1]
             fields += [field for field in _shape_fields(name) if field not in fields]
     problems = [f"missing: {name} {list(shape)}" for name, (shape, _) in expected.items() if name not in checkpoint.shapes]
-    known = {*expected, *(family.TIED if cfg.tied else ())}
+    known = {*expected, *also, *(family.TIED if cfg.tied else ())}
     for name, found in checkpoint.shapes.items():
         if name not in known and not any(fnmatch(name, pattern) for pattern in family.IGNORED):
             problems.append(f"unexpected: {name} {list(found)}")

@@ -133,6 +133,11 @@ def repeat_loop(
         torch.Size([1, 3, 10])
     """
     check_model(model)
+    if (why := model.plain.loop.changes) is not None:
+        raise LoopedError(
+            f"loop {loop} was to run again, but in this {model.looped_cfg.family} model {why}: in a deeper model the loops are "
+            "other ones. Patch the states of one loop into another (tl_looped.patching.patch_between_loops)."
+        )
     old, loop = model.schedule, model.schedule.loop(loop)
     deeper = model.unroll(old.n_loops + check_count("times", times))
     moved: Hooks = []

@@ -84,7 +84,7 @@ class LoopedConfig:
         l_cycles: with two stacks, runs of L before each run of H; None for one stack.
         norm: where the norms of a block sit: "pre" on the input of each branch, "branch" on its output, "sandwich" on both,
             "stream" on its input and on the stream after the addition.
-        norm_eps: added to the mean square in every norm.
+        norm_eps: added to the mean square in every norm; None for the resolution of the dtype.
         norm_kind: what a norm divides by: the root of the mean square ("rms") or of the sum of squares ("l2").
         norm_weight: whether norms have a weight.
         inner_norm: norms over all heads before `o`, and over the MLP's neurons before `down`.
@@ -96,8 +96,8 @@ class LoopedConfig:
         qk_norm_weight: whether those norms have a weight.
         query_gain: a factor on every entry of the queries, after the rotation.
         attn_gate: a sigmoid gate from the attention's input multiplies its output before `o`.
-        mlp: "gated", `down(act(gate(x)) * up(x))`, or "relu_squared", `down(relu(up(x))^2 / 2)`.
-        act_fn: activation of the gated MLP.
+        mlp: "gated", `down(act(gate(x)) * up(x))`; "plain", `down(act(up(x)))`; or "relu_squared", `down(relu(up(x))^2 / 2)`.
+        act_fn: activation of the first two.
         biases: which projections have a bias.
         windows: for every physical layer, the number of positions it may look at, its own included; None for all. Empty: every
             layer sees all positions.
@@ -107,6 +107,8 @@ class LoopedConfig:
         rope_theta: base of the rotary frequencies.
         rope_theta_windowed: their base in layers that have a window; None for `rope_theta`.
         rope_scaling: transformers' description of scaled frequencies.
+        rope_precision: to what cosines and sines are rounded, whatever the dtype.
+        learned_positions: the embedding is the sum of that of the token and that of its position.
         injection: what enters every pass beside the state: nothing, a sum with it ("add"), a linear map of state and injection
             side by side ("concat"), or Parcae's decay ("decay").
         prelude_norm: whether what is injected is normed first.
@@ -114,6 +116,7 @@ class LoopedConfig:
             vector that is learned ("learned").
         noise_std: standard deviation of the noise, which is truncated at three standard deviations.
         noise_scale: factor on the noise.
+        own_layers: every loop has layers with weights of its own, instead of sharing them.
         loop: the loop kind: "repeat", where every pass continues the stream of the one before, or a name given to
             `tl_looped.model.register_loop`.
         options: what a registered loop kind or a family needs to know beside these fields, by name.
@@ -155,7 +158,7 @@ class LoopedConfig:
     l_cycles: int | None = None
     norm: Literal["pre", "branch", "sandwich", "stream"] = "pre"
     norm_kind: Literal["rms", "l2"] = "rms"
-    norm_eps: float = 1e-6
+    norm_eps: float | None = 1e-6
     norm_weight: bool = True
     inner_norm: bool = False
     residual: Literal["add", "interpolate"] = "add"
@@ -164,7 +167,7 @@ class LoopedConfig:
     qk_norm_weight: bool = True
     query_gain: bool = False
     attn_gate: bool = False
-    mlp: Literal["gated", "relu_squared"] = "gated"
+    mlp: Literal["gated", "plain", "relu_squared"] = "gated"
     act_fn: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     biases: tuple[Projection, ...] = ()
     windows: tuple[int | None, ...] = ()
@@ -174,11 +177,14 @@ class LoopedConfig:
     rope_theta: float = 10000.0
     rope_theta_windowed: float | None = None
     rope_scaling: dict[str, Any] | None = dataclasses.field(default=None, hash=False)
+    rope_precision: Literal["float32", "bfloat16"] = "float32"
+    learned_positions: bool = False
     injection: Literal["none", "add", "concat", "decay"] = "none"
     prelude_norm: bool = False
     initial_state: Literal["embedding", "noise", "learned"] = "embedding"
     noise_std: float = 1.0
     noise_scale: float = 1.0
+    own_layers: bool = False
     loop: str = "repeat"
     options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     entry_norm: bool = False
@@ -204,8 +210,8 @@ class LoopedConfig:
             self._refuse("logit_softcap=0 would make every logit 0; None is no cap")
         if self.initial_state == "noise" and self.noise_std == 0:
             self._refuse('initial_state="noise" needs noise_std > 0')
-        if self.mlp == "relu_squared" and "gate" in self.biases:
-            self._refuse('biases names "gate", which mlp="relu_squared" does not have')
+        if self.mlp != "gated" and "gate" in self.biases:
+            self._refuse(f'biases names "gate", which mlp="{self.mlp}" does not have')
         _ = self.schedule  # checks its own counts
         if self.n_heads % self.n_kv_heads:
             self._refuse(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
@@ -220,6 +226,8 @@ class LoopedConfig:
             )
         if self.l_cycles is not None and (self.n_prelude or self.n_coda or self.prelude_norm or not self.pass_norm):
             self._refuse("two stacks (l_cycles) go with pass_norm and without prelude, prelude_norm and coda")
+        if two_stacks and self.own_layers:
+            self._refuse("own_layers goes with one looped stack")
         if self.initial_state == "noise" and self.injection == "none":
             self._refuse("a random initial state without injection would ignore the prompt")
         if self.strategy == "anchored" and (self.injection != "none" or self.pass_norm):
@@ -251,6 +259,17 @@ class LoopedConfig:
     def n_physical(self) -> int:
         """Number of distinct layers."""
         return sum(self.schedule.stacks.values())
+
+    def layer_names(self, stack: str, layer: int) -> list[str]:
+        """What the parameters of a physical layer are called by: one name, or with `own_layers` one for every loop.
+
+        Args:
+            stack: its stack.
+            layer: its index in the stack.
+        """
+        if not self.own_layers or stack not in self.schedule.core_stacks:
+            return [f"{stack}.{layer}"]
+        return [f"{stack}.{layer}.loops.{t}" for t in range(self.schedule.n_loops_of(stack))]
 
     def rope_base(self, physical: int) -> float:
         """The base of the rotary frequencies of a physical layer."""
@@ -310,7 +329,7 @@ class LoopedConfig:
 
 _FLAGS = (
     "norm_weight inner_norm qk_norm_weight query_gain attn_gate prelude_norm entry_norm pass_norm final_norm exit_gate tied "
-    "prefix_lm"
+    "prefix_lm learned_positions own_layers"
 )
 # What every field may be. A choice is declared by its annotation alone.
 _FIELDS: dict[str, Kind[Any]] = {
@@ -318,7 +337,8 @@ _FIELDS: dict[str, Kind[Any]] = {
     **dict.fromkeys("d_model n_heads d_vocab n_core n_loops n_ctx anchor_steps".split(), count()),
     **dict.fromkeys("n_kv_heads d_head d_mlp n_prelude n_coda value_gate_width".split(), count(0)),
     **dict.fromkeys(_FLAGS.split(), flag),
-    **dict.fromkeys("norm_eps noise_std noise_scale embed_scale".split(), number()),
+    **dict.fromkeys("noise_std noise_scale embed_scale".split(), number()),
+    "norm_eps": optional(number()),
     "family": text,
     "loop": text,
     "options": json_table,

@@ -49,6 +49,11 @@ class EarlyExit:
         self._n_read: dict[int, int] = {}  # for every loop, how many positions went through the coda after it
         self.key_values: DynamicCache | None = DynamicCache() if self.keep else None
 
+    @property
+    def n_positions(self) -> int:
+        """How many positions of the text were run and kept."""
+        return self._length("positions") if self.keep else 0
+
     def step(
         self,
         model: Any,  # a LoopedModel, whose file imports this one
@@ -104,8 +109,9 @@ class EarlyExit:
         """Run a pass on the positions that lack it; the state that entered it there, and the exit logits if there is a gate."""
         model, start = self._model, self._length((p.index, p.stack))
         parts, inputs = Parts(model, p, run_part), self._inputs_from(start)
-        before = {name: self._kept[key][:, start:] for name, key in latest.items()}
-        carried = dict(before)
+        whole = model.loop.is_whole
+        before = {name: self._kept[key] if whole(name) else self._kept[key][:, start:] for name, key in latest.items()}
+        inputs.carried = carried = dict(before)
         x = model.loop.enter(parts, p, carried)
         entered = carried["entered"]
         for i in p.layers:
@@ -115,6 +121,8 @@ class EarlyExit:
         for name, value in carried.items():
             if value is not before.get(name):
                 latest[name] = (p.index, name)
+                if whole(name):
+                    self._kept.pop(latest[name], None)
                 self._grow(latest[name], value)
         self._after[p.index] = dict(latest)
         return entered, model.loop.exit_logit(parts, p, carried)
@@ -126,7 +134,8 @@ class EarlyExit:
         model, coda = self._model, self._model._coda
         start = self._n_read.get(loop, 0) if coda else self._length("positions") - 1
         p = model.cfg.schedule.pass_of_loop(loop)
-        carried = {name: self._kept[key][:, start:] for name, key in self._after[p.index].items()}
+        kept = {name: key for name, key in self._after[p.index].items() if not model.loop.is_whole(name)}
+        carried = {name: self._kept[key][:, start:] for name, key in kept.items()}
         x = model.loop.finish(Parts(model, None, run_part), p, carried)
         if coda:
             inputs = self._inputs_from(start)

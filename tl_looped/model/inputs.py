@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import LoopedError
 from ..schedule import Schedule
 from .config import LoopedConfig
+from .loops import loop_of
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def masks_of(
     query = torch.arange(past, past + n_new, device=x.device)[:, None]
     key = torch.arange(past + n_new, device=x.device)
     masks: dict[int | None, Tensor | None] = {}
-    for window in set(cfg.windows) or {None}:
+    for window in loop_of(cfg).windows:
         narrow = window if window is not None and window < past + n_new else None
         if real is None and prefix is None and narrow is None and (not past or n_new == 1):
             masks[window] = None

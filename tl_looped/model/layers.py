@@ -46,6 +46,7 @@ class Inputs:
     value_embeds: dict[int, Float[Tensor, "batch pos kv_width"]] = field(default_factory=dict)
     past: int = 0  # positions of the text before the first one that is run
     real: Bool[Tensor, "batch key"] | None = None  # which positions of the text are no padding; None for all
+    carried: dict[str, Tensor] = field(default_factory=dict)  # beside the stream, see `Stream`; layers may read and write it
 
     def enter(self) -> None:
         """What runs from now on reads these inputs."""
@@ -86,7 +87,7 @@ class Attention(nn.Module):
         self.scale: float = cfg.d_head**-0.5
         self.grouped: bool = cfg.n_kv_heads != cfg.n_heads
         self.value_table: int | None = physical if physical in cfg.value_embed_layers else None
-        self.slot = -1  # the virtual layer, set when the model is unrolled
+        self.slot: int = -1  # the virtual layer, set when the model is unrolled
         q_width, kv_width = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
         self.q: nn.Linear = nn.Linear(cfg.d_model, q_width, bias="q" in cfg.biases)
         self.k: nn.Linear = nn.Linear(cfg.d_model, kv_width, bias="k" in cfg.biases)
@@ -135,10 +136,20 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [batch, head, pos, d_head]
         if inputs.cache is not None:
             k, v = inputs.cache.update(k, v, self.slot)
-        z = self.mix(q, k, v, inputs.masks[self.window]).transpose(1, 2).flatten(-2)  # [batch, pos, head * d_head]
+        z = self.attend(q, k, v, inputs).transpose(1, 2).flatten(-2)  # [batch, pos, head * d_head]
         if self.gate is not None:
             z = z * torch.sigmoid(self.gate(x))
         return self.o(z if self.inner_norm is None else self.inner_norm(z))
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch head query d_head"],
+        k: Float[Tensor, "batch kv_head key d_head"],
+        v: Float[Tensor, "batch kv_head key d_head"],
+        inputs: Inputs,
+    ) -> Float[Tensor, "batch head query d_head"]:
+        """What the heads read, from the queries of this run and the keys and values of the text up to now."""
+        return self.mix(q, k, v, inputs.masks[self.window])
 
     def mix(
         self,
@@ -146,23 +157,25 @@ class Attention(nn.Module):
         k: Float[Tensor, "batch kv_head key d_head"],
         v: Float[Tensor, "batch kv_head key d_head"],
         mask: Bool[Tensor, "#batch 1 query key"] | None,
+        slots: tuple[str, str] = ("hook_attn_scores", "hook_pattern"),
     ) -> Float[Tensor, "batch head query d_head"]:
         """Attention-weighted values.
 
         Looking at scores or pattern never changes the bits of the result, with or without gradients; only an edit does.
         """
+        hook_scores, hook_pattern = (getattr(self, slot) for slot in slots)
         causal_only = mask is None and q.shape[-2] > 1
         z = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal_only, scale=self.scale, enable_gqa=self.grouped
         )
-        if not (is_observed(self.hook_attn_scores) or is_observed(self.hook_pattern)):
+        if not (is_observed(hook_scores) or is_observed(hook_pattern)):
             return z
         groups = q.shape[1] // k.shape[1]
         keys, values = (t.repeat_interleave(groups, dim=1) if self.grouped else t for t in (k, v))
         scores = q @ keys.transpose(-2, -1) * self.scale
         scores = scores.masked_fill(~(causal(q, k) if mask is None else mask), float("-inf"))
         expected = _softmax(scores.detach())
-        pattern = self.hook_pattern(_softmax(self.hook_attn_scores(scores)))
+        pattern = hook_pattern(_softmax(hook_scores(scores)))
         mixed = pattern @ values
         return same_bits(z, mixed) if torch.equal(pattern, expected) else mixed
 
@@ -199,6 +212,15 @@ class Block(nn.Module):
         self.ln2_post: RMSNorm | None = norm("branch", "sandwich")
         self.mlp_write: Add | Interpolate = residual_write(cfg)
         self.ln2_stream: RMSNorm | None = norm("stream")
+
+    def place(self, slot: int, loop: int | None) -> None:
+        """Say where in the run this layer stands.
+
+        Args:
+            slot: the virtual layer, which is its slot in a key-value cache.
+            loop: its loop; None outside.
+        """
+        self.attn.slot = slot
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
         read = x if self.ln1 is None else self.ln1(x)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..errors import LoopedError
-from ..schedule import Pass, check_count
+from ..schedule import Pass, Site, check_count
 from .config import LoopedConfig
 from .early_exit import EarlyExit
 from .initial_state import InitialState, NoiseTable, initial_state
@@ -42,15 +42,23 @@ class LoopedOutput(NamedTuple):
 
 
 class Embedding(nn.Embedding):
-    """Token embedding times the family's scale."""
+    """Token embedding times the family's scale, plus that of the position where the family has one."""
 
     def __init__(self, cfg: LoopedConfig):
         super().__init__(cfg.d_vocab, cfg.d_model)
         self.scale: float = cfg.embed_scale
+        self.positions: nn.Parameter | None = None
+        if cfg.learned_positions:
+            self.positions = nn.Parameter(torch.zeros(cfg.n_ctx, cfg.d_model))
 
-    def forward(self, input: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(
+        self, input: Int[Tensor, "batch pos"], position_ids: Int[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
         embed = super().forward(input)
-        return embed if self.scale == 1.0 else embed * self.scale
+        embed = embed if self.scale == 1.0 else embed * self.scale
+        if self.positions is None:
+            return embed
+        return embed + self.positions[position_ids]
 
 
 class LoopedModel(nn.Module):
@@ -68,15 +76,18 @@ class LoopedModel(nn.Module):
         self.cfg = cfg
         schedule = cfg.schedule
         self.embed: Embedding = Embedding(cfg)
-        physical = [Block(cfg, i) for i in range(cfg.n_physical)]
-        blocks: list[Block] = []
-        for slot, i in enumerate(schedule.physical):
-            blocks.append(_share(physical[i]) if i in schedule.physical[:slot] else physical[i])
-            blocks[-1].attn.slot = slot
-        self.blocks: nn.ModuleList = nn.ModuleList(blocks)
         self.loop: Repeat = loop_of(cfg)
+        first: dict[str, Block] = {}
+        blocks: list[Block] = []
+        for slot, (i, site) in enumerate(zip(schedule.physical, schedule.sites, strict=True)):
+            name = self.layer_name(site)
+            blocks.append(_share(first[name]) if name in first else first.setdefault(name, self.loop.block(i)))
+            blocks[-1].place(slot, site.loop)
+        self.blocks: nn.ModuleList = nn.ModuleList(blocks)
         ends, last = (PassEnds(cfg, self.loop.pass_parts(is_last)) for is_last in (False, True))
         self.passes: nn.ModuleList = nn.ModuleList([*(_share(ends) for _ in schedule.passes[:-1]), last])
+        for p, ends in zip(schedule.passes, self.passes, strict=True):
+            self.loop.place(ends, p)
         self.prelude_norm: RMSNorm | None = None
         if cfg.prelude_norm:
             self.prelude_norm = norm_of(cfg)
@@ -120,7 +131,7 @@ class LoopedModel(nn.Module):
         schedule = self.cfg.schedule
         holders: dict[str, list[nn.Module]] = {"embed": [self.embed]}
         for site, block in zip(schedule.sites, self.blocks, strict=True):
-            holders.setdefault(f"{site.stack}.{site.layer}", []).append(block)
+            holders.setdefault(self.layer_name(site), []).append(block)
         for ends in self.passes:
             for part, module in ends.named_children():
                 if not part.startswith("hook_"):
@@ -147,6 +158,11 @@ class LoopedModel(nn.Module):
             slots["learned_state"] = [(self, "learned_state")]
         return slots
 
+    def layer_name(self, site: Site) -> str:
+        """What the parameters of the layer at a site are called by."""
+        names = self.cfg.layer_names(site.stack, site.layer)
+        return names[site.loop if len(names) > 1 and site.loop is not None else 0]
+
     def set_parameter(self, name: str, parameter: nn.Parameter) -> None:
         """Put one parameter wherever its canonical name stands."""
         for owner, attribute in self.parameter_slots[name]:
@@ -156,19 +172,26 @@ class LoopedModel(nn.Module):
         """Every distinct parameter once, by canonical name."""
         return {name: getattr(*holders[0]) for name, holders in self.parameter_slots.items()}
 
-    def unrolled(self, n_loops: int) -> LoopedModel:
+    def unrolled(self, n_loops: int, cut: bool = False) -> LoopedModel:
         """The same model with another number of loops, holding the same parameters.
 
         Args:
             n_loops: how often to loop (H cycles for HRM-Text).
+            cut: the first loops of this run, also where those of a shorter run would be others.
 
         Raises:
-            LoopedError: `n_loops` is no positive int.
+            LoopedError: `n_loops` is no positive int, or more than there are layers for, where loops do not share them.
         """
+        if self.cfg.own_layers and check_count("n_loops", n_loops) > self.cfg.n_loops:
+            raise LoopedError(
+                f"n_loops={n_loops} was asked, but every loop of this {self.cfg.family} model has weights of its own, and "
+                f"there are those of {self.cfg.n_loops}; choose at most as many (of an unroll, unroll the model it came from)."
+            )
         with torch.device("meta"):
-            model = LoopedModel(self.cfg.replace(n_loops=n_loops))
-        for name, parameter in self.canonical_parameters().items():
-            model.set_parameter(name, parameter)
+            model = LoopedModel(self.loop.first(n_loops) if cut else self.cfg.replace(n_loops=n_loops))
+        parameters = self.canonical_parameters()
+        for name in model.parameter_slots:
+            model.set_parameter(name, parameters[name])
         return model
 
     def forward(
@@ -220,7 +243,7 @@ class LoopedModel(nn.Module):
                 raise LoopedError(
                     "an exit policy decides which loop is read; loop=, start=, stop=, on_loop=, on_layer= do not go with it."
                 )
-            x = self._embed(input_ids, inputs_embeds, start)
+            x = self._embed(input_ids, inputs_embeds, start, position_ids, attention_mask, early_exit.n_positions)
             x = early_exit.step(self, x, input_ids, attention_mask, position_ids, token_type_ids, initial_state)
             return LoopedOutput(x, early_exit.key_values)
         if (start is not None and loop is not None) or (on_loop is not None and (start, stop) != (None, None)):
@@ -229,7 +252,6 @@ class LoopedModel(nn.Module):
             )
         if on_loop is not None and self.cfg.n_coda and (use_cache or past_key_values is not None):
             raise LoopedError("on_loop= runs the coda after every loop, for which a cache has no slots; run without a cache.")
-        x = self._embed(input_ids, inputs_embeds, start)
         part = Part.of(schedule, start, stop)
         entry = schedule.pass_of_layer(part.first) if part.is_restart else None
         if injection is not None and (entry is None or self.cfg.injection == "none"):
@@ -243,6 +265,7 @@ class LoopedModel(nn.Module):
                 f"{last.layers.stop} to {schedule.first_coda_layer - 1}; choose a layer before or after them."
             )
         past = 0 if past_key_values is None else self._cached(past_key_values, part, last)
+        x = self._embed(input_ids, inputs_embeds, start, position_ids, attention_mask, past)
         if use_cache and past_key_values is None:
             from transformers import DynamicCache
 
@@ -257,7 +280,9 @@ class LoopedModel(nn.Module):
             real=None if attention_mask is None else attention_mask != 0,
         )
 
-        stream = Stream(x, {} if entry is None else self.loop.resume(entry, last, injection))
+        stream = Stream(x)
+        if entry is not None:
+            stream.carried = self.loop.resume(Parts(self, entry, run_part), entry, last, x, injection)
         layers = [i for i in (*range(last.layers.stop), *self._coda) if i >= part.first]
         if on_layer is not None:
             on_layer(-1, stream, inputs)
@@ -290,10 +315,12 @@ class LoopedModel(nn.Module):
             is_restart: whether `stream.x` is the input of the first layer already.
             begin: from the prelude's output to what is carried before the first pass.
         """
+        inputs.carried = stream.carried
         inputs.enter()
         for i in crossings(self, stream, layers, run_part, begin, is_restart):
             yield i
             if i < self.cfg.schedule.n_layers:
+                inputs.carried = stream.carried
                 stream.x = self.blocks[i](stream.x, inputs)
                 inputs.enter()
 
@@ -345,13 +372,24 @@ class LoopedModel(nn.Module):
         cap = self.cfg.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, start: int | None) -> Tensor:
+    def _embed(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        start: int | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past: int,
+    ) -> Tensor:
         cfg = self.cfg
         if input_ids is not None:
             check_tokens(input_ids, cfg.d_vocab)
         both_read = bool(cfg.value_embed_layers) or start is not None
         if inputs_embeds is None and input_ids is not None and start is None:
-            return self.embed(input_ids)
+            if not cfg.learned_positions:
+                return self.embed(input_ids)
+            positions = positions_of(cfg, input_ids, position_ids, attention_mask, past)
+            return self.embed(input_ids, position_ids=positions)
         if inputs_embeds is None or (input_ids is not None and not both_read):
             wanted = "inputs_embeds, the residual stream" if start is not None else "either input_ids or inputs_embeds"
             raise LoopedError(f"pass {wanted} [batch, pos, d_model={cfg.d_model}].")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import LoopedError
 from ..schedule import Pass
 from .config import LoopedConfig
+from .layers import Block
 from .norms import norm_of
 from .passes import INJECTIONS
 from .slots import observe
@@ -35,18 +36,11 @@ class Stream:
         x: the residual stream entering the next layer.
         carried: what the loop kind keeps beside it: the state of every looped stack as its latest pass left it, by the name of
             the stack; what is injected ("embed"); the state that entered the current pass ("entered"); and more, by kind.
+            [batch, pos, ...], but for what the kind says `is_whole`.
     """
 
     x: Tensor
     carried: dict[str, Tensor] = field(default_factory=dict)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Stream:
-        """The stream with every tensor changed.
-
-        Args:
-            function: what is done to each.
-        """
-        return Stream(function(self.x), {name: function(value) for name, value in self.carried.items()})
 
 
 class Parts:
@@ -115,6 +109,61 @@ class Repeat:
         if cfg.exit_gate:
             parts["exit_gate"] = nn.Linear(cfg.d_model, 1)
         return parts
+
+    def block(self, physical: int) -> Block:
+        """One layer.
+
+        Args:
+            physical: its index among all physical layers.
+        """
+        return Block(self.cfg, physical)
+
+    def alike(self, physical: int) -> object:
+        """What the shapes of a layer's parameters depend on.
+
+        Args:
+            physical: its index among all physical layers.
+        """
+        return physical in self.cfg.value_embed_layers
+
+    def place(self, ends: nn.Module, p: Pass) -> None:
+        """Tell the modules of a pass which one it is.
+
+        Args:
+            ends: the modules, by the names that `pass_parts` gives them.
+            p: the pass.
+        """
+
+    def first(self, n_loops: int) -> LoopedConfig:
+        """The structure of the first loops of a run, which need not be those of a run of so many.
+
+        Args:
+            n_loops: how many.
+        """
+        return self.cfg.replace(n_loops=n_loops)
+
+    @property
+    def windows(self) -> set[int | None]:
+        """The windows of attention that some layer has; None for all positions."""
+        return set(self.cfg.windows) or {None}
+
+    def is_whole(self, name: str) -> bool:
+        """Whether something carried belongs to the whole text up to now, and not to the positions that are run.
+
+        Args:
+            name: under which it is carried.
+        """
+        return False
+
+    @property
+    def scaled(self) -> str | None:
+        """What happens to the output of a branch before it is added to the stream; None for nothing but a norm."""
+        return None
+
+    @property
+    def changes(self) -> str | None:
+        """Why one loop is not the same map of the state as the next; None if it is."""
+        return "every loop has weights of its own" if self.cfg.own_layers else None
 
     def begin(self, parts: Parts, x: Tensor, initial: Initial) -> dict[str, Tensor]:
         """What is carried before the first pass.
@@ -202,12 +251,14 @@ class Repeat:
             state = self.cfg.beta * carried["anchor"] + (1 - self.cfg.beta) * state
         return parts("after_loop", state)
 
-    def resume(self, p: Pass, last: Pass, injection: Tensor | None) -> dict[str, Tensor]:
+    def resume(self, parts: Parts, p: Pass, last: Pass, x: Tensor, injection: Tensor | None) -> dict[str, Tensor]:
         """What is carried into a run that starts inside a pass, from the residual stream there.
 
         Args:
+            parts: the modules around the layers.
             p: the pass.
             last: the last pass of the run.
+            x: the residual stream.
             injection: what is injected in it, if that was given.
 
         Raises:
@@ -324,8 +375,6 @@ def loop_of(cfg: LoopedConfig) -> Repeat:
     """
     if cfg.l_cycles is not None:
         return TwoStacks(cfg)
-    if cfg.loop not in _KINDS:
-        pass  # which bring their loop kinds along
     if cfg.loop not in _KINDS:
         raise LoopedError(f"loop={cfg.loop!r} was asked, which is no loop kind; known are {', '.join(_KINDS)}.")
     return _KINDS[cfg.loop](cfg)

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..errors import LoopedError
 from .config import LoopedConfig
-from .slots import is_observed, same_bits
+from .slots import is_observed, observe, same_bits
 
 
 class RMSNorm(nn.Module):
@@ -70,6 +71,64 @@ class L2Norm(RMSNorm):
     def inner(self, x: Float[Tensor, "*rows width"], y: Float[Tensor, "*others width"]) -> Float[Tensor, "... 1"]:
         """Their sum of products."""
         return (x * y).sum(-1, keepdim=True)
+
+
+class ConditionedNorm(RMSNorm):
+    """`x / rms(x)` times a factor that comes from elsewhere, such as the loop; it passes through `hook_by`.
+
+    Args:
+        width: number of entries.
+        eps: added to the mean square; None for the resolution of the dtype.
+    """
+
+    HELD: tuple[str, ...] = ("hook_scale", "hook_by")
+
+    def __init__(self, width: int, eps: float | None):
+        super().__init__(width, eps, weight=False)
+        self.hook_by: nn.Module = nn.Identity()
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Tensor, "*shape width"], by: Float[Tensor, "*shape width"]
+    ) -> Float[Tensor, "*shape width"]:
+        """The norm of an input times a factor on every entry."""
+        return super().forward(x) * observe(self.hook_by, by)
+
+    def unhooked(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
+        """Refused: outside a layer nothing says by what to multiply.
+
+        Raises:
+            LoopedError: always.
+        """
+        raise LoopedError(
+            "use_split_qkv_input or use_attn_in was asked, which norm the inputs of every head apart, but the norms here "
+            "also read what conditions the loop; patch attn.hook_q, hook_k and hook_v instead."
+        )
+
+    def frozen(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Tensor, "*rows width"], scale: Float[Tensor, "*shape one"], by: Float[Tensor, "*shape width"]
+    ) -> Float[Tensor, "*rows width"]:
+        """The norm with its scale and its factor held."""
+        return x / scale * by
+
+
+class Gain(nn.Module):
+    """A factor, from elsewhere, on every entry of what a branch returned; it passes through `hook_gain`."""
+
+    HELD: tuple[str, ...] = ("hook_gain",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hook_in: nn.Module = nn.Identity()
+        self.hook_gain: nn.Module = nn.Identity()
+        self.hook_out: nn.Module = nn.Identity()
+
+    def forward(self, x: Float[Tensor, "*shape width"], gain: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
+        """The product."""
+        return self.hook_out(observe(self.hook_in, x) * observe(self.hook_gain, gain))
+
+    def frozen(self, x: Float[Tensor, "*rows width"], gain: Float[Tensor, "*shape width"]) -> Float[Tensor, "*rows width"]:
+        """The product with the gain of a run."""
+        return x * gain
 
 
 NORMS: dict[str, type[RMSNorm]] = {"rms": RMSNorm, "l2": L2Norm}

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from .config import LoopedConfig
-from .layers import Block
 from .loops import loop_of
 from .norms import norm_of
 from .passes import PASS_NAMES
@@ -23,7 +22,7 @@ def parameter_shapes(cfg: LoopedConfig) -> Iterator[tuple[str, Shape]]:
     does not fit its tensors must not cost.
 
     Args:
-        cfg: the structure; the number of loops does not matter.
+        cfg: the structure; the number of loops matters with `own_layers` alone.
 
     Example:
         >>> cfg = LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=10**9, n_loops=3)
@@ -31,7 +30,7 @@ def parameter_shapes(cfg: LoopedConfig) -> Iterator[tuple[str, Shape]]:
         ('embed.weight', (10, 8))
     """
     with torch.device("meta"):
-        loop, blocks = loop_of(cfg), dict[bool, list[tuple[str, Shape]]]()
+        loop, blocks = loop_of(cfg), dict[object, list[tuple[str, Shape]]]()
         around: dict[str, nn.Module] = {PASS_NAMES.get(n, n): part for n, part in loop.pass_parts(is_last=False).items()}
         around["pass_norm" if cfg.pass_norm_is_final else "ln_final"] = norm_of(cfg)
         if cfg.prelude_norm:
@@ -39,6 +38,8 @@ def parameter_shapes(cfg: LoopedConfig) -> Iterator[tuple[str, Shape]]:
         if cfg.after_loop == "linear":
             around["after_loop"] = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
     yield "embed.weight", (cfg.d_vocab, cfg.d_model)
+    if cfg.learned_positions:
+        yield "embed.positions", (cfg.n_ctx, cfg.d_model)
     if not cfg.tied:
         yield "unembed.weight", (cfg.d_vocab, cfg.d_model)
     if cfg.initial_state == "learned":
@@ -48,12 +49,12 @@ def parameter_shapes(cfg: LoopedConfig) -> Iterator[tuple[str, Shape]]:
     physical = 0
     for stack, n_layers in cfg.schedule.stacks.items():
         for j in range(n_layers):
-            has_values = physical in cfg.value_embed_layers
-            if has_values not in blocks:
+            if (kind := loop.alike(physical)) not in blocks:
                 with torch.device("meta"):
-                    blocks[has_values] = _shapes(Block(cfg, physical))
-            yield from _named(f"{stack}.{j}", blocks[has_values])
-            if has_values:
+                    blocks[kind] = _shapes(loop.block(physical))
+            for at in cfg.layer_names(stack, j):
+                yield from _named(at, blocks[kind])
+            if physical in cfg.value_embed_layers:
                 yield f"value_embeds.{physical}.weight", (cfg.d_vocab, cfg.n_kv_heads * cfg.d_head)
             physical += 1
 

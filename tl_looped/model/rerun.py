@@ -88,7 +88,9 @@ def rerun(model: LoopedModel, recording: Recording, entries: Sequence[int], star
     copies = joining.pop(entries[0])
 
     def entering(layer: int, n: int) -> Stream:
-        return recording.streams[layer].map(lambda t: _copied(t[:, start:], n))
+        stream, whole = recording.streams[layer], model.loop.is_whole
+        carried = {name: _copied(t if whole(name) else t[:, start:], n) for name, t in stream.carried.items()}
+        return Stream(_copied(stream.x[:, start:], n), carried)
 
     stream, inputs = entering(entries[0], copies), replace(recording.inputs)
     _set_inputs(inputs, recording, copies, start)

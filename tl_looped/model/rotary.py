@@ -41,6 +41,7 @@ class Rotary:
         bases = {cfg.rope_base(i) for i in range(cfg.n_physical)} if cfg.rope_layout != "none" else set[float]()
         self.frequencies: dict[float, Float[Tensor, " half"]] = {}
         self.factor: float = 1.0
+        self.precision: torch.dtype = getattr(torch, cfg.rope_precision)
         for base in sorted(bases):
             self.frequencies[base], self.factor = inverse_frequencies(cfg, base)
 
@@ -50,5 +51,6 @@ class Rotary:
         for base, frequencies in self.frequencies.items():
             self.frequencies[base] = frequencies = frequencies.to(position_ids.device)
             angles = position_ids.unsqueeze(-1).float() * frequencies
-            found[base] = (angles.cos() * self.factor, angles.sin() * self.factor)
+            cos, sin = ((f(angles) * self.factor).to(self.precision).float() for f in (torch.cos, torch.sin))
+            found[base] = (cos, sin)
         return found

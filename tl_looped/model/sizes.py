@@ -71,6 +71,8 @@ def sizes(cfg: LoopedConfig) -> Sizes:
         counts[part] += n
         if len(shape) < 2 or part == "embed":
             continue
+        if part in runs and cfg.own_layers and name.split(".")[3] != "0":
+            continue  # of another loop
         if part in runs:
             per_loop += runs[part] * n
         elif first in of_pass:
