@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch import Tensor
 from tl_looped import LoopedBridge, LoopedConfig
 from tl_looped.patching import patch_sweep
 
-CLOSE = {"atol": 1e-9, "rtol": 1e-9}
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
 
 
 def random_model(cfg: LoopedConfig, seed: int = 1) -> LoopedBridge:
@@ -42,12 +44,12 @@ def check_family(bridge: LoopedBridge, sites: Sequence[str] = ("resid_pre", "att
     logits, cache = bridge.run_with_cache(tokens)
     check_steps(bridge, tokens, logits)
     own = [(name, lambda x, hook: cache[hook.name].clone()) for name in dict.fromkeys(cache) if name in bridge.hook_dict]
-    torch.testing.assert_close(bridge.run_with_hooks(tokens, fwd_hooks=own), logits, **CLOSE)
+    close(bridge.run_with_hooks(tokens, fwd_hooks=own), logits)
     for site in sites:
         check_sweep(bridge, other, cache, site)
     padded = torch.cat((torch.zeros_like(tokens[:, :3]), tokens), 1)
     mask = torch.cat((torch.zeros_like(tokens[:, :3]), torch.ones_like(tokens)), 1)
-    torch.testing.assert_close(bridge(padded, attention_mask=mask)[:, 3:], logits, **CLOSE)
+    close(bridge(padded, attention_mask=mask)[:, 3:], logits)
 
 
 def check_steps(bridge: LoopedBridge, tokens: Tensor, logits: Tensor, sizes: Sequence[int] = (3, 1, 2, 1)) -> None:
@@ -57,7 +59,7 @@ def check_steps(bridge: LoopedBridge, tokens: Tensor, logits: Tensor, sizes: Seq
         out = bridge.plain(piece, past_key_values=state, use_cache=True)
         state = out.past_key_values
         steps.append(out.logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1), logits, **CLOSE)
+    close(torch.cat(steps, dim=1), logits)
 
 
 def check_sweep(bridge: LoopedBridge, tokens: Tensor, cache: Any, site: str) -> None:
@@ -73,11 +75,11 @@ def check_sweep(bridge: LoopedBridge, tokens: Tensor, cache: Any, site: str) -> 
             return x
 
         expected = metric(bridge.run_with_hooks(tokens, fwd_hooks=[(name, patch)]))
-        torch.testing.assert_close(found.values[loops.index(str(t)), j, pos], expected, **CLOSE)
+        close(found.values[loops.index(str(t)), j, pos], expected)
 
 
 @torch.no_grad()
-def check_attribution(bridge: LoopedBridge, units: Sequence[str] = ("component", "head")) -> None:
+def check_attribution(bridge: LoopedBridge, units: Sequence[Literal["component", "head"]] = ("component", "head")) -> None:
     """The contributions of all components add up to the logit (before a cap)."""
     tokens = torch.randint(0, bridge.cfg.d_vocab, (2, 7), generator=torch.Generator().manual_seed(4))
     _, cache = bridge.run_with_cache(tokens)
@@ -85,4 +87,4 @@ def check_attribution(bridge: LoopedBridge, units: Sequence[str] = ("component",
         for pos in (-1, None):
             values = cache.attribute_logits(tokens=7, unit=unit, positions=pos).values.sum(0)
             before = cache["unembed.hook_in"] @ bridge.W_U[:, 7]
-            torch.testing.assert_close(values, before[:, -1] if pos == -1 else before, **CLOSE)
+            close(values, before[:, -1] if pos == -1 else before)

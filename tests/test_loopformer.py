@@ -20,8 +20,8 @@ from tl_looped.checkpoints import MemoryCheckpoint, load_model
 from tl_looped.errors import CheckpointError
 from tl_looped.interventions import repeat_loop
 
-HELD = {"model_type": "loopformer", "block_size": 20, "vocab_size": 53, "n_layer": 2, "n_head": 3, "n_embd": 24, "bias": True}
-HELD |= {"intermediate_dim": 40, "steps": [0.5, 0.125, 0.5]}
+HELD = {"model_type": "loopformer", "block_size": 20, "vocab_size": 53, "n_layer": 2, "n_head": 3, "n_embd": 24, "bias": True,
+        "intermediate_dim": 40, "steps": [0.5, 0.125, 0.5]}  # fmt: skip
 CONFIG = LoopedConfig(
     d_model=24, n_heads=3, d_mlp=20, d_vocab=31, n_ctx=12, n_core=2, n_loops=3, loop="timed", norm_eps=None, mlp="plain",
     act_fn="gelu", rope_layout="none", learned_positions=True, options={"steps": [0.5, 0.25, 0.5]}, tied=True,

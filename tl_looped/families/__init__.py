@@ -141,7 +141,8 @@ def detect(config: Mapping[str, Any], shapes: Shapes) -> Family:
     raise CheckpointError(
         f"this checkpoint has model_type={shown(config.get('model_type'))} and "
         f"architectures={shown(config.get('architectures'))}, "
-        f"which no family knows; known looped families are {', '.join(_names())} and tl_looped's own format, and what was given to tl_looped.families.register. The layers of an ordinary decoder "
+        f"which no family knows; known looped families are {', '.join(_names())} and tl_looped's own format, and what was "
+        "given to tl_looped.families.register. The layers of an ordinary decoder "
         f"({', '.join(llama.MODEL_TYPES)}) can be looped with LoopedBridge.loop_layers."
     )
 

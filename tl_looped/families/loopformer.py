@@ -84,17 +84,17 @@ class ConditionedBlock(Block):
     def __init__(self, cfg: LoopedConfig, physical: int):
         super().__init__(cfg, physical)
         self.modulation: Modulation = Modulation(cfg.d_model)
-        self.ln1: ConditionedNorm = ConditionedNorm(cfg.d_model, cfg.norm_eps)
-        self.ln1_post: Gain = Gain()
-        self.ln2: ConditionedNorm = ConditionedNorm(cfg.d_model, cfg.norm_eps)
-        self.ln2_post: Gain = Gain()
+        self.ln1 = ConditionedNorm(cfg.d_model, cfg.norm_eps)
+        self.ln1_post = Gain()
+        self.ln2 = ConditionedNorm(cfg.d_model, cfg.norm_eps)
+        self.ln2_post = Gain()
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
         """The stream after the layer."""
-        conditioning = inputs.carried["conditioning"]
-        attn_gain, mlp_gain, attn_scale, mlp_scale = self.modulation(x, conditioning).chunk(4, dim=-1)
-        x = self.hook_resid_mid(x + self.ln1_post(self.attn(self.ln1(x, 1 + attn_scale), inputs), attn_gain))
-        return x + self.ln2_post(self.mlp(self.ln2(x, 1 + mlp_scale)), mlp_gain)
+        of: Any = self
+        attn_gain, mlp_gain, attn_scale, mlp_scale = self.modulation(x, inputs.carried["conditioning"]).chunk(4, dim=-1)
+        x = self.hook_resid_mid(x + of.ln1_post(self.attn(of.ln1(x, 1 + attn_scale), inputs), attn_gain))
+        return x + of.ln2_post(self.mlp(of.ln2(x, 1 + mlp_scale)), mlp_gain)
 
 
 class Timed(Repeat):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .config import LoopedConfig
 from .mlps import MLP
-from .norms import NORMS, RMSNorm, norm_of
+from .norms import NORMS, Gain, RMSNorm, norm_of
 from .residuals import Add, Interpolate, residual_write
 from .rotary import Angles
 from .slots import is_observed, same_bits
@@ -203,13 +203,13 @@ class Block(nn.Module):
 
         self.ln1: RMSNorm | None = norm("pre", "sandwich", "stream")
         self.attn: Attention = Attention(cfg, physical)
-        self.ln1_post: RMSNorm | None = norm("branch", "sandwich")
+        self.ln1_post: RMSNorm | Gain | None = norm("branch", "sandwich")
         self.attn_write: Add | Interpolate = residual_write(cfg)
         self.ln1_stream: RMSNorm | None = norm("stream")
         self.hook_resid_mid: nn.Module = nn.Identity()
         self.ln2: RMSNorm | None = norm("pre", "sandwich", "stream")
         self.mlp: MLP = MLP(cfg)
-        self.ln2_post: RMSNorm | None = norm("branch", "sandwich")
+        self.ln2_post: RMSNorm | Gain | None = norm("branch", "sandwich")
         self.mlp_write: Add | Interpolate = residual_write(cfg)
         self.ln2_stream: RMSNorm | None = norm("stream")
 
