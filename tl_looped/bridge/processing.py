@@ -21,7 +21,7 @@ READS_LN1 = ("attn.q", "attn.k", "attn.v", "attn.gate", "attn.value_gate")
 READS_LN2 = ("mlp.gate", "mlp.up")
 
 
-def check_options(cfg: LoopedConfig, *, fold_value_biases: bool, refactor_factored_attn_matrices: bool) -> None:
+def check_options(cfg: LoopedConfig, fold_value_biases: bool, refactor_factored_attn_matrices: bool) -> None:
     """Raise a `LoopedError` for processing that would change what the model computes."""
     if refactor_factored_attn_matrices:
         raise LoopedError(

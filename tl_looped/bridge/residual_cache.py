@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,16 @@ from .named_cache import NamedCache, as_slice
 
 Part = tuple[int | slice, Tensor]
 Stack = Float[Tensor, "component ..."]
+
+
+class Asked(NamedTuple):
+    """The stream that is decomposed, and in which form: what the methods of `ResidualCache` have in common."""
+
+    layer: int | None
+    mlp_input: bool = False
+    pos_slice: Any = None
+    apply_ln: bool = False
+    return_labels: bool = False
 
 
 class ResidualCache(NamedCache):
@@ -57,15 +67,15 @@ class ResidualCache(NamedCache):
         """
         if mode not in ("all", "mlp", "attn"):
             raise LoopedError(f'mode={mode!r} was asked; choose "all", "mlp" or "attn".')
-        decomposition = self._decomposition(layer, mlp_input, pos_slice, injections)
+        asked = Asked(layer, mlp_input, pos_slice, apply_ln, return_labels)
+        decomposition = self._decomposition(asked, injections)
         other = {"attn": "mlp_out", "mlp": "attn_out"}.get(mode)
         chosen = [
             at
             for at in decomposition.writes
             if (incl_embeds if at.layer is None else other is None or not at.hook.endswith(other))
         ]
-        stack = decomposition.components(chosen)
-        return self._finish(stack, [at.label for at in chosen], layer, mlp_input, apply_ln, pos_slice, return_labels)
+        return self._finish(asked, decomposition.components(chosen), [at.label for at in chosen])
 
     def accumulated_resid(
         self,
@@ -102,14 +112,15 @@ class ResidualCache(NamedCache):
         self.check_weights("accumulated_resid")
         if carried is None:
             carried = not apply_ln and layer is not None
-        positions, point = as_slice(pos_slice), self._point(layer, mlp_input)
+        asked = Asked(layer, mlp_input, pos_slice, apply_ln, return_labels)
+        positions, point = as_slice(pos_slice), self._point(asked)
         self.check_real(positions)
 
         def is_shown(name: str) -> bool:
             return incl_mid or name == point or not name.endswith("mid")
 
         if carried:
-            decomposition = self._decomposition(layer, mlp_input, pos_slice)
+            decomposition = self._decomposition(asked)
             counts = {name: count for name, count in decomposition.read if is_shown(name)}
             total = decomposition.components(decomposition.writes).cumsum(0)
             stack = total[torch.tensor([count - 1 for count in counts.values()], device=total.device)]
@@ -119,13 +130,10 @@ class ResidualCache(NamedCache):
             every = [*(f"blocks.{i}.hook_resid_{where}" for i in layers for where in ("pre", "mid")), FINAL]
             names = [name for name in every[: every.index(point) + 1] if is_shown(name)]
             stack = torch.stack([positions.apply(self[self._cached_stream(name)], dim=-2) for name in names])
-        if apply_ln:
-            recompute = not carried and point == FINAL
-            stack = self._normed(stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim, recompute_ln=recompute)
-        elif not carried:
+        if not (carried or apply_ln):
             self._streams = [*(ref for ref in self._streams if ref() is not None), weakref.ref(stack)]
         labels = ["final" if name == FINAL else self.model.schedule.loop_name(name).replace("hook_", "") for name in names]
-        return (stack, self._tl_labels(labels)) if return_labels else stack
+        return self._finish(asked, stack, labels, recompute_ln=not carried and point == FINAL)
 
     def stack_head_results(
         self,
@@ -150,8 +158,8 @@ class ResidualCache(NamedCache):
         Raises:
             LoopedError: the cache lacks what is needed, or the residual stream was edited in the run.
         """
-        rest = REMAINDER if incl_remainder else None
-        return self._split(layer, False, pos_slice, apply_ln, return_labels, rest, heads=True)
+        asked = Asked(layer, False, pos_slice, apply_ln, return_labels)
+        return self._split(asked, REMAINDER if incl_remainder else None, heads=True)
 
     def stack_neuron_results(
         self,
@@ -183,10 +191,8 @@ class ResidualCache(NamedCache):
         Raises:
             LoopedError: the cache lacks what is needed, or the residual stream was edited in the run.
         """
-        rest, neurons = REMAINDER if incl_remainder else None, _keeping(neuron_slice)
-        return self._split(
-            layer, mlp_input, pos_slice, apply_ln, return_labels, rest, neurons=neurons, project=project_output_onto
-        )
+        asked, rest = Asked(layer, mlp_input, pos_slice, apply_ln, return_labels), REMAINDER if incl_remainder else None
+        return self._split(asked, rest, neurons=_keeping(neuron_slice), project=project_output_onto)
 
     def get_full_resid_decomposition(
         self,
@@ -216,10 +222,9 @@ class ResidualCache(NamedCache):
         Raises:
             LoopedError: the cache lacks what is needed, or the residual stream was edited in the run.
         """
-        return self._split(
-            layer, mlp_input, pos_slice, apply_ln, return_labels, "bias", heads=True, embeds=True,
-            neurons=Slice() if expand_neurons else None, mlps=not expand_neurons, project=project_output_onto,
-        )  # fmt: skip
+        asked, neurons = Asked(layer, mlp_input, pos_slice, apply_ln, return_labels), Slice() if expand_neurons else None
+        project = project_output_onto
+        return self._split(asked, "bias", heads=True, embeds=True, neurons=neurons, mlps=not expand_neurons, project=project)
 
     def get_neuron_results(
         self, layer: int, neuron_slice: Any = None, pos_slice: Any = None, project_output_onto: Tensor | None = None
@@ -274,32 +279,29 @@ class ResidualCache(NamedCache):
             LoopedError: the scale was not cached; `recompute_ln` at another norm; the weights were changed since.
         """
         self.check_weights("apply_ln_to_stack")
-        return self._normed(residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln)
+        return self._normed(Asked(layer, mlp_input, pos_slice), residual_stack, batch_slice, has_batch_dim, recompute_ln)
 
     def _normed(
-        self,
-        residual_stack: Stack,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        pos_slice: Any = None,
-        batch_slice: Any = None,
-        has_batch_dim: bool = True,
-        recompute_ln: bool = False,
+        self, asked: Asked, stack: Stack, batch_slice: Any = None, has_batch_dim: bool | None = None, recompute_ln: bool = False
     ) -> Stack:
         check_activations(self)
-        point = self._point(layer, mlp_input)
+        point, has_batch_dim = self._point(asked), self.has_batch_dim if has_batch_dim is None else has_batch_dim
         if recompute_ln:
             if point != FINAL:
-                raise LoopedError(f"recompute_ln=True was asked at layer {layer}, but it belongs to ln_final: pass layer=None.")
-            return super().apply_ln_to_stack(residual_stack, None, False, pos_slice, batch_slice, has_batch_dim, True)
+                raise LoopedError(
+                    f"recompute_ln=True was asked at layer {asked.layer}, but it belongs to ln_final: pass layer=None."
+                )
+            return super().apply_ln_to_stack(stack, None, False, asked.pos_slice, batch_slice, has_batch_dim, True)
         rows = as_slice(batch_slice)
-        stack = rows.apply(residual_stack, dim=1) if has_batch_dim else residual_stack
-        name = "ln_final" if point == FINAL else f"blocks.{self._layer(layer)}.ln{2 if mlp_input else 1}"
-        blocks: Any = self.model.plain.blocks
-        norm = self.model.plain.ln_final if point == FINAL else getattr(blocks[self._layer(layer)], name[-3:])
+        stack = rows.apply(stack, dim=1) if has_batch_dim else stack
+        name, owner = "ln_final", self.model.plain
+        if point != FINAL:
+            name, owner = f"ln{2 if asked.mlp_input else 1}", self.model.plain.blocks[self._layer(asked.layer)]
+        norm: Any = getattr(owner, name)
         if norm is None:
             return stack
-        held = [as_slice(pos_slice).apply(self[f"{name}.{hook}"], dim=-2).to(stack.device) for hook in norm.HELD]
+        place = name if point == FINAL else f"{point.rpartition('.')[0]}.{name}"
+        held = [as_slice(asked.pos_slice).apply(self[f"{place}.{hook}"], dim=-2).to(stack.device) for hook in norm.HELD]
         return norm.frozen(stack, *((rows.apply(x, dim=0) for x in held) if self.has_batch_dim else held))
 
     def _ensure_head_results(self) -> bool:
@@ -310,14 +312,14 @@ class ResidualCache(NamedCache):
         n_layers = self.model.cfg.n_layers
         return n_layers if layer is None or layer in (-1, n_layers) else self.model.schedule.layer(layer)
 
-    def _point(self, layer: int | None, mlp_input: bool) -> str:
-        """The hook that holds the stream at `layer`."""
-        target = self._layer(layer)
-        if target == self.model.cfg.n_layers:
-            if mlp_input:
-                raise LoopedError("mlp_input=True was asked of the final stream, which no MLP reads; pass a layer.")
-            return FINAL
-        return f"blocks.{target}.hook_resid_{'mid' if mlp_input else 'pre'}"
+    def _point(self, asked: Asked) -> str:
+        """The hook that holds the stream."""
+        target = self._layer(asked.layer)
+        if target != self.model.cfg.n_layers:
+            return f"blocks.{target}.hook_resid_{'mid' if asked.mlp_input else 'pre'}"
+        if asked.mlp_input:
+            raise LoopedError("mlp_input=True was asked of the final stream, which no MLP reads; pass a layer.")
+        return FINAL
 
     def _cached_stream(self, name: str) -> str:
         """The name of a stream in the cache; the final one is the output of the last layer too, in most families."""
@@ -331,40 +333,20 @@ class ResidualCache(NamedCache):
         return [self.model.schedule.name(layer, f"{kind}.{i}") for i in chosen]
 
     def _decomposition(
-        self,
-        layer: int | None,
-        mlp_input: bool,
-        pos_slice: Any,
-        injections: bool = False,
-        also: Callable[[Write], list[str]] | None = None,
+        self, asked: Asked, injections: bool = False, also: Callable[[Write], list[str]] | None = None
     ) -> Decomposition:
-        return Decomposition(self, self._point(layer, mlp_input), as_slice(pos_slice), injections, also)
+        return Decomposition(self, self._point(asked), as_slice(asked.pos_slice), injections, also)
 
     def _finish(
-        self,
-        stack: Tensor,
-        labels: list[str],
-        layer: int | None,
-        mlp_input: bool,
-        apply_ln: bool,
-        pos_slice: Any,
-        return_labels: bool,
+        self, asked: Asked, stack: Tensor, labels: list[str], recompute_ln: bool = False
     ) -> Stack | tuple[Stack, list[str]]:
-        if apply_ln:
-            stack = self._normed(stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim)
-        return (stack, self._tl_labels(labels)) if return_labels else stack
-
-    def _tl_labels(self, labels: Iterable[str]) -> list[str]:
-        """What TransformerLens's own methods call components: code that reads their labels parses these."""
-        return [self.model.schedule.names.tl_label(label) for label in labels]
+        """The stack in the form that was asked for; labels are what TransformerLens calls components, which its users parse."""
+        stack = self._normed(asked, stack, recompute_ln=recompute_ln) if asked.apply_ln else stack
+        return (stack, [self.model.schedule.names.tl_label(label) for label in labels]) if asked.return_labels else stack
 
     def _split(
         self,
-        layer: int | None,
-        mlp_input: bool,
-        pos_slice: Any,
-        apply_ln: bool,
-        return_labels: bool,
+        asked: Asked,
         rest: str | None,
         *,
         heads: bool = False,
@@ -376,7 +358,7 @@ class ResidualCache(NamedCache):
         """Contributions of heads, of neurons or MLPs, of embeddings, and under the label `rest` of everything else."""
         model, schedule = self.model.plain, self.model.schedule
         inner = branch_inputs(model, self, heads, neurons is not None)
-        decomposition = self._decomposition(layer, mlp_input, pos_slice, also=inner)
+        decomposition = self._decomposition(asked, also=inner)
         numbers = [] if neurons is None else neurons.apply(torch.arange(model.cfg.d_mlp, device="cpu")).tolist()
         attention = [at for at in decomposition.writes if at.layer is not None and at.hook.endswith("attn_out")]
         mlp = [at for at in decomposition.writes if at.layer is not None and at.hook.endswith("mlp_out")]
@@ -409,13 +391,11 @@ class ResidualCache(NamedCache):
             return rows if rest is None else [*rows, (count, value - vectors.sum(0))]
 
         if project is None:
-            stack = decomposition.carry(len(labels), parts)
-            return self._finish(stack, labels, layer, mlp_input, apply_ln, pos_slice, return_labels)
+            return self._finish(asked, decomposition.carry(len(labels), parts), labels)
         columns = []
         for column in project.detach().reshape(len(project), -1).T:
             aim = column.to(decomposition.like.device, decomposition.like.dtype).expand_as(decomposition.like)
-            if apply_ln:
-                aim = self._normed(aim[None], layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim)[0]
+            aim = self._normed(asked, aim[None])[0] if asked.apply_ln else aim
             grads = decomposition.pull_back(aim)
             out = aim.new_zeros(len(labels), *aim.shape[:-1])
             for at in decomposition.writes:
@@ -428,7 +408,7 @@ class ResidualCache(NamedCache):
                     out[count] += total
             columns.append(out)
         stack = columns[0] if project.ndim == 1 else torch.stack(columns, dim=-1)
-        return self._finish(stack, labels, layer, mlp_input, False, pos_slice, return_labels)
+        return self._finish(asked._replace(apply_ln=False), stack, labels)  # the directions went through it
 
 
 def _keeping(chosen: Any) -> Slice:

@@ -73,38 +73,18 @@ class WeightsBridge(NamedBridge):
         stacks = tuple(f"{stack}." for stack in self.schedule.core_stacks)
         return {name: p for name, p in self.plain.canonical_parameters().items() if name.startswith(stacks)}
 
-    def enable_compatibility_mode(
-        self,
-        disable_warnings: bool = False,
-        no_processing: bool = False,
-        fold_ln: bool = True,
-        center_writing_weights: bool = True,
-        center_unembed: bool = True,
-        fold_value_biases: bool = True,
-        refactor_factored_attn_matrices: bool = False,
-    ) -> None:
+    def enable_compatibility_mode(self, *args: bool, **options: bool) -> None:
         """TransformerLens's compatibility mode: legacy names, and weights processed by `process_weights`.
 
         Args:
-            disable_warnings: as in TransformerBridge.
-            no_processing: leave the weights alone.
-            fold_ln: see `process_weights`, as for the options below.
-            center_writing_weights: as above.
-            center_unembed: as above.
-            fold_value_biases: as above.
-            refactor_factored_attn_matrices: as above.
+            *args: as in TransformerBridge: `disable_warnings`, `no_processing`, and the options of `process_weights` from
+                `fold_ln` on.
+            **options: these by name.
 
         Raises:
-            LoopedError: processing that would change what the model computes.
+            LoopedError: processing that would change what the model computes; nothing is switched on then.
         """
-        options = {"fold_value_biases": fold_value_biases, "refactor_factored_attn_matrices": refactor_factored_attn_matrices}
-        if not no_processing:  # before anything is switched on
-            check_options(self.looped_cfg, **options)
-        enable = partial(
-            super().enable_compatibility_mode,
-            disable_warnings, no_processing, fold_ln, center_writing_weights, center_unembed, **options,
-        )  # fmt: skip
-        whole(enable, self._put_back())
+        whole(partial(super().enable_compatibility_mode, *args, **options), self._put_back())
 
     def process_weights(
         self,
@@ -135,11 +115,7 @@ class WeightsBridge(NamedBridge):
         if self._weights_processed:
             logging.warning("The weights were processed already; load the model again to process them with other options.")
             return
-        check_options(
-            self.looped_cfg,
-            fold_value_biases=fold_value_biases,
-            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-        )
+        check_options(self.looped_cfg, fold_value_biases, refactor_factored_attn_matrices)
 
         def process() -> None:
             process_weights(self.plain, fold_ln=fold_ln, center_unembed=center_unembed, fold_value_biases=fold_value_biases)
