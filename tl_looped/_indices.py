@@ -31,16 +31,7 @@ def check_count(name: str, value: object, minimum: int = 1) -> int:
 
 
 def pick_loops(loops: LoopSelector, n: int, more_loops: bool) -> list[int]:
-    """The loops of `n` that a selector names, in the order asked.
-
-    Args:
-        loops: the selector.
-        n: how many there are.
-        more_loops: as in `pick_one`.
-
-    Raises:
-        OutOfRangeError: a loop that does not exist, or no loop at all.
-    """
+    """The loops of `n` that a selector names, in the order asked; `more_loops` as in `pick_one`."""
     if isinstance(loops, str) and loops in ("all", "last"):
         loops = slice(None) if loops == "all" else -1
     return _several(loops, n, "loop", "loops", '"all" or "last"', more_loops)
@@ -70,31 +61,14 @@ def _several(asked: object, n: int, one: str, what: str, others: str, more_loops
 
 
 def check_index(index: int, n: int, what: str) -> int:
-    """Check an index and make it non-negative.
-
-    Args:
-        index: the index; negative ones count from the end.
-        n: how many there are.
-        what: what they are, in the singular, for the error.
-
-    Raises:
-        OutOfRangeError: there is no such entry.
-    """
+    """Check an index of `n` of what is meant, said in the singular, and make it non-negative."""
     return pick_one(index, n, what, f"{what}s")
 
 
 def pick_one(index: object, n: int, asked: str, what: str, more_loops: bool = False) -> int:
-    """Check an index and make it non-negative.
+    """Check an index of `n` and make it non-negative.
 
-    Args:
-        index: the index; negative ones count from the end.
-        n: how many there are.
-        asked: what the index is of, or the name that holds it.
-        what: what there are, in the plural.
-        more_loops: whether the error says how to get more.
-
-    Raises:
-        OutOfRangeError: there is no such entry.
+    An error names what was asked, or the name that holds the index, what there are, in the plural, and maybe how to get more.
     """
     at = plain(index)
     if isinstance(at, bool) or not isinstance(at, int):

@@ -60,16 +60,7 @@ def accept() -> None:
 
 
 def moved(package: str, name: str) -> Any:
-    """What a package once held under a name.
-
-    Args:
-        package: its full name.
-        name: which of its names.
-
-    Raises:
-        AttributeError: the package never had it.
-        ImportError: it has it no more.
-    """
+    """What a package once held under a name; an AttributeError if it never did."""
     old = f"{package}.{name}".partition(".")[2]
     if old in NAMES:
         home, _, new = NAMES[old].rpartition(".")

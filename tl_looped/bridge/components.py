@@ -151,14 +151,7 @@ class OutputProjection(LoopedLinear):
 
 
 def check_attn_in(cfg: Any) -> None:
-    """Refuse one input for query, key and value of a head where several heads share keys and values.
-
-    Args:
-        cfg: of a bridge.
-
-    Raises:
-        LoopedError: the keys are grouped.
-    """
+    """Refuse one input for query, key and value of a head where several heads share keys and values."""
     if cfg.n_key_value_heads != cfg.n_heads:
         raise LoopedError(
             f"use_attn_in was asked, which gives every head one input, but the {cfg.n_heads} heads of this model share "

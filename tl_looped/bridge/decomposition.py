@@ -131,16 +131,7 @@ def walk(
 
 
 def check_sum(total: Tensor, of_run: Tensor, what: str) -> None:
-    """Refuse a run in which a sum of components is not what was there.
-
-    Args:
-        total: the sum.
-        of_run: what the run had there.
-        what: what that is.
-
-    Raises:
-        LoopedError: they differ by more than rounding.
-    """
+    """Refuse a run in which a sum of components is not what the run had there, beyond rounding; `what` that is."""
     half = of_run.dtype in (torch.float16, torch.bfloat16)
     error = (total - of_run).abs().max() / of_run.abs().max().clamp(min=1e-30)
     if not error < (HALF_TOLERANCE if half else TOLERANCE):
@@ -152,14 +143,7 @@ def check_sum(total: Tensor, of_run: Tensor, what: str) -> None:
 
 
 def check_activations(cache: Any) -> None:
-    """Refuse gradients that stand in a cache under the names of activations.
-
-    Args:
-        cache: a `LoopedCache`.
-
-    Raises:
-        LoopedError: some scale of a norm is not positive, or every name is that of a gradient.
-    """
+    """Refuse gradients that stand in a cache under the names of activations."""
     if cache.cache_dict and all(name.endswith("_grad") for name in cache.cache_dict):
         raise gradients_instead(", ".join(list(cache.cache_dict)[:3]))
     scales = [value.flatten() for name, value in cache.cache_dict.items() if name.endswith("hook_scale")]
@@ -168,11 +152,7 @@ def check_activations(cache: Any) -> None:
 
 
 def gradients_instead(found: str) -> LoopedError:
-    """The error where activations were needed and a cache has gradients.
-
-    Args:
-        found: what shows it.
-    """
+    """The error where activations were needed and a cache has gradients, as what was found shows."""
     return LoopedError(
         f"activations are needed, but the cache holds gradients ({found}), which are no sums of what components write. Read "
         "them one by one, or use tl_looped.attribution.attribution_sweep, which multiplies gradients with differences of "

@@ -55,15 +55,7 @@ class Fingerprint:
         return f"{', '.join(names[:3])}{' and others' * (len(names) > 3)} changed" if names else None
 
     def check(self, model: LoopedModel, what: str) -> None:
-        """Refuse to read a cache that other weights made.
-
-        Args:
-            model: whose weights are used beside the cache.
-            what: what was asked.
-
-        Raises:
-            LoopedError: the weights differ.
-        """
+        """Refuse to read a cache beside the weights of a model if other weights made it; `what` was asked."""
         if (why := self.difference(Fingerprint.of(model))) is not None:
             raise LoopedError(
                 f"{what} was asked, which reads a cache together with the weights of the model, but other weights made this "

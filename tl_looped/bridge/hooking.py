@@ -20,11 +20,7 @@ T = TypeVar("T")
 
 
 class Added:
-    """The hooks that are put on a bridge from now on.
-
-    Args:
-        bridge: the bridge.
-    """
+    """The hooks that are put on a bridge from now on."""
 
     def __init__(self, bridge: Any):
         self.bridge: Any = bridge
@@ -49,22 +45,12 @@ class Added:
 
 
 def without_leftovers(bridge: Any, action: Callable[[], T]) -> T:
-    """Return what an action returns; if it does not come to its end, the hooks it put on the bridge are gone.
-
-    Args:
-        bridge: the bridge.
-        action: what puts hooks on it.
-    """
+    """Return what an action returns; if it does not come to its end, the hooks it put on the bridge are gone."""
     return whole(action, Added(bridge).take_off)
 
 
 class Hooked(AbstractContextManager[Any]):
-    """TransformerLens's context manager with hooks, of which none are left when the way into it or out of it is interrupted.
-
-    Args:
-        bridge: the bridge.
-        context: what TransformerLens made.
-    """
+    """TransformerLens's context manager with hooks: none are left when the way into it or out of it is interrupted."""
 
     def __init__(self, bridge: Any, context: AbstractContextManager[Any]):
         self.bridge: Any = bridge

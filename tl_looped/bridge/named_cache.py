@@ -177,14 +177,7 @@ class NamedCache(ActivationCache):
         return None if mask is None or bool(mask.all()) else mask
 
     def check_real(self, positions: Slice) -> None:
-        """Refuse positions which are padding in some row (`tokens.check_real`).
-
-        Args:
-            positions: which positions.
-
-        Raises:
-            LoopedError: they are.
-        """
+        """Refuse positions which are padding in some row (`tokens.check_real`)."""
         check_real(positions, self.padding())
 
 
@@ -221,9 +214,5 @@ def _hook(name: str) -> str:
 
 
 def as_slice(chosen: Any) -> Slice:
-    """A TransformerLens `Slice`, from one or from what one is made of: None for all, an int, a slice, several ints.
-
-    Args:
-        chosen: what is chosen of an axis.
-    """
+    """A TransformerLens `Slice`, from one or from what one is made of: None for all, an int, a slice, several ints."""
     return chosen if isinstance(chosen, Slice) else Slice(plain(chosen))

@@ -45,11 +45,7 @@ class NamedBridge(ReadingBridge):
         return names
 
     def unknown_name(self, name: str) -> UnknownNameError:
-        """The error for a hook name that this model does not have, with the nearest names that it has.
-
-        Args:
-            name: the name that was asked.
-        """
+        """The error for a hook name that this model does not have, with the nearest names that it has."""
         plain = list(self.hook_dict)
         known = plain if name.startswith("blocks.") else [self.schedule.loop_name(n) for n in plain]
         last = name.rsplit(".", 1)[-1]

@@ -182,15 +182,7 @@ def last_norm_is_folded(model: LoopedModel) -> bool:
 
 
 def check_pass_norms(model: LoopedModel, what: str) -> None:
-    """Refuse a model whose last pass has another norm than the passes before it, as `fold_ln` makes it in some families.
-
-    Args:
-        model: the canonical model of a bridge.
-        what: what was asked.
-
-    Raises:
-        LoopedError: the last pass's norm has lost its weight.
-    """
+    """Refuse a model whose last pass has another norm than the passes before, as `fold_ln` makes it; `what` was asked."""
     if last_norm_is_folded(model):
         raise LoopedError(
             f"{what} was asked, which compares passes, but the weights were processed (compatibility mode): the norm of the "

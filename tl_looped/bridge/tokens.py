@@ -27,13 +27,6 @@ def configured(tokenizer: Any, cfg: TransformerBridgeConfig) -> PreTrainedTokeni
 
     Nothing is read again from where it came from: what was set in memory stays, and code that lies there cannot run. A special
     token is one that the model has, or none: an invented one would be read as the unknown token.
-
-    Args:
-        tokenizer: a tokenizer of transformers; it is left as it is.
-        cfg: gets `tokenizer_prepends_bos` and `tokenizer_appends_eos`.
-
-    Raises:
-        LoopedError: it is no tokenizer of transformers.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise LoopedError(f"a {type(tokenizer).__name__} was given as tokenizer; pass a tokenizer of transformers.")
@@ -81,20 +74,9 @@ def encode(
     padding_side: str | None = None,
     truncate: bool = False,
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
-    """The tokens of texts, and the mask of those that are real; None where no text is padded.
+    """The tokens of texts, and the mask of those that are real; None where no text is padded. Arguments as in `to_tokens`.
 
     Each text is read by itself, so that what is padding is known and not guessed from token ids.
-
-    Args:
-        tokenizer: what `configured` returned.
-        cfg: its settings.
-        texts: a text or several, which are padded to the longest.
-        prepend_bos: put a beginning-of-sequence token first; None for the model's default.
-        padding_side: "left" or "right"; None for the tokenizer's own.
-        truncate: cut texts to the context.
-
-    Raises:
-        LoopedError: no tokenizer, or it has no token for a part of a text; texts of different lengths without a pad token.
     """
     if tokenizer is None:
         raise LoopedError("text was given, but this model has no tokenizer; pass tokens, or load it with tokenizer=.")
@@ -230,15 +212,7 @@ def real_positions(positions: Indices, mask: Mask, n_pos: int) -> Int[Tensor, "#
 
 
 def check_real(positions: Slice, mask: Mask) -> None:
-    """Refuse single positions, and slices that count from the end, which are padding in some row.
-
-    Args:
-        positions: which positions.
-        mask: which of them are real.
-
-    Raises:
-        LoopedError: some are not.
-    """
+    """Refuse single positions, and slices that count from the end, which are padding in some row."""
     if mask is None or positions.mode == "identity":
         return
     chosen: Any = positions.slice

@@ -33,14 +33,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class InFile:
-    """A tensor in a file.
-
-    Args:
-        path: the file.
-        dtype: of the tensor.
-        shape: of the tensor.
-        name: what it is stored as.
-    """
+    """A tensor in a file."""
 
     path: Path
     dtype: torch.dtype
@@ -51,11 +44,7 @@ class InFile:
 
 @dataclass(frozen=True)
 class InSafetensors(InFile):
-    """A tensor in a safetensors file, whose own library says what lies where.
-
-    Args:
-        stamp: which file it was; another one may be put in its place.
-    """
+    """A tensor in a safetensors file, whose stamp says which file it was: another one may be put in its place."""
 
     stamp: tuple[int, ...]
 
@@ -104,14 +93,7 @@ class InMemory:
 
 
 def safetensors_header(path: Path) -> tuple[dict[str, InSafetensors], dict[str, str]]:
-    """The tensors of a safetensors file, and its metadata.
-
-    Args:
-        path: the file.
-
-    Raises:
-        CheckpointError: the library of the format refuses it, or it stores numbers of a kind that is not read here.
-    """
+    """The tensors of a safetensors file, as its own library reads them, and its metadata."""
     stamp, tensors = _stamp(path), dict[str, InSafetensors]()
     with _opened(path, stamp) as content:
         for name in content.keys():

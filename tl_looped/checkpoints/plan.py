@@ -100,17 +100,7 @@ def make_plan(
 
 
 def check_depth(checkpoint: Checkpoint, cfg: LoopedConfig, n_loops: int | None, l_cycles: int | None) -> None:
-    """Refuse a depth that nobody asked for and that would take more than a few seconds to unroll.
-
-    Args:
-        checkpoint: the checkpoint, for the message.
-        cfg: what it computes.
-        n_loops: what the caller asked for, if anything.
-        l_cycles: the same for runs of the L stack.
-
-    Raises:
-        CheckpointError: config.json asks for too many loops.
-    """
+    """Refuse a depth that nobody asked for and that would take more than a few seconds to unroll."""
     unasked = _with_counts(cfg, None if n_loops is None else 1, None if l_cycles is None else 1).schedule.n_layers
     if unasked > max(MAX_UNROLLED, cfg.n_physical):
         counts = f"n_loops={cfg.n_loops}" + ("" if cfg.l_cycles is None else f", l_cycles={cfg.l_cycles}")
@@ -122,12 +112,7 @@ def check_depth(checkpoint: Checkpoint, cfg: LoopedConfig, n_loops: int | None, 
 
 
 def stored(source: Source | Computed, shape: tuple[int, ...] = ()) -> Mapping[str, tuple[int, ...]]:
-    """The stored tensors that a parameter of some shape is read from, and their shapes.
-
-    Args:
-        source: where the parameter is stored.
-        shape: the shape of the parameter.
-    """
+    """The stored tensors that a parameter of some shape is read from, and their shapes."""
     return source.stored if isinstance(source, Computed) else {source.name: source.shape or shape}
 
 

@@ -17,14 +17,7 @@ if TYPE_CHECKING:
 
 
 def prompts_in(file: str) -> list[str]:
-    """The lines of a file that are not empty.
-
-    Args:
-        file: the file.
-
-    Raises:
-        LoopedError: it cannot be read, or holds none.
-    """
+    """The lines of a file that are not empty."""
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -35,15 +28,7 @@ def prompts_in(file: str) -> list[str]:
 
 
 def read_prompt(model: LoopedBridge, text: str) -> str | Tensor:
-    """A prompt for a model: the text, or where it has no tokenizer the token ids that the text lists.
-
-    Args:
-        model: the model.
-        text: what was typed.
-
-    Raises:
-        LoopedError: there is no tokenizer, and the text lists no token ids.
-    """
+    """A prompt for a model: the text, or where it has no tokenizer the token ids that the text lists."""
     import torch
 
     if model.tokenizer is not None:
@@ -55,14 +40,7 @@ def read_prompt(model: LoopedBridge, text: str) -> str | Tensor:
 
 
 def check_writable(place: Path | None) -> None:
-    """Refuse before the work begins rather than after it.
-
-    Args:
-        place: where a file will be written; None for nowhere.
-
-    Raises:
-        LoopedError: it cannot be.
-    """
+    """Refuse a place for a file, if there is one, before the work begins rather than after it."""
     if place is None:
         return
     if not (place := checked_place(place)).parent.is_dir():

@@ -12,12 +12,7 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads a command and its options; a name that it does not know is answered with the nearest one.
-
-    Args:
-        is_command: whether this reads the options of one command; otherwise it reads which command.
-        **settings: of `argparse.ArgumentParser`.
-    """
+    """Reads which command, or the options of one; a name that it does not know is answered with the nearest one."""
 
     def __init__(self, *, is_command: bool = True, **settings: Any):
         formatter = argparse.HelpFormatter if is_command else argparse.RawDescriptionHelpFormatter
@@ -25,12 +20,7 @@ class Parser(argparse.ArgumentParser):
         self._is_command = is_command
 
     def add_old(self, old: str, new: str) -> None:
-        """Accept an option by the name it had before, with a note on stderr.
-
-        Args:
-            old: the name it had.
-            new: the name it has, already added.
-        """
+        """Accept an option by the name it had before, with a note on stderr."""
         now = self._option_string_actions[new]
         same: dict[str, Any] = {"dest": now.dest, "type": now.type, "metavar": now.metavar}
         self.add_argument(old, action=_Old, const=new, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **same)
@@ -38,12 +28,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  # the overloads of typeshed
         self, args: Iterable[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
-        """Read arguments, and refuse an unknown option before a missing one is complained of.
-
-        Args:
-            args: the arguments.
-            namespace: what holds the values.
-        """
+        """Read arguments, and refuse an unknown option before a missing one is complained of."""
         args = list(sys.argv[1:] if args is None else args)
         for argument in args:
             is_option = argument.startswith("-") and len(argument) > 1 and " " not in argument
@@ -66,11 +51,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"there is no {what} {value!r}{_nearest(str(value), known)}")
 
     def error(self, message: str) -> NoReturn:
-        """Say in one line what is wrong, and end.
-
-        Args:
-            message: what is wrong.
-        """
+        """Say in one line what is wrong, and end."""
         self.exit(2, f"{self.prog}: {message}{'' if message.endswith('?') else '.'} {self.prog} --help shows what there is.\n")
 
 
@@ -97,29 +78,14 @@ class _Old(argparse.Action):
 
 
 def add_command(commands: Commands, name: str, run: object, help: str, example: str) -> Parser:
-    """A command of `tl-looped`, without options as yet.
-
-    Args:
-        commands: where to.
-        name: its name.
-        run: what runs it, given the arguments.
-        help: one line.
-        example: a whole command line.
-    """
+    """A command of `tl-looped`, without options as yet; `run` is given the arguments."""
     added = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", epilog=f"example: {example}")
     added.set_defaults(run=run)
     return added
 
 
 def token_ids(text: str) -> list[int]:
-    """Token ids from "5,17,3".
-
-    Args:
-        text: the ids.
-
-    Raises:
-        argparse.ArgumentTypeError: anything else.
-    """
+    """Token ids from "5,17,3"."""
     try:
         return [int(token) for token in text.split(",")]
     except ValueError:

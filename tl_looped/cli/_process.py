@@ -24,9 +24,6 @@ def own_process(work: Callable[[], int]) -> int:
 
     The first Ctrl-C is a KeyboardInterrupt, so that work can keep what it has. While modules are imported it ends the process,
     since some libraries swallow the exception there. The second ends the process even while C code runs.
-
-    Args:
-        work: returns the exit status.
     """
     _on_ctrl_c()
     try:

@@ -56,12 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def answers_table(model: LoopedBridge, found: Answers) -> str:
-    """For each prompt, the most probable next token after every loop and its probability.
-
-    Args:
-        model: the model.
-        found: its answers.
-    """
+    """For each prompt, the most probable next token after every loop and its probability."""
     from ..figures.tokens_shown import cut
 
     rows = [["prompt", *(f"loop {loop}" for loop in found.probs.labels["loop"])]]
@@ -71,13 +66,7 @@ def answers_table(model: LoopedBridge, found: Answers) -> str:
 
 
 def lens_table(model: LoopedBridge, prompt: str | Tensor, found: Answers) -> str:
-    """For each loop, the most probable next tokens if the model stopped there, by the family's own way to its output.
-
-    Args:
-        model: the model.
-        prompt: a text, or tokens [1, pos].
-        found: the answers to it.
-    """
+    """For each loop, the most probable next tokens if the model stopped there, by the family's own way to its output."""
     tokens = model.to_tokens(prompt) if isinstance(prompt, str) else prompt
     rows = [[str(loop), *cells] for loop, cells in zip(found.probs.labels["loop"], _cells(model, found, 0), strict=True)]
     head = ["loop", *(f"top {k}" for k in found.probs.labels["top"])]

@@ -10,11 +10,7 @@ _EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 def run(name: str) -> None:
-    """Run a script of a checkout with the arguments of this process.
-
-    Args:
-        name: its file.
-    """
+    """Run a script of a checkout with the arguments of this process."""
     script = _EXPERIMENTS / name
     if not script.is_file():
         sys.exit(f"experiments/{name} is not installed with the package; run it in a checkout of the source.")
