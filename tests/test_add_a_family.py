@@ -252,8 +252,9 @@ def test_a_wrong_computed_shape_names_the_parameter(module: ModuleType, monkeypa
 
 def test_registering(module: ModuleType) -> None:
     config = {"model_type": "looped_nanochat"}
-    with pytest.raises(CheckpointError, match=r"'looped_nanochat'.*families.register"):
-        families.detect(config, {})
+    assert families.detect(config, {}) is families.looped_nanochat
+    with pytest.raises(CheckpointError, match=r"'spiral'.*looped_nanochat.*families.register"):
+        families.detect({"model_type": "spiral"}, {})
     known = len(families._FAMILIES)
     families.register(module)
     families.register(module)

@@ -46,6 +46,7 @@ PASS_HOOKS = {
 }
 OTHER_HOOKS = {
     "embed": "hook_embed",
+    "embed_normed": "hook_embed",
     "injected_embeds": "loops.*.hook_injection",
     "C_in": "after_loop.hook_in",
     "C_out": "after_loop.hook_out",
@@ -57,6 +58,7 @@ OTHER_HOOKS = {
 CONDITIONS = ("modulation", "time_embed", "dt_embed", "conditioning")  # the same at every position
 # What a pass of one family holds elsewhere: Dory norms the state on its way in, LoopUS gates what the layers return.
 OWN_HOOKS = {("dory", "state_before"): "entry_norm.hook_in", ("loopus", "out"): "blocks.2.hook_resid_post"}
+OWN_HOOKS |= {("looped_nanochat", "out"): "blocks.2.hook_resid_post"}
 
 
 def hook_of(family: str, what: str) -> str | None:

@@ -40,7 +40,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "n_coda": 1,
         "d_head": 8,
     },
-    "retrofit_olmo": {"norm": "branch", **NOISE, "qk_norm": "flat", "n_kv_heads": 1, "n_prelude": 1, "n_coda": 2},
+    "retrofit_olmo": {
+        "norm": "branch",
+        **NOISE,
+        "noise": "normal",
+        "qk_norm": "flat",
+        "n_kv_heads": 1,
+        "n_prelude": 1,
+        "n_coda": 2,
+    },
     "hrm_text": {"l_cycles": 2, "n_loops": 2, "injection": "add", "initial_state": "learned", **FINAL_PASS_NORM}
     | {"norm_weight": False, "attn_gate": True, "prefix_lm": True, "embed_scale": 3.0},
     "parcae": {"mlp": "relu_squared", "injection": "decay", "initial_state": "noise", "noise_std": 0.3, "prelude_norm": True}

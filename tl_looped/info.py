@@ -29,6 +29,7 @@ FAMILIES = (
     ("dory", "nvidia/NVIDIA-Nemotron-Labs-Dory1.0-4B-BF16", "a looped nGPT: states on the unit sphere, steps at learned rates"),
     ("loopus", "Thrillcrazyer/*LoopUS*", "the middle of a Qwen3 or Llama behind a gate that opens as far as the state moves"),
     ("loopformer", "of armenjeddi/loopformer", "a GPT whose norms and gains know the time and the size of every step"),
+    ("looped_nanochat", "of kschwethelm/looped_nanochat", "norms on the stream, the prelude's output joined to the state"),
     ("tl_looped", "what save_pretrained writes", "any"),
 )
 

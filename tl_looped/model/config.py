@@ -112,9 +112,9 @@ class LoopedConfig:
         injection: what enters every pass beside the state: nothing, a sum with it ("add"), a linear map of state and injection
             side by side ("concat"), or Parcae's decay ("decay").
         prelude_norm: whether what is injected is normed first.
-        initial_state: the state before the first pass: the prelude's output ("embedding"), truncated noise ("noise"), or a
-            vector that is learned ("learned").
-        noise_std: standard deviation of the noise, which is truncated at three standard deviations.
+        initial_state: the state before the first pass: the prelude's output ("embedding"), noise, or a vector that is learned.
+        noise: the kind of noise: normal, and truncated at three standard deviations or not.
+        noise_std: standard deviation of the noise.
         noise_scale: factor on the noise.
         own_layers: every loop has layers with weights of its own, instead of sharing them.
         loop: the loop kind: "repeat", where every pass continues the stream of the one before, or a name given to
@@ -182,6 +182,7 @@ class LoopedConfig:
     injection: Literal["none", "add", "concat", "decay"] = "none"
     prelude_norm: bool = False
     initial_state: Literal["embedding", "noise", "learned"] = "embedding"
+    noise: Literal["truncated", "normal"] = "truncated"
     noise_std: float = 1.0
     noise_scale: float = 1.0
     own_layers: bool = False

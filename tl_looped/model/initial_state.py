@@ -17,7 +17,7 @@ DEFAULT_SEED = 0
 
 
 class NoiseTable:
-    """Truncated normal states in fp32, one row per position, that depend on nothing but the seed and the position.
+    """Normal states in fp32, one row per position, that depend on nothing but the seed and the position.
 
     Published Huginn-like models draw a fresh state in every forward. Here position `p` always starts from the same row, so two
     calls start from the same bits, and so do a cached run and a full one, a padded row and the row alone.
@@ -38,12 +38,14 @@ class NoiseTable:
 
     def _draw(self, seed: int, position: int) -> Tensor:
         generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + position) % 2**63)
-        return truncated_normal(torch.empty(self.cfg.d_model, dtype=torch.float32, device="cpu"), self.cfg, generator)
+        return random_normal(torch.empty(self.cfg.d_model, dtype=torch.float32, device="cpu"), self.cfg, generator)
 
 
-def truncated_normal(out: Tensor, cfg: LoopedConfig, generator: torch.Generator) -> Tensor:
-    """Fill `out` from a normal of std `cfg.noise_std`, cut at 3 std, and scale it by `cfg.noise_scale`."""
+def random_normal(out: Tensor, cfg: LoopedConfig, generator: torch.Generator) -> Tensor:
+    """Fill `out` from a normal of std `cfg.noise_std`, cut at 3 std if `cfg.noise` says so; scale it by `cfg.noise_scale`."""
     std = cfg.noise_std
+    if cfg.noise == "normal":
+        return out.normal_(generator=generator) * std * cfg.noise_scale
     return torch.nn.init.trunc_normal_(out, std=std, a=-3 * std, b=3 * std, generator=generator) * cfg.noise_scale
 
 
@@ -89,6 +91,7 @@ def initial_state(
     if isinstance(asked, torch.Generator):
         if asked.device.type != like.device.type:
             raise LoopedError(f"initial_state is a generator on {asked.device}, but the model is on {like.device}.")
-        torch.randn(like.shape, generator=asked, dtype=like.dtype, device=like.device)  # the published code draws twice
-        return truncated_normal(torch.empty_like(like), noise.cfg, asked)
+        if noise.cfg.noise == "truncated":  # the published code of these families draws twice
+            torch.randn(like.shape, generator=asked, dtype=like.dtype, device=like.device)
+        return random_normal(torch.empty_like(like), noise.cfg, asked)
     return noise(DEFAULT_SEED if asked is None else asked, position_ids).to(like.dtype)
