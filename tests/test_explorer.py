@@ -75,7 +75,7 @@ def test_the_grid_is_the_lens(name: str) -> None:
     close(grid["log_probs"], log_probs.gather(-1, answer.expand(len(log_probs), -1)[..., None]))
 
 
-@FAMILIES
+@pytest.mark.parametrize("name", ["huginn", "hrm_text"])
 def test_the_change_is_that_of_the_stream_at_the_same_layer(name: str) -> None:
     bridge = shared_bridge(name)
     _, cache = bridge.run_with_cache(torch.tensor([[5, 17, 3]]))
@@ -329,6 +329,7 @@ def test_what_a_model_lacks_is_not_offered_and_the_reason_is_said(session: Sessi
     assert hrm["skip_loop"]["stacks"] == ["L", "H"] and "stack" in hrm["skip_loop"]["fields"]
 
 
+@pytest.mark.slow
 @FAMILIES
 def test_every_family_opens_with_its_own_first_prompt(name: str) -> None:
     session = Session(shared_bridge(name))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .bridge.cache import LoopedCache
     from .bridge.looped_bridge import LoopedBridge
     from .errors import LoopedError
+    from .explorer import explore
     from .model.config import LoopedConfig
     from .results import load_result
     from .runs import run
@@ -45,6 +46,7 @@ __all__ = [
     "checkpoints",
     "compare",
     "exits",
+    "explore",
     "explorer",
     "families",
     "figures",
@@ -65,6 +67,7 @@ _HOMES = {
     "LoopedCache": "bridge.cache",
     "LoopedConfig": "model.config",
     "LoopedError": "errors",
+    "explore": "explorer",
     "load_result": "results",
     "run": "runs",
     "Schedule": "schedule",

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .session import Session
+from .widget import explore
 
-__all__ = ["Session"]
+__all__ = ["Session", "explore"]
