@@ -11,9 +11,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoopedError
@@ -38,13 +39,10 @@ def need_server() -> None:
     Raises:
         LoopedError: one is missing.
     """
-    try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
+    if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
         raise LoopedError(
-            f"the explorer's page needs {error.name}, which is not installed; run `pip install 'tl-looped[explore]'`."
-        ) from None
+            f"the explorer's page needs {missing[0]}, which is not installed; run `pip install 'tl-looped[explore]'`."
+        )
 
 
 @dataclass
@@ -75,7 +73,7 @@ class Serving:
         from starlette.routing import Route
 
         @contextlib.asynccontextmanager
-        async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async def lifespan(app: Starlette) -> AsyncGenerator[None]:
             yield
             self.closing.set()
             self.workers.shutdown(wait=False, cancel_futures=True)
