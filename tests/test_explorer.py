@@ -200,7 +200,7 @@ def test_generation_says_the_loops_that_were_spent(session: Session, toy: Looped
     text = model.generate(PROMPT, 3, do_sample=False, verbose=False, return_type="tokens")
     reply = ask(session, "generate", n=3, policy="change", threshold=0.3)
     assert reply["tokens"] == text[0, 11:].tolist()
-    assert reply["loops"] == model.generation_report.passes_per_token[0].tolist()
+    assert reply["loops"] == model.generation_report.loops_per_token[0].tolist()
     edits = {**STATE, "edits": [{"kind": "skip_loop", "loops": "1:"}]}
     with model.hooks(fwd_hooks=interventions.skip_loop(model, slice(1, None))):
         model.exit_policy = None

@@ -90,7 +90,7 @@ def write_on(
     assert report is not None
     return {
         "tokens": new,
-        "loops": report.passes_per_token[0, : len(new)].tolist(),
+        "loops": report.loops_per_token[0, : len(new)].tolist(),
         "n_loops": report.n_loops,
         "computed": report.computed_fraction,
         "words": words_of(model, new),
