@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from tl_looped.figures import grouped, heat_map, panels
+from tl_looped.panels import Axis, Mark, Panel, curves, floorplan, grouped, heat_map, rank_trajectories
 from tl_looped.report.page import page
 from tl_looped.report.section import Figure, Section
 from tl_looped.results import Grid
 from tl_looped.schedule import Schedule
 
-go = pytest.importorskip("plotly.graph_objects")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None and not os.environ.get("CI"), reason="needs Chromium on the path, such as Debian's package chromium"
@@ -31,16 +30,23 @@ def grid(values: torch.Tensor, *axes: str, name: str = "a_number") -> Grid:
 SIGNED = torch.tensor([[0.5, -1.0, float("nan")], [0.25, 0.0, 0.75]])
 LINE = [0.001, 0.01, 0.1, 1.0]
 BARS = Grid(torch.tensor([1.0, 3.0]), ("part",), {"part": ["<attn>", "mlp"]}, "share")
-ERRORS = go.Figure(layout={"xaxis_title": "loop", "yaxis_tickformat": ".0%"}).add_scatter(
-    x=[0, 1], y=[0.5, 0.75], error_y={"array": [0.1, 0.0]}, name="right", mode="lines+markers"
+ERRORS = Panel(
+    "lines",
+    [{"name": "right", "x": [0, 1], "y": [0.5, 0.75], "band": [0.1, 0.0]}],
+    {"x": Axis("loop"), "y": Axis("share", form="%")},
+    [Mark(x=0.5, look="dotted")],
 )
-FIGURES = {
-    "heat": heat_map(grid(SIGNED, "loop", "pos")),
-    "log": grouped([*LINE, float("nan")], Schedule(5, 1), layers=range(5), group_by="depth", name="norm", log_y=True),
-    "bars": heat_map(BARS),
-    "errors": ERRORS,
-    "panels": panels([grid(torch.tensor([1.0, 2.0, 4.0]), "loop"), grid(torch.tensor([3.0, 2.0, 1.0]), "loop", name="other")]),
-    "lines": grouped([1.0, 2.0, 3.0, 5.0], Schedule(2, 2), layers=range(4), group_by="recurrence", name="norm"),
+SCHEDULE = Schedule(1, 1, n_prelude=1)
+PLAN = Grid(torch.eye(2).expand(2, 2, 2), ("layer", "query", "key"), {"layer": [0, 1], "query": [0, 1], "key": [0, 1]})
+FIGURES: dict[str, list[Panel]] = {
+    "heat": [heat_map(grid(SIGNED, "loop", "pos"))],
+    "log": [grouped([*LINE, float("nan")], Schedule(5, 1), layers=range(5), group_by="depth", name="norm", log_y=True)],
+    "bars": [heat_map(BARS)],
+    "errors": [ERRORS],
+    "panels": curves([grid(torch.tensor([1.0, 2.0, 4.0]), "loop"), grid(torch.tensor([3.0, 2.0, 1.0]), "loop", name="other")]),
+    "lines": [grouped([1.0, 2.0, 3.0, 5.0], Schedule(2, 2), layers=range(4), group_by="recurrence", name="norm")],
+    "ranks": [rank_trajectories({"a": [0.0, 9.0], "b": [99.0, 99.0]}, SCHEDULE, layers=range(2))],
+    "plan": [floorplan(PLAN, SCHEDULE.sites)],
 }
 
 
@@ -54,11 +60,11 @@ def view(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     )
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        opened = browser.new_page(viewport={"width": 800, "height": 3000})
+        opened = browser.new_page(viewport={"width": 800, "height": 4500})
         errors: list[str] = []
         opened.on("pageerror", lambda error: errors.append(str(error)))
         opened.goto(file.as_uri())
-        opened.wait_for_function("document.documentElement.dataset.drawn === '6'")
+        opened.wait_for_function("document.documentElement.dataset.drawn === '8'")
         yield opened
         assert errors == []
         browser.close()
@@ -152,3 +158,17 @@ def test_a_line_is_hidden_and_shown_by_its_name(view: Any) -> None:
     assert len(centres(view, "lines")) == 2 and names.first.get_attribute("aria-pressed") == "false"
     names.first.click()
     assert len(centres(view, "lines")) == 4
+
+
+def test_ranks_have_the_best_on_top_and_logarithms_between(view: Any) -> None:
+    (_, top), (_, nine), (_, low), _ = centres(view, "ranks")
+    assert top < nine < low and nine - top == pytest.approx(low - nine, abs=0.3)  # 0, 9 and 99 are decades apart
+    assert part(view, "ranks", ".mark").count() == 1  # where loop 0 begins
+    assert [text for text in part(view, "ranks", ".tick").all_text_contents() if "loop" in text] == ["loop 0"]
+
+
+def test_a_floorplan_has_a_box_around_the_prelude(view: Any) -> None:
+    assert {"prelude", "loop 0", "layer 0"} <= set(part(view, "plan", ".tick").all_text_contents())
+    box, cells = part(view, "plan", ".mark").bounding_box(), part(view, "plan", "image").bounding_box()
+    below = cells["y"] + cells["height"] * 2.5 / 6  # in the empty row between two patterns of two rows
+    assert part(view, "plan", ".mark").count() == 1 and box["y"] + box["height"] == pytest.approx(below, abs=5)

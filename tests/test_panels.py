@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
-from tl_looped.analysis import fixed_points, looped_floorplan, stability
+from tl_looped.analysis import fixed_points, looped_floorplan, more_loops
 from tl_looped.panels import Axis, Mark, Panel, curves, floorplan, grouped, heat_map, paths, rank_trajectories
 from tl_looped.results import Grid
 from tl_looped.schedule import Schedule
@@ -105,7 +105,7 @@ def test_results_make_panels_without_plotly(monkeypatch: pytest.MonkeyPatch) -> 
     (panel,) = found.panels("successive", "l2", group_by="depth")
     assert panel.grids[0]["y"] == found.successive["l2"].values.flatten().tolist()
     assert [mark.text for mark in panel.marks] == ["loop 1", "2"] and panel.grids[0]["x"] == [3, 4, 5, 6]
-    own = stability(model, tokens, n_loops=5, trained=3, verbose=False)
+    own = more_loops(model, tokens, n_loops=5, trained=3, verbose=False)
     assert all(p.marks == [Mark(x=3, look="dotted")] for p in own.panels()) and len(own.panels()) == 5
     assert own.panels()[0].grids[0]["y"] == own.loss.values.tolist()
     plan = looped_floorplan(model, tokens[:1])

@@ -24,13 +24,11 @@ from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped._writing import write_text
 from tl_looped.analysis import fixed_points, more_loops
 from tl_looped.cli import main
-from tl_looped.figures.plotly import graph_objects
 from tl_looped.report import Report, report, sections
 from tl_looped.report.drawing import short
 from tl_looped.report.pointer_chasing import right_answers
 from tl_looped.report.question import Question
-from tl_looped.report.section import Section, says_something, share
-from tl_looped.report.sections import the_answers
+from tl_looped.report.section import Part, Section, Unmeasured, share
 from tl_looped.toys import hop_prompts
 
 TINY = LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=2, rope_theta=100.0)
@@ -70,7 +68,8 @@ def leaves(value: Any) -> Iterator[float]:
         yield float(value)
 
 
-def figures(page: Path) -> list[dict[str, Any]]:
+def figures(page: Path) -> list[list[dict[str, Any]]]:
+    """The panels of every drawing."""
     found = re.findall(r'<script type="application/json">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)
     return [json.loads(one) for one in found]
 
@@ -78,8 +77,8 @@ def figures(page: Path) -> list[dict[str, Any]]:
 def test_the_json_holds_every_number_of_the_figures(page: Path, numbers: dict[str, Any]) -> None:
     known = torch.tensor(sorted({*leaves([section["numbers"] for section in numbers.values()])}), dtype=torch.float64)
     drawn = [
-        *leaves([trace.get("z", trace.get("y")) for one in figures(page) for trace in one["data"]]),
-        *leaves([trace["x"] for one in figures(page) for trace in one["data"] if "marker" in trace and "text" in trace]),
+        *leaves([grid.get("y", grid.get("colour")) for one in figures(page) for panel in one for grid in panel["grids"]]),
+        *leaves([g["x"] for one in figures(page) for p in one if p["kind"] == "trajectories" for g in p["grids"]]),
     ]
     assert len(drawn) > 1000
     values = torch.tensor(drawn, dtype=torch.float64)
@@ -383,11 +382,6 @@ def test_made_for_so_many_loops_is_said_only_of_models_that_were() -> None:
 
 
 def test_figures_that_say_nothing_are_left_out() -> None:
-    go = graph_objects()
-    assert not says_something(go.Figure(go.Scatter(x=[0, 1], y=[3.0, 4.0])))
-    assert not says_something(go.Figure(go.Scatter(x=[0, 1, 2], y=[0.0, 0.0, 0.0])))
-    assert not says_something(go.Figure(go.Heatmap(z=[[1.0, 1.0], [1.0, 0.9999999]])))
-    assert says_something(go.Figure(go.Heatmap(z=[[1.0, 1.0], [1.0, 0.9]])))
     short = report(LoopedBridge.from_config(TINY, seed=0), TOKENS, n_loops=2, sections="fixed_points", verbose=False)
     assert short.sections[0].reading and len(short.sections[0].figures) < 3  # one step from loop to loop is no curve
     assert "of 1 prompt" not in short.html and "Means are over 3 prompts, too few" in short.html
@@ -500,7 +494,7 @@ def test_an_interruption_keeps_what_is_done(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(sections.SECTIONS, "trajectories", ("The path of the state", interrupt))
+    monkeypatch.setitem(sections.SECTIONS, "trajectories", ("The path of the state", (Part(interrupt),)))
     out = tmp_path / "report.html"
     assert main(["report", str(GOLDEN / "ouro"), "--prompt", "5,17,3", "--n-loops", "4", "--out", str(out), "--json"]) == 130
     text, found = out.read_text(encoding="utf-8"), json.loads(out.with_suffix(".json").read_text())
@@ -543,7 +537,7 @@ def evil_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_long_tokens_are_cut_in_figures_and_quotes_stay() -> None:
-    assert short("a" * 60) == "a" * 15 + "…" and short('<b>"&') == '&lt;b&gt;"&amp;'
+    assert short("a" * 60) == "a" * 15 + "…" and short('<b>"&') == '<b>"&'
 
 
 def test_tokens_that_look_like_code_stay_text(evil_page: Path) -> None:
@@ -656,10 +650,34 @@ def test_a_report_replaces_regular_files_only_and_keeps_their_permissions(tmp_pa
 def test_the_report_numbers_positions_by_their_own_index() -> None:
     # Of a long prompt the last positions are shown; what the page says of the last one is what the model answers there.
     model, tokens = random_bridge("ouro", n_ctx=40), random_tokens(1, 40)
-    section = Section("answers", "")
-    the_answers(Question(model, [tokens], 3, None, None), section)
-    heat = section.figures[0].content
-    shown = heat.data[0]
-    assert list(shown.x) == list(range(8, 40)) and list(heat.layout.xaxis.tickvals) == list(shown.x)
+    (part,) = sections.answers.PARTS
+    asked = Question(model, [tokens], 3, None, None)
+    numbers, found = part.measure(asked)
+    (panel,) = part.panels(asked, numbers, found)[0].content
+    places = [int(re.findall(r"position (\d+), ", said)[0]) for said in panel.roles["x"].places]
+    assert places == list(range(8, 40))
     best = model.readout(tokens, loop=0).softmax(-1).amax(-1)[0]
-    assert [float(z) for z in shown.z[0]] == pytest.approx([best[i].item() for i in shown.x], abs=1e-5)
+    assert panel.grids[0]["colour"][0] == pytest.approx([best[i].item() for i in places], abs=1e-5)
+
+
+def test_the_steps_of_a_section_are_called_one_by_one() -> None:
+    """Numbers without sentences, sentences from numbers that were changed, panels of what was measured."""
+    model = LoopedBridge.from_config(TINY, seed=0)
+    asked = Question(model, [TOKENS[0]], 5)
+    measure, read, panels = sections.stability.PARTS[0]
+    numbers, found = measure(asked)
+    assert numbers["own"] == 2 and len(numbers["loss"].values) == 5
+    said = read(asked, numbers | {"agreement_own_last": 0.25}, found)
+    assert any("at 25% of the positions" in sentence for sentence in said.sentences) and "2 prompts" in said.headline
+    curves, agreement = panels(asked, numbers, found)
+    assert curves.content[0].grids[0]["y"] == numbers["loss"].values.tolist() and curves.content[0].marks[0].x == 2
+    assert agreement.content[0].grids[0]["colour"] == numbers["agreement"].values.float().tolist()
+    with pytest.raises(Unmeasured, match="Two prompts"):
+        sections.patching.measure(asked)
+
+
+def test_a_page_needs_no_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    found = report(LoopedBridge.from_config(TINY, seed=0), TOKENS, n_loops=3, sections=["fixed_points"], verbose=False)
+    assert found.sections[0].figures and not found.sections[0].failed and 'class="drawing"' in found.html

@@ -18,7 +18,6 @@ from .._words import counted
 from .._writing import write_text
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
-from ..figures.plotly import graph_objects
 from .arguments import Prompt, ask
 from .page import page
 from .question import Question
@@ -139,7 +138,7 @@ def report(
         verbose: show a progress bar.
 
     Raises:
-        LoopedError: plotly is not installed; no prompt, one that is empty or too long, or text that the tokenizer cannot read;
+        LoopedError: no prompt, one that is empty or too long, or text that the tokenizer cannot read;
             only one of `clean` and `corrupted`, or two of different length; an answer of several tokens; a loop or a section
             that does not exist.
 
@@ -155,7 +154,6 @@ def report(
         2
     """
     check_model(model)
-    graph_objects()
     names = _chosen(sections)
     asked = ask(
         model,
@@ -174,11 +172,12 @@ def report(
     bar = tqdm(names, desc="report", disable=not verbose)
     try:
         for name in bar:
-            title, part = SECTIONS[name]
+            title, parts = SECTIONS[name]
             bar.set_postfix_str(title)
             section = Section(name, title)
-            with torch.no_grad():
-                section.attempt(lambda part=part, section=section: part(asked, section))
+            for part in parts:
+                with torch.no_grad():
+                    section.attempt(part, asked)
             if name in AVERAGED:
                 section.basis = asked.basis
             found.sections.append(section)

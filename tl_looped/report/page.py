@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from .._html import in_script
-from .section import Figure, Section, plain
+from ..panels import Panel, json_ready
+from .section import Figure, Section
 
 _HERE = Path(__file__).parent
 
@@ -52,7 +52,7 @@ def page(title: str, lead: str, prompts: str, findings: Sequence[str], sections:
 {body}{_unmeasured([section for section in sections if section.is_empty])}
 </main>
 <footer>Made with tl_looped. The sentences above the figures are computed from the numbers in them.</footer>
-<script>{_file("page.js")}</script>
+<script>{_file("../figures/panels.js")}{_file("page.js")}</script>
 </body>
 </html>
 """
@@ -93,23 +93,16 @@ def _unmeasured(sections: Sequence[Section]) -> str:
 
 def _figure(figure: Figure) -> str:
     kind = "wide" if figure.is_wide or figure.width > 350 else ""
-    content = figure.content if isinstance(figure.content, str) else _plot(figure.content)
+    content = figure.content if isinstance(figure.content, str) else _drawing(figure.content)
     inside = f'<div style="min-width:{figure.width}px">{content}</div>' if figure.width > 320 else content
     return (
         f'<figure class="{kind}"><figcaption>{escape(figure.caption)}</figcaption><div class="scroll">{inside}</div></figure>'
     )
 
 
-def _plot(figure: Any) -> str:
-    """The data of a plotly figure, which the page draws by itself."""
-    found = plain(figure.to_plotly_json())
-    layout = found["layout"]
-    layout.pop("template", None)
-    layout.pop("title", None)  # the caption says it
-    layout.setdefault("xaxis", {})
-    layout.setdefault("yaxis", {})
-    layout.setdefault("height", 340)
-    data = in_script(json.dumps({"data": found["data"], "layout": layout}, allow_nan=False, separators=(",", ":")))
+def _drawing(panels: Sequence[Panel]) -> str:
+    """The panels as data, which the page draws."""
+    data = in_script(json.dumps(json_ready(panels), allow_nan=False, separators=(",", ":")))
     return f'<div class="drawing"><script type="application/json">{data}</script></div>'
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Int
@@ -10,17 +11,20 @@ from torch import Tensor
 
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.names import Hook
-from ..figures.plotly import graph_objects
-from ..figures.plots import heat_map
+from ..panels import Axis, Mark, Panel, heat_map
 from ..results import Estimate, Grid
 from ..toys.hop import WORDS, HopPrompts, hop_prompts
-from .drawing import mark
+from .drawing import with_axes
 from .question import Question
-from .section import Section, listed, share
+from .section import Figure, Numbers, Part, Reading, listed, share
 
 OTHER = {"toy:hop": "toy:hop-noinject", "toy:hop-noinject": "toy:hop"}  # the toy that differs in the injection alone
 N_FRESH, FRESH_SEED = 200, 77
 EXAMPLES, EXAMPLE_SEED = 32, 7
+NO_RIGHT_ANSWERS = (
+    "This prompt has no right answers to compare with: those have a mapping that leads from each of its queries for as many "
+    "hops as there are loops, such as “A b B c C a ? A”."
+)
 
 
 def example() -> tuple[HopPrompts, tuple[Tensor, Tensor]]:
@@ -83,77 +87,83 @@ def right_answers(tokens: Int[Tensor, " pos"], n_loops: int) -> Int[Tensor, "loo
     return right
 
 
-def read_answers(section: Section, answers: Tensor, right: Tensor, own: int, first: int, made_for: int | None) -> None:
-    """Say how many queries are answered rightly.
+def count_right(answers: Int[Tensor, "loop pos"], right: Int[Tensor, "loop pos"]) -> Numbers:
+    """How many queries are answered rightly after every loop.
 
     Args:
-        section: what is written to.
-        answers: the answers, [loop, pos].
+        answers: the answers.
         right: the right ones, -1 where there is none.
+    """
+    asked = right[0] >= 0
+    return {"queries": int(asked.sum()), "right_by_loop": (answers == right)[:, asked].sum(1).tolist()}
+
+
+def say_right(numbers: Numbers, own: int, made_for: int | None) -> tuple[str, str]:
+    """The same in a sentence and a headline.
+
+    Args:
+        numbers: of `count_right`.
         own: the number of loops up to the answer that is measured.
-        first: the first position of `answers`.
         made_for: the number of loops the model was trained for.
     """
-    right = right[:, first:]
-    asked = right[0] >= 0
-    counts = (answers == right)[:, asked].sum(1).tolist()
-    n = int(asked.sum())
-    section.numbers |= {"queries": n, "right_by_loop": counts}
+    n, counts = numbers["queries"], numbers["right_by_loop"]
     least, most = min(counts[:own]), max(counts[:own])
     said = f"{n}" if least == n else f"{least}" if least == most else f"{least} to {most}"
     trained = "trained loops" if own == made_for else "loops"
-    section.reading.append(
+    beyond = f", and after loop {len(counts) - 1} at {counts[-1]}." if len(counts) > own else "."
+    return (
         "The prompt lists a mapping, then asks for keys; after loop t the model should name hop t + 1 from each. It is right "
-        f"at {said} of {n} queries in each of its {own} {trained}"
-        + (f", and after loop {len(counts) - 1} at {counts[-1]}." if len(counts) > own else ".")
-    )
-    section.headline = (
+        f"at {said} of {n} queries in each of its {own} {trained}{beyond}",
         f"Every loop names one hop more of the mapping: right at {said} of {n} queries after each of the {own} {trained}. "
-        "So its answer changes from loop to loop."
+        "So its answer changes from loop to loop.",
     )
 
 
-def accuracy_beyond(asked: Question, section: Section) -> None:
-    """Accuracy by loop on fresh mappings, beyond the trained loops, beside the toy with or without injection.
-
-    Args:
-        asked: whose `hops` are known.
-        section: what is written to.
-    """
-    model, n_loops = asked.model, asked.n_loops
-    trained = min(asked.own, n_loops)
-    prompts = hop_prompts(N_FRESH, seed=FRESH_SEED)
-    name = str(model.cfg.model_name)
+def _measure_accuracy(asked: Question) -> tuple[Numbers, dict[str, Estimate]] | None:
+    """Accuracy by loop on fresh mappings, beyond the trained loops, beside the toy with or without injection."""
+    if asked.hops is None:
+        return None
+    prompts, name = hop_prompts(N_FRESH, seed=FRESH_SEED), str(asked.model.cfg.model_name)
     found = {name: _accuracy(asked.deep, prompts, name)}
-    if name in OTHER:
-        twin = OTHER[name]
-        found[twin] = _accuracy(LoopedBridge.from_pretrained(twin, n_loops=n_loops, device=model.cfg.device), prompts, twin)
-    figure = graph_objects().Figure(layout={"xaxis_title": "loop", "yaxis_title": "right answers", "yaxis_tickformat": ".0%"})
+    if twin := OTHER.get(name):
+        other = LoopedBridge.from_pretrained(twin, n_loops=asked.n_loops, device=asked.model.cfg.device)
+        found[twin] = _accuracy(other, prompts, twin)
+    return {**found, "trained": min(asked.own, asked.n_loops), "mappings": N_FRESH, "chance": 1 / 8}, found
+
+
+def _read_accuracy(asked: Question, numbers: Numbers, found: dict[str, Estimate]) -> Reading:
+    trained, n_loops, said, headline = numbers["trained"], asked.n_loops, list[str](), ""
     for one, estimate in found.items():
-        section.numbers[one] = estimate
-        values, errors = estimate.values.tolist(), estimate.stderr.tolist()
-        figure.add_scatter(x=list(range(n_loops)), y=values, error_y={"array": errors}, name=one, mode="lines+markers")
         last = f"; after loop {n_loops - 1} {_percent(estimate, -1)}" if n_loops > trained else ""
         least = int(estimate.values[:trained].argmin())
-        section.reading.append(
+        said.append(
             f"{one}{_injected(one)}: {_percent(estimate, least)} of the answers are right at the worst of the {trained} "
             f"trained loops{last}."
         )
-    section.numbers |= {"trained": trained, "mappings": N_FRESH, "chance": 1 / 8}
-    section.reading.append(
-        f"Measured on {N_FRESH} mappings drawn for this page, with standard errors over them; chance is {share(1 / 8)}."
-    )
     if n_loops > trained:
-        mark(figure, trained - 0.5)
         ends = [f"{share(estimate.values[-1])}{_injected(one)}" for one, estimate in found.items()]
-        section.headline = (
+        headline = (
             f"Looped {n_loops} times, more often than the {trained} it was made for, {listed(ends)} of the answers are right "
             f"({N_FRESH} mappings)."
         )
-    caption = "Share of right answers after each loop; a loop names one hop more."
-    if n_loops > trained:
+    basis = f"Measured on {N_FRESH} mappings drawn for this page, with standard errors over them; chance is {share(1 / 8)}."
+    return Reading([*said, basis], headline)
+
+
+def _draw_accuracy(asked: Question, numbers: Numbers, found: dict[str, Estimate]) -> list[Figure]:
+    lines = [
+        {"name": one, "x": list(range(asked.n_loops)), "y": estimate.values.tolist(), "band": estimate.stderr.tolist()}
+        for one, estimate in found.items()
+    ]
+    roles = {"x": Axis("loop", form="count"), "y": Axis("right answers", form="%")}
+    caption, marks = "Share of right answers after each loop; a loop names one hop more.", list[Mark]()
+    if asked.n_loops > numbers["trained"]:
+        marks.append(Mark(x=numbers["trained"] - 0.5, look="dotted"))
         caption += " Right of the dotted line the models loop more often than they were trained to."
-    section.draw(caption, figure)
+    return [Figure(caption, [Panel("lines", lines, roles, marks)])]
+
+
+ACCURACY = Part(_measure_accuracy, _read_accuracy, _draw_accuracy)
 
 
 def _injected(name: str) -> str:
@@ -179,17 +189,14 @@ def _answers(model: LoopedBridge, prompts: HopPrompts, hooks: Sequence[Hook] = (
     return torch.stack(model.readouts(tokens, lambda loop, logits: logits[:, prompts.query_pos].argmax(-1).cpu(), hooks))
 
 
-def transplants(asked: Question, section: Section) -> None:
+def _measure_transplants(asked: Question) -> tuple[Numbers, None] | None:
     """The causal picture: the queries get the states that they have after a loop in a run of another mapping.
 
     If the state of a query is the symbol it has reached, the answer of that loop becomes the other run's, and later ones are
     hops from there in the prompt's own mapping.
-
-    Args:
-        asked: whose `hops` are known.
-        section: what is written to.
     """
-    assert asked.hops is not None
+    if asked.hops is None or asked.pair is None:
+        return None
     model, here = asked.model, asked.hops
     n_loops, (batch, n_symbols) = model.n_loops, here.keys.shape
     other = hop_prompts(batch, n_symbols, seed=EXAMPLE_SEED + 1)
@@ -217,31 +224,37 @@ def transplants(asked: Question, section: Section) -> None:
         changed[t] = (found != own).double().mean((1, 2))
     axes = ("transplanted_after_loop", "answer_of_loop")
     labels = {axis: list(range(n_loops)) for axis in axes}
-    section.numbers["transplants"] = says = Grid(as_the_task_says, axes, labels, "as the task says")
-    section.numbers["transplants_changed"] = moved = Grid(changed, axes, labels, "changed answers")
-    before = [changed[t, s] for t in range(n_loops) for s in range(t)]
-    after = [changed[t, s] for t in range(n_loops) for s in range(t, n_loops)]
-    worst = float(as_the_task_says.min())
-    kept = max(map(float, before), default=0.0)
-    section.numbers |= {
+    before = torch.ones_like(changed, dtype=torch.bool).tril(-1)  # the answer of an earlier loop
+    return {
+        "transplants": Grid(as_the_task_says, axes, labels, "as the task says"),
+        "transplants_changed": Grid(changed, axes, labels, "changed answers"),
         "transplanted_mappings": batch,
-        "changed_before": kept,
-        "changed_after": float(min(after)),
-        "worst_as_the_task_says": worst,
-    }
+        "changed_before": max(changed[before].tolist(), default=0.0),
+        "changed_after": float(changed[~before].min()),
+        "worst_as_the_task_says": float(as_the_task_says.min()),
+    }, None
+
+
+def _read_transplants(asked: Question, numbers: Numbers, result: None) -> Reading:
+    kept, worst = numbers["changed_before"], numbers["worst_as_the_task_says"]
     unmoved = "every one" if kept == 0 else f"at most {share(kept)} change"
-    section.reading.append(
-        f"In {batch} mappings drawn for this page: with the states that its queries have after loop t in a run of another "
-        f"mapping, a prompt keeps its answers of earlier loops ({unmoved}), while at least {share(min(after))} of the "
-        "later ones change. They are those that the task demands if the state at a query is the symbol it has reached: the "
-        "other run's symbol at loop t, then hops from there in the prompt's own mapping, in "
-        f"{'all' if worst == 1 else f'at least {share(worst)}'} of the cases for every pair of loops."
-    )
-    section.draw(
-        "Share of the answers that change, by the loop after which the queries' states were transplanted.",
-        heat_map(moved, title=" "),
-    )
-    section.draw(
-        "Share of the answers that are what the task demands after the transplant.",
-        heat_map(says, title=" ").update_traces(zmin=0, zmax=1),
-    )
+    return Reading([
+        f"In {numbers['transplanted_mappings']} mappings drawn for this page: with the states that its queries have after loop "
+        f"t in a run of another mapping, a prompt keeps its answers of earlier loops ({unmoved}), while at least "
+        f"{share(numbers['changed_after'])} of the later ones change. They are those that the task demands if the state at a "
+        "query is the symbol it has reached: the other run's symbol at loop t, then hops from there in the prompt's own "
+        f"mapping, in {'all' if worst == 1 else f'at least {share(worst)}'} of the cases for every pair of loops."
+    ])  # fmt: skip
+
+
+def _draw_transplants(asked: Question, numbers: Numbers, result: None) -> list[Figure]:
+    says = heat_map(numbers["transplants"])
+    says = with_axes(says, colour=replace(says.roles["colour"], range=(0.0, 1.0)))
+    after = "by the loop after which the queries' states were transplanted"
+    return [
+        Figure(f"Share of the answers that change, {after}.", [heat_map(numbers["transplants_changed"])]),
+        Figure("Share of the answers that are what the task demands after the transplant.", [says]),
+    ]
+
+
+TRANSPLANTS = Part(_measure_transplants, _read_transplants, _draw_transplants)

@@ -105,6 +105,11 @@ class Question:
         return slice(1, None) if self.skip_first else None
 
     @property
+    def last_stack(self) -> str:
+        """The stack that a loop ends with."""
+        return self.model.schedule.core_stacks[-1]
+
+    @property
     def first_token_said(self) -> str:
         """What is to be said of the first token wherever it dominates, or is left out."""
         if self.skip_first:

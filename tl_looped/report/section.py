@@ -1,16 +1,22 @@
-"""What a report is made of: sections of readings, figures and numbers."""
+"""What a report is made of: sections, each of parts that measure, read and draw."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from ..errors import LoopedError
-from ..results import Estimate, Grid
+from ..panels import Panel, json_ready
+from ..results import Estimate
+
+if TYPE_CHECKING:
+    from .question import Question
+
+Numbers = dict[str, Any]
 
 
 class Unmeasured(LoopedError):
@@ -32,15 +38,51 @@ class Figure:
 
     Args:
         caption: what it shows.
-        content: a plotly figure, or HTML.
+        content: panels, one below the other, or HTML.
         width: the least width in pixels at which it can be read; narrower pages scroll it.
         is_wide: it has a row of its own, however narrow it may get.
+        is_cover: it stands at the top of the page, if no section before has such a figure.
     """
 
     caption: str
-    content: Any
+    content: Sequence[Panel] | str
     width: int = 320
     is_wide: bool = False
+    is_cover: bool = False
+
+    @property
+    def says_something(self) -> bool:
+        """Whether there is text, or a panel with more than one number and more than two points."""
+        return bool(self.content if isinstance(self.content, str) else any(panel.says_something for panel in self.content))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the numbers of a part say.
+
+    Args:
+        sentences: in plain words what the figures show, each made from the numbers.
+        headline: the finding in one sentence, for the top of the page.
+        notes: what a reader has to know before.
+    """
+
+    sentences: Sequence[str] = ()
+    headline: str = ""
+    notes: Sequence[str] = ()
+
+
+class Part(NamedTuple):
+    """A part of a section in three steps; the result that the numbers were taken from is handed on with them.
+
+    Args:
+        measure: numbers, and the result they are from; None where there is nothing to measure.
+        read: what they say.
+        panels: what is drawn.
+    """
+
+    measure: Callable[[Question], tuple[Numbers, Any] | None]
+    read: Callable[[Question, Numbers, Any], Reading] = lambda *_: Reading()
+    panels: Callable[[Question, Numbers, Any], list[Figure]] = lambda *_: []
 
 
 @dataclass
@@ -51,7 +93,6 @@ class Section:
         name: short, for links and JSON.
         title: above it.
         headline: what was found in one sentence, for the top of the page.
-        cover: the figure that stands at the top of the page, if no section before has one.
         notes: what a reader has to know before the readings.
         basis: how many prompts the numbers are from.
         reading: sentences that say in plain words what the figures show, each made from the numbers.
@@ -65,7 +106,6 @@ class Section:
     name: str
     title: str
     headline: str = ""
-    cover: Figure | None = None
     basis: str = ""
     notes: list[str] = field(default_factory=list)
     reading: list[str] = field(default_factory=list)
@@ -80,26 +120,27 @@ class Section:
         """Whether nothing was measured."""
         return not (self.reading or self.figures)
 
-    def attempt(self, part: Callable[[], None]) -> None:
+    @property
+    def cover(self) -> Figure | None:
+        """The figure for the top of the page, if it has one."""
+        return next((figure for figure in self.figures if figure.is_cover), None)
+
+    def attempt(self, part: Part, asked: Question) -> None:
         """Run a part of the section; if it refuses or breaks, say so and go on."""
         try:
-            part()
+            if (measured := part.measure(asked)) is None:
+                return
+            self.numbers |= measured[0]
+            said = part.read(asked, *measured)
+            self.reading += said.sentences
+            self.notes += said.notes
+            self.headline = said.headline or self.headline
+            self.figures += [figure for figure in part.panels(asked, *measured) if figure.says_something]
         except LoopedError as error:
-            self.refused.append(str(error))
+            self.refused += [] if str(error) in self.refused else [str(error)]
             self.command = error.command if isinstance(error, Unmeasured) else self.command
         except Exception as error:  # of a model that no test knows: the other sections may still be right
             self.failed.append(f"{type(error).__name__}: {error}")
-
-    def draw(self, caption: str, content: Any, width: int = 320) -> None:
-        """Add a figure, unless it says nothing: no text, fewer than three points, or one number everywhere.
-
-        Args:
-            caption: what it shows.
-            content: a plotly figure, or HTML.
-            width: the least width in pixels at which it can be read.
-        """
-        if content and (isinstance(content, str) or says_something(content)):
-            self.figures.append(Figure(caption, content, width))
 
     def why_empty(self) -> str:
         """Why nothing was measured, in one line with what would change that."""
@@ -118,43 +159,8 @@ class Section:
             "refused": self.refused,
             "command": self.command,
             "failed": self.failed,
-            "numbers": plain(self.numbers),
+            "numbers": json_ready(self.numbers),
         }
-
-
-def says_something(figure: Any) -> bool:
-    """Whether a plotly figure has a line of three points or a grid of three cells, and not one number everywhere.
-
-    Args:
-        figure: the figure.
-    """
-    most, drawn = 0, set[float]()
-    for trace in figure.data:
-        is_grid = getattr(trace, "z", None) is not None
-        rows = trace.z if is_grid else [trace.y]
-        numbers = [float(v) for row in rows for v in row if v is not None and math.isfinite(v)]
-        most = max(most, len(numbers))
-        drawn |= {float(f"{v:.3g}") for v in numbers}
-    return most > 2 and len(drawn) > 1
-
-
-def plain(value: Any) -> Any:
-    """Grids, tensors and containers of them as JSON-ready values; what is not finite becomes None."""
-    if isinstance(value, Grid):
-        labels = {axis: list(map(str, value.labels[axis])) for axis in value.axes}
-        found = {"name": value.name, "axes": list(value.axes), "labels": labels, "values": plain(value.values)}
-        if isinstance(value, Estimate):
-            found |= {"stderr": plain(value.stderr), "count": value.count}
-        return found
-    if isinstance(value, Tensor):
-        return plain(value.detach().cpu().tolist())
-    if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def share(x: float | Tensor) -> str:

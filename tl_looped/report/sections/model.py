@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from ..._words import counted
-from ...model.sizes import human, sizes
+from ...model.sizes import Sizes, human, sizes
 from ..diagram import schedule_diagram
 from ..question import Question
-from ..section import Section, share
+from ..section import Figure, Numbers, Part, Reading, share
 from ..tables import facts
 
 
-def the_model(asked: Question, section: Section) -> None:
-    """What the model is."""
+def measure(asked: Question) -> tuple[Numbers, Sizes]:
+    """Structure, sizes and costs."""
     model, cfg = asked.model, asked.model.looped_cfg
     schedule, found = cfg.schedule, sizes(cfg)
-    cache_bytes = found.cache_per_loop * model.cfg.dtype.itemsize
-    share_of_one_loop = found.flops_per_loop / found.flops(cfg.n_loops)
-    section.numbers |= {
+    return {
         "family": cfg.family,
         "n_loops": cfg.n_loops,
         "made_for_loops": asked.made_for,
@@ -26,8 +24,8 @@ def the_model(asked: Question, section: Section) -> None:
         "parameters": found.parameters,
         "flops_per_token": found.flops(cfg.n_loops),
         "flops_per_token_and_loop": found.flops_per_loop,
-        "share_of_one_loop": share_of_one_loop,
-        "cache_bytes_per_token_and_loop": cache_bytes,
+        "share_of_one_loop": found.flops_per_loop / found.flops(cfg.n_loops),
+        "cache_bytes_per_token_and_loop": found.cache_per_loop * model.cfg.dtype.itemsize,
         "d_model": cfg.d_model,
         "n_heads": cfg.n_heads,
         "n_kv_heads": cfg.n_kv_heads,
@@ -38,24 +36,36 @@ def the_model(asked: Question, section: Section) -> None:
         "d_vocab": cfg.d_vocab,
         "examples": asked.n_examples,
         "loops_looked_at": asked.n_loops,
-    }
-    section.reading += [
-        f"A token passes {counted(schedule.n_layers, 'layer')} with the weights of {cfg.n_physical}: "
-        f"{schedule.describe().split(':')[0]}. The model has {human(found.n_parameters)} parameters, however often it loops.",
-        f"One loop costs a token {human(found.flops_per_loop, 'FLOP')}, {share(share_of_one_loop)} of an answer "
-        f"after {counted(cfg.n_loops, 'loop')}, and {cache_bytes:,} bytes of keys and values. Loops are "
-        "numbered from 0 on this page.",
+    }, found
+
+
+def read(asked: Question, numbers: Numbers, found: Sizes) -> Reading:
+    """What a token passes, and what a loop costs."""
+    cfg, n_loops = asked.model.looped_cfg, numbers["n_loops"]
+    one_loop = f"{human(found.flops_per_loop, 'FLOP')}, {share(numbers['share_of_one_loop'])} of an answer"
+    said = [
+        f"A token passes {counted(numbers['n_virtual_layers'], 'layer')} with the weights of {numbers['n_physical_layers']}: "
+        f"{cfg.schedule.describe().split(':')[0]}. The model has {human(found.n_parameters)} parameters, however often it "
+        "loops.",
+        f"One loop costs a token {one_loop} after {counted(n_loops, 'loop')}, and "
+        f"{numbers['cache_bytes_per_token_and_loop']:,} bytes of keys and values. Loops are numbered from 0 on this page.",
     ]
     if asked.made_for is None:
-        section.reading.append(
-            f"Its number of loops, {cfg.n_loops}, is a setting: "
-            + (
-                "the layers were trained to run once, and were looped afterwards."
-                if cfg.family == "looped_llama"
-                else "nothing tells how many loops it was trained for, or whether it was trained."
-                if cfg.family == "custom" or model.made_for is None
-                else "it predicts the prompts hardly better than chance, as with random weights."
-            )
+        why = (
+            "the layers were trained to run once, and were looped afterwards."
+            if cfg.family == "looped_llama"
+            else "nothing tells how many loops it was trained for, or whether it was trained."
+            if cfg.family == "custom" or asked.model.made_for is None
+            else "it predicts the prompts hardly better than chance, as with random weights."
         )
-    section.draw("The order in which the layers run.", schedule_diagram(cfg))
-    section.draw("Sizes and costs.", facts(model, found))
+        said.append(f"Its number of loops, {n_loops}, is a setting: {why}")
+    return Reading(said)
+
+
+def panels(asked: Question, numbers: Numbers, found: Sizes) -> list[Figure]:
+    """The order of the layers, and a table."""
+    diagram = Figure("The order in which the layers run.", schedule_diagram(asked.model.looped_cfg))
+    return [diagram, Figure("Sizes and costs.", facts(asked.model, found))]
+
+
+PARTS = (Part(measure, read, panels),)

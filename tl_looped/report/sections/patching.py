@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,13 +12,14 @@ from torch import Tensor
 from ..._words import counted
 from ...metrics import logit_diff
 from ...names import stack_prefix
+from ...panels import Axis, Mark, Panel, stretches
 from ...patching.sweep import patch_sweep
 from ...results import Grid
-from ...schedule import Schedule, Site
+from ...schedule import Site
 from .. import pointer_chasing
-from ..drawing import over_positions
+from ..drawing import over_positions, with_axes
 from ..question import Question
-from ..section import Section, Unmeasured, listed, share
+from ..section import Figure, Numbers, Part, Reading, Unmeasured, listed, share
 from ._common import SHOWN_POSITIONS
 
 DECIDES = 0.5  # of the difference, restored by one state
@@ -33,8 +36,8 @@ class Tokens(NamedTuple):
     why: str
 
 
-def the_patches(asked: Question, section: Section) -> None:
-    """Where the answer is made: patches from a clean into a corrupted run."""
+def measure(asked: Question) -> tuple[Numbers, Tokens]:
+    """How far every state of the clean run, put into the corrupted one, moves the difference of two logits."""
     if asked.pair is None:
         raise Unmeasured("Two prompts of as many tokens are needed, a clean and a corrupted one.", asked.another_pair())
     model, schedule, (clean, corrupted) = asked.model, asked.model.schedule, asked.pair
@@ -45,63 +48,31 @@ def the_patches(asked: Question, section: Section) -> None:
     with torch.no_grad():
         clean_logits, cache = model.run_with_cache(clean, names_filter=hooks)
         chosen = _answers(asked, clean_logits[0, -1], model(corrupted)[0, -1])
-
     metric = logit_diff(chosen.right, chosen.wrong)
     differs = (clean != corrupted)[0].nonzero()[:, 0].tolist()
     positions = _positions(clean.shape[1], differs, everything=model.looped_cfg.prefix_lm)
-    words = zip(asked.words(clean[0]), asked.words(corrupted[0]), strict=True)
-    every = [a.strip() or a if a == b else f"{a.strip() or a} | {b.strip() or b}" for a, b in words]
-    pairs = [every[p] for p in positions]
-    section.numbers |= {
+    axes = ("virtual_layer", "pos")
+    sweep = patch_sweep(model, corrupted, cache, metric, axes=axes, positions=positions, verbose=False).normalised()
+    most, best = sweep.values.amax(-1), sweep.values.argmax(-1).tolist()
+    holds = [k == len(positions) - 1 and float(m) >= DECIDES for k, m in zip(best, most, strict=True)]
+    numbers: Numbers = {
         "clean": asked.words(clean[0]),
         "corrupted": asked.words(corrupted[0]),
         "right": asked.word(chosen.right),
         "wrong": asked.word(chosen.wrong),
         "positions": positions,
+        "entering_layers": sweep,
+        "hand_over_layer": next((i for i in range(len(best)) if all(holds[i:])), None),
+        "restored_by_layer": most,
     }
-    section.reading.append(
-        f"{chosen.why} Each cell puts one state of the clean run into the corrupted one and reads how far the difference of "
-        f"the logits of {asked.quoted(chosen.right)} and {asked.quoted(chosen.wrong)} goes from the corrupted run (0) to the "
-        "clean one (1)."
-    )
-    sweep = patch_sweep(
-        model, corrupted, cache, metric, axes=("virtual_layer", "pos"), positions=positions, verbose=False
-    ).normalised()
-    section.numbers["entering_layers"] = sweep
-    between = f"{asked.quoted(chosen.right)} and {asked.quoted(chosen.wrong)}"
-    _hand_over(schedule, section, sweep.values, pairs, positions, between)
-    kept = [k for k, p in enumerate(positions) if p in differs or float(sweep.values[:, k].abs().max()) >= FAINT]
-    kept = sorted({*kept, len(positions) - 1})
-    figure = _columns(sweep, kept, pairs, positions, "layer")
-    _mark_stacks(figure, schedule)
-    n_left = len(positions) - len(kept)
-    cut = f" Left out: {counted(n_left, 'position')} where no patch moves it by {FAINT:.0%}." if n_left else ""
-    if len(positions) < clean.shape[1]:
-        cut += f" Patched: {len(positions)} of {clean.shape[1]} positions."
-    part = "prelude, loops and coda" if schedule.n_prelude or schedule.n_coda else "all loops"
-    caption = f"Patching the state entering each layer, {part}; clean | corrupted where the tokens differ.{cut}"
-    section.draw(caption, figure, 120 + COLUMN * len(kept))
-    if section.figures:
-        section.cover = section.figures[0]
     for stack in schedule.core_stacks:
-        if schedule.n_loops_of(stack) < 3:
-            continue
-        a_pass, name = schedule.names.pass_word, stack_prefix(stack, ": ")
-        after = patch_sweep(
-            model, corrupted, cache, metric, site="out", stack=stack, positions=positions, verbose=False
-        ).normalised()
-        section.numbers[f"leaving_loops_{stack}"] = after
-        most = after.values.amax(-1)
-        section.numbers[f"restores_most_{stack}"] = best = [positions[k] for k in after.values.argmax(-1).tolist()]
-        places = [f"{t} at position {at}, “{every[at]}” ({share(most[t])})" for t, at in enumerate(best)]
-        section.reading.append(
-            f"{name}Where the state leaving a {a_pass} restores most: after {listed(places[:SHOWN_PASSES])}"
-            f"{', ...' if len(places) > SHOWN_PASSES else '.'}"
-        )
-        figure = _columns(after, kept, pairs, positions, a_pass)
-        section.draw(f"{name}Patching the state leaving each {a_pass}.", figure, 60 + COLUMN * len(kept))
-    if asked.hops is not None:
-        pointer_chasing.transplants(asked, section)
+        if schedule.n_loops_of(stack) > 2:
+            after = patch_sweep(
+                model, corrupted, cache, metric, site="out", stack=stack, positions=positions, verbose=False
+            ).normalised()
+            numbers[f"leaving_loops_{stack}"] = after
+            numbers[f"restores_most_{stack}"] = [positions[k] for k in after.values.argmax(-1).tolist()]
+    return numbers, chosen
 
 
 def _answers(asked: Question, clean: Tensor, corrupted: Tensor) -> Tokens:
@@ -116,18 +87,14 @@ def _answers(asked: Question, clean: Tensor, corrupted: Tensor) -> Tokens:
         raise Unmeasured("Both prompts are answered the same, so there is nothing for a patch to move.", asked.another_pair())
     said = f"The clean prompt is answered with {asked.quoted(first)}, the corrupted one with {asked.quoted(second)}."
     right, wrong = first if asked.answer is None else asked.answer, second if asked.wrong is None else asked.wrong
-    if asked.answer is not None and asked.wrong is not None:
+    if right != wrong or (asked.answer is not None and asked.wrong is not None):
         return Tokens(right, wrong, said)
-    if right != wrong:
-        return Tokens(right, wrong, said)
-    told = {first, second} if asked.answer is None else {asked.answer}
-    change[list(told)] = 0
+    change[[first, second] if asked.answer is None else [asked.answer]] = 0
+    wrong = int(change.argmin())
     if asked.answer is None:
-        right, wrong = int(change.argmax()), int(change.argmin())
+        right = int(change.argmax())
         compared = f"{asked.quoted(right)} (more probable after the clean prompt) and {asked.quoted(wrong)} (less)"
         said = f"Both prompts are answered with {asked.quoted(first)}, so the tokens are compared that change most: {compared}."
-    else:
-        wrong = int(change.argmin())
     return Tokens(right, wrong, said)
 
 
@@ -140,28 +107,32 @@ def _positions(n: int, differs: list[int], *, everything: bool) -> list[int]:
     return sorted(near | {*after[: SHOWN_POSITIONS - len(near)]})
 
 
+def _columns(numbers: Numbers) -> list[str]:
+    """The tokens at every position, of both prompts where they differ."""
+    pairs = zip(numbers["clean"], numbers["corrupted"], strict=True)
+    return [a.strip() or a if a == b else f"{a.strip() or a} | {b.strip() or b}" for a, b in pairs]
+
+
 def place(site: Site) -> str:
     """A layer in words, such as "loop 1, layer 0" and "coda layer 4"."""
-    stack, loop, layer = site
-    return f"{stack} layer {layer}" if loop is None else f"{'' if stack == 'core' else f'{stack} '}loop {loop}, layer {layer}"
+    return f"{site.where} layer {site.layer}" if site.loop is None else f"{site.where}, layer {site.layer}"
 
 
-def _hand_over(
-    schedule: Schedule, section: Section, values: Tensor, pairs: list[str], positions: list[int], between: str
-) -> None:
-    """Say from which layer on the last token holds the answer, and where it was before."""
-    best, most = values.argmax(-1).tolist(), values.amax(-1)
-    last = len(positions) - 1
-    holds = [b == last and float(m) >= DECIDES for b, m in zip(best, most, strict=True)]
-    at = next((i for i in range(len(best)) if all(holds[i:])), None)
-    section.numbers["hand_over_layer"] = at
-    section.numbers["restored_by_layer"] = most
+def read(asked: Question, numbers: Numbers, chosen: Tokens) -> Reading:
+    """From which layer on the last token holds the answer, and where it was before."""
+    schedule, positions, words = asked.model.schedule, numbers["positions"], _columns(numbers)
+    between = f"{asked.quoted(chosen.right)} and {asked.quoted(chosen.wrong)}"
+    values, most, at = numbers["entering_layers"].values, numbers["restored_by_layer"], numbers["hand_over_layer"]
+    best, last = values.argmax(-1).tolist(), len(positions) - 1
+
+    def where(k: int) -> str:
+        return f"“{words[positions[k]]}” (position {positions[k]})"
+
     if at is None:
-        k = best[-1]
         found = (
             f"Up to the last layer, {place(schedule.site(len(best) - 1))}, the last token does not decide between {between}: "
             f"the clean state there, put into the corrupted run, restores {share(values[-1, last])} of the difference; at "
-            f"“{pairs[k]}” (position {positions[k]}) it restores most, {share(most[-1])}."
+            f"{where(best[-1])} it restores most, {share(most[-1])}."
         )
     else:
         found = (
@@ -169,27 +140,56 @@ def _hand_over(
             f"the corrupted run, restores {share(most[at])} of the difference."
         )
         if at > 0:
-            k = best[at - 1]
-            where = "it restores" if k == last else f"“{pairs[k]}” (position {positions[k]}) does most,"
-            found += f" One layer before, {where} {share(most[at - 1])}."
-    section.headline = found
-    section.reading.append(found)
+            does = "it restores" if best[at - 1] == last else f"{where(best[at - 1])} does most,"
+            found += f" One layer before, {does} {share(most[at - 1])}."
+    said = [
+        f"{chosen.why} Each cell puts one state of the clean run into the corrupted one and reads how far the difference of "
+        f"the logits of {between} goes from the corrupted run (0) to the clean one (1).",
+        found,
+    ]
+    for stack in schedule.core_stacks:
+        if after := numbers.get(f"leaving_loops_{stack}"):
+            best = numbers[f"restores_most_{stack}"]
+            shares = map(share, after.values.amax(-1))
+            places = [f"{t} at position {p}, “{words[p]}” ({s})" for t, (p, s) in enumerate(zip(best, shares, strict=True))]
+            said.append(
+                f"{stack_prefix(stack, ': ')}Where the state leaving a {schedule.names.pass_word} restores most: after "
+                f"{listed(places[:SHOWN_PASSES])}{', ...' if len(places) > SHOWN_PASSES else '.'}"
+            )
+    return Reading(said, found)
 
 
-def _columns(grid: Grid, kept: list[int], pairs: list[str], positions: list[int], down: str) -> Any:
-    """A heat map of some columns of a sweep, the last axis."""
-    labels = {**grid.labels, grid.axes[-1]: [grid.labels[grid.axes[-1]][k] for k in kept]}
-    part = Grid(grid.values[..., kept], grid.axes, labels, "share restored")
-    figure = over_positions(part, [pairs[k] for k in kept], [positions[k] for k in kept], down)
-    if float(part.values.min()) > -FAINT:  # what is below zero is nothing, and needs no colour of its own
-        most = max(1.0, float(part.values.max()))
-        figure.update_traces(colorscale="Blues", zmin=0, zmax=most, zmid=None)
-    return figure
+def panels(asked: Question, numbers: Numbers, chosen: Tokens) -> list[Figure]:
+    """What every state restores, in the columns where any does."""
+    schedule, positions, words = asked.model.schedule, numbers["positions"], _columns(numbers)
+    sweep, a_pass, n = numbers["entering_layers"], schedule.names.pass_word, len(words)
+    differs = [False] * n if asked.pair is None else (asked.pair[0] != asked.pair[1])[0].tolist()
+    drawn = {k for k, p in enumerate(positions) if differs[p] or float(sweep.values[:, k].abs().max()) >= FAINT}
+    kept = sorted(drawn | {len(positions) - 1})
 
+    def columns(grid: Grid, down: str, marks: Sequence[Mark] = ()) -> list[Panel]:
+        labels = {**grid.labels, grid.axes[-1]: [grid.labels[grid.axes[-1]][k] for k in kept]}
+        part = Grid(grid.values[..., kept], grid.axes, labels, "share restored")
+        panel = over_positions(part, [words[positions[k]] for k in kept], [positions[k] for k in kept], down)
+        if float(part.values.min()) > -FAINT:  # what is below zero is nothing, and needs no colour of its own
+            shade = Axis("share restored", range=(0.0, max(1.0, float(part.values.max()))), palette="Blues")
+            panel = with_axes(panel, colour=shade)
+        return [replace(panel, marks=[*panel.marks, *marks])]
 
-def _mark_stacks(figure: Any, schedule: Schedule) -> None:
-    """Lines between stacks and loops."""
     sites = schedule.sites
-    for i in range(1, len(sites)):
-        if sites[i][:2] != sites[i - 1][:2]:
-            figure.add_hline(y=i - 0.5, line={"width": 1.5 if sites[i].stack == sites[i - 1].stack else 3, "color": "#777"})
+    starts = [run.start for run in stretches(sites)[1:]]
+    marks = [Mark(y=i - 0.5, look="line" if sites[i].stack == sites[i - 1].stack else "bold") for i in starts]
+    n_left = len(positions) - len(kept)
+    cut = f" Left out: {counted(n_left, 'position')} where no patch moves it by {FAINT:.0%}." if n_left else ""
+    cut += f" Patched: {len(positions)} of {n} positions." if len(positions) < n else ""
+    part = "prelude, loops and coda" if schedule.n_prelude or schedule.n_coda else "all loops"
+    caption = f"Patching the state entering each layer, {part}; clean | corrupted where the tokens differ.{cut}"
+    figures = [Figure(caption, columns(sweep, "layer", marks), 120 + COLUMN * len(kept), is_cover=True)]
+    for stack in schedule.core_stacks:
+        if after := numbers.get(f"leaving_loops_{stack}"):
+            caption = f"{stack_prefix(stack, ': ')}Patching the state leaving each {a_pass}."
+            figures.append(Figure(caption, columns(after, a_pass), 60 + COLUMN * len(kept)))
+    return figures
+
+
+PARTS = (Part(measure, read, panels), pointer_chasing.TRANSPLANTS)
