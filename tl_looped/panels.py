@@ -35,7 +35,7 @@ class Axis:
         labels: the names of its places 0, 1, 2, ..., "" for one without a name; none for an axis of numbers.
         said: what its places are called where a reader points at them; title and label if empty.
         scale: "linear"; "log", where what is not positive is left out; or "rank": from 0, the best on top, by its logarithm.
-        form: "%" for shares, "count" for whole numbers.
+        form: "%" for shares, "count" for whole numbers, "tokens" for those of a prompt, which stand above the cells.
         range: its first and last number; those of the panel's numbers if None.
         palette: of colours: "Blues", "RdBu" or "Viridis".
     """
@@ -44,7 +44,7 @@ class Axis:
     labels: list[str] = field(default_factory=list[str])
     said: list[str] = field(default_factory=list[str])
     scale: Literal["linear", "log", "rank"] = "linear"
-    form: Literal["", "%", "count"] = ""
+    form: Literal["", "%", "count", "tokens"] = ""
     range: tuple[float, float] | None = None
     palette: Literal["", "Blues", "RdBu", "Viridis"] = ""
 

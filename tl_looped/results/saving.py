@@ -166,7 +166,8 @@ def _decode(content: Any, tensors: dict[str, Tensor], classes: dict[str, type]) 
         parts: dict[Any, Any] = {
             FORMER.get((held, name), name): _decode(value, tensors, classes) for name, value in rest[0][1].items()
         }
-        return classes[FORMER.get(held, held)](**parts)
+        name: Any = FORMER.get(held, held)
+        return classes[name](**parts)
     if kind == "dict":
         return {_decode(k, tensors, classes): _decode(v, tensors, classes) for k, v in held}
     made = [_decode(v, tensors, classes) for v in held]

@@ -27,7 +27,7 @@ def measure(asked: Question) -> tuple[Numbers, ExitSteps]:
     prompts = asked.of_length(2) if hops is None else [hops.tokens]
     answers = None if hops is None else hops.answers(model.n_loops)[-1, :, -1]
     found = exit_steps(model, prompts, policies=policies, answers=answers, verbose=False)
-    numbers = {"cost": found.cost, "accuracy": found.accuracy, "loss": found.loss, "examples": found.accuracy.count}
+    numbers: Numbers = {"cost": found.cost, "accuracy": found.accuracy, "loss": found.loss, "examples": found.accuracy.count}
     if found.pdf:
         pdf, n = found.pdf[0][:, 0, -SHOWN_POSITIONS:], asked.prompts[0].shape[1]
         labels = {"loop": list(range(len(pdf))), "pos": list(range(n - pdf.shape[1], n))}
