@@ -17,16 +17,7 @@ Indices = int | slice | Sequence[int] | None
 
 
 def check_count(name: str, value: object, minimum: int = 1) -> int:
-    """Return `value` if it is an int of at least `minimum`; raise a `LoopedError` that names it otherwise.
-
-    Args:
-        name: what the message calls it.
-        value: what was given.
-        minimum: the least that is accepted.
-
-    Raises:
-        LoopedError: it is no int, or too small.
-    """
+    """Return `value` as an int if it is one of at least `minimum`; raise a `LoopedError` that says so of `name` otherwise."""
     return count(minimum, _MAX_INT64)(name, plain(value))
 
 

@@ -15,29 +15,14 @@ from .errors import LoopedError
 
 
 def write_text(file: str | Path, text: str) -> Path:
-    """Write a text file in one step; as `write_bytes`.
-
-    Args:
-        file: where to.
-        text: its content.
-
-    Raises:
-        LoopedError: as `write_bytes`.
-    """
+    """Write a text file in one step; as `write_bytes`."""
     return write_bytes(file, text.encode("utf-8"))
 
 
 def write_bytes(file: str | Path, content: bytes) -> Path:
-    """Write a file in one step, so that a reader never meets half of it.
+    """Write a file in one step, so that a reader never meets half of it; a LoopedError where that cannot be.
 
     An earlier file is replaced and its permissions are kept; a symbolic link stays, and what it points to is replaced.
-
-    Args:
-        file: where to.
-        content: what it holds.
-
-    Raises:
-        LoopedError: the place cannot be written, or holds something else than a regular file.
     """
     place = checked_place(file)
     draft = place.with_name(f"{_draft_of(place)}{os.getpid()}.{uuid4().hex[:8]}")
@@ -59,11 +44,7 @@ def write_bytes(file: str | Path, content: bytes) -> Path:
 
 
 def remove_drafts(file: str | Path) -> None:
-    """Remove what processes of this machine left of a file when they were killed while they wrote it.
-
-    Args:
-        file: the file.
-    """
+    """Remove what processes of this machine left of a file when they were killed while they wrote it."""
     place = Path(file).resolve()
     begin = _draft_of(place)
     for draft in place.parent.glob(f"{escape(begin)}*") if os.name == "posix" else ():
@@ -89,14 +70,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def checked_place(file: str | Path) -> Path:
-    """Where a file would be written, links followed; refuses what is no regular file.
-
-    Args:
-        file: where to.
-
-    Raises:
-        LoopedError: a directory, a device, a pipe, or a link that leads nowhere.
-    """
+    """Where a file would be written, links followed; a LoopedError for what is no regular file."""
     place = Path(file)
     try:
         if place.is_symlink():

@@ -253,11 +253,7 @@ class Schedule:
         return tuple(offset[site.stack] + site.layer for site in self.sites)
 
     def n_loops_of(self, stack: str) -> int:
-        """How often a looped stack runs.
-
-        Args:
-            stack: "core", or "L" or "H" for HRM-Text.
-        """
+        """How often a looped stack runs; 0 for what is none."""
         if stack not in self.core_stacks:
             return 0
         return self._n_cycles * self._loops_of(stack)
@@ -402,12 +398,7 @@ class Schedule:
         return self.first_layer(stack, loop) + layer
 
     def first_layer(self, stack: str, loop: int | None) -> int:
-        """The virtual index of the first layer of a stack in one of its loops.
-
-        Args:
-            stack: a looped stack, "prelude" or "coda".
-            loop: which loop; None in prelude and coda.
-        """
+        """The virtual index of the first layer of a stack in one of its loops; the loop is None in prelude and coda."""
         if loop is not None:
             return self._pass_of(stack, loop).first
         return 0 if stack == "prelude" else self.first_coda_layer
@@ -417,11 +408,7 @@ class Schedule:
         return self.order is None and stack == "core"
 
     def is_last(self, p: Pass) -> bool:
-        """Whether a pass is the last one of the run.
-
-        Args:
-            p: one of `passes`, or a copy of one.
-        """
+        """Whether a pass, or a copy of one, is the last one of the run."""
         return p.index == self.n_passes - 1
 
     def pass_prefix(self, p: Pass) -> str:

@@ -39,12 +39,9 @@ class Write(NamedTuple):
 
 @dataclass(frozen=True)
 class Fan:
-    """Vectors that one write is the sum of (heads or neurons), as coefficients of rows of a weight.
+    """Vectors that one write is the sum of (heads or neurons), as coefficients [..., k, i] of rows of a weight [k, i, d_model].
 
-    Args:
-        coefficients: [..., k, i].
-        weight: [k, i, d_model].
-        gain: what the norm of the branch multiplies its output by, [..., d_model]; None without such a norm.
+    Where the branch has a norm, `gain` [..., d_model] is what it multiplies its output by.
     """
 
     coefficients: Tensor
@@ -161,15 +158,7 @@ def gradients_instead(found: str) -> LoopedError:
 
 
 class Reader:
-    """Reads what one cached run wrote, at chosen positions.
-
-    Args:
-        cache: a `LoopedCache`.
-        positions: a TransformerLens `Slice` of positions.
-
-    Raises:
-        LoopedError: the cache holds gradients; the weights were changed since.
-    """
+    """Reads what one cached run wrote, at chosen positions (a `Slice`), beside the weights that made it."""
 
     def __init__(self, cache: Any, positions: Any):
         cache.check_real(positions)
@@ -220,9 +209,6 @@ class Decomposition(Reader):
         positions: a TransformerLens `Slice` of positions.
         injections: take what is injected in a pass as a component of that pass, instead of following it back.
         also: names of hooks that the caller will read beside those needed here.
-
-    Raises:
-        LoopedError: the cache lacks activations that are needed.
     """
 
     def __init__(
@@ -279,6 +265,11 @@ class Decomposition(Reader):
             self._require(list(self.model.loop.state_before))
         return has_own_state(self.model, self.cache)
 
+    def _stream(self, held: Callable[[str], Tensor], write: Callable[[Tensor | None, Write], Tensor]) -> Tensor:
+        """The stream at the point, on a walk with what norms held."""
+        walked = walk(self.model, frozen(held), write, self.own_state, self.injections)
+        return next(x for name, x in walked if name == self.point)
+
     def _check(self, total: Tensor) -> None:
         """Compare the sum of all components with the stream of the run, where it was cached."""
         if self.point in self.cache:
@@ -288,11 +279,9 @@ class Decomposition(Reader):
     def carry(
         self, n_rows: int, parts: Callable[[Write], list[tuple[int | slice, Tensor]]]
     ) -> Float[Tensor, "component ... d_model"]:
-        """Carry vectors to the point.
+        """Carry vectors to the point, `n_rows` of them.
 
-        Args:
-            n_rows: number of components.
-            parts: what is written at a point: rows, and the vector or vectors [row, ..., d_model] added to them.
+        `parts` says what is written at a point: rows, and the vector or vectors [row, ..., d_model] added to them.
         """
         rows = (n_rows + 1, *self.like.shape)  # the last row is everything, to be compared with the run
 
@@ -303,11 +292,9 @@ class Decomposition(Reader):
             x[-1] += self.get(at.hook)
             return x
 
-        for name, x in walk(self.model, frozen(self.get), write, self.own_state, self.injections):
-            if name == self.point:
-                self._check(x[-1])
-                return x[:-1]
-        raise AssertionError(self.point)
+        stream = self._stream(self.get, write)
+        self._check(stream[-1])
+        return stream[:-1]
 
     def pull_back(self, direction: Float[Tensor, "... d_model"]) -> dict[str, Float[Tensor, "... d_model"]]:
         """For every component, the direction whose product with what it writes is its part of `direction . stream`."""
@@ -321,9 +308,7 @@ class Decomposition(Reader):
                 leaves[at.label] = leaf = self.get(at.hook).clone().requires_grad_()
                 return leaf if x is None else x + leaf
 
-            stream = next(
-                x for name, x in walk(self.model, frozen(scale), write, self.own_state, self.injections) if name == self.point
-            )
+            stream = self._stream(scale, write)
             self._check(stream.detach())
             aimed = direction.detach().clone().to(stream.device, stream.dtype).expand_as(stream)
             grads = torch.autograd.grad(stream, list(leaves.values()), aimed, allow_unused=True)
