@@ -24,7 +24,7 @@ from tl_looped.analysis import (
     more_loops,
     path_independence,
 )
-from tl_looped.analysis._one_loop import OneLoop
+from tl_looped.model.step_map import StepMap
 
 pytestmark = pytest.mark.slow  # many loops
 
@@ -80,7 +80,7 @@ def test_local_stability_holds_a_few_states() -> None:
     bridge, tokens = random_bridge("retrofit_llama", n_core=1), random_tokens(1, 4)
     with PeakMemory(bridge) as peak:
         local_stability(bridge, tokens, n_loops=N_LOOPS, n_exponents=1, iterations=2, verbose=False)
-    loop = OneLoop(bridge, tokens)
+    loop = StepMap(bridge.plain, tokens)
     with PeakMemory(bridge) as one:
         loop.jvp(loop.start, loop.start[None])
     assert peak.nbytes <= 3 * one.nbytes

@@ -78,7 +78,7 @@ def by_hand(
     cfg, schedule = model.cfg, model.cfg.schedule
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     x = model.embed(tokens)
-    inputs = Inputs(model.rotary(positions), masks_of(model.cfg, x, None, None, 0), None, model._value_embeds(tokens))
+    inputs = Inputs(model.rotary(positions), masks_of(model.cfg, x, None, None, 0), model._value_embeds(tokens))
     run = layer or (lambda i, x, inputs: model.blocks[i](x, inputs))
     for i in range(schedule.n_prelude):
         x = run(i, x, inputs)
@@ -633,8 +633,8 @@ def test_what_cannot_be_meant_is_refused() -> None:
         ("needs no cache=", lambda: ablate(huginn, "mlp", cache=cache)),
         ("was not cached in this run", lambda: ablate(huginn, "mlp", mode="mean", cache=cache)),
         ("with its batch dimension", lambda: ablate(huginn, "mlp", mode="mean", cache=dict(cache.items()))),
-        ("ouro model have no injection", lambda: freeze_injection(ouro, 0)),
-        ("ouro model have no injection", lambda: drop_injection(ouro)),
+        ("nothing is injected in the passes of this ouro model", lambda: freeze_injection(ouro, 0)),
+        ("nothing is injected in the passes of this ouro model", lambda: drop_injection(ouro)),
         ("nothing is injected in the passes of this ouro model", lambda: steer(ouro, direction, site="injection")),
         (r"source of shape \(2, 6, 23\)", lambda: replace_injection(huginn, torch.ones(2, 6, 23))),
         (r"state of shape \(23,\)", lambda: set_initial_state(huginn, torch.ones(23))),

@@ -12,8 +12,8 @@ from zoo import SMALL, ZOO, random_bridge, random_tokens
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped.analysis import local_stability
 from tl_looped.analysis._directions import CONVERGED
-from tl_looped.analysis._one_loop import OneLoop
 from tl_looped.analysis.local_stability import contraction_rate, spectral_radius
+from tl_looped.model.step_map import StepMap
 
 
 @pytest.mark.parametrize("name", ["ouro", "huginn", "hrm_text", "parcae", "anchored"])
@@ -21,7 +21,7 @@ def test_one_loop_again_and_again_is_the_run(name: str) -> None:
     bridge, tokens = random_bridge(name, torch.float64), random_tokens()
     with torch.no_grad():
         _, cache = bridge.run_with_cache(tokens, names_filter="loops.*.hook_out" if name != "hrm_text" else None)
-        loop = OneLoop(bridge, tokens)
+        loop = StepMap(bridge.plain, tokens)
         x = loop.start
         for t in range(bridge.n_loops):
             x = loop(x)
@@ -32,7 +32,7 @@ def test_one_loop_again_and_again_is_the_run(name: str) -> None:
                 assert torch.allclose(x[k], cache[f"{bridge.schedule.pass_prefix(last)}.hook_out"], atol=1e-10), (t, stack)
 
 
-def jacobian(loop: OneLoop, x: torch.Tensor) -> torch.Tensor:
+def jacobian(loop: StepMap, x: torch.Tensor) -> torch.Tensor:
     """Of one example, by reverse mode, as a matrix."""
     n = x.numel()
     return torch.autograd.functional.jacobian(loop, x).reshape(n, n)
@@ -40,7 +40,7 @@ def jacobian(loop: OneLoop, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["huginn", "hrm_text", "parcae", "looped_qwen"])
 def test_jacobian_products_are_those_of_reverse_mode(name: str) -> None:
-    loop = OneLoop(random_bridge(name, torch.float64), random_tokens(1, 3))
+    loop = StepMap(random_bridge(name, torch.float64).plain, random_tokens(1, 3))
     u, v = torch.randn(2, *loop.start.shape, dtype=torch.float64)
     _, pulled = torch.autograd.functional.vjp(loop, loop.start, u)
     expected = (pulled * v).sum().item()
@@ -96,7 +96,7 @@ def test_against_the_eigenvalues_and_products_of_explicit_jacobians(name: str) -
     bridge = LoopedBridge.from_config(ZOO[name].replace(**small)).to(torch.float64)
     tokens = random_tokens(1, 2)
     found = local_stability(bridge, tokens, n_loops=4, n_exponents=2, iterations=30 if name != "hrm_text" else 1, verbose=False)
-    loop = OneLoop(bridge, tokens)
+    loop = StepMap(bridge.plain, tokens)
     x, growth = loop.start, []
     noise = torch.randn((2, *x.shape), generator=torch.Generator().manual_seed(0)).double()
     q = np.linalg.qr(noise.flatten(1).T.numpy())[0]

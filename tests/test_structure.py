@@ -10,6 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "tl_looped"
 FILES = {path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")}
 N_LINES = 450
+TOOLS = ("attribution", "interventions", "lenses", "metrics", "patching", "sites")
 
 
 def imported(name: str, *, when_loaded: bool) -> Iterator[str]:
@@ -60,7 +61,18 @@ def test_rooms_do_not_import_each_other_in_a_circle() -> None:
         order = list(TopologicalSorter(needs).static_order())
     except CycleError as circle:
         raise AssertionError(" <- ".join(circle.args[1])) from None
-    assert order.index("schedule") < order.index("model") < order.index("bridge") < order.index("patching")
+    assert order.index("schedule") < order.index("looped") < min(map(order.index, TOOLS))
+    assert order.index("schedule") < order.index("model") < order.index("bridge")
+
+
+def test_tools_import_neither_the_bridge_nor_the_model() -> None:
+    inside = ("tl_looped.bridge", "tl_looped.model")
+    found = {
+        name: sorted(m for m in imported(name, when_loaded=False) if f"{m}.".startswith(tuple(f"{i}." for i in inside)))
+        for name in FILES
+        if room(name) in TOOLS
+    }
+    assert len(found) > 20 and {name: modules for name, modules in found.items() if modules} == {}
 
 
 def test_no_file_is_long() -> None:

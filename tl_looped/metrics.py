@@ -17,13 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ._precision import wide
-from .bridge.tokens import Mask, encode, real_positions
 from .errors import LoopedError
 from .kinds import plain, shown
 from .schedule import Indices
+from .tokens import Mask, real_positions
 
 if TYPE_CHECKING:
-    from .bridge.looped_bridge import LoopedBridge
+    from .looped import Looped
 
 __all__ = ["Answers", "RowMetric", "kl_to", "logit", "logit_diff", "prob"]
 
@@ -47,7 +47,7 @@ class RowMetric(ABC):
     mask: Mask
 
     @abstractmethod
-    def bind(self: AnyMetric, model: LoopedBridge, attention_mask: Mask = None) -> AnyMetric:
+    def bind(self: AnyMetric, model: Looped, attention_mask: Mask = None) -> AnyMetric:
         """The metric for one run: text read by the tokenizer of the model, and padding left out.
 
         Sweeps do this. By hand it is for padded batches, and for tools that know a metric as a function of logits alone.
@@ -121,7 +121,7 @@ class AnswerMetric(RowMetric):
     def n_rows(self) -> int | None:
         return next((len(answer) for answer in self.answers if not isinstance(answer, (str, int))), None)
 
-    def bind(self, model: LoopedBridge, attention_mask: Mask = None) -> AnswerMetric:
+    def bind(self, model: Looped, attention_mask: Mask = None) -> AnswerMetric:
         ids = tuple(_ids(model, answer) for answer in self.answers)
         return replace(self, answers=ids, mask=self.mask if attention_mask is None else attention_mask)
 
@@ -176,18 +176,18 @@ class Divergence(RowMetric):
         one = isinstance(self.clean, str) or (_is_ids(self.clean) and self.clean.ndim == 1)
         return 1 if one else len(self.clean)
 
-    def bind(self, model: LoopedBridge, attention_mask: Mask = None) -> Divergence:
+    def bind(self, model: Looped, attention_mask: Mask = None) -> Divergence:
         mask = self.mask if attention_mask is None else attention_mask
         if self.chosen is not None:
             return replace(self, mask=mask)
         logits, own = self.clean, mask
         if not self.has_logits:
-            if model.looped_cfg.initial_state == "noise":
+            if model.starts_from == "noise":
                 raise LoopedError(
-                    f"kl_to(prompts) was asked of a {model.looped_cfg.family} model, whose runs start from noise; pass the "
+                    "kl_to(prompts) was asked of a model whose runs start from noise; pass the "
                     "logits of the clean run, which then starts as you choose (initial_state=)."
                 )
-            clean, own = model._read(self.clean, None, None, None)
+            clean, own = model.read(self.clean, None, None, None)
             with torch.no_grad():
                 logits = model(clean, attention_mask=own)
         return replace(self, mask=mask, chosen=_log_probs(_at(logits, self.positions, own)).detach())
@@ -305,7 +305,7 @@ def kl_to(clean: Any, *, positions: Indices = -1) -> RowMetric:
     return Divergence("KL divergence (nats)", positions, None, clean)
 
 
-def bound(metric: Any, model: LoopedBridge, attention_mask: Mask) -> Any:
+def bound(metric: Any, model: Looped, attention_mask: Mask) -> Any:
     """A metric for one run; functions of the user's own as they are.
 
     Args:
@@ -330,7 +330,7 @@ def metric_name(metric: Any) -> str:
     return metric.name if isinstance(metric, RowMetric) else "metric"
 
 
-def one_token(model: LoopedBridge, answer: str | int) -> int:
+def one_token(model: Looped, answer: str | int) -> int:
     """The id of an answer that is one token.
 
     Args:
@@ -342,7 +342,7 @@ def one_token(model: LoopedBridge, answer: str | int) -> int:
             id outside the vocabulary; text without a tokenizer.
     """
     if isinstance(answer, int):
-        _check_ids(answer, model.looped_cfg.d_vocab)
+        _check_ids(answer, model.cfg.d_vocab)
         return answer
     if model.tokenizer is None:
         raise LoopedError(f"{answer!r} was given, but this model has no tokenizer; pass the number of the token.")
@@ -356,11 +356,11 @@ def one_token(model: LoopedBridge, answer: str | int) -> int:
     raise LoopedError(f"the answer {answer!r} is {len(ids)} tokens, {', '.join(map(repr, words))}; {remedy}.")
 
 
-def _encoded(model: LoopedBridge, text: str) -> list[int]:
-    return encode(model.tokenizer, model.cfg, text, prepend_bos=False)[0].flatten().tolist() if text else []
+def _encoded(model: Looped, text: str) -> list[int]:
+    return model.read(text, prepend_bos=False)[0].flatten().tolist() if text else []
 
 
-def _try_encoded(model: LoopedBridge, text: str) -> list[int]:
+def _try_encoded(model: Looped, text: str) -> list[int]:
     try:
         return _encoded(model, text)
     except LoopedError:  # the tokenizer has no token for a part of it
@@ -398,11 +398,11 @@ def _is_one(answer: object) -> bool:
     return isinstance(answer, (str, int)) and not isinstance(answer, bool)
 
 
-def _ids(model: LoopedBridge, answer: Any) -> Any:
+def _ids(model: Looped, answer: Any) -> Any:
     if isinstance(answer, (str, int)):
         return one_token(model, answer)
     if isinstance(answer, Tensor):
-        _check_ids(answer, model.looped_cfg.d_vocab)
+        _check_ids(answer, model.cfg.d_vocab)
         return answer
     return torch.tensor([one_token(model, one) for one in answer], device="cpu")
 

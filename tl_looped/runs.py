@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._depth import check_model
 from ._writing import remove_drafts
 from .bridge.looped_bridge import LoopedBridge
 from .errors import LoopedError
+from .looped import check_model
 from .results import Grid, Result, load_result
 from .schedule import check_count
 

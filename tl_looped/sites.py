@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .bridge.looped_bridge import LoopedBridge
 from .errors import LoopedError
+from .looped import Looped, require
 from .schedule import Indices, LoopSelector, Pass, Schedule, Site, select_indices
 
 
@@ -116,7 +116,7 @@ def select_layers(schedule: Schedule, loops: LoopSelector, layers: Indices, stac
 
 
 def select_places(
-    model: LoopedBridge, site: str, loops: LoopSelector = "all", layers: Indices = None, stack: str | None = None
+    model: Looped, site: str, loops: LoopSelector = "all", layers: Indices = None, stack: str | None = None
 ) -> list[Place]:
     """Every place of a site, loop by loop in the order asked.
 
@@ -135,15 +135,13 @@ def select_places(
         return [layer_place(model, site, i) for i in select_layers(schedule, loops, layers, stack)]
     if layers is not None or stack in ("prelude", "coda"):
         raise LoopedError(f"site={site!r} belongs to a pass; leave layers out, or choose one of {', '.join(STREAMS)}.")
-    if site == "injection" and model.looped_cfg.injection == "none":
-        raise LoopedError(
-            f"site='injection' was asked, but nothing is injected in the passes of this {model.looped_cfg.family} model."
-        )
+    if site == "injection":
+        require(model, "injection", "site='injection'")
     return [_pass_place(schedule, site, p) for p in dict.fromkeys(schedule.passes_of(loops, stack))]
 
 
 def swept_places(
-    model: LoopedBridge, site: str, axes: Sequence[str], loops: LoopSelector, layers: Indices, stack: str | None
+    model: Looped, site: str, axes: Sequence[str], loops: LoopSelector, layers: Indices, stack: str | None
 ) -> list[tuple[tuple[str | int, ...], Place]]:
     """The places of a sweep, each with its labels on those of the axes "loop" and "layer" that are swept.
 
@@ -191,7 +189,7 @@ def _pass_place(schedule: Schedule, site: str, p: Pass) -> Place:
     return Place(Site(p.stack, p.loop, 0), f"{schedule.pass_prefix(p)}.{KINDS[site].hook}", entry)
 
 
-def layer_place(model: LoopedBridge, site: str, layer: int) -> Place:
+def layer_place(model: Looped, site: str, layer: int) -> Place:
     """The place of a site in one virtual layer."""
     return Place(model.schedule.site(layer), model.schedule.name(layer, KINDS[site].hook), layer)
 

@@ -12,11 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._depth import at_depth, check_model, first_hooked
 from ..bridge.structure import AnyBridge
-from ..bridge.tokens import refuse_unmarked_padding
 from ..errors import LoopedError
-from ..model.inputs import check_tokens
+from ..looped import at_depth, check_model
+from ..running import first_hooked
+from ..tokens import check_tokens, refuse_unmarked_padding
 
 __all__ = [
     "Prompt",

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.processing import check_pass_norms
 from ..errors import LoopedError
-from ..model.initial_state import InitialState
+from ..looped import Looped, require
+from ..record import InitialState
 from ..schedule import Indices, Pass, Schedule, select_indices
 from ._prompts import check_finite
 
@@ -32,7 +31,7 @@ def layer_hooks(schedule: Schedule, passes: Sequence[Pass], hook: str) -> dict[s
 
 @torch.no_grad()
 def visit(
-    model: LoopedBridge,
+    model: Looped,
     tokens: Int[Tensor, "batch pos"],
     hooks: Mapping[str, Key],
     function: Callable[[Key, Tensor], None],
@@ -54,7 +53,7 @@ def visit(
         LoopedError: an activation that is not finite, named; states leaving passes whose norms differ (weight processing).
     """
     if not hooks.keys().isdisjoint(f"{model.schedule.pass_prefix(p)}.hook_out" for p in model.schedule.passes):
-        check_pass_norms(model.plain, "an analysis of the states leaving the loops")
+        require(model, "equal passes", "an analysis of the states leaving the loops")
 
     def reader(name: str, key: Key) -> Callable[..., None]:
         def read(value: Tensor, hook: object) -> None:
@@ -81,7 +80,7 @@ def at_positions(x: Float[Tensor, "batch pos d_model"], positions: Indices) -> F
     return x if positions is None else x[:, select_indices(positions, x.shape[1], "positions")]
 
 
-def last_norm(model: LoopedBridge, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+def last_norm(model: Looped, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
     """The model's last norm (in Ouro, HRM-Text and Nanbeige the norm of every pass), without firing its hooks.
 
     Args:
@@ -91,10 +90,8 @@ def last_norm(model: LoopedBridge, x: Float[Tensor, "... d_model"]) -> Float[Ten
     Raises:
         LoopedError: the norm has given its weight to the unembedding (weight processing).
     """
-    if model._weights_processed:
-        raise LoopedError("after_norm=True was asked, but the weights were processed (compatibility mode); ask before that.")
-    norm: Any = model.ln_final.original_component
-    return norm.unhooked(x)
+    require(model, "early readouts", "after_norm=True")
+    return model.last_norm(x)
 
 
 def need_loops(n: int, minimum: int, what: str, why: str) -> None:

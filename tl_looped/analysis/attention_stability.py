@@ -11,12 +11,11 @@ from torch import Tensor
 
 from .._old_calls import accepts_old
 from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.run import rehearsal
 from ..errors import LoopedError
-from ..model.initial_state import InitialState
-from ..model.slots import is_observed
 from ..panels import GroupBy, Panel, grouped
+from ..record import InitialState, rehearsal
 from ..results import Estimate, Grid, Result, table
+from ..running import is_observed
 from ..schedule import Indices, Schedule, Site, select_indices
 from ._prompts import Prompts, at_depth, over_batches, token_batches
 from ._streaming import need_loops, visit

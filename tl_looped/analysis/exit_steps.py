@@ -16,8 +16,8 @@ from .._words import counted
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..exits import ExitPolicy, LoopHistory
-from ..model.initial_state import InitialState
 from ..panels import Axis, Panel
+from ..record import InitialState
 from ..results import Estimate, Result, table
 from ._prompts import Prompts, at_depth, check_finite, check_model, over_batches
 from ._targets import Answers, Targets

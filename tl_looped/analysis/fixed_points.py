@@ -13,10 +13,9 @@ from torch import Tensor
 from .._old_calls import accepts_old
 from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.run import rehearsal
 from ..errors import LoopedError
-from ..model.initial_state import InitialState
 from ..panels import GroupBy, Panel, grouped
+from ..record import InitialState, rehearsal
 from ..results import Estimate, Result, table
 from ..schedule import Indices, Pass, Schedule, Site, check_count
 from ._directions import cosine, relative_distance

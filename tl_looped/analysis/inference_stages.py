@@ -16,8 +16,8 @@ from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..bridge.structure import AnyBridge
 from ..errors import LoopedError
-from ..model.initial_state import InitialState
 from ..panels import GroupBy, Panel, grouped
+from ..record import InitialState
 from ..results import Estimate, Grid, Result, table
 from ..schedule import Indices, Schedule
 from ._prompts import Prompts, at_depth, check_bridge, check_finite, over_batches

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.run import rehearsal
 from ..errors import LoopedError
-from ..model.initial_state import InitialState
 from ..panels import Panel
+from ..record import InitialState, rehearsal
 from ..results import Estimate, Grid, Result
 from ..schedule import check_count
 from ._directions import cosine

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
-from ..model.initial_state import InitialState
 from ..panels import Axis, Mark, Panel
+from ..record import InitialState
 from ..results import Estimate, Result
 from ..schedule import check_count
 from ._directions import CONVERGED
-from ._one_loop import OneLoop
 from ._prompts import Prompts, check_finite, check_model, over_batches
 from ._streaming import need_loops
 
@@ -143,7 +142,7 @@ def local_stability(
         )
 
     def examples(tokens: Int[Tensor, "batch pos"]) -> LocalStability:
-        loop = OneLoop(model, tokens, initial_state)
+        loop = model.step_map(tokens, initial_state)
         width = loop.start[:, 0].numel()
         if n_exponents > width:
             raise LoopedError(f"n_exponents={n_exponents} was asked, but the state of this prompt has {width} numbers.")

@@ -10,10 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.run import rehearsal
 from ..errors import LoopedError
-from ..model.initial_state import InitialState
 from ..panels import Panel, curves
+from ..record import InitialState, rehearsal
 from ..results import Estimate, Result, table
 from ..schedule import check_count
 from ._prompts import Prompts, at_depth, check_finite, check_model, over_batches

@@ -13,8 +13,8 @@ from torch import Tensor
 from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
-from ..model.initial_state import InitialState
 from ..panels import Panel
+from ..record import InitialState
 from ..results import Estimate, Result
 from ._prompts import Prompts, over_batches
 from ._streaming import visit

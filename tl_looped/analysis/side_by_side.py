@@ -13,14 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .._depth import check_model
 from .._precision import wide
 from .._words import aligned, counted
 from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.run import rehearsal
 from ..errors import LoopedError
-from ..model.initial_state import InitialState
+from ..looped import check_model
 from ..panels import Axis, Mark, Panel
+from ..record import InitialState, rehearsal
 from ..results import Estimate, Result, table
 from ._prompts import Prompts, at_depth, check_finite, token_batches
 from ._targets import Answers, Targets

@@ -13,9 +13,9 @@ from torch import Tensor
 from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
-from ..model.initial_state import InitialState
 from ..names import stack_prefix
 from ..panels import Panel, curves
+from ..record import InitialState
 from ..results import Estimate, Result, table
 from ..schedule import Indices, LoopSelector, Site, select_indices
 from ._directions import cosine, direction, ratio

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from .._old_calls import accepts_old
 from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.run import rehearsal
 from ..errors import LoopedError
 from ..kinds import plain
-from ..model.initial_state import InitialState
 from ..panels import Panel, paths
+from ..record import InitialState, rehearsal
 from ..results import Estimate, Grid, Result
 from ..schedule import Indices, Schedule, check_count, check_index, select_indices
 from ._prompts import Prompts, at_depth, over_batches

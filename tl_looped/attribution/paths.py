@@ -18,17 +18,13 @@ from torch import Tensor
 
 from .._old_calls import accepts_old
 from .._precision import wide
-from ..bridge.cache import LoopedCache
-from ..bridge.decomposition import FINAL, Reader, Write, check_sum, has_own_state, walk
-from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.named_cache import as_slice
 from ..errors import LoopedError, UnknownNameError
-from ..model.norms import RMSNorm
+from ..looped import Cache, DirectPaths, Looped
 from ..patching.clean_run import Comparison, Metric, clean_at
 from ..results import Grid
-from ._changes import NormAt, changes_after
 
 Names = str | Sequence[str]
+FINAL = "ln_final.hook_in"
 CHUNK = 2**27  # numbers of carried changes that are held at once
 
 
@@ -64,9 +60,9 @@ class Receiver(NamedTuple):
 
 @accepts_old("sources", "receivers")
 def edge_sweep(
-    model: LoopedBridge,
+    model: Looped,
     corrupted_tokens: str | list[str] | Int[Tensor, "*batch pos"],
-    clean_cache: LoopedCache,
+    clean_cache: Cache,
     metric: Metric,
     *,
     sources: Names | None = None,
@@ -106,7 +102,7 @@ def edge_sweep(
         UnknownNameError: no such source or receiver; the cache lacks activations.
 
     Example:
-        >>> from tl_looped import LoopedConfig
+        >>> from tl_looped import LoopedBridge, LoopedConfig
         >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
         >>> clean, corrupted = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]])
         >>> _, cache = model.run_with_cache(clean)
@@ -128,9 +124,9 @@ def edge_sweep(
 
 @accepts_old("sources", "receivers")
 def path_patch(
-    model: LoopedBridge,
+    model: Looped,
     corrupted_tokens: str | list[str] | Int[Tensor, "*batch pos"],
-    clean_cache: LoopedCache,
+    clean_cache: Cache,
     metric: Metric,
     *,
     sources: Names,
@@ -165,7 +161,7 @@ def path_patch(
         LoopedError: as `edge_sweep`; or every source runs after every receiver.
 
     Example:
-        >>> from tl_looped import LoopedConfig
+        >>> from tl_looped import LoopedBridge, LoopedConfig
         >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
         >>> clean, corrupted = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]])
         >>> _, cache = model.run_with_cache(clean)
@@ -215,75 +211,49 @@ class Paths:
 
     def __init__(
         self,
-        model: LoopedBridge,
+        model: Looped,
         corrupted_tokens: Any,
-        clean_cache: LoopedCache,
+        clean_cache: Cache,
         metric: Metric,
         sources: Names | None,
         receivers: Names | None,
         run: dict[str, Any],
         estimate: bool = False,
     ):
-        self.model = model
-        self.estimate = estimate
+        self.model: Looped = model
         self.sources: dict[str, Any] = _chosen(model, "source", _sources(model), sources)
         self.receivers: dict[str, Any] = _chosen(model, "receiver", _receivers(model), receivers)
         pair = Comparison(model, corrupted_tokens, clean_cache, metric, run)
         self.pair: Comparison = pair
         self.reads: dict[str, str] = {s.hook: _read(s) for s in self.sources.values()}
         pair.require(self.reads.values())
-        layers = {s.layer for s in self.sources.values() if s.head is not None}
-        self.plain: Any = model.plain
-        self.dtype: torch.dtype = self.plain.embed.weight.dtype
-        kept = ["hook_embed", *(name for name in model.hook_dict if name.endswith(("hook_attn_out", "hook_mlp_out")))]
-        kept += [f"blocks.{i}.attn.hook_z" for i in layers]
-        for i in layers:
-            if (post := self._post(i)) is not None:
-                kept += [f"blocks.{i}.ln1_post.{hook}" for hook in (["hook_in"] if isinstance(post, RMSNorm) else post.HELD)]
-        kept += [*self.plain.loop.state_before, *(r.reads for r in self.receivers.values())]
-        kept += [name for r in self.receivers.values() for name in self._beside(r)]
+        kept = model.paths_need(
+            {s.layer for s in self.sources.values() if s.head is not None},
+            {(r.layer, r.norm) for r in self.receivers.values()},
+        )
+        kept += [r.reads for r in self.receivers.values()]
         entered = list(dict.fromkeys(r.hook for r in self.receivers.values()))
         if estimate:
             seen, gradients = pair.gradients(entered, also=kept)
         else:
             seen, gradients = pair.activations(kept), {}
         self.gradients: dict[str, Tensor] = gradients
-        self.cache: LoopedCache = LoopedCache({name: seen[name] for name in kept}, model)
-        self.own_state: bool = has_own_state(self.plain, self.cache)
-        self.read: Reader = Reader(self.cache, as_slice(None))
-        self.like: Tensor = self.read.get("hook_embed")
+        self.way: DirectPaths = model.direct_paths({name: seen[name] for name in kept}, estimate)
+        self.like: Tensor = self.way.like
 
-    def _post(self, layer: int) -> Any:
-        """What the output of the attention of a layer goes through; None for nothing."""
-        post: Any = self.plain.blocks[layer].ln1_post
-        return getattr(post, "_original_component", post)
-
-    def _through(self, module: Any, name: str, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Changes after a module that lies on the way of the stream, and in the last row what the run has after it."""
-        return changes_after(module, inputs, self.dtype, self.estimate)
-
-    def _changes(self, at: Write, rows: range) -> Iterator[tuple[int, Tensor]]:
-        """The rows written at one point, and what the clean run would change there."""
-        chosen = [(row, s) for row, s in enumerate(self.sources.values()) if row in rows and s.hook == at.hook]
+    def _changes(self, hook: str, rows: range) -> Iterator[tuple[int, Tensor]]:
+        """The rows written at a hook, and what the clean run would change there."""
+        chosen = [(row, s) for row, s in enumerate(self.sources.values()) if row in rows and s.hook == hook]
         if not chosen:
             return
-        name = self.reads[at.hook]
-        is_heads = chosen[0][1].head is not None
-        corrupted = self.read.get(name, -3 if is_heads else -2)
+        name, of_heads = self.reads[hook], chosen[0][1].head is not None
+        corrupted = self.way.value(name, -3 if of_heads else -2)
         change = self.pair.clean(name, corrupted) - corrupted
-        if not is_heads:
+        if of_heads:
+            vectors = self.way.heads(chosen[0][1].layer, [s.head for _, s in chosen], change)
+            yield from zip((row for row, _ in chosen), vectors, strict=True)
+        else:
             yield from ((row, change) for row, _ in chosen)
-            return
-        layer, heads = chosen[0][1].layer, [s.head for _, s in chosen]
-        weight = self.model.blocks[layer].attn.W_O.detach()[heads].to(change.device, change.dtype)
-        vectors = torch.einsum("bphi,hid->hbpd", change[..., heads, :], weight)
-        post = self._post(layer)
-        if isinstance(post, RMSNorm):
-            out = self.read.get(f"blocks.{layer}.ln1_post.hook_in")
-            vectors = self._through(post, "", (torch.cat((vectors, out[None])),))[:-1]
-        elif post is not None:
-            vectors = post.frozen(vectors, *(self.read.get(f"blocks.{layer}.ln1_post.{hook}") for hook in post.HELD))
-        yield from zip((row for row, _ in chosen), vectors, strict=True)
 
     @torch.no_grad()
     def carried(self) -> Iterator[Carried]:
@@ -297,39 +267,25 @@ class Paths:
             rows = range(start, min(start + size, len(self.sources)))
             written: set[int] = set()
 
-            def write(x: Tensor | None, at: Write, rows: range = rows, written: set[int] = written) -> Tensor:
-                x = self.like.new_zeros(len(rows) + 1, *self.like.shape) if x is None else x
-                x[-1] += self.read.get(at.hook)
-                for row, change in self._changes(at, rows):
-                    x[row - rows.start] += change
+            def changes(hook: str, rows: range = rows, written: set[int] = written) -> Iterator[tuple[int, Tensor]]:
+                for row, change in self._changes(hook, rows):
                     written.add(row)
-                return x
+                    yield row - rows.start, change
 
-            for stream, x in walk(self.plain, self._through, write, self.own_state):
+            for stream, x, of_run in self.way.carried(len(rows), changes):
                 if readers := [r for r in self.receivers.values() if r.stream == stream]:
-                    self._check(x[-1], readers)
-                    yield Carried(rows, stream, x[:-1], x[-1], written)
+                    for name, reader in {r.reads: r for r in readers}.items():
+                        self.way.check(name, self._norm(reader, of_run).out)
+                    yield Carried(rows, stream, x, of_run, written)
 
-    def _check(self, stream: Tensor, readers: list[Receiver]) -> None:
-        for name, reader in {r.reads: r for r in readers}.items():
-            check_sum(self._norm(reader, stream).out, self.cache[name], f"the input of {self.model.schedule.loop_name(name)}")
-
-    def _norm(self, receiver: Receiver, stream: Tensor) -> NormAt:
+    def _norm(self, receiver: Receiver, stream: Tensor) -> Any:
         """The norm before a receiver, where it stands in the run."""
-        norm = self.plain.ln_final if receiver.layer is None else getattr(self.plain.blocks[receiver.layer], receiver.norm)
-        weight = next((self.read.get(name) for name in self._beside(receiver)), None)
-        return NormAt(norm, stream, self.dtype, weight)
-
-    def _beside(self, receiver: Receiver) -> list[str]:
-        """The hooks of what the norm before a receiver reads beside the stream."""
-        norm = None if receiver.layer is None else getattr(self.plain.blocks[receiver.layer], receiver.norm)
-        return [] if norm is None else [f"blocks.{receiver.layer}.{receiver.norm}.{hook}" for hook in norm.HELD[1:]]
+        return self.way.norm(receiver.layer, receiver.norm, stream)
 
     def _weight(self, receiver: Receiver) -> Tensor:
         """The projection of one head, [d_head, d_model]."""
-        projection: Any = getattr(self.model.blocks[receiver.layer].attn, receiver.letter)
-        weight = projection.original_component.weight.detach().unflatten(0, (-1, self.model.looped_cfg.d_head))[receiver.head]
-        return weight.to(self.like.device, self.like.dtype)
+        assert receiver.layer is not None and receiver.head is not None
+        return self.way.projection(receiver.layer, receiver.letter, receiver.head)
 
     def directions(self, at: Carried) -> Tensor:
         """The gradient of the metric by a stream, through each receiver that reads it, [receiver, batch, pos, d_model]."""
@@ -377,7 +333,7 @@ def _read(source: Source) -> str:
     return source.hook if source.head is None else f"blocks.{source.layer}.attn.hook_z"
 
 
-def _sources(model: LoopedBridge) -> dict[str, Source]:
+def _sources(model: Looped) -> dict[str, Source]:
     """Everything that can send, by name, in the order of the run."""
     sources = {"embed": Source("hook_embed")}
     for i in range(model.cfg.n_layers):
@@ -386,13 +342,13 @@ def _sources(model: LoopedBridge) -> dict[str, Source]:
     return sources
 
 
-def _receivers(model: LoopedBridge) -> dict[str, Receiver]:
+def _receivers(model: Looped) -> dict[str, Receiver]:
     """Everything that can receive, by name, in the order of the run."""
     receivers: dict[str, Receiver] = {}
     for i in range(model.cfg.n_layers):
         stream, reads = f"blocks.{i}.hook_resid_pre", f"blocks.{i}.attn.hook_in"
         for letter in "qkv":
-            n_heads = model.looped_cfg.n_heads if letter == "q" else model.looped_cfg.n_kv_heads
+            n_heads = model.cfg.n_heads if letter == "q" else model.cfg.n_key_value_heads
             node = Receiver(stream, reads, f"blocks.{i}.attn.hook_{letter}", i, "ln1", letter)
             receivers |= {f"blocks.{i}.head.{h}.{letter}": node._replace(head=h) for h in range(n_heads)}
         reads = f"blocks.{i}.mlp.hook_in"
@@ -400,7 +356,7 @@ def _receivers(model: LoopedBridge) -> dict[str, Receiver]:
     return receivers | {"logits": Receiver(FINAL, "unembed.hook_in", "unembed.hook_in")}
 
 
-def _chosen(model: LoopedBridge, what: str, nodes: dict[str, Any], asked: Names | None) -> dict[str, Any]:
+def _chosen(model: Looped, what: str, nodes: dict[str, Any], asked: Names | None) -> dict[str, Any]:
     """The nodes that names or patterns stand for, in the order of the run."""
     if asked is None:
         return nodes

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from .._old_calls import accepts_old
 from .._precision import wide
-from ..bridge.cache import LoopedCache
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
+from ..looped import Cache, Looped, require
 from ..patching.clean_run import Comparison, Metric, clean_at
 from ..results import Grid
 from ..schedule import LoopSelector, check_count
@@ -22,9 +21,9 @@ from ..sites import KINDS, check_site, laid_out, outer_axes, swept_places
 
 @accepts_old("site", "axes")
 def attribution_sweep(
-    model: LoopedBridge,
+    model: Looped,
     corrupted_tokens: str | list[str] | Int[Tensor, "*batch pos"],
-    clean_cache: LoopedCache,
+    clean_cache: Cache,
     metric: Metric,
     *,
     site: str = "z",
@@ -73,7 +72,7 @@ def attribution_sweep(
         UnknownNameError: the cache lacks activations; the message says which.
 
     Example:
-        >>> from tl_looped import LoopedConfig
+        >>> from tl_looped import LoopedBridge, LoopedConfig
         >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
         >>> clean, corrupted = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]])
         >>> _, cache = model.run_with_cache(clean, names_filter="blocks.*.attn.hook_z")
@@ -120,11 +119,7 @@ def _summed(values: Tensor, dims: Sequence[str], kept: Sequence[str]) -> Tensor:
 
 def _integrated(pair: Comparison, names: list[str], steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The corrupted activations, and the gradients averaged on the way of the input embedding to the clean one."""
-    if pair.model.looped_cfg.value_embed_layers:
-        raise LoopedError(
-            f"steps={steps} was asked, but the layers of this {pair.model.looped_cfg.family} model also read the token ids "
-            "(value embeddings), between which there is no path; leave steps out."
-        )
+    require(pair.model, "one embedding", f"a path between two input embeddings (steps={steps})")
     corrupted = pair.activations([*names, "hook_embed"])
     step = pair.clean("hook_embed", corrupted["hook_embed"]) - wide(corrupted["hook_embed"])
     total: dict[str, Tensor] = {}

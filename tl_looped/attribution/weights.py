@@ -4,32 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .._depth import check_model, stopping
 from .._old_calls import accepts_old
-from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.processing import check_pass_norms
-from ..bridge.tokens import refuse_unmarked_padding
 from ..errors import LoopedError
+from ..looped import Looped, check_model, require, stopping
 from ..metrics import RowMetric
-from ..model.undo import undone
 from ..patching.clean_run import Metric
 from ..results import Grid
 from ..schedule import LoopSelector
+from ..tokens import refuse_unmarked_padding
 
 PASS_PARAMETERS = ("inject.", "pass_norm.", "exit_gate.")
 Loss = Callable[[Tensor, Tensor], Tensor]
-T = TypeVar("T")
 
 
 def weight_gradients_by_pass(
-    model: LoopedBridge,
+    model: Looped,
     tokens: str | list[str] | Int[Tensor, "*batch pos"],
     metric: Metric | None = None,
     *,
@@ -60,7 +56,7 @@ def weight_gradients_by_pass(
         LoopedError: the metric is no scalar, or has no gradient; passes whose norms differ (weight processing).
 
     Example:
-        >>> from tl_looped import LoopedConfig
+        >>> from tl_looped import LoopedBridge, LoopedConfig
         >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
         >>> gradients = weight_gradients_by_pass(model, torch.tensor([[1, 2, 3]]))
         >>> tuple(gradients["core.1.attn.q.weight"].shape)
@@ -72,7 +68,7 @@ def weight_gradients_by_pass(
         asked = {"return_type": "loss" if metric is None else "logits", **run}
         measure: Any = metric
         if isinstance(metric, RowMetric):
-            _, mask = model._read(tokens, run.get("prepend_bos"), run.get("padding_side"), run.get("attention_mask"))
+            _, mask = model.read(tokens, run.get("prepend_bos"), run.get("padding_side"), run.get("attention_mask"))
             rows = metric.bind(model, mask)
             measure = lambda logits: rows(logits).mean()  # noqa: E731
 
@@ -87,7 +83,8 @@ def weight_gradients_by_pass(
             flat = [view for uses in views.values() for view in uses]
             return list(torch.autograd.grad(value, flat, allow_unused=True))
 
-        views, found = _with_weights_of_their_own(model, gradients_of)
+        require(model, "equal passes", "a gradient for every pass")
+        views, found = model.with_weights_of_their_own(gradients_of)
     gradients = iter(found)
     by_name = {name: [(view, next(gradients)) for view in uses] for name, uses in views.items()}
     return {
@@ -98,7 +95,7 @@ def weight_gradients_by_pass(
 
 @accepts_old("loss_fn")
 def influence(
-    model: LoopedBridge,
+    model: Looped,
     train_tokens: Int[Tensor, "train pos"],
     query_tokens: Int[Tensor, "query query_pos"],
     *,
@@ -138,7 +135,7 @@ def influence(
         LoopedError: the loss is no scalar, or a loop is outside the run; rows that look padded.
 
     Example:
-        >>> from tl_looped import LoopedConfig
+        >>> from tl_looped import LoopedBridge, LoopedConfig
         >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
         >>> found = influence(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[1, 2, 3, 4]]))
         >>> found.axes, tuple(found.values.shape)
@@ -173,30 +170,3 @@ def influence(
 
 def _loss_of(loss_fn: Loss, tokens: Tensor, logits: Tensor) -> Tensor:
     return loss_fn(logits, tokens)
-
-
-def _with_weights_of_their_own(
-    model: LoopedBridge, action: Callable[[dict[str, list[nn.Parameter]]], T]
-) -> tuple[dict[str, list[nn.Parameter]], T]:
-    """What an action returns while every use of a looped parameter holds a view of its own.
-
-    The views, by canonical name and in run order, are what the action is called with; they are returned too.
-    """
-    looped = model.plain
-    check_pass_norms(looped, "a gradient for every pass")
-    prefixes = (*(f"{stack}." for stack in model.schedule.core_stacks), *PASS_PARAMETERS)
-    slots = {name: holders for name, holders in looped.parameter_slots.items() if name.startswith(prefixes)}
-    shared = {name: getattr(*holders[0]) for name, holders in slots.items()}
-    views = {name: [nn.Parameter(shared[name].detach()) for _ in holders] for name, holders in slots.items()}
-
-    def act() -> T:
-        for name, holders in slots.items():
-            for (owner, attribute), view in zip(holders, views[name], strict=True):
-                setattr(owner, attribute, view)
-        return action(views)
-
-    def share_again() -> None:
-        for name, parameter in shared.items():
-            looped.set_parameter(name, parameter)
-
-    return views, undone(act, share_again)

@@ -15,11 +15,11 @@ from .._old_calls import accepts_old
 from ..errors import LoopedError
 from ..kinds import plain
 from ..schedule import LoopSelector
+from ..tokens import real_positions
 from .decomposition import FINAL, REMAINDER, Decomposition, branch_inputs
 from .logit_attribution import LogitAttribution
 from .named_cache import as_slice
 from .residual_cache import ResidualCache, Stack
-from .tokens import real_positions
 
 Tokens = str | int | Int[Tensor, ""] | Int[Tensor, "batch"] | Int[Tensor, "batch pos"]
 Unit = Literal["component", "layer", "head"]

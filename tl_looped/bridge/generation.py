@@ -14,7 +14,8 @@ from ..errors import LoopedError
 from ..exits import ExitPolicy, Gate, GenerationReport
 from ..model.early_exit import EarlyExit
 from ..model.undo import undone, whole
-from .tokens import encode, refuse_unmarked_padding
+from ..tokens import refuse_unmarked_padding
+from .tokens import encode
 from .weights import WeightsBridge
 
 # What `generate` takes beside TransformerBridge's own arguments; every step must see it, with and without cache.

@@ -19,14 +19,14 @@ from .._old_calls import accepts_old
 from ..errors import LoopedError
 from ..model import LoopedModel
 from ..model.config import LoopedConfig
-from ..model.initial_state import InitialState
 from ..model.looped_model import initialise
+from ..record import InitialState
 from ..schedule import LoopSelector, check_count
 from . import new_caches  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from .adapter import LoopedArchitectureAdapter, bridge_config
+from .asked import AskedBridge
 from .components import InMemory, check_attn_in
 from .processing import stream_break
-from .running import RunningBridge
 from .weights import without_collections
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 TOOLS_THAT_ASK = ("transformer_lens.patching", "transformer_lens.tools")
 
 
-class LoopedBridge(InMemory, RunningBridge):
+class LoopedBridge(InMemory, AskedBridge):
     """A looped language model in TransformerLens.
 
     `blocks[i]` is virtual layer `i` of the unrolled computation; all passes over a layer hold the same parameters. Hook names
@@ -318,8 +318,8 @@ class LoopedBridge(InMemory, RunningBridge):
             >>> found.to_dataframe()[["text", "loop", "token_1", "target_rank"]].iloc[:3].values.tolist()
             [['A b B c C a ? A', 0, 'b', 1], ['A b B c C a ? A', 1, 'c', 0], ['A b B c C a ? A', 2, 'a', 6]]
         """
-        from .._depth import at_depth
         from ..lenses.answers import ask
+        from ..looped import at_depth
 
         inputs = {"initial_state": initial_state, "token_type_ids": token_type_ids}
         model = at_depth(self, n_loops)

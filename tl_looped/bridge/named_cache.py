@@ -15,9 +15,9 @@ from transformer_lens.utilities.slice import Slice
 from .._old_calls import accepts_old
 from ..errors import LoopedError, UnknownNameError
 from ..kinds import plain
+from ..record import Run
 from ..schedule import LoopSelector, Site, is_pattern, virtual_layer
 from .fingerprint import Fingerprint
-from .run import Run
 from .tokens import check_real
 
 _SWITCHES = {  # hook points that fire only with a setting of TransformerLens
@@ -160,16 +160,17 @@ class NamedCache(ActivationCache):
             rows.append(cells[0] if layer is not None else torch.stack(cells))
         return torch.stack(rows)
 
-    def check_weights(self, what: str) -> None:
+    def check_weights(self, what: str, model: Any = None) -> None:
         """Refuse to use the weights that the model has now beside these activations, if others made them.
 
         Args:
             what: what was asked.
+            model: another model whose weights are used; None for the one of the run.
 
         Raises:
             LoopedError: the weights were changed since.
         """
-        self.weights.check(self.model.plain, what)
+        self.weights.check((self.model if model is None else model).plain, what)
 
     def padding(self) -> Bool[Tensor, "batch pos"] | None:
         """Which positions are real, where some are padding; None where all are real."""

@@ -13,14 +13,14 @@ from transformer_lens.utilities.slice import Slice
 
 from .._old_calls import accepts_old
 from ..errors import LoopedError
-from ..model.initial_state import InitialState
+from ..record import InitialState, Run
 from ..schedule import Indices
+from ..tokens import counts_from_end, real_positions, refuse_unmarked_padding
 from .cache import LoopedCache
 from .generation import GeneratingBridge
 from .hooking import without_leftovers
 from .names import Hook, NamesFilter
-from .run import Run
-from .tokens import check_real, counts_from_end, real_positions, refuse_unmarked_padding
+from .tokens import check_real
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ class RunningBridge(GeneratingBridge):
                 (with a loss, or end with them) without `attention_mask`, so that what is padding is not known.
         """
         attention_mask = kwargs.pop("one_zero_attention_mask", None) if attention_mask is None else attention_mask
-        input, attention_mask = self._read(input, prepend_bos, padding_side, attention_mask)
+        input, attention_mask = self.read(input, prepend_bos, padding_side, attention_mask)
         kwargs |= self._generation_arguments(input, kwargs)
         if isinstance(loop, str):
             raise LoopedError(f"loop={loop!r} was asked of one run; for every loop use readout(input, loop='all').")
@@ -144,7 +144,7 @@ class RunningBridge(GeneratingBridge):
         if isinstance(loop, str) and loop != "all":
             raise LoopedError(f"loop={loop!r} was asked; pass an int, or 'all' for every loop.")
         loops = list(range(self.n_loops)) if isinstance(loop, str) else [self.schedule.loop(loop)]
-        tokens, mask = self._read(input, None, "right" if attention_mask is None else None, attention_mask)
+        tokens, mask = self.read(input, None, "right" if attention_mask is None else None, attention_mask)
         if mask is None and counts_from_end(positions):
             refuse_unmarked_padding(self.tokenizer, tokens, f"a readout at positions={positions!r}")
         if positions is None and mask is not None and attention_mask is None:
@@ -154,13 +154,20 @@ class RunningBridge(GeneratingBridge):
                 "attention_mask=."
             )
         given = {"attention_mask": mask, "initial_state": initial_state, "token_type_ids": token_type_ids}
-        found = self._readouts(tokens, loops, positions, {name: value for name, value in given.items() if value is not None})
+        found = self.readouts_at(tokens, loops, positions, {name: value for name, value in given.items() if value is not None})
         return found if isinstance(loop, str) else found[0]
 
-    def _readouts(
-        self, tokens: Tensor, loops: list[int], positions: Indices, inputs: dict[str, Any]
+    def readouts_at(
+        self, tokens: Int[Tensor, "*batch pos"], loops: list[int], positions: Indices, inputs: dict[str, Any]
     ) -> Float[Tensor, "loop batch chosen d_vocab"]:
-        """The readouts after several loops of one run, which ends with the last of them."""
+        """The readouts after several loops of one run, which ends with the last of them.
+
+        Args:
+            tokens: what it runs on.
+            loops: after which loops.
+            positions: as in `readout`.
+            inputs: what else the run takes, such as `attention_mask`.
+        """
         chosen = None
         if positions is not None:
             columns = real_positions(positions, inputs.get("attention_mask"), tokens.shape[-1])
@@ -300,7 +307,7 @@ class RunningBridge(GeneratingBridge):
                 )
             kwargs |= {"stop": self._stop(stop_at_layer), "return_type": "logits"}
         mask = kwargs.pop("attention_mask", kwargs.pop("one_zero_attention_mask", None))
-        input, mask = self._read(input, kwargs.pop("prepend_bos", None), kwargs.pop("padding_side", None), mask)
+        input, mask = self.read(input, kwargs.pop("prepend_bos", None), kwargs.pop("padding_side", None), mask)
         if mask is not None:
             kwargs["attention_mask"] = mask
             mask = mask[:, -input.shape[1] :].clone()  # of the positions that are run

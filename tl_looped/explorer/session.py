@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .._depth import check_model, first_hooked
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..kinds import choice, count, shown
+from ..looped import check_model
+from ..running import first_hooked
 from ._asked import LENSES, SITES, Asked, listed, read_asked, read_prompt, token_id, words_of
 from ._attention import head_in_all_loops
 from ._edits import Call, Hooks, calls, edited, offered

@@ -10,19 +10,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..bridge.cache import LoopedCache
-from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.tokens import counts_from_end, real_positions
 from ..errors import LoopedError, OutOfRangeError
 from ..kinds import plain
-from ..model.layers import Inputs, running
+from ..looped import Cache, Looped
+from ..running import Running, running
 from ..schedule import Pass
+from ..tokens import counts_from_end, real_positions
 
 Hooks = list[tuple[str, Callable[..., Tensor | None]]]
 Positions = int | slice | Sequence[int] | None
 
 
-def passes_from(model: LoopedBridge, from_loop: int, stack: str | None) -> list[Pass]:
+def passes_from(model: Looped, from_loop: int, stack: str | None) -> list[Pass]:
     """The pass of loop `from_loop`, and all later ones of its stack."""
     if not isinstance(from_loop := plain(from_loop), int):
         raise LoopedError(f"from_loop={from_loop!r} was asked; pass one loop, an int.")
@@ -120,21 +119,21 @@ def here(source: Tensor, x: Tensor, positions: Positions, hook: Any, real: Tenso
     return source[:, torch.arange(inputs.past, total, device=source.device).clamp(max=length - 1)].to(x.device, x.dtype)
 
 
-def cached(model: LoopedBridge, cache: object, names: Sequence[str]) -> dict[str, Tensor]:
+def cached(model: Looped, cache: object, names: Sequence[str]) -> dict[str, Tensor]:
     """Activations of another run of the model, under their loop-indexed names."""
-    if not isinstance(cache, LoopedCache) or not cache.has_batch_dim:
+    if not isinstance(cache, Cache) or not cache.has_batch_dim:
         raise LoopedError("a cache was asked for: pass the LoopedCache that run_with_cache returns, with its batch dimension.")
-    cache.weights.check(model.plain, "an intervention with a cache")
+    cache.check_weights("an intervention with a cache", model)
     return {name: cache[name].detach() for name in names}
 
 
-def real_in(cache: LoopedCache, source: Tensor) -> Tensor:
+def real_in(cache: Cache, source: Tensor) -> Tensor:
     """Which positions of a cached run are no padding, [batch, pos]."""
     mask = cache.attention_mask
     return torch.ones(source.shape[:2], dtype=torch.bool, device="cpu") if mask is None else mask
 
 
-def current_run(hook: Any) -> Inputs:
+def current_run(hook: Any) -> Running:
     """The run that a hook is part of."""
     inputs = running()
     if inputs is None:
@@ -146,7 +145,7 @@ class Seen:
     """A value that one hook leaves for later hooks of the same run; gone when the run ends."""
 
     def __init__(self) -> None:
-        self._values: WeakKeyDictionary[Inputs, Tensor] = WeakKeyDictionary()
+        self._values: WeakKeyDictionary[Running, Tensor] = WeakKeyDictionary()
 
     def store(self, x: Tensor, hook: Any) -> None:
         """A hook function that keeps what it sees."""

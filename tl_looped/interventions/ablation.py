@@ -10,14 +10,12 @@ from typing import Any, Literal, ParamSpec, cast
 import torch
 from torch import Tensor
 
-from .._depth import check_model
 from .._old_calls import accepts_old
-from ..bridge.cache import LoopedCache
-from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.tokens import real_mean
 from ..errors import LoopedError
+from ..looped import Cache, Looped, check_model
 from ..schedule import Indices, LoopSelector, select_indices
 from ..sites import select_layers
+from ..tokens import real_mean
 from ._hooks import Hooks, Positions, cached, here, real_in, unit_mask, write
 
 P = ParamSpec("P")
@@ -50,7 +48,7 @@ def _units(function: Callable[P, Hooks]) -> Callable[P, Hooks]:
 @accepts_old("loops", "layers", "units")
 @_units
 def ablate(
-    model: LoopedBridge,
+    model: Looped,
     part: Literal["attn", "mlp", "layer", "head", "neuron"],
     *,
     loops: LoopSelector = "all",
@@ -58,7 +56,7 @@ def ablate(
     heads: Indices = None,
     neurons: Indices = None,
     mode: Literal["zero", "mean", "resample"] = "zero",
-    cache: LoopedCache | None = None,
+    cache: Cache | None = None,
     positions: Positions = None,
     stack: str | None = None,
 ) -> Hooks:
@@ -106,8 +104,8 @@ def ablate(
         raise LoopedError(f"mode={mode!r} needs {wants}.")
     mask = None
     for name, units, own, n in (
-        ("heads", heads, "head", model.looped_cfg.n_heads),
-        ("neurons", neurons, "neuron", model.looped_cfg.d_mlp),
+        ("heads", heads, "head", model.cfg.n_heads),
+        ("neurons", neurons, "neuron", model.cfg.d_mlp),
     ):
         if units is not None and part != own:
             raise LoopedError(f'{name}={units!r} was asked of part={part!r}; {name} are those of part="{own}".')

@@ -8,18 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .._depth import check_model
 from .._old_calls import accepts_old
-from ..bridge.cache import LoopedCache
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
+from ..looped import Cache, Looped, check_model, require
 from ..schedule import LoopSelector, Pass
 from ._hooks import Hooks, Positions, Seen, cached, here, passes_from, real_in, write
 
 Value = Float[Tensor, "batch pos d_model"] | Float[Tensor, " d_model"]
 
 
-def freeze_injection(model: LoopedBridge, from_loop: int, *, stack: str | None = None) -> Hooks:
+def freeze_injection(model: Looped, from_loop: int, *, stack: str | None = None) -> Hooks:
     """Give every pass after `from_loop` the injection of that pass.
 
     In a model with one looped stack every pass is injected the same, so this carries an edit of one pass on to the later ones
@@ -49,8 +47,8 @@ def freeze_injection(model: LoopedBridge, from_loop: int, *, stack: str | None =
 
 @accepts_old("loops")
 def replace_injection(
-    model: LoopedBridge,
-    source: LoopedCache | Value,
+    model: Looped,
+    source: Cache | Value,
     *,
     loops: LoopSelector = "all",
     positions: Positions = None,
@@ -90,7 +88,7 @@ def replace_injection(
 
 @accepts_old("loops")
 def drop_injection(
-    model: LoopedBridge, *, loops: LoopSelector = "all", positions: Positions = None, stack: str | None = None
+    model: Looped, *, loops: LoopSelector = "all", positions: Positions = None, stack: str | None = None
 ) -> Hooks:
     """Inject zeros in chosen passes: the prompt no longer reaches them, except through the state.
 
@@ -115,7 +113,7 @@ def drop_injection(
 
 
 def set_initial_state(
-    model: LoopedBridge, state: Value | Literal["zero"], *, positions: Positions = None, stack: str | None = None
+    model: Looped, state: Value | Literal["zero"], *, positions: Positions = None, stack: str | None = None
 ) -> Hooks:
     """Set the state before the first pass; the injection, if there is one, stays that of the prompt.
 
@@ -146,15 +144,11 @@ def set_initial_state(
     schedule = model.schedule
     first = schedule.passes_of(0, stack)[0]
     names = [f"{schedule.pass_prefix(p)}.hook_injection" for p in schedule.passes[: first.index]]
-    return [(name, _write(value, positions)) for name in [*names, f"{schedule.pass_prefix(first)}.{model.plain.loop.entrance}"]]
+    return [(name, _write(value, positions)) for name in [*names, f"{schedule.pass_prefix(first)}.{model.entrance}"]]
 
 
-def _names(model: LoopedBridge, passes: list[Pass]) -> list[str]:
-    if model.looped_cfg.injection == "none":
-        raise LoopedError(
-            f"the passes of this {model.looped_cfg.family} model have no injection: they read the state alone; "
-            "set_initial_state and steer change it."
-        )
+def _names(model: Looped, passes: list[Pass]) -> list[str]:
+    require(model, "injection", "an edit of the injection")
     return list(dict.fromkeys(f"{model.schedule.pass_prefix(p)}.hook_injection" for p in passes))
 
 

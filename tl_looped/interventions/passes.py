@@ -8,18 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._depth import check_model
 from .._old_calls import accepts_old
-from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.processing import last_norm_is_folded
 from ..errors import LoopedError
+from ..looped import Looped, check_model, require
 from ..schedule import Indices, LoopSelector, Pass, Schedule, check_count, select_indices
 from ..sites import select_layers
 from ._hooks import Hooks, Seen, passes_from, unit_mask
 
 
 @accepts_old("loops", "layers")
-def skip_layer(model: LoopedBridge, *, loops: LoopSelector = "all", layers: Indices = None, stack: str | None = None) -> Hooks:
+def skip_layer(model: Looped, *, loops: LoopSelector = "all", layers: Indices = None, stack: str | None = None) -> Hooks:
     """Make layers the identity on the residual stream in chosen loops: no branch, no norm on the stream.
 
     The layers are computed and their result is discarded, so a cache also holds what they would have written.
@@ -49,7 +47,7 @@ def skip_layer(model: LoopedBridge, *, loops: LoopSelector = "all", layers: Indi
     return _identities(pairs)
 
 
-def skip_loop(model: LoopedBridge, loops: LoopSelector, *, stack: str | None = None) -> Hooks:
+def skip_loop(model: Looped, loops: LoopSelector, *, stack: str | None = None) -> Hooks:
     """Make passes the identity on the state: no injection, no layers, no norm after the pass.
 
     The next pass finds the state that entered, which is how a model without the pass would run; the exit gate of the pass, if
@@ -76,13 +74,10 @@ def skip_loop(model: LoopedBridge, loops: LoopSelector, *, stack: str | None = N
     check_model(model)
     schedule = model.schedule
     chosen = schedule.passes_of(loops, stack)
-    if schedule.passes[-1] in chosen and last_norm_is_folded(model.plain):
-        raise LoopedError(
-            f"loops={loops!r} skips the last loop, but the unembedding has absorbed the weight of its norm (compatibility "
-            "mode), which the state of earlier loops still has; use a model without weight processing, or fold_ln=False."
-        )
+    if schedule.passes[-1] in chosen:
+        require(model, "equal passes", f"a run without the last loop (loops={loops!r})")
     prefixes = dict.fromkeys(schedule.pass_prefix(p) for p in chosen)
-    return _identities([(f"{prefix}.{model.plain.loop.entrance}", f"{prefix}.hook_out") for prefix in prefixes])
+    return _identities([(f"{prefix}.{model.entrance}", f"{prefix}.hook_out") for prefix in prefixes])
 
 
 def _identities(pairs: Iterable[tuple[str, str]]) -> Hooks:
@@ -97,8 +92,8 @@ def _identities(pairs: Iterable[tuple[str, str]]) -> Hooks:
 
 @accepts_old("times")
 def repeat_loop(
-    model: LoopedBridge, loop: int, *, times: int = 1, fwd_hooks: Iterable[tuple[str, Callable[..., Any]]] = ()
-) -> tuple[LoopedBridge, Hooks]:
+    model: Looped, loop: int, *, times: int = 1, fwd_hooks: Iterable[tuple[str, Callable[..., Any]]] = ()
+) -> tuple[Looped, Hooks]:
     """Run one loop several times in a row: the state that leaves it goes through the same loop again.
 
     A repeated loop needs activations, names, and keys and values of its own, which no hook can give it. So this returns another
@@ -146,8 +141,9 @@ def repeat_loop(
             raise LoopedError("fwd_hooks holds a function of names, which does not say where it acts in the repeated loop.")
         for name in model.expand_name(asked):
             name = old.loop_name(name)
-            if model.looped_cfg.pass_norm_is_final and name.startswith("ln_final."):  # the norm of the last pass
-                name = f"{old.pass_prefix(old.passes[-1])}.norm.{name.removeprefix('ln_final.')}"
+            norm = f"{old.pass_prefix(old.passes[-1])}.norm.{name.removeprefix('ln_final.')}"
+            if name.startswith("ln_final.") and model.hook_dict.get(norm) is model.hook_dict[name]:  # the norm of the last pass
+                name = norm
             moved += [(new, function) for new in _executions(old, deeper.schedule, loop, name)]
     return deeper, moved
 
@@ -171,7 +167,7 @@ def _executions(old: Schedule, new: Schedule, loop: int, name: str) -> list[str]
 
 @accepts_old("layers", "heads")
 def freeze_attention(
-    model: LoopedBridge, from_loop: int, *, layers: Indices = None, heads: Indices = None, stack: str | None = None
+    model: Looped, from_loop: int, *, layers: Indices = None, heads: Indices = None, stack: str | None = None
 ) -> Hooks:
     """Let all loops after `from_loop` mix positions with the attention patterns of that loop.
 
@@ -195,7 +191,7 @@ def freeze_attention(
         ['loops.1.blocks.0.attn.hook_pattern', 'loops.2.blocks.0.attn.hook_pattern']
     """
     check_model(model)
-    n_heads = model.looped_cfg.n_heads
+    n_heads = model.cfg.n_heads
     mask = None if heads is None else unit_mask(select_indices(heads, n_heads, "heads"), n_heads, after=2)
     source, *later = passes_from(model, from_loop, stack)
 

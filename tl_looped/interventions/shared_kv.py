@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .._depth import check_model
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
+from ..looped import Looped, check_model
 from ..schedule import Schedule, check_count
 from ._hooks import Hooks, current_run
 
@@ -18,7 +17,7 @@ Policy = Literal["first", "last", "mean"] | int
 KeyValues = tuple[Tensor, Tensor]  # each [batch, kv_head, key, d_head]
 
 
-def share_kv(model: LoopedBridge, policy: Policy) -> Hooks:
+def share_kv(model: Looped, policy: Policy) -> Hooks:
     """Generate with one set of keys and values for several loops.
 
     Without it, every loop of every layer keeps keys and values of its own. With it, a looped layer keeps one set ("first",

@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .._depth import check_model
 from .._old_calls import accepts_old
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
+from ..looped import Looped, check_model
 from ..schedule import Indices, LoopSelector
 from ..sites import PASSES, STREAMS, check_site, select_places
 from ._hooks import Hooks, Positions, write
@@ -20,7 +19,7 @@ from ._hooks import Hooks, Positions, write
 
 @accepts_old("scale", "loops")
 def steer(
-    model: LoopedBridge,
+    model: Looped,
     direction: Float[Tensor, " d_model"],
     *,
     scale: float = 1.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -12,17 +12,15 @@ from torch import Tensor
 
 from .._precision import wide
 from .._words import counted
-from ..bridge.tokens import Mask, encode, refuse_unmarked_padding
 from ..errors import LoopedError
 from ..figures.token_grid import COLOURS, Colours, check_colour, lines, token_grid
 from ..figures.tokens_shown import cut, token_texts, visible
 from ..kinds import plain, shown
+from ..looped import Looped
 from ..metrics import one_token
 from ..results import Grid, Result
 from ..schedule import LoopSelector, check_count
-
-if TYPE_CHECKING:
-    from ..bridge.looped_bridge import LoopedBridge
+from ..tokens import Mask, refuse_unmarked_padding
 
 __all__ = ["Answers"]
 
@@ -147,7 +145,7 @@ class Answers(Result):
 
 @torch.no_grad()
 def ask(
-    model: LoopedBridge,
+    model: Looped,
     prompts: Prompts,
     *,
     loops: LoopSelector,
@@ -167,7 +165,7 @@ def ask(
         attention_mask: as there.
         **inputs: what a run takes beside.
     """
-    d_vocab = model.looped_cfg.d_vocab
+    d_vocab = model.cfg.d_vocab
     if check_count("top_k", top_k) > d_vocab:
         raise LoopedError(f"top_k={top_k} was asked; the vocabulary has {d_vocab} tokens.")
     chosen = sorted(set(model.schedule.select_loops(loops, model.schedule.core_stacks[-1])))
@@ -204,7 +202,7 @@ def ask(
     )
 
 
-def _rows(model: LoopedBridge, prompts: Any, mask: Mask) -> tuple[Int[Tensor, "prompt pos"], Tensor | None]:
+def _rows(model: Looped, prompts: Any, mask: Mask) -> tuple[Int[Tensor, "prompt pos"], Tensor | None]:
     """The prompts as tokens, padded on the right, and the mask of those that are real; None where all are."""
     device = model.cfg.device
     listed: Any = list(prompts) if isinstance(prompts, (list, tuple)) else prompts
@@ -219,15 +217,15 @@ def _rows(model: LoopedBridge, prompts: Any, mask: Mask) -> tuple[Int[Tensor, "p
         texts = [listed] if isinstance(listed, str) else listed
         if empty := [i for i, text in enumerate(texts) if not text.strip()]:
             raise LoopedError(f"prompt {empty[0]} is {texts[empty[0]]!r}, in which there is nothing to read; leave it out.")
-        read, real = encode(model.tokenizer, model.cfg, texts, padding_side="right")
+        read, real = model.read(texts, padding_side="right")
         tokens, mask = read.to(device), None if real is None else real.to(device)
     else:
         tokens, mask = _padded(listed, device)
     lengths = [tokens.shape[1]] * len(tokens) if mask is None else mask.sum(1).tolist()
     for i, n in enumerate(lengths):
-        if n > model.looped_cfg.n_ctx:
+        if n > model.cfg.n_ctx:
             raise LoopedError(
-                f"prompt {i} has {n} tokens, but the context of this model is n_ctx={model.looped_cfg.n_ctx}; shorten it."
+                f"prompt {i} has {n} tokens, but the context of this model is n_ctx={model.cfg.n_ctx}; shorten it."
             )
     return tokens, mask
 
@@ -258,11 +256,11 @@ def _of_rows(inputs: dict[str, Any], rows: slice, n: int) -> dict[str, Any]:
     return {name: x[rows] if isinstance(x, Tensor) and len(x) == n else x for name, x in inputs.items()}
 
 
-def _read(model: LoopedBridge, tokens: Tensor, mask: Tensor | None, loops: list[int], inputs: dict[str, Any]) -> Tensor:
+def _read(model: Looped, tokens: Tensor, mask: Tensor | None, loops: list[int], inputs: dict[str, Any]) -> Tensor:
     """The logits after every chosen loop at each row's last token, [prompt, loop, d_vocab]."""
     mask = None if mask is None or bool(mask.all()) else mask
     run = {name: value for name, value in {"attention_mask": mask, **inputs}.items() if value is not None}
-    logits = model._readouts(tokens, loops, -1, run)[:, :, 0]
+    logits = model.readouts_at(tokens, loops, -1, run)[:, :, 0]
     if not bool(torch.isfinite(logits).all()):
         loop = next(t for t, one in zip(loops, logits, strict=True) if not bool(torch.isfinite(one).all()))
         raise LoopedError(f"the logits after loop {loop} are not finite; see the run with run_with_cache.")
@@ -285,12 +283,12 @@ def _targets(targets: Any, n: int) -> list[str | int]:
     return list(listed)
 
 
-def _words(model: LoopedBridge, ids: Tensor) -> dict[int, str]:
+def _words(model: Looped, ids: Tensor) -> dict[int, str]:
     known = ids.unique().tolist()
     return dict(zip(known, token_texts(model.tokenizer, known), strict=True))
 
 
-def _prompt_texts(model: LoopedBridge, prompts: Any, tokens: Tensor, real: Tensor) -> list[str]:
+def _prompt_texts(model: Looped, prompts: Any, tokens: Tensor, real: Tensor) -> list[str]:
     if isinstance(prompts, str):
         return [prompts]
     if isinstance(prompts, (list, tuple)) and isinstance(prompts[0], str):

@@ -12,12 +12,12 @@ from torch import Tensor
 from .._old_calls import accepts_old
 from ..errors import LoopedError
 from ..figures.tokens_shown import visible
+from ..looped import Lens
 from ..panels import draw, rank_trajectories
 from ..results import Grid, Result
 from ..results.grid import Selection
 from ..results.showing import MOST_ROWS
 from ..schedule import Indices, Schedule, Site, check_index, select_indices
-from ._decoder import Lens
 from ._lens_grid import lens_grid
 
 __all__ = ["LogitLensResult", "Readout"]

@@ -10,18 +10,16 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from .._depth import at_depth, check_model
 from .._old_calls import accepts_old
-from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.tokens import real_positions, refuse_unmarked_padding
 from ..errors import LoopedError
 from ..figures.tokens_shown import token_texts
 from ..kinds import plain
+from ..looped import Lens, Looped, at_depth, check_model, require
 from ..metrics import one_token
-from ..model.initial_state import InitialState
-from ..model.inputs import check_tokens
+from ..record import InitialState
 from ..schedule import Indices, LoopSelector, Schedule, check_count
-from ._decoder import Decoder, Lens
+from ..tokens import check_tokens, real_positions, refuse_unmarked_padding
+from ._read import read
 from .lens_result import LogitLensResult, Target
 
 __all__ = ["logit_lens"]
@@ -32,7 +30,7 @@ TargetInput = Target | Sequence[Target] | Int[Tensor, "..."] | None
 @torch.no_grad()
 @accepts_old("targets", "lens")
 def logit_lens(
-    model: LoopedBridge,
+    model: Looped,
     tokens: str | list[str] | Int[Tensor, "*batch pos"],
     *,
     targets: TargetInput = None,
@@ -110,9 +108,8 @@ def logit_lens(
     if lens not in get_args(Lens):
         raise LoopedError(f"lens={lens!r} was asked; choose 'logit' or 'native'.")
     check_model(model)
-    if model._weights_processed:
-        raise LoopedError("the weights of this model were processed (compatibility mode); decode the model before that.")
-    d_vocab = model.looped_cfg.d_vocab
+    require(model, "early readouts", "a lens")
+    d_vocab = model.cfg.d_vocab
     if check_count("top_k", top_k) > d_vocab:
         raise LoopedError(f"top_k={top_k} was asked; the vocabulary has {d_vocab} tokens.")
     check_count("chunk_size", chunk_size)
@@ -124,19 +121,19 @@ def logit_lens(
     asked = None if targets is None else _target_ids(model, targets, ids)
 
     inputs = {"attention_mask": mask, "token_type_ids": token_type_ids}
-    decoder = Decoder(model, schedule, ids, {name: value for name, value in inputs.items() if value is not None})
+    out = model.way_out(schedule, ids, {name: value for name, value in inputs.items() if value is not None})
     cells: list[tuple[Lens, int]] = [(lens, i) for i in rows]
     if asked is None:  # the last layer, the family's own way, is the model's prediction
         cells.append(("native", schedule.n_layers - 1))
-    hidden = decoder.run(cells, columns, initial_state)  # [cell, batch, pos, d_model]
+    hidden = out.run(cells, columns, initial_state)  # [cell, batch, pos, d_model]
     if asked is None:
         none = ids.new_empty((columns.numel(), 0))
-        target_ids, names = decoder.read(hidden[-1:], none, 1, chunk_size).top_tokens.view(*columns.shape, 1), None
+        target_ids, names = read(out, d_vocab, hidden[-1:], none, 1, chunk_size).top_tokens.view(*columns.shape, 1), None
     else:
         target_ids, names = asked[0].gather(1, columns[..., None].expand(-1, -1, asked[0].shape[-1])), asked[1]
-    readout = decoder.read(hidden[: len(rows)], target_ids.flatten(0, 1), top_k, chunk_size)
-    read = ids.gather(1, columns)
-    named = torch.cat([part.flatten() for part in (read, target_ids, readout.top_tokens)]).unique().tolist()
+    readout = read(out, d_vocab, hidden[: len(rows)], target_ids.flatten(0, 1), top_k, chunk_size)
+    at = ids.gather(1, columns)
+    named = torch.cat([part.flatten() for part in (at, target_ids, readout.top_tokens)]).unique().tolist()
     return LogitLensResult(
         *(part.unflatten(1, columns.shape) for part in readout),
         lens=lens,
@@ -146,21 +143,21 @@ def logit_lens(
         real=torch.ones_like(columns, dtype=torch.bool) if mask is None else mask.bool().gather(1, columns),
         targets=target_ids,
         target_names=names,
-        tokens=read,
+        tokens=at,
         words=dict(zip(map(str, named), token_texts(model.tokenizer, named), strict=True)),
     )
 
 
 def _token_ids(
-    model: LoopedBridge, tokens: str | list[str] | Tensor, mask: Tensor | None
+    model: Looped, tokens: str | list[str] | Tensor, mask: Tensor | None
 ) -> tuple[Int[Tensor, "batch pos"], Tensor | None]:
     if not isinstance(tokens, Tensor):
         _need_tokenizer(model, tokens)
     elif mask is None:
         refuse_unmarked_padding(model.tokenizer, tokens, "logit_lens")
-    read, mask = model._read(tokens, None, "right", mask)
+    read, mask = model.read(tokens, None, "right", mask)
     ids: Tensor = (read[None] if read.ndim == 1 else read).to(model.cfg.device)
-    check_tokens(ids, model.looped_cfg.d_vocab)
+    check_tokens(ids, model.cfg.d_vocab)
     if mask is not None and mask.shape != ids.shape:
         raise LoopedError(f"attention_mask of shape {tuple(mask.shape)} was given for tokens {tuple(ids.shape)}.")
     return ids.long(), None if mask is None else mask.to(ids.device)
@@ -173,13 +170,13 @@ def _places(columns: Int[Tensor, "batch chosen"], mask: Tensor | None) -> list[i
     return (mask[0].long().cumsum(0)[columns[0]] - 1 - mask[0].long().sum()).tolist()
 
 
-def _need_tokenizer(model: LoopedBridge, text: object) -> None:
+def _need_tokenizer(model: Looped, text: object) -> None:
     if model.tokenizer is None:
         raise LoopedError(f"{text!r} was given, but this model has no tokenizer; pass token ids, or give model.tokenizer one.")
 
 
 def _target_ids(
-    model: LoopedBridge, targets: Target | Sequence[Target] | Tensor, tokens: Tensor
+    model: Looped, targets: Target | Sequence[Target] | Tensor, tokens: Tensor
 ) -> tuple[Int[Tensor, "batch pos target"], tuple[Target, ...] | None]:
     """The ids of the targets at every position, and the targets as asked if they are the same everywhere."""
     names: tuple[Target, ...] | None
@@ -194,7 +191,7 @@ def _target_ids(
         asked: Any = plain(targets.reshape(-1) if isinstance(targets, Tensor) else targets)
         names = (asked,) if isinstance(asked, (str, int)) else tuple(asked)
         ids = torch.tensor([_target_id(model, name) for name in names], device=tokens.device).expand(*tokens.shape, -1)
-    d_vocab = model.looped_cfg.d_vocab
+    d_vocab = model.cfg.d_vocab
     if ids.is_floating_point() or not ids.numel():
         raise LoopedError("targets must name at least one token: an int, a string, a list of them, or an int tensor.")
     if int(ids.min()) < 0 or int(ids.max()) >= d_vocab:
@@ -203,7 +200,7 @@ def _target_ids(
     return ids.long(), names
 
 
-def _target_id(model: LoopedBridge, target: object) -> int:
+def _target_id(model: Looped, target: object) -> int:
     if not isinstance(target := plain(target), (str, int)) or isinstance(target, bool):
         raise LoopedError(f"target {target!r} was asked; a target is a token id or a string that is one token.")
     return one_token(model, target)

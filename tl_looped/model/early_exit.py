@@ -18,8 +18,8 @@ from transformers import DynamicCache
 
 from ..errors import LoopedError
 from ..exits import ExitPolicy, LoopHistory
+from ..record import InitialState
 from ..schedule import Pass
-from .initial_state import InitialState
 from .inputs import masks_of, positions_of
 from .layers import Inputs
 from .loops import Parts, run_part

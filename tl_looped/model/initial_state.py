@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import LoopedError
+from ..record import InitialState
 from .config import LoopedConfig
-
-InitialState = Float[Tensor, "batch pos d_model"] | int | torch.Generator | Literal["zero"] | None
 
 DEFAULT_SEED = 0
 

@@ -38,18 +38,6 @@ class Part:
         return self.start is not None
 
 
-def check_tokens(tokens: Tensor, d_vocab: int) -> None:
-    """Raise a `LoopedError` unless `tokens` is a non-empty integer [batch, pos] inside the vocabulary."""
-    if tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
-        raise LoopedError(
-            f"tokens of shape {tuple(tokens.shape)} and {tokens.dtype} were given; pass a non-empty int [batch, pos]."
-        )
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= d_vocab:
-        bad = low if low < 0 else high
-        raise LoopedError(f"token {bad} was given, but the vocabulary of this model is 0..{d_vocab - 1}.")
-
-
 def positions_of(cfg: LoopedConfig, x: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None, past: int) -> Tensor:
     """The position of every token, [batch, pos], as given or counted from the first real one."""
     batch, n_new = x.shape[:2]

@@ -7,59 +7,32 @@ to trust.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from ..running import Running, is_observed
 from .config import LoopedConfig
 from .mlps import MLP
 from .norms import NORMS, Gain, RMSNorm, norm_of
 from .residuals import Add, Interpolate, residual_write
 from .rotary import Angles
-from .slots import is_observed, same_bits
-
-
-@runtime_checkable
-class KeyValueCache(Protocol):
-    """What the model needs of a key-value cache; transformers' `DynamicCache` is one."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]: ...
-
-    def get_seq_length(self, layer_idx: int = 0) -> int: ...
+from .slots import same_bits
 
 
 @dataclass(eq=False)
-class Inputs:
+class Inputs(Running):
     """What every layer of a run reads beside the residual stream; hooks ask `running()` for it."""
 
     rope: dict[float, Angles]  # cos and sin, by the base of their frequencies
     # Attention masks by window (None: no window), True where a query may look; None means plain causal.
     masks: dict[int | None, Bool[Tensor, "#batch 1 query key"] | None]
-    cache: KeyValueCache | None = None
     value_embeds: dict[int, Float[Tensor, "batch pos kv_width"]] = field(default_factory=dict)
-    past: int = 0  # positions of the text before the first one that is run
-    real: Bool[Tensor, "batch key"] | None = None  # which positions of the text are no padding; None for all
     carried: dict[str, Tensor] = field(default_factory=dict)  # beside the stream, see `Stream`; layers may read and write it
-
-    def enter(self) -> None:
-        """What runs from now on reads these inputs."""
-        _running.set(weakref.ref(self))
-
-
-_running: ContextVar[weakref.ref[Inputs] | None] = ContextVar("running", default=None)
-
-
-def running() -> Inputs | None:
-    """The inputs of the layers that are being run; an object of its own in every run, and in every step of a generation."""
-    reference = _running.get()
-    return None if reference is None else reference()
 
 
 def rotate(

@@ -10,12 +10,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..errors import LoopedError
+from ..record import InitialState
+from ..running import KeyValueCache
 from ..schedule import Pass, Site, check_count
+from ..tokens import check_tokens
 from .config import LoopedConfig
 from .early_exit import EarlyExit
-from .initial_state import InitialState, NoiseTable, initial_state
-from .inputs import Part, check_tokens, masks_of, positions_of
-from .layers import Block, Inputs, KeyValueCache, each_module
+from .initial_state import NoiseTable, initial_state
+from .inputs import Part, masks_of, positions_of
+from .layers import Block, Inputs, each_module
 from .loops import Begin, Parts, Repeat, Stream, crossings, loop_of, run_part
 from .norms import RMSNorm, norm_of
 from .passes import PASS_NAMES, PassEnds

@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import LoopedError
+from ..running import is_observed
 from .config import LoopedConfig
-from .slots import is_observed, observe, same_bits
+from .slots import observe, same_bits
 
 
 class RMSNorm(nn.Module):

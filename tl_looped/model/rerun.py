@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .initial_state import InitialState
+from ..record import InitialState
 from .layers import Inputs
 from .looped_model import LoopedModel
 from .loops import Stream

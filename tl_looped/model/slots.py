@@ -7,10 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-
-def is_observed(slot: nn.Module) -> bool:
-    """Whether a hook is attached to a slot."""
-    return bool(slot._forward_hooks or slot._forward_pre_hooks or slot._backward_hooks or slot._backward_pre_hooks)
+from ..running import is_observed
 
 
 def observe(slot: nn.Module, x: Tensor) -> Tensor:

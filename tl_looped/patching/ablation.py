@@ -15,19 +15,18 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._depth import stopping
 from .._old_calls import accepts_old
 from .._precision import wide
-from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.tokens import refuse_unmarked_padding
 from ..errors import LoopedError
 from ..kinds import plain, shown
+from ..looped import Looped, stopping
 from ..metrics import Divergence, RowMetric, metric_name
-from ..model.initial_state import InitialState
 from ..panels import Panel
+from ..record import InitialState
 from ..results import Estimate, Grid, Result
 from ..schedule import Indices, LoopSelector, select_indices
 from ..sites import Place, laid_out, swept_places
+from ..tokens import refuse_unmarked_padding
 from .batches import Cell, Edit, Patcher
 from .clean_run import Metric
 
@@ -94,7 +93,7 @@ class AblationSweep(Result):
 
 
 def ablation_sweep(
-    model: LoopedBridge,
+    model: Looped,
     prompts: str | Sequence[str | Tensor] | Tensor,
     metric: Metric,
     *,
@@ -195,7 +194,7 @@ class _Plan:
 
     def __init__(
         self,
-        model: LoopedBridge,
+        model: Looped,
         part: Part,
         names: tuple[str, ...],
         loops: LoopSelector,
@@ -209,7 +208,7 @@ class _Plan:
         self.model, self.part, self.names, self.restore, self.positions = model, part, names, restore, positions
         if heads is not None and part != "head":
             raise LoopedError(f'heads={heads!r} was asked of part={part!r}; heads are those of part="head".')
-        self.heads = select_indices(heads, model.looped_cfg.n_heads, "heads") if part == "head" else []
+        self.heads = select_indices(heads, model.cfg.n_heads, "heads") if part == "head" else []
         self.places: dict[tuple[Any, ...], list[Place]] = {}
         for site in SITES[part]:
             for key, place in swept_places(model, site, names, loops, layers, stack):
@@ -293,7 +292,7 @@ class _Plan:
         """A mask of positions and chosen heads as one of the activation."""
         if self.part != "head":
             return mask
-        where = torch.zeros(len(mask), self.model.looped_cfg.n_heads, dtype=torch.bool, device=mask.device)
+        where = torch.zeros(len(mask), self.model.cfg.n_heads, dtype=torch.bool, device=mask.device)
         where[:, self.heads] = mask
         return where[..., None]
 
@@ -359,7 +358,7 @@ def _common(positions: Indices, lengths: set[int]) -> list[int]:
     return [asked] if isinstance(asked, int) else list(dict.fromkeys(asked))
 
 
-def _rows(model: LoopedBridge, prompts: Any, attention_mask: Tensor | None, what: str) -> list[Tensor]:
+def _rows(model: Looped, prompts: Any, attention_mask: Tensor | None, what: str) -> list[Tensor]:
     """Every prompt as its real tokens, [pos]."""
     given: Any = [prompts] if isinstance(prompts, str) else prompts
     if isinstance(given, Tensor):
@@ -412,7 +411,7 @@ def _batches(rows: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
 
 
 @torch.no_grad()
-def _means(model: LoopedBridge, rows: Sequence[Tensor], plan: _Plan, initial_state: InitialState) -> dict[str, Tensor]:
+def _means(model: Looped, rows: Sequence[Tensor], plan: _Plan, initial_state: InitialState) -> dict[str, Tensor]:
     """The mean of every activation over all positions of some prompts."""
     sums: dict[str, Tensor] = {}
     for _, tokens in _batches(rows):

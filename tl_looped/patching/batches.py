@@ -11,13 +11,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.run import INPUTS, Run
 from ..errors import LoopedError
+from ..looped import Looped, Recorded
 from ..metrics import bound
-from ..model.initial_state import InitialState
-from ..model.rerun import Recording, rerun
-from ..model.slots import is_observed
+from ..record import INPUTS, InitialState, Run
+from ..running import first_hooked
 from ..schedule import check_count
 from ..sites import axes_of
 from .clean_run import Metric, measured
@@ -68,7 +66,7 @@ class Patcher:
     @torch.no_grad()
     def __init__(
         self,
-        model: LoopedBridge,
+        model: Looped,
         tokens: Any,
         metric: Metric,
         hooks: Sequence[str],
@@ -78,15 +76,14 @@ class Patcher:
     ):
         if wrong := sorted(set(inputs) - set(INPUTS)):
             raise LoopedError(f"{', '.join(wrong)} was given; patches are made in whole runs, which take {', '.join(INPUTS)}.")
-        self.model = model
-        self.max_batch = max_batch if max_batch is None else check_count("max_batch", max_batch)
-        self.one_by_one = any(is_observed(hook) for hook in model.hook_dict.values())
+        self.model: Looped = model
+        self.max_batch: int | None = max_batch if max_batch is None else check_count("max_batch", max_batch)
+        self.one_by_one: bool = first_hooked(model) is not None
         # A bidirectional prefix lets early positions see late ones.
-        self.is_causal = inputs.get("token_type_ids") is None and not self.one_by_one
-        self.recording = Recording(initial_state, keys=self.is_causal)
-        self.logits, self.base = model.run_with_cache(
-            tokens, names_filter=list(hooks), on_layer=self.recording, initial_state=initial_state, **inputs
-        )
+        self.is_causal: bool = inputs.get("token_type_ids") is None and not self.one_by_one
+        self.recorded: Recorded = model.record(tokens, hooks, initial_state, self.is_causal, inputs)
+        self.logits: Tensor = self.recorded.logits
+        self.base: Any = self.recorded.cache
         self.n_rows, self.n_pos = self.logits.shape[:2]
         self.metric: Metric = bound(metric, model, self.base.attention_mask)
         self.baseline = self.score(self.logits)
@@ -95,12 +92,6 @@ class Patcher:
     def score(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "*example"]:
         """The metric, checked."""
         return measured(self.metric, logits).detach()
-
-    @property
-    def initial_state(self) -> Float[Tensor, "batch pos d_model"]:
-        """The state that the run started from, before hooks."""
-        first = self.model.schedule.passes[0]
-        return self.recording.streams[first.first].carried[first.stack]
 
     def run_arguments(self) -> dict[str, Any]:
         """The keyword arguments that repeat the run."""
@@ -156,9 +147,9 @@ class Patcher:
 
     def _row_bytes(self, n_pos: int) -> int:
         """Upper estimate of the memory that a row needs while it runs through a layer."""
-        cfg = self.model.looped_cfg
+        cfg = self.model.cfg
         widths = 8 * cfg.d_model + 3 * cfg.d_mlp + 4 * cfg.n_heads * cfg.d_head + 4 * cfg.n_heads * self.n_pos
-        return self.logits.element_size() * (n_pos * widths + 4 * self.n_pos * cfg.n_kv_heads * cfg.d_head)
+        return self.logits.element_size() * (n_pos * widths + 4 * self.n_pos * cfg.n_key_value_heads * cfg.d_head)
 
     def _run(self, cells: list[Cell]) -> Iterator[Tensor]:
         """The metric after each of the cells, which are in the order of their entries, from one batch."""
@@ -171,13 +162,11 @@ class Patcher:
         if self.one_by_one:  # hooks may look anywhere in a run, and pass on what they see
             yield self.score(self.model.run_with_hooks(cast(Run, self.base.run).input, fwd_hooks=hooks, **self.run_arguments()))
             return
-        plain = self.model.plain
-        with self.model.hooks(fwd_hooks=hooks):
-            x = rerun(plain, self.recording, [cell.entry for cell in cells], start)
+        x = self.recorded.again([cell.entry for cell in cells], start, hooks)
         per_cell = x.unflatten(0, (len(cells), self.n_rows))
-        at_once = max(1, LOGITS_AT_ONCE // (self.n_rows * x.shape[1] * self.model.looped_cfg.d_vocab))
+        at_once = max(1, LOGITS_AT_ONCE // (self.n_rows * x.shape[1] * self.model.cfg.d_vocab))
         for group in per_cell.split(at_once):
-            logits = plain._logits(group.flatten(0, 1)).unflatten(0, (-1, self.n_rows))
+            logits = self.recorded.read(group.flatten(0, 1)).unflatten(0, (-1, self.n_rows))
             for part in logits:
                 yield self.score(torch.cat((self.logits[:, :start], part), dim=1) if start else part)
 

@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 
-from .._depth import stopping
 from .._old_calls import accepts_old
-from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.processing import check_pass_norms
 from ..errors import LoopedError
-from ..model.initial_state import InitialState
+from ..looped import Looped, require, stopping
+from ..record import InitialState
 from ..schedule import Indices, LoopSelector
 from ..sites import PASSES, check_site, select_places
 from .batches import Cell, Edit, Patcher
@@ -23,7 +21,7 @@ __all__ = ["patch_between_loops"]
 
 @accepts_old("site", "layer")
 def patch_between_loops(
-    model: LoopedBridge,
+    model: Looped,
     tokens: Tokens,
     metric: Metric,
     *,
@@ -92,7 +90,7 @@ def patch_between_loops(
     model = stopping(model, at_loop, n_loops)
     places = select_places(model, site, loops, layer, stack)
     if site == "out":
-        check_pass_norms(model.plain, "a patch of states leaving one pass into another")
+        require(model, "equal passes", "a patch of states leaving one pass into another")
     hooks = [place.hook for place in places]
     targets = select_places(model, site, "all", layer, stack) if onwards else places
     patcher = Patcher(model, tokens, metric, [place.hook for place in targets], initial_state, inputs, max_batch)

@@ -11,15 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .._depth import stopping
 from .._precision import wide
 from .._words import counted
-from ..bridge.cache import LoopedCache
-from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.run import Run
 from ..errors import LoopedError, UnknownNameError
+from ..looped import Cache, Looped, stopping
 from ..metrics import bound
-from ..model.initial_state import InitialState
+from ..record import InitialState, Run
 
 Metric = Callable[[Tensor], Any]
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
@@ -39,27 +36,27 @@ class CleanRun:
         UnknownNameError: the cache does not tell from which random state the run started.
     """
 
-    def __init__(self, model: LoopedBridge, cache: LoopedCache | Mapping[str, Tensor], initial_state: InitialState = None):
+    def __init__(self, model: Looped, cache: Cache | Mapping[str, Tensor], initial_state: InitialState = None):
         if not hasattr(cache, "items"):
             raise LoopedError(
                 f"a {type(cache).__name__} was given for the clean cache; run the clean prompt first: "
                 "_, clean_cache = model.run_with_cache(clean_prompt)."
             )
-        if not isinstance(cache, LoopedCache):
-            cache = LoopedCache(dict(cache.items()), model, getattr(cache, "has_batch_dim", True))
+        if not isinstance(cache, Cache):
+            cache = model.as_cache(dict(cache.items()), getattr(cache, "has_batch_dim", True))
         if cache.model.schedule != model.schedule:
             raise LoopedError(
                 f"the clean cache comes from a run of {cache.model.schedule.describe()}, but the model runs "
                 f"{model.schedule.describe()}; cache the clean run with this model."
             )
-        cache.weights.check(model.plain, "a comparison with a clean cache")
-        self.model: LoopedBridge = model
-        self.cache: LoopedCache = cache
+        cache.check_weights("a comparison with a clean cache", model)
+        self.model: Looped = model
+        self.cache: Cache = cache
         self.record: Run | None = cache.run
-        self.state: str = f"{model.schedule.pass_prefix(model.schedule.passes[0])}.{model.plain.loop.entrance}"
+        self.state: str = f"{model.schedule.pass_prefix(model.schedule.passes[0])}.{model.entrance}"
         self.is_given: bool = initial_state is not None
         self.initial_state: Any = initial_state
-        is_random = model.looped_cfg.initial_state == "noise"
+        is_random = model.starts_from == "noise"
         if self.record is not None and initial_state is None:
             self.initial_state = self.record.arguments()["initial_state"]
             return
@@ -115,7 +112,7 @@ class CleanRun:
         Raises:
             LoopedError: this run started from another state.
         """
-        own = self.model.looped_cfg.initial_state != "embedding" or self.is_given
+        own = self.model.starts_from != "embedding" or self.is_given
         if own and self.state in self.cache and not torch.equal(self.read(self.state, state), state):
             raise self._another_state()
 
@@ -152,8 +149,8 @@ class CleanRun:
 
 
 def clean_at(
-    model: LoopedBridge, cache: LoopedCache | Mapping[str, Tensor], at_loop: int | None, n_loops: int | None
-) -> tuple[LoopedBridge, Any]:
+    model: Looped, cache: Cache | Mapping[str, Tensor], at_loop: int | None, n_loops: int | None
+) -> tuple[Looped, Any]:
     """The model that answers after a loop, and the clean run at that depth: run again, if its cache is of another one.
 
     Args:
@@ -166,16 +163,16 @@ def clean_at(
         LoopedError: the clean run is of another depth and cannot be run again.
     """
     deeper = stopping(model, at_loop, n_loops)
-    if deeper is model or (isinstance(cache, LoopedCache) and cache.model.schedule == deeper.schedule):
+    if deeper is model or (isinstance(cache, Cache) and cache.model.schedule == deeper.schedule):
         return deeper, cache
-    record = cache.run if isinstance(cache, LoopedCache) else None
-    if not isinstance(cache, LoopedCache) or record is None or record.hooked:
+    record = cache.run if isinstance(cache, Cache) else None
+    if not isinstance(cache, Cache) or record is None or record.hooked:
         raise LoopedError(
             f"the answer after {counted(deeper.n_loops, 'loop')} was asked, but the clean cache is of another depth and cannot "
             "be made again: it comes from a part of a run, or from one with hooks. Cache the clean run with "
             f"model.unroll({deeper.n_loops}), and pass that model."
         )
-    cache.weights.check(model.plain, "a comparison with a clean cache")
+    cache.check_weights("a comparison with a clean cache", model)
     kept = {_of_any_loop(cache.model.schedule.loop_name(name)) for name in cache}
     names = [name for name in deeper.hook_dict if _of_any_loop(deeper.schedule.loop_name(name)) in kept]
     with torch.no_grad():
@@ -197,16 +194,14 @@ class Comparison:
         run: what `model.forward` takes besides.
     """
 
-    def __init__(
-        self, model: LoopedBridge, corrupted_tokens: Any, clean_cache: LoopedCache, metric: Metric, run: dict[str, Any]
-    ):
-        self.model: LoopedBridge = model
+    def __init__(self, model: Looped, corrupted_tokens: Any, clean_cache: Cache, metric: Metric, run: dict[str, Any]):
+        self.model: Looped = model
         self.per_example: bool = False
         self.source: CleanRun = CleanRun(model, clean_cache, run.get("initial_state"))
         self.require: Callable[[Iterable[str]], None] = self.source.require
         self.state: str = self.source.state
         texts = ("prepend_bos", "padding_side")
-        corrupted_tokens, mask = model._read(corrupted_tokens, *(run.get(name) for name in (*texts, "attention_mask")))
+        corrupted_tokens, mask = model.read(corrupted_tokens, *(run.get(name) for name in (*texts, "attention_mask")))
         run = {name: value for name, value in run.items() if name not in texts}
         self.source.check_padding(mask)
         self.metric: Metric = bound(metric, model, mask)

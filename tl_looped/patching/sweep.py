@@ -16,17 +16,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .._old_calls import accepts_old
-from ..bridge.cache import LoopedCache
-from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.run import Run
-from ..bridge.tokens import counts_from_end
 from ..errors import LoopedError
+from ..looped import Cache, Looped
 from ..metrics import metric_name
-from ..model.initial_state import InitialState
 from ..panels import Panel
+from ..record import InitialState, Run
 from ..results import Grid
 from ..schedule import Indices, LoopSelector, select_indices
 from ..sites import KINDS, Place, axes_of, check_site, laid_out, layer_place, outer_axes, swept_places
+from ..tokens import counts_from_end
 from .batches import Cell, Edit, Patcher
 from .clean_run import CleanRun, Metric, clean_at
 
@@ -88,9 +86,9 @@ class PatchSweep(Grid):
 
 @accepts_old("site", "axes")
 def patch_sweep(
-    model: LoopedBridge,
+    model: Looped,
     corrupted_tokens: Tokens,
-    clean_cache: LoopedCache | Mapping[str, Tensor],
+    clean_cache: Cache | Mapping[str, Tensor],
     metric: Metric,
     *,
     site: str = "resid_pre",
@@ -165,7 +163,7 @@ def patch_sweep(
     source = CleanRun(model, clean_cache, initial_state)
     source.require(hooks)
     patcher = Patcher(model, corrupted_tokens, metric, hooks, source.initial_state, inputs, max_batch)
-    source.check_start(patcher.initial_state)
+    source.check_start(patcher.recorded.state)
     source.check_padding(patcher.base.attention_mask)
     clean = {hook: source.read(hook, patcher.base[hook]) for hook in hooks}
     inner = inner_axes(patcher, hooks[0], positions, heads)
@@ -216,7 +214,7 @@ def _check_axes(site: str, axes: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _places(
-    model: LoopedBridge, site: str, names: Sequence[str], loops: LoopSelector, layers: Indices, stack: str | None
+    model: Looped, site: str, names: Sequence[str], loops: LoopSelector, layers: Indices, stack: str | None
 ) -> list[tuple[tuple[Any, ...], Place]]:
     """Every activation that is patched, and the label of each on the axes of layers that are named."""
     if "virtual_layer" in names:

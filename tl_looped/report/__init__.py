@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .._depth import check_model
 from .._old_calls import accepts_old
 from .._words import counted
 from .._writing import write_text
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
+from ..figures.plotly import graph_objects
+from ..looped import check_model
 from .arguments import Prompt, ask
 from .page import page
 from .question import Question

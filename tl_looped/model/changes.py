@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..model.frozen import apply_module
-from ..model.jvp import jvp
-from ..model.norms import RMSNorm
+from .frozen import apply_module
+from .jvp import jvp
+from .norms import RMSNorm
 
 
 class NormAt:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from ..model.slots import is_observed
+from .running import first_hooked
+
+InitialState = Float[Tensor, "batch pos d_model"] | int | torch.Generator | Literal["zero"] | None
 
 # Runs with these are no whole runs; what they computed cannot be had again from the record.
 PARTIAL = ("start_at_layer", "stop_at_layer", "start", "stop", "injection", "past_key_values", "use_cache", "loop")
@@ -40,7 +43,7 @@ class Run:
             _kept(input),
             _kept(kwargs.get("initial_state")),
             {name: _kept(kwargs[name]) for name in INPUTS if kwargs.get(name) is not None},
-            any(is_observed(hook) for hook in model.hook_dict.values()),
+            first_hooked(model) is not None,
         )
 
     def arguments(self) -> dict[str, Any]:

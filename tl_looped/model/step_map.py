@@ -2,61 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..bridge.looped_bridge import LoopedBridge
-from ..errors import LoopedError
-from ..model import LoopedModel
-from ..model.initial_state import InitialState
-from ..model.inputs import masks_of, positions_of
-from ..model.jvp import jvp
-from ..model.layers import Inputs
-from ..model.loops import Stream
-from ._prompts import first_hooked
+from ..record import InitialState
+from .inputs import masks_of, positions_of
+from .jvp import jvp
+from .layers import Inputs
+from .looped_model import LoopedModel
+from .loops import Stream
 
 
-class OneLoop:
+class StepMap:
     """The map from the states entering a loop to those leaving it, for one batch of prompts.
 
     A state has one part per looped stack, HRM-Text's [L, H] two and all others one. Applied again and again to `start` it gives
     the states that the model has after every loop (`hook_out` of its passes).
 
     Args:
-        model: the model.
+        model: the model; its hooks do not act.
         tokens: what it runs on.
         initial_state: as in `LoopedBridge.forward`.
-
-    Raises:
-        LoopedError: the model has hooks, which would silently not act.
     """
 
-    def __init__(self, model: LoopedBridge, tokens: Int[Tensor, "batch pos"], initial_state: InitialState = None):
-        if hooked := first_hooked(model):
-            raise LoopedError(
-                f"one loop as a function of the state was asked of a model that has hooks, such as at {hooked}, which would "
-                "not act on it; take them off (model.reset_hooks())."
-            )
+    def __init__(self, model: LoopedModel, tokens: Int[Tensor, "batch pos"], initial_state: InitialState = None):
         # A second loop, so that the first one is not the last, which may end otherwise.
-        if (why := model.plain.loop.changes) is not None:
-            raise LoopedError(
-                f"one loop as a function of the state was asked, but in this {model.looped_cfg.family} model {why}, "
-                "so that the loops are not one map applied again; compare states of a run (tl_looped.analysis.step_geometry)."
-            )
-        twin: Any = model.unroll(2).plain
-        self.twin: LoopedModel = twin
+        self.twin: LoopedModel = (twin := model.unrolled(2))
         schedule = twin.cfg.schedule
-        self.stacks = schedule.core_stacks
-        self.stop = schedule.pass_of_loop(0).layers.stop
-        self.layers = range(schedule.n_prelude, self.stop + 1)
+        self.stacks: tuple[str, ...] = tuple(schedule.core_stacks)
+        self.stop: int = schedule.pass_of_loop(0).layers.stop
+        self.layers: range = range(schedule.n_prelude, self.stop + 1)
         with torch.no_grad():
             x = twin._embed(tokens, None, None, None, None, 0)
             positions = positions_of(twin.cfg, x, None, None, 0)
-            self.inputs = Inputs(
+            self.inputs: Inputs = Inputs(
                 rope=twin.rotary(positions),
                 masks=masks_of(twin.cfg, x, None, None, 0),
                 value_embeds=twin._value_embeds(tokens),

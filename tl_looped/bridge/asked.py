@@ -1,0 +1,165 @@
+"""What tools ask of a `LoopedBridge`, beside running it; see `tl_looped.looped`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ..errors import LoopedError
+from ..looped import Ability, require
+from ..model.own_weights import with_weights_of_their_own
+from ..model.step_map import StepMap
+from ..record import InitialState
+from ..running import first_hooked
+from ..schedule import Schedule
+from .cache import LoopedCache
+from .direct_paths import DirectPaths
+from .fingerprint import Fingerprint
+from .processing import last_norm_is_folded
+from .recorded import Recorded
+from .running import RunningBridge
+from .way_out import WayOut
+
+T = TypeVar("T")
+
+
+class AskedBridge(RunningBridge):
+    """The part of a `LoopedBridge` that tools are built on."""
+
+    @property
+    def starts_from(self) -> str:
+        """The state before the first pass: the prelude's output ("embedding"), "noise", or a "learned" one."""
+        return self.looped_cfg.initial_state
+
+    @property
+    def entrance(self) -> str:
+        """The hook of a pass that holds the state entering it, such as `hook_state`."""
+        return self.plain.loop.entrance
+
+    def lacks(self, ability: Ability) -> str | None:
+        """Why the model cannot do something, to follow "... was asked, but"; None if it can.
+
+        Args:
+            ability: what it would take.
+
+        Example:
+            >>> from tl_looped import LoopedBridge, LoopedConfig
+            >>> LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3)).lacks("injection")
+            'nothing is injected in the passes of this looped model: they read the state alone.'
+        """
+        cfg = self.looped_cfg
+        if ability == "early readouts" and self._weights_processed:
+            return "the weights of this model were processed (compatibility mode); ask the model before that."
+        if ability == "equal passes" and last_norm_is_folded(self.plain):
+            return (
+                "the weights were processed (compatibility mode): the norm of the last pass has given its weight to the "
+                "unembedding, those of the passes before have not. Ask a model without weight processing, or use fold_ln=False."
+            )
+        if ability == "equal loops" and (why := self.plain.loop.changes) is not None:
+            return f"in this {cfg.family} model {why}, so that the loops are not one map applied again."
+        if ability == "exit gate" and not cfg.exit_gate:
+            return f"this {cfg.family} model has no exit gate."
+        if ability == "injection" and cfg.injection == "none":
+            return f"nothing is injected in the passes of this {cfg.family} model: they read the state alone."
+        if ability == "one embedding" and cfg.value_embed_layers:
+            return f"the layers of this {cfg.family} model also read the token ids (value embeddings)."
+        return None
+
+    def as_cache(self, activations: Mapping[str, Tensor], has_batch_dim: bool = True) -> LoopedCache:
+        """Activations by name as a cache of this model, taken for those of its weights as they are.
+
+        Args:
+            activations: by name.
+            has_batch_dim: whether they have a batch axis.
+        """
+        return LoopedCache(dict(activations.items()), self, has_batch_dim)
+
+    def fingerprint(self) -> Fingerprint:
+        """What tells the weights of this model from others."""
+        return Fingerprint.of(self.plain)
+
+    def last_norm(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """The model's last norm (in Ouro, HRM-Text and Nanbeige the norm of every pass), without firing its hooks.
+
+        Args:
+            x: states.
+        """
+        norm: Any = self.ln_final.original_component
+        return norm.unhooked(x)
+
+    def record(
+        self, input: Any, hooks: Sequence[str], initial_state: InitialState, is_causal: bool, inputs: dict[str, Any]
+    ) -> Recorded:
+        """Run once, so that parts of the run can be run again, many copies at once.
+
+        Args:
+            input: text or tokens.
+            hooks: the activations that are kept.
+            initial_state: as in `forward`.
+            is_causal: no position sees later ones, so that copies may leave out the first ones.
+            inputs: what else the run takes.
+        """
+        return Recorded(self, input, hooks, initial_state, is_causal, inputs)
+
+    def step_map(self, tokens: Int[Tensor, "batch pos"], initial_state: InitialState = None) -> StepMap:
+        """One loop as a function of the state, at any state and with gradients.
+
+        Args:
+            tokens: what the model runs on.
+            initial_state: as in `forward`.
+
+        Raises:
+            LoopedError: the model has hooks, which would silently not act.
+        """
+        if hooked := first_hooked(self):
+            raise LoopedError(
+                f"one loop as a function of the state was asked of a model that has hooks, such as at {hooked}, which would "
+                "not act on it; take them off (model.reset_hooks())."
+            )
+        require(self, "equal loops", "one loop as a function of the state")
+        require(self, "early readouts", "one loop as a function of the state")
+        return StepMap(self.plain, tokens, initial_state)
+
+    def way_out(self, schedule: Schedule, tokens: Int[Tensor, "batch pos"], inputs: dict[str, Any]) -> WayOut:
+        """The ways from a residual stream to the output.
+
+        Args:
+            schedule: of what is decoded: the model's own, or that of its first loops, prelude and coda.
+            tokens: what the model runs on.
+            inputs: what else the run takes.
+        """
+        return WayOut(self, schedule, tokens, inputs)
+
+    def paths_need(self, layers: Iterable[int], norms: Iterable[tuple[int | None, str]]) -> list[str]:
+        """The activations that `direct_paths` needs.
+
+        Args:
+            layers: the virtual layers whose heads change.
+            norms: those that are asked for, by virtual layer (None: before the unembedding) and name in the layer.
+        """
+        return DirectPaths.needs(self, layers, norms)
+
+    def direct_paths(self, activations: Mapping[str, Tensor], to_first_order: bool) -> DirectPaths:
+        """What changes of the residual stream become on their way through a run.
+
+        Args:
+            activations: of the run, those that `paths_need` names among them.
+            to_first_order: take the changes for small.
+        """
+        return DirectPaths(self, activations, to_first_order)
+
+    def with_weights_of_their_own(
+        self, action: Callable[[dict[str, list[nn.Parameter]]], T]
+    ) -> tuple[dict[str, list[nn.Parameter]], T]:
+        """What an action returns while every use of a looped parameter holds a view of its own.
+
+        Args:
+            action: called with the views by canonical name, in the order of the run.
+
+        Returns:
+            The views, and what the action returned.
+        """
+        return with_weights_of_their_own(self.plain, action)
