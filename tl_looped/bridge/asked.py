@@ -48,7 +48,7 @@ class AskedBridge(RunningBridge):
         Example:
             >>> from tl_looped import LoopedBridge, LoopedConfig
             >>> LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3)).lacks("injection")
-            'nothing is injected in the passes of this looped model: they read the state alone.'
+            'nothing is injected in the passes of this custom model: they read the state alone.'
         """
         cfg = self.looped_cfg
         if ability == "early readouts" and self._weights_processed:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..lenses import logit_lens
-from ..lenses._decoder import Lens
+from ..looped import Lens
 from ..schedule import Schedule
 from ._asked import words_of
 from ._edits import Hooks
