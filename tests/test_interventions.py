@@ -624,7 +624,7 @@ def test_what_cannot_be_meant_is_refused() -> None:
         ("pass stack='L' or stack='H'", lambda: skip_loop(hrm, 0)),
         ("runs once", lambda: skip_layer(huginn, loops=0, layers=0, stack="prelude")),
         (r"layers 7 is out of range: there are 3 layers \(0\.\.2\)", lambda: skip_layer(huginn, loops=0, layers=7)),
-        ("None selects nothing: there are 0 layers", lambda: ablate(ouro, "mlp", stack="coda")),
+        ("selects nothing: there are 0 layers", lambda: ablate(ouro, "mlp", stack="coda")),
         ("heads 3 is out of range", lambda: ablate(ouro, "head", heads=3)),
         ("heads are those of", lambda: ablate(ouro, "mlp", heads=3)),
         ("neurons are those of", lambda: ablate(ouro, "head", neurons=3)),

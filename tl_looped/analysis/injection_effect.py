@@ -14,7 +14,7 @@ from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..kinds import plain
-from ..model.initial_state import InitialState
+from ..record import InitialState
 from ..panels import Panel, curves
 from ..results import Estimate, Result, table
 from ._directions import relative_distance
