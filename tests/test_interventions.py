@@ -658,7 +658,7 @@ def test_what_cannot_be_meant_is_refused() -> None:
         share_kv(ouro, "last")
     ouro.exit_policy = None
     ouro.enable_compatibility_mode(disable_warnings=True)
-    with pytest.raises(LoopedError, match="absorbed the weight of its norm"):
+    with pytest.raises(LoopedError, match="given its weight to the unembedding"):
         skip_loop(ouro, "last")
     assert skip_loop(ouro, 0) and skip_loop(hrm, "last", stack="H")
 

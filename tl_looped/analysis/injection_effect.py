@@ -14,8 +14,8 @@ from .._precision import wide
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..kinds import plain
-from ..record import InitialState
 from ..panels import Panel, curves
+from ..record import InitialState
 from ..results import Estimate, Result, table
 from ._directions import relative_distance
 from ._prompts import Prompts, at_depth, check_finite, check_model, over_batches

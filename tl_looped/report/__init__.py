@@ -17,7 +17,6 @@ from .._words import counted
 from .._writing import write_text
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
-from ..figures.plotly import graph_objects
 from ..looped import check_model
 from .arguments import Prompt, ask
 from .page import page
