@@ -19,8 +19,7 @@ from tl_looped.analysis import (
     trajectories,
 )
 from tl_looped.report.question import Question
-from tl_looped.report.section import Section
-from tl_looped.report.sections import the_fixed_points
+from tl_looped.report.sections import fixed_points as section
 
 
 def halving(n_loops: int) -> tuple[LoopedBridge, Tensor]:
@@ -91,6 +90,8 @@ def test_what_is_nothing_over_nothing_is_not_a_number() -> None:
     assert inference_stages(model, tokens, verbose=False).entropy.values.isnan().all()
     with pytest.raises(LoopedError, match="all the same"):
         trajectories(linear_loop(torch.eye(24), n_loops=4), tokens, verbose=False)  # not zero, but nothing else than rounding
-    section = Section("fixed_points", "")
-    the_fixed_points(Question(model, [tokens], 12, None, None), section)
-    assert section.reading[0] == "The state is zero, so it has no direction, and no step is a share of its norm."
+    asked = Question(model, [tokens], 12, None, None)
+    assert (
+        section.read(asked, *section.measure(asked)).sentences[0]
+        == "The state is zero, so it has no direction, and no step is a share of its norm."
+    )
