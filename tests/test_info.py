@@ -14,7 +14,9 @@ from tl_looped import LoopedBridge, families
 from tl_looped.cli import compare, info, lens, main, report, sweep_init
 from tl_looped.errors import CheckpointError
 from tl_looped.info import checkpoint_text, hooks_text
+from tl_looped.model.facts import order
 from tl_looped.model.sizes import human, sizes
+from tl_looped.report import report as make_report
 
 
 def counted(bridge: LoopedBridge, n_loops: int, n_tokens: int) -> tuple[int, int]:
@@ -129,7 +131,7 @@ def test_info_where_the_embedding_is_computed(tmp_path: Path, monkeypatch: pytes
     plain, right = checkpoint_text(tmp_path), families.canonical.sources
     computed = {"embed.weight": families.Computed(lambda weight: weight, {"embed.weight": (31, 24)})}
     monkeypatch.setattr(families.canonical, "sources", lambda cfg, shapes: right(cfg, shapes) | computed)
-    assert checkpoint_text(tmp_path) == plain and "as stored (bfloat16)" in plain
+    assert checkpoint_text(tmp_path) == plain and "in bfloat16" in plain
 
 
 def test_help_names_every_command_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,3 +145,28 @@ def test_help_names_every_command_with_an_example(capsys: pytest.CaptureFixture[
         with pytest.raises(SystemExit):
             main([name, "--help"])
         assert re.sub(r"\s+", " ", example) in re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
+def test_the_order_of_a_run_is_told_from_its_schedule_and_parts() -> None:
+    two = order(LoopedBridge.from_pretrained(GOLDEN / "hrm_text", device="cpu").looped_cfg)
+    assert two.loop == [("L stack", "2 layers, 3 times"), ("H stack", "2 layers"), ("after every loop", "norm")]
+    assert (
+        two.is_injected and two.begins == "the states begin as a learned vector" and two.before == [("embedding", "the token")]
+    )
+    ouro = order(LoopedBridge.from_pretrained(GOLDEN / "ouro", device="cpu").looped_cfg)
+    assert ouro.loop[1:] == [("after every loop", "norm, exit gate")] and not ouro.is_injected and not ouro.begins
+    huginn = order(LoopedBridge.from_pretrained(GOLDEN / "huginn", device="cpu").looped_cfg)
+    assert [name for name, _ in huginn.after] == ["after the loop", "coda", "answer"] and huginn.is_injected
+
+
+def test_info_and_report_tell_the_same_facts() -> None:
+    page = make_report(
+        LoopedBridge.from_pretrained(GOLDEN / "ouro", device="cpu"), torch.tensor([1, 2, 3]), sections="model", verbose=False
+    ).html
+    told = dict(
+        re.split(r" {2,}", line, maxsplit=1) for line in checkpoint_text(GOLDEN / "ouro").split("\n\n")[0].splitlines()[1:]
+    )
+    assert {"family", "runs", "parameters", "one loop more"} <= told.keys()
+    for name, text in told.items():
+        if name != "memory":  # as it is stored, and as it was loaded
+            assert f'<th scope="row">{name}</th><td>{text}</td>' in page

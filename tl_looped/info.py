@@ -13,7 +13,7 @@ from .bridge.looped_bridge import LoopedBridge
 from .checkpoints import make_plan, open_checkpoint, stored_dtype
 from .model import LoopedModel
 from .model.config import LoopedConfig
-from .model.sizes import human, sizes
+from .model.facts import facts
 from .schedule import Pass, virtual_layer
 from .sites import KINDS
 from .toys import TOYS
@@ -60,27 +60,7 @@ def checkpoint_text(name_or_dir: str | Path, revision: str | None = None) -> str
     """
     checkpoint = open_checkpoint(name_or_dir, revision)
     _, cfg, sources = make_plan(checkpoint)
-    dtype = stored_dtype(checkpoint, sources)
-    found = sizes(cfg)
-    loop_share = found.flops_per_loop / found.flops(cfg.n_loops)
-    rows = [
-        ["family", cfg.family],
-        ["runs", cfg.schedule.describe()],
-        ["width", f"{cfg.d_model}, {cfg.n_heads} heads of {cfg.d_head}, {cfg.n_kv_heads} of keys and values"],
-        ["vocabulary", f"{cfg.d_vocab}; context {cfg.n_ctx}"],
-        [
-            "parameters",
-            f"{human(found.n_parameters)}: {', '.join(f'{part} {human(n)}' for part, n in found.parameters.items())}",
-        ],
-        ["memory", f"{human(found.n_parameters * dtype.itemsize, 'B')} as stored ({str(dtype).removeprefix('torch.')})"],
-        ["cost of a token", f"{human(found.flops(cfg.n_loops), 'FLOP')} with {cfg.n_loops} loops"],
-        [
-            "one loop more",
-            f"{human(found.flops_per_loop, 'FLOP')} per token ({loop_share:.0%} of that), "
-            f"{human(found.attention_flops, 'FLOP')} for "
-            f"every earlier token, {human(found.cache_per_loop * dtype.itemsize, 'B')} of keys and values, no parameter",
-        ],
-    ]
+    rows = [[name, text] for name, text in facts(cfg, stored_dtype(checkpoint, sources)).items()]
     return "\n".join([str(name_or_dir), *aligned(rows), "", hooks_text(cfg)])
 
 

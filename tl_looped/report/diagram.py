@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from .._words import counted
 from ..model.config import LoopedConfig
+from ..model.facts import order
 
 _WIDTH, _BOX, _GAP = 380, 210, 26  # room for × 128 beside the box
 
@@ -18,43 +18,21 @@ def schedule_diagram(cfg: LoopedConfig) -> str:
     Args:
         cfg: the structure.
     """
-    drawing = _Drawing()
-    drawing.box("embedding", "the token")
-    if cfg.n_prelude:
-        drawing.box("prelude", _layers(cfg.n_prelude) + (", norm" if cfg.prelude_norm else ""))
+    drawing, found = _Drawing(), order(cfg)
+    for name, detail in found.before:
+        drawing.box(name, detail)
     source = drawing.bottom - 12
-    if cfg.initial_state != "embedding":
-        drawing.note(
-            {"noise": "the state begins as noise", "learned": "the states begin as a learned vector"}[cfg.initial_state]
-        )
+    if found.begins:
+        drawing.note(found.begins)
     first = drawing.bottom
-    if cfg.entry_norm:
-        drawing.box("before every loop", "norm", loop=True)
-    schedule = cfg.schedule
-    for stack in schedule.core_stacks:
-        times = schedule.n_loops_of(stack) // schedule.n_loops
-        detail = _layers(schedule.stacks[stack]) + (f", {times} times" if times > 1 else "")
-        drawing.box("looped layers" if len(schedule.core_stacks) == 1 else f"{stack} stack", detail, loop=True)
-    ends = [cfg.loop] if cfg.loop != "repeat" else []
-    ends += [*(["norm"] if cfg.pass_norm else []), *(["exit gate"] if cfg.exit_gate else [])]
-    if cfg.strategy == "anchored":
-        ends.append(f"1/{cfg.anchor_steps} of the step")
-    if ends:
-        drawing.box("after every loop", ", ".join(ends), loop=True)
+    for name, detail in found.loop:
+        drawing.box(name, detail, loop=True)
     drawing.arc(first, drawing.bottom - _GAP, f"× {cfg.n_loops}")
-    if cfg.injection != "none":
+    if found.is_injected:
         drawing.injection(source, first + 18)
-    after = {"none": "", "final_norm": "norm", "linear": "linear map"}[cfg.after_loop]
-    if after:
-        drawing.box("after the loop", after)
-    if cfg.n_coda:
-        drawing.box("coda", _layers(cfg.n_coda))
-    drawing.box("answer", ("norm, " if cfg.final_norm else "") + "unembedding", last=True)
+    for name, detail in found.after:
+        drawing.box(name, detail, last=name == "answer")
     return drawing.svg()
-
-
-def _layers(n: int) -> str:
-    return counted(n, "layer")
 
 
 class _Drawing:

@@ -2,69 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from ..bridge.looped_bridge import LoopedBridge
-from ..model.sizes import Sizes, human
 from .question import Question
 from .section import share
 
 SHOWN = 0.0005  # probability
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+class Bar(NamedTuple):
+    """A cell with a bar: what it says, and a share of the whole."""
+
+    text: str
+    share: float
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str | Bar]]) -> str:
     """An HTML table; the first cell of a row is its heading.
 
     Args:
         head: the headings of the columns; none for a table without.
-        rows: texts.
+        rows: texts, and cells with bars behind them.
     """
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
-        for first, *rest in rows
-    )
-    return f"<table>{f'<thead><tr>{top}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"
-
-
-def facts(model: LoopedBridge, found: Sizes) -> str:
-    """What a reader wants to know of a model at a glance.
-
-    Args:
-        model: the model.
-        found: its sizes.
-    """
-    cfg = model.looped_cfg
-    parts = [f"{part} {human(n)}" for part, n in found.parameters.items()]
-    rows = [
-        ("checkpoint", str(model.cfg.model_name)),
-        ("family", cfg.family),
-        ("loops", str(cfg.n_loops)),
-        ("layers run", f"{cfg.schedule.n_layers} executions of {cfg.n_physical}"),
-        ("parameters", f"{human(found.n_parameters)}: {', '.join(parts)}"),
-        (
-            "width, heads",
-            f"{cfg.d_model}, {cfg.n_heads} of {cfg.d_head}"
-            + (f" ({cfg.n_kv_heads} keys)" if cfg.n_kv_heads != cfg.n_heads else ""),
-        ),
-        (
-            "norms of a block",
-            {"pre": "before", "branch": "after", "sandwich": "before and after", "stream": "on the stream"}[cfg.norm]
-            + (", of length 1" if cfg.norm_kind == "l2" else ""),
-        ),
-        *([("residual", "steps towards every branch, at learned rates")] if cfg.residual == "interpolate" else []),
-        ("injection", cfg.injection),
-        ("vocabulary", f"{cfg.d_vocab:,}"),
-        (
-            "cost of a token",
-            f"{human(found.flops(cfg.n_loops), 'FLOP')}, of which {human(found.flops_per_loop, 'FLOP')} per loop",
-        ),
-        ("keys and values", f"{human(found.cache_per_loop * model.cfg.dtype.itemsize, 'B')} per token and loop"),
-        ("dtype, device", f"{str(model.cfg.dtype).removeprefix('torch.')}, {model.cfg.device}"),
-    ]
-    return table((), rows)
+    body, kind = "", ""
+    for first, *rest in rows:
+        body += f'<tr><th scope="row">{escape(str(first))}</th>'
+        for cell in rest:
+            if isinstance(cell, Bar):
+                kind = ' class="bars"'
+                body += (
+                    f'<td><span class="bar" style="width:{100 * cell.share:.1f}%"></span>'
+                    f'<span class="said">{escape(cell.text)}</span><span class="p">{share(cell.share)}</span></td>'
+                )
+            else:
+                body += f"<td>{escape(cell)}</td>"
+        body += "</tr>"
+    return f"<table{kind}>{f'<thead><tr>{top}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"
 
 
 def top_answers(asked: Question, top: Sequence[Any], own: int) -> str:
@@ -84,34 +60,6 @@ def top_answers(asked: Question, top: Sequence[Any], own: int) -> str:
         cells = [f"{word} {p:.3f}" if p >= SHOWN else "" for word, p in (pairs[k] for k in shown)]
         rows.append((f"{loop}{' +' if loop >= own else ''}", *cells))
     return table(("loop", *(f"{k + 1}." for k in shown)), rows)
-
-
-class Bar(NamedTuple):
-    """A cell with a bar: what it says, and a share of the whole."""
-
-    text: str
-    share: float
-
-
-def bars(head: Sequence[str], rows: Sequence[tuple[str, Sequence[Bar]]]) -> str:
-    """An HTML table whose cells have bars behind them.
-
-    Args:
-        head: the headings of the columns.
-        rows: the heading of every row and its cells.
-    """
-    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>'
-        + "".join(
-            f'<td><span class="bar" style="width:{100 * cell.share:.1f}%"></span><span class="said">{escape(cell.text)}</span>'
-            f'<span class="p">{share(cell.share)}</span></td>'
-            for cell in rest
-        )
-        + "</tr>"
-        for first, rest in rows
-    )
-    return f'<table class="bars"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def prompts(asked: Question) -> str:

@@ -17,7 +17,7 @@ from .. import pointer_chasing
 from ..drawing import over_positions, short, with_axes
 from ..question import Question
 from ..section import Figure, Numbers, Part, Reading, share
-from ..tables import Bar, bars, top_answers
+from ..tables import Bar, table, top_answers
 from ._common import SHOWN_POSITIONS
 
 COVER_ROWS = 10
@@ -189,7 +189,8 @@ def _cover(asked: Question, ends: Float[Tensor, "loop row d_vocab"]) -> Figure:
         caption += f" Beside it, how probable {' and '.join(told)} would be after the {prompt}."
     if rows[-1][0].endswith("+"):
         caption += f" Rows with + are beyond {asked.own_words}."
-    return Figure(caption, bars(("loop", *heads), rows), 320 if len(heads) < 3 else 60 + 95 * len(heads), is_cover=True)
+    width = 320 if len(heads) < 3 else 60 + 95 * len(heads)
+    return Figure(caption, table(("loop", *heads), [(loop, *cells) for loop, cells in rows]), width, is_cover=True)
 
 
 PARTS = (Part(measure, read, panels),)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ..._words import counted
+from ...model.facts import facts
 from ...model.sizes import Sizes, human, sizes
 from ..diagram import schedule_diagram
 from ..question import Question
 from ..section import Figure, Numbers, Part, Reading, share
-from ..tables import facts
+from ..tables import table
 
 
 def measure(asked: Question) -> tuple[Numbers, Sizes]:
@@ -31,7 +32,7 @@ def measure(asked: Question) -> tuple[Numbers, Sizes]:
         "n_kv_heads": cfg.n_kv_heads,
         "d_head": cfg.d_head,
         "stacks": schedule.stacks,
-        "l_cycles": cfg.l_cycles,
+        "l_cycles": schedule.l_cycles,
         "anchor_steps": cfg.anchor_steps if cfg.strategy == "anchored" else None,
         "d_vocab": cfg.d_vocab,
         "examples": asked.n_examples,
@@ -64,8 +65,11 @@ def read(asked: Question, numbers: Numbers, found: Sizes) -> Reading:
 
 def panels(asked: Question, numbers: Numbers, found: Sizes) -> list[Figure]:
     """The order of the layers, and a table."""
-    diagram = Figure("The order in which the layers run.", schedule_diagram(asked.model.looped_cfg))
-    return [diagram, Figure("Sizes and costs.", facts(asked.model, found))]
+    model = asked.model
+    rows = {"checkpoint": str(model.cfg.model_name)} | facts(model.looped_cfg, model.cfg.dtype)
+    rows["device"] = str(model.cfg.device)
+    diagram = Figure("The order in which the layers run.", schedule_diagram(model.looped_cfg))
+    return [diagram, Figure("Sizes and costs.", table((), rows.items()))]
 
 
 PARTS = (Part(measure, read, panels),)
