@@ -160,12 +160,10 @@ def test_the_order_of_a_run_is_told_from_its_schedule_and_parts() -> None:
 
 
 def test_info_and_report_tell_the_same_facts() -> None:
-    page = make_report(
-        LoopedBridge.from_pretrained(GOLDEN / "ouro", device="cpu"), torch.tensor([1, 2, 3]), sections="model", verbose=False
-    ).html
-    told = dict(
-        re.split(r" {2,}", line, maxsplit=1) for line in checkpoint_text(GOLDEN / "ouro").split("\n\n")[0].splitlines()[1:]
-    )
+    model = LoopedBridge.from_pretrained(GOLDEN / "ouro", device="cpu")
+    page = make_report(model, torch.tensor([1, 2, 3]), sections="model", verbose=False).html
+    rows = checkpoint_text(GOLDEN / "ouro").split("\n\n")[0].splitlines()[1:]
+    told = dict(re.split(r" {2,}", row, maxsplit=1) for row in rows)
     assert {"family", "runs", "parameters", "one loop more"} <= told.keys()
     for name, text in told.items():
         if name != "memory":  # as it is stored, and as it was loaded
