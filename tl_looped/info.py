@@ -30,6 +30,7 @@ FAMILIES = (
     ("loopus", "Thrillcrazyer/*LoopUS*", "the middle of a Qwen3 or Llama behind a gate that opens as far as the state moves"),
     ("loopformer", "of armenjeddi/loopformer", "a GPT whose norms and gains know the time and the size of every step"),
     ("looped_nanochat", "of kschwethelm/looped_nanochat", "norms on the stream, the prelude's output joined to the state"),
+    ("llama_rrt", "of axolotl-ai-cloud/axolotl", "a Llama whose loops add low-rank matrices and norms of their own"),
     ("tl_looped", "what save_pretrained writes", "any"),
 )
 

@@ -14,7 +14,7 @@ from .record import InitialState, Run
 from .running import first_hooked
 from .schedule import Schedule, check_count, check_index
 
-Ability = Literal["early readouts", "equal loops", "equal passes", "exit gate", "injection", "one embedding"]
+Ability = Literal["early readouts", "equal loops", "equal passes", "exit gate", "injection", "one embedding", "shared weights"]
 Lens = Literal["logit", "native"]
 T = TypeVar("T")
 AnyLooped = TypeVar("AnyLooped", bound="Looped")

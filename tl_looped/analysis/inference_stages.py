@@ -337,8 +337,9 @@ def output_neurons(model: AnyBridge, *, kurtosis: float = 10.0) -> Grid:
         raise LoopedError(f"kurtosis={kurtosis!r} was asked; pass a number.")
     if isinstance(model, LoopedBridge):
         schedule = model.schedule
-        firsts = {site._replace(loop=None if site.loop is None else 0) for site in schedule.sites}
-        layers = {f"{site.stack}.{site.layer}": schedule.virtual(site) for site in schedule.sites if site in firsts}
+        layers: dict[str, int] = {}
+        for i, site in enumerate(schedule.sites):
+            layers.setdefault(model.plain.layer_name(site), i)
     else:
         layers = {f"blocks.{i}": i for i in range(model.cfg.n_layers)}
     if getattr(model, "_weights_processed", False):

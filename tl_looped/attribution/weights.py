@@ -84,6 +84,7 @@ def weight_gradients_by_pass(
             return list(torch.autograd.grad(value, flat, allow_unused=True))
 
         require(model, "equal passes", "a gradient for every pass")
+        require(model, "shared weights", "a gradient of the same weights for every pass")
         views, found = model.with_weights_of_their_own(gradients_of)
     gradients = iter(found)
     by_name = {name: [(view, next(gradients)) for view in uses] for name, uses in views.items()}

@@ -12,7 +12,21 @@ from typing import Any, Protocol, runtime_checkable
 from ..errors import CheckpointError, LoopedError
 from ..kinds import choice, count, flag, number, optional, several, shown, table, text
 from ..model.config import LoopedConfig
-from . import canonical, dory, hrm_text, huginn, llama, looped_nanochat, loopformer, loopus, nanbeige, ouro, parcae, retrofit
+from . import (
+    canonical,
+    dory,
+    hrm_text,
+    huginn,
+    llama,
+    llama_rrt,
+    looped_nanochat,
+    loopformer,
+    loopus,
+    nanbeige,
+    ouro,
+    parcae,
+    retrofit,
+)
 from ._common import Computed, Shapes, Source, activation, attention_rows, fused, layers, mlp_rows, modules, readout, rope
 from ._read import Recorded, get, need, only, unused
 
@@ -108,6 +122,7 @@ _FAMILIES: list[Family] = [
     loopus,
     loopformer,
     looped_nanochat,
+    llama_rrt,
     llama,
 ]
 

@@ -24,8 +24,8 @@ TIED = ("transformer.wte.weight", "lm_head.weight")
 IGNORED = ("cos", "sin")
 _MODES = ("inject_init_prelude", "inject_init_random", "passthrough")
 _STACKS = {"prelude": "prelude", "core": "recur", "coda": "coda"}
-_BLOCK = {"ln1": "n1", "ln1_stream": "n2", "ln2": "n3", "ln2_stream": "n4"}
-_BLOCK |= {"attn.v": "attn.c_v", "attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc"}
+_NORMS = {"ln1": "n1", "ln1_stream": "n2", "ln2": "n3", "ln2_stream": "n4"}
+_BLOCK = {**_NORMS, "attn.v": "attn.c_v", "attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc"}
 
 
 def matches(config: Mapping[str, Any], shapes: Shapes) -> bool:

@@ -20,7 +20,7 @@ def measure(asked: Question) -> tuple[Numbers, Sizes]:
         "n_loops": cfg.n_loops,
         "made_for_loops": asked.made_for,
         "n_virtual_layers": schedule.n_layers,
-        "n_physical_layers": cfg.n_physical,
+        "n_physical_layers": schedule.n_layers if cfg.own_layers else cfg.n_physical,
         "n_parameters": found.n_parameters,
         "parameters": found.parameters,
         "flops_per_token": found.flops(cfg.n_loops),
