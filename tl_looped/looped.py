@@ -20,6 +20,10 @@ T = TypeVar("T")
 AnyLooped = TypeVar("AnyLooped", bound="Looped")
 
 
+class _Able(Protocol):
+    def lacks(self, ability: Ability) -> str | None: ...
+
+
 @runtime_checkable
 class Hooked(Protocol):
     """A model with TransformerLens's hooks, looped or not."""
@@ -97,7 +101,7 @@ class Looped(Hooked, Protocol):
         """Why the model cannot do something; None if it can."""
         ...
 
-    def unroll(self: AnyLooped, n_loops: int, *, cut: bool = ...) -> AnyLooped:
+    def unroll(self, n_loops: int, *, cut: bool = ...) -> Any:
         """The same model with another number of loops, or (`cut`) its first ones as they are."""
         ...
 
@@ -282,7 +286,7 @@ class DirectPaths(Protocol):
         ...
 
 
-def require(model: Looped, ability: Ability, what: str) -> None:
+def require(model: _Able, ability: Ability, what: str) -> None:
     """Refuse what a model cannot do, with its reason.
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._old_calls import accepts_old
 from ..errors import LoopedError
-from ..looped import Looped, check_model, require
+from ..looped import AnyLooped, Looped, check_model, require
 from ..schedule import Indices, LoopSelector, Pass, Schedule, check_count, select_indices
 from ..sites import select_layers
 from ._hooks import Hooks, Seen, passes_from, unit_mask
@@ -92,8 +92,8 @@ def _identities(pairs: Iterable[tuple[str, str]]) -> Hooks:
 
 @accepts_old("times")
 def repeat_loop(
-    model: Looped, loop: int, *, times: int = 1, fwd_hooks: Iterable[tuple[str, Callable[..., Any]]] = ()
-) -> tuple[Looped, Hooks]:
+    model: AnyLooped, loop: int, *, times: int = 1, fwd_hooks: Iterable[tuple[str, Callable[..., Any]]] = ()
+) -> tuple[AnyLooped, Hooks]:
     """Run one loop several times in a row: the state that leaves it goes through the same loop again.
 
     A repeated loop needs activations, names, and keys and values of its own, which no hook can give it. So this returns another
@@ -128,11 +128,7 @@ def repeat_loop(
         torch.Size([1, 3, 10])
     """
     check_model(model)
-    if (why := model.plain.loop.changes) is not None:
-        raise LoopedError(
-            f"loop {loop} was to run again, but in this {model.looped_cfg.family} model {why}: in a deeper model the loops are "
-            "other ones. Patch the states of one loop into another (tl_looped.patching.patch_between_loops)."
-        )
+    require(model, "equal loops", f"loop {loop} again")
     old, loop = model.schedule, model.schedule.loop(loop)
     deeper = model.unroll(old.n_loops + check_count("times", times))
     moved: Hooks = []
