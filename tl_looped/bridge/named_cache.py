@@ -161,15 +161,7 @@ class NamedCache(ActivationCache):
         return torch.stack(rows)
 
     def check_weights(self, what: str, model: Any = None) -> None:
-        """Refuse to use the weights that the model has now beside these activations, if others made them.
-
-        Args:
-            what: what was asked.
-            model: another model whose weights are used; None for the one of the run.
-
-        Raises:
-            LoopedError: the weights were changed since.
-        """
+        """Refuse to use weights beside these activations if others made them: those of the model, or of another."""
         self.weights.check((self.model if model is None else model).plain, what)
 
     def padding(self) -> Bool[Tensor, "batch pos"] | None:

@@ -231,11 +231,7 @@ class HookDict(dict[str, HookPoint]):
         self._names: dict[int, list[str]] = {}
 
     def names_of(self, hook: HookPoint) -> list[str]:
-        """All TransformerLens names of a hook point.
-
-        Args:
-            hook: the hook point.
-        """
+        """All TransformerLens names of a hook point."""
         found = self._names.get(id(hook))
         if found is None or super().__getitem__(found[0]) is not hook:  # not asked before, or in the original of this copy
             self._names = {}
@@ -247,12 +243,7 @@ class HookDict(dict[str, HookPoint]):
         return super().__contains__(name) or (isinstance(name, str) and self.get(name) is not None)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The hook point of a name in either spelling.
-
-        Args:
-            name: the name.
-            default: what to return where there is no such hook.
-        """
+        """The hook point of a name in either spelling, or a default."""
         if super().__contains__(name):
             return super().__getitem__(name)
         try:

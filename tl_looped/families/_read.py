@@ -55,11 +55,7 @@ _NOTES = ("_*", "*_version", "*_hash", "*_commit", "*_path", "*_url", "license",
 
 
 class Recorded(Mapping[str, Any]):
-    """A config.json that remembers which of its keys were asked for.
-
-    Args:
-        config: the content of config.json.
-    """
+    """A config.json that remembers which of its keys were asked for."""
 
     def __init__(self, config: Mapping[str, Any]):
         self._config = config
@@ -80,12 +76,6 @@ class Recorded(Mapping[str, Any]):
 
         The published code of a family does not read keys that it does not have either. Only a newer version of it might, which
         is worth a warning and not a refusal: a config.json also carries notes of trainers and converters.
-
-        Args:
-            family: what the messages call it.
-
-        Raises:
-            CheckpointError: an option that would change the logits.
         """
         unread = {key: value for key, value in self._config.items() if key not in self.asked and value is not None}
         quantised = unread.get("quantization_config")
