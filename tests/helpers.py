@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from zoo import SMALL, random_bridge
 
 from tl_looped import LoopedBridge, LoopedCache
+from tl_looped.model import LoopedModel
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -33,6 +34,14 @@ def tiny_llama(n_layers: int = 4, **changes: Any) -> LlamaForCausalLM:
     heads = {"num_attention_heads": SMALL["n_heads"], "max_position_embeddings": SMALL["n_ctx"]}
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "num_hidden_layers": n_layers, **changes})).eval()
+
+
+def plain_model(bridge: LoopedBridge) -> LoopedModel:
+    """The same parameters in a model of plain PyTorch, without hook points."""
+    model = LoopedModel(bridge.looped_cfg).to(bridge.cfg.dtype)
+    for key, parameter in bridge.plain.canonical_parameters().items():
+        model.set_parameter(key, parameter)
+    return model
 
 
 def run(bridge: LoopedBridge, tokens: torch.Tensor, **kwargs: Any) -> LoopedCache:

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import storages
+from helpers import plain_model, storages
 from transformer_lens import ActivationCache, patching
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import get_act_name
 from zoo import ZOO, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedCache, LoopedError
-from tl_looped.model import LoopedModel
 
 TOKENS = random_tokens()
 SWITCHES = ("attn_result", "split_qkv_input", "attn_in", "hook_mlp_in")
@@ -41,11 +40,8 @@ def switch_on(bridge: LoopedBridge, *switches: str) -> None:
 @FAMILIES
 def test_bridge_equals_the_plain_model_bit_for_bit(name: str) -> None:
     bridge = shared_bridge(name)
-    plain = LoopedModel(ZOO[name])
-    for key, parameter in bridge.original_model.canonical_parameters().items():
-        plain.set_parameter(key, parameter)
     assert isinstance(bridge, TransformerBridge)
-    assert torch.equal(bridge(TOKENS), plain(TOKENS).logits)
+    assert torch.equal(bridge(TOKENS), plain_model(bridge)(TOKENS).logits)
 
 
 @FAMILIES

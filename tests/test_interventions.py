@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import plain_model
 from torch import Tensor
 from torch.nn.functional import softplus
 from transformers import DynamicCache
@@ -46,14 +47,6 @@ bridge_of = cache(new_bridge)  # for tests that leave it as it is
 
 def stack_of(name: str) -> str | None:
     return "L" if name == "hrm_text" else None
-
-
-def plain(bridge: LoopedBridge) -> LoopedModel:
-    """The same parameters in a model of plain PyTorch, without hook points."""
-    model = LoopedModel(bridge.looped_cfg)
-    for key, parameter in bridge.original_model.canonical_parameters().items():
-        model.set_parameter(key, parameter)
-    return model
 
 
 def unchanged(_: int, x: Tensor) -> Tensor:
@@ -140,7 +133,7 @@ def write_text(bridge: LoopedBridge, hooks: list, tokens: Tensor = TOKENS, new: 
 @FAMILIES
 def test_the_reference_is_the_model(name: str) -> None:
     bridge = bridge_of(name)
-    close(by_hand(plain(bridge)), bridge(TOKENS))
+    close(by_hand(plain_model(bridge)), bridge(TOKENS))
 
 
 @FAMILIES
@@ -150,7 +143,7 @@ def test_a_skipped_loop_is_a_model_without_that_pass(name: str) -> None:
         for loops in (0, "last", [0, -1], slice(1, None)):
             hooks = skip_loop(bridge, loops, stack=stack)
             skipped = {p.index for p in bridge.schedule.passes_of(loops, stack)}
-            close(bridge.run_with_hooks(TOKENS, fwd_hooks=hooks), by_hand(plain(bridge), skip=skipped))
+            close(bridge.run_with_hooks(TOKENS, fwd_hooks=hooks), by_hand(plain_model(bridge), skip=skipped))
     if bridge.looped_cfg.l_cycles is None:
         fewer = bridge.unroll(bridge.n_loops - 1)(TOKENS)
         for t in range(bridge.n_loops - 1):
@@ -159,7 +152,7 @@ def test_a_skipped_loop_is_a_model_without_that_pass(name: str) -> None:
 
 @FAMILIES
 def test_a_skipped_layer_is_no_layer(name: str) -> None:
-    bridge, model, stack = bridge_of(name), plain(bridge_of(name)), stack_of(name)
+    bridge, model, stack = bridge_of(name), plain_model(bridge_of(name)), stack_of(name)
     skipped = {virtual(bridge, t, 1, stack) for t in (0, -1)}
     hooks = skip_layer(bridge, loops=[0, -1], layers=1, stack=stack)
     if bridge.schedule.n_prelude:
@@ -181,7 +174,7 @@ def test_a_repeated_loop_runs_again_with_what_hooks_do_in_it(name: str) -> None:
     assert deeper.original_model.embed.weight is bridge.original_model.embed.weight
     per_loop = len(bridge.schedule.passes) // bridge.n_loops
     order = [*range(per_loop)] * 2 + [*range(len(bridge.schedule.passes))]
-    model, last = plain(bridge), virtual(bridge, -1, 0, stack)
+    model, last = plain_model(bridge), virtual(bridge, -1, 0, stack)
     factor = {bridge.schedule.passes_of(t, stack)[0].index: 0.5**t for t in (0, 1)}
     wanted = by_hand(
         model,
@@ -212,7 +205,7 @@ def test_zero_ablation_is_a_layer_with_zeroed_output_weights(name: str) -> None:
     bridge, stack = bridge_of(name), stack_of(name)
     written = {"head": ["o"], "attn": ["o"], "neuron": ["down"], "mlp": ["down"], "layer": ["o", "down"]}
     for part, projections in written.items():
-        model, units = plain(bridge), {"head": [2, 0], "neuron": [3, -1]}.get(part)
+        model, units = plain_model(bridge), {"head": [2, 0], "neuron": [3, -1]}.get(part)
         for loop in (0, -1):
             block = model.blocks[virtual(bridge, loop, 1, stack)]
             for letter in projections:
@@ -230,7 +223,7 @@ def test_zero_ablation_is_a_layer_with_zeroed_output_weights(name: str) -> None:
 @FAMILIES
 @pytest.mark.parametrize("mode", ["mean", "resample"])
 def test_ablation_writes_what_another_run_holds(name: str, mode: str) -> None:
-    bridge, model, stack = bridge_of(name), plain(bridge_of(name)), stack_of(name)
+    bridge, model, stack = bridge_of(name), plain_model(bridge_of(name)), stack_of(name)
     _, cache = bridge.run_with_cache(OTHER)
     i = virtual(bridge, 1, 0, stack)
     block = model.blocks[i]
@@ -286,7 +279,7 @@ def test_the_prelude_mlp_can_be_zeroed() -> None:
 @FAMILIES
 @pytest.mark.parametrize("heads", [None, [0, 2]])
 def test_frozen_attention_is_the_earlier_pattern_times_the_new_values(name: str, heads: list[int] | None) -> None:
-    bridge, model, stack = bridge_of(name, n_loops=4), plain(bridge_of(name, n_loops=4)), stack_of(name)
+    bridge, model, stack = bridge_of(name, n_loops=4), plain_model(bridge_of(name, n_loops=4)), stack_of(name)
     hooks = freeze_attention(bridge, 1, heads=heads, stack=stack)
     patterns: dict[int, Tensor] = {}
     for p in model.cfg.schedule.passes_of("all", stack)[1:]:
@@ -313,7 +306,7 @@ def test_frozen_attention_is_the_earlier_pattern_times_the_new_values(name: str,
 
 @INJECTED
 def test_injections_are_frozen_replaced_and_dropped(name: str) -> None:
-    bridge, model, stack = bridge_of(name), plain(bridge_of(name)), stack_of(name)
+    bridge, model, stack = bridge_of(name), plain_model(bridge_of(name)), stack_of(name)
     first, *later = [p.index for p in bridge.schedule.passes_of("all", stack)]
     logits, own = bridge.run_with_cache(TOKENS)
     _, other = bridge.run_with_cache(OTHER)
@@ -361,8 +354,10 @@ def test_the_initial_state_is_the_one_set(name: str) -> None:
     hooks = set_initial_state(bridge, state[0, 0], positions=[2, -1], stack=stack)
     mask = torch.zeros(6, 1, dtype=torch.bool)
     mask[[2, 5]] = True
-    entrance = plain(bridge).loop.entrance  # before the norm of a state, where there is one
-    wanted = by_hand(plain(bridge), state=lambda k, s: torch.where(mask, state[0, 0], s) if k == 0 else s, state_at=entrance)
+    entrance = plain_model(bridge).loop.entrance  # before the norm of a state, where there is one
+    wanted = by_hand(
+        plain_model(bridge), state=lambda k, s: torch.where(mask, state[0, 0], s) if k == 0 else s, state_at=entrance
+    )
     close(bridge.run_with_hooks(TOKENS, fwd_hooks=hooks), wanted)
 
 
@@ -371,7 +366,7 @@ def test_the_initial_state_is_the_one_set(name: str) -> None:
 
 @FAMILIES
 def test_steering_adds_the_direction(name: str) -> None:
-    bridge, model, stack = bridge_of(name), plain(bridge_of(name)), stack_of(name)
+    bridge, model, stack = bridge_of(name), plain_model(bridge_of(name)), stack_of(name)
     logits, direction = bridge(TOKENS), torch.randn(24, dtype=torch.float64)
     sites = ["state", "out", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
     for site in sites + (["injection"] if bridge.looped_cfg.injection != "none" else []):

@@ -7,7 +7,7 @@ from functools import cache as once
 
 import pytest
 import torch
-from helpers import word_tokenizer
+from helpers import plain_model, word_tokenizer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformer_lens import SVDInterpreter, evals, patching
@@ -47,13 +47,6 @@ BROKEN = [name for name in ZOO if name != "looped_qwen"]
 
 def short(name: str, dtype: torch.dtype = torch.float32, **changes: object) -> LoopedBridge:
     return random_bridge(name, dtype, **{**SHORT[name], **changes})
-
-
-def plain_model(bridge: LoopedBridge) -> LoopedModel:
-    plain = LoopedModel(bridge.looped_cfg).to(bridge.cfg.dtype)
-    for key, parameter in bridge.original_model.canonical_parameters().items():
-        plain.set_parameter(key, parameter)
-    return plain
 
 
 def metric(logits: torch.Tensor) -> torch.Tensor:
