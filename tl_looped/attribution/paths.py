@@ -141,18 +141,7 @@ def path_patch(
     and Goldowsky-Dill et al., 2304.05969, along the residual stream only). Until the receiver, all other heads and MLPs write
     what they wrote in the corrupted run; norms, also the receiver's own, and injections are computed anew. A head is changed
     before the norm of its branch, where it has one, beside which the other heads stay. So effects of several sources need not
-    add up. One run per pair; use `edge_sweep` for many.
-
-    Args:
-        model: as in `edge_sweep`, like the following ones.
-        corrupted_tokens: as there.
-        clean_cache: as there.
-        metric: as there; no gradient is needed.
-        sources: as there.
-        receivers: as there.
-        at_loop: as there.
-        n_loops: as there.
-        **run: as there.
+    add up. One run per pair; use `edge_sweep`, which has the same arguments, for many. The metric needs no gradient here.
 
     Returns:
         A `Grid` [source, receiver] of differences of the metric; 0 where the source runs after the receiver.

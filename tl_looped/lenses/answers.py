@@ -154,17 +154,7 @@ def ask(
     attention_mask: Mask,
     **inputs: Any,
 ) -> Answers:
-    """As `LoopedBridge.answers`, of the model's own depth.
-
-    Args:
-        model: the model.
-        prompts: as there.
-        loops: as there.
-        top_k: as there.
-        targets: as there.
-        attention_mask: as there.
-        **inputs: what a run takes beside.
-    """
+    """As `LoopedBridge.answers`, of the model's own depth; `inputs` are what a run takes beside."""
     d_vocab = model.cfg.d_vocab
     if check_count("top_k", top_k) > d_vocab:
         raise LoopedError(f"top_k={top_k} was asked; the vocabulary has {d_vocab} tokens.")
