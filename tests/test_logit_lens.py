@@ -524,6 +524,7 @@ def test_the_grid_of_tokens() -> None:
     names = list(figure.layout.yaxis.ticktext)
     assert names[1:4] == ["prelude, layer 1", "loop 0, layer 0", "loop 0, layer 1"] and names[-1] == "coda, layer 0"
     lines = [(shape.y0, shape.line.width) for shape in figure.layout.shapes]
+    assert {shape.line.color for shape in figure.layout.shapes if shape.line.width == 3} == {"#c44"}
     assert lines == [(1.5, 3), (4.5, 1.5), (7.5, 1.5), (10.5, 3)]  # prelude, between loops, coda
     said = cells.hovertext[2][1]
     assert said.startswith("loop 0, layer 0, position 1 t17<br>") and f"rank of the target {int(ranks[2, 1])}" in said
@@ -606,5 +607,5 @@ def test_figures_that_are_not_there() -> None:
             result.plot("tokens", **given)
     with pytest.raises(LoopedError, match="are 2; ranks are drawn of one"):
         result.plot(positions=[0, 1])
-    with pytest.warns(FutureWarning, match=r"plot\(pos=\) is now plot\(positions=\)"):
+    with pytest.warns(FutureWarning, match=r"\(pos=\) is now panels\(positions=\)"):
         result.plot(pos=0)

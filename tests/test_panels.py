@@ -12,6 +12,7 @@ import torch
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped.analysis import fixed_points, looped_floorplan, more_loops
+from tl_looped.lenses import logit_lens
 from tl_looped.panels import Axis, Mark, Panel, curves, floorplan, grouped, heat_map, paths, rank_trajectories
 from tl_looped.results import Grid
 from tl_looped.schedule import Schedule
@@ -122,3 +123,19 @@ def test_what_says_nothing_is_known() -> None:
     assert lines([1.0, 2.0, 3.0]).says_something and not lines([1.0, 2.0, math.nan]).says_something
     cells = heat_map(Grid(torch.tensor([[1.0, 1.0], [1.0, 0.9999999]]), ("a", "b"), {"a": [0, 1], "b": [0, 1]}))
     assert not cells.says_something
+
+
+def test_a_lens_and_answers_are_panels_too() -> None:
+    model = LoopedBridge.from_pretrained("toy:hop", device="cpu")
+    lens = logit_lens(model, "A b B a ? A", targets="a", top_k=2)
+    (panel,) = lens.panels("tokens", colour="rank")
+    (cells,) = panel.grids
+    assert cells["colour"] == lens.ranks[:, 0, :, 0].tolist() and panel.roles["colour"].scale == "rank"
+    assert cells["text"][2][-1] == lens.text(int(lens.top_tokens[2, 0, -1, 0])) and "rank of the target" in cells["said"][2][-1]
+    assert panel.marks[:2] == [Mark(y=0.5, look="bold"), Mark(y=2.5)]  # after the prelude, and after loop 0
+    (ranks,) = lens.panels(positions=-1)
+    assert ranks.grids[0]["y"] == lens.ranks[:, 0, -1, 0].tolist()
+    answers = model.answers("A b B a ? A")
+    (panel,) = answers.panels()
+    assert panel.grids[0]["text"] == [[top[0] for top in answers.texts[0]]] and panel.roles["x"].labels == list("012345")
+    json.dumps(panel.to_dict(), allow_nan=False)

@@ -37,7 +37,7 @@ class Axis:
         scale: "linear"; "log", where what is not positive is left out; or "rank": from 0, the best on top, by its logarithm.
         form: "%" for shares, "count" for whole numbers, "tokens" for those of a prompt, which stand above the cells.
         range: its first and last number; those of the panel's numbers if None.
-        palette: of colours: "Blues", "RdBu" or "Viridis".
+        palette: of colours, such as "Blues", "RdBu" or "Viridis"; "Blues_r" is reversed.
     """
 
     title: str = ""
@@ -46,7 +46,7 @@ class Axis:
     scale: Literal["linear", "log", "rank"] = "linear"
     form: Literal["", "%", "count", "tokens"] = ""
     range: tuple[float, float] | None = None
-    palette: Literal["", "Blues", "RdBu", "Viridis"] = ""
+    palette: Literal["", "Blues", "Blues_r", "Oranges", "Purples", "RdBu", "Viridis"] = ""
 
     @property
     def places(self) -> list[str]:
@@ -78,9 +78,10 @@ class Panel:
 
     Args:
         kind: "heat map", "floorplan" (a heat map of square cells), "lines", "bars", or "trajectories" in a plane.
-        grids: the numbers by their role: of a heat map "colour", rows of cells, and "text" in them if there is any; of every
-            line "y" over "x", with "band" (half the height of its error bars), "colour" or "text" of every point. Beside them
-            the "name" of a line, its "ink" and "dash", and "points", their symbol where no line joins them.
+        grids: the numbers by their role: of a heat map "colour", rows of cells, and if there is any the "text" in each and what
+            is "said" of it; of every line "y" over "x", with "band" (half the height of its error bars), "colour" or "text" of
+            every point. Beside them the "name" of a line, its "ink" and "dash", and "points", their symbol where no line joins
+            them.
         roles: what "x", "y" and "colour" stand for.
         marks: what is marked: where loops begin, the trained number of loops, chosen cells.
         caption: what is to be seen.
@@ -372,6 +373,17 @@ def stretches(sites: Sequence[Site]) -> list[range]:
     for _, run in groupby(sites, key=lambda site: site[:2]):
         found.append(range(start, start := start + len(list(run))))
     return found
+
+
+def pass_lines(sites: Sequence[Site]) -> list[Mark]:
+    """Marks between rows where a new pass begins, bold ones where the prelude ends and the coda begins.
+
+    Args:
+        sites: the layers of the rows.
+    """
+    starts = [run.start for run in stretches(sites)[1:]]
+    edges = ["bold" if None in (sites[i - 1].loop, sites[i].loop) else "line" for i in starts]
+    return [Mark(y=i - 0.5, look=look) for i, look in zip(starts, edges, strict=True)]
 
 
 def pass_names(sites: Sequence[Site], layers: Sequence[int]) -> list[Mark]:

@@ -115,7 +115,7 @@ class SideBySide(Result):
         ]
         title = f"{first} and {second}, {counted(len(self.prompts), 'prompt')}"
         found = [Panel("lines", sides, {"x": loop, "y": Axis("loss (nats)")}, caption=title)]
-        band, zero = (2 * self.loss_difference.stderr).nan_to_num().tolist(), Mark(y=0, look="dotted")
+        band, zero = (2 * self.loss_difference.stderr).nan_to_num().tolist(), Mark(y=0)
         pairs = {"x": x, "y": self.loss_difference.values.tolist(), "band": band, "ink": "#444"}
         roles = {"x": loop, "y": Axis("loss, second less first, ± 2 standard errors")}
         found.append(Panel("lines", [pairs], roles, [zero]))

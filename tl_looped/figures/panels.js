@@ -5,6 +5,8 @@ const COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b
 const DASHES = { dot: "2 3", dash: "6 4" };
 const PALETTES = {
   Blues: "f7fbff deebf7 c6dbef 9ecae1 6baed6 4292c6 2171b5 08519c 08306b",
+  Oranges: "fff5eb fee6ce fdd0a2 fdae6b fd8d3c f16913 d94801 a63603 7f2704",
+  Purples: "fcfbfd efedf5 dadaeb bcbddc 9e9ac8 807dba 6a51a3 54278f 3f007d",
   RdBu: "67001f b2182b d6604d f4a582 fddbc7 f7f7f7 d1e5f0 92c5de 4393c3 2166ac 053061",
   Viridis: "440154 482878 3e4989 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725",
 };
@@ -12,7 +14,10 @@ const ruler = document.createElement("canvas").getContext("2d", { willReadFreque
 const tip = document.body.appendChild(document.createElement("div"));
 tip.className = "tip-box";
 
-const stops = (palette) => PALETTES[palette].split(" ").map((colour) => `#${colour}`);
+function stops(palette) {
+  const colours = PALETTES[palette.replace("_r", "")].split(" ").map((colour) => `#${colour}`);
+  return palette.endsWith("_r") ? colours.reverse() : colours;
+}
 const isCells = (panel) => panel.kind === "heat map" || panel.kind === "floorplan";
 const finite = (values) => values.filter((v) => typeof v === "number" && Number.isFinite(v));
 const span = (values) => (values.length ? [Math.min(...values), Math.max(...values)] : [0, 1]);
@@ -204,9 +209,10 @@ function drawMarks(svg, panel, x, y) {
 }
 
 function drawCells(svg, panel, x, y, points) {
-  const group = put(svg, "g", { class: "cells" }), [{ colour: z, text }] = panel.grids, shade = panel.roles.colour;
+  const group = put(svg, "g", { class: "cells" }), [{ colour: z, text, said }] = panel.grids, shade = panel.roles.colour;
   const rows = z.length, columns = z[0].length, colour = colours(shade.palette);
-  const [low, high] = shade.range, share = (v) => (high > low ? (v - low) / (high - low) : 0.5);
+  const scaled = (v) => (shade.scale === "rank" ? Math.log10(v + 1) : v), [low, high] = shade.range.map(scaled);
+  const share = (v) => (high > low ? (scaled(v) - low) / (high - low) : 0.5);
   const canvas = Object.assign(document.createElement("canvas"), { width: columns, height: rows });
   const context = canvas.getContext("2d"), image = context.createImageData(columns, rows);
   z.forEach((row, i) => row.forEach((v, j) => { if (v !== null) image.data.set([...colour(share(v)), 255], 4 * (i * columns + j)); }));
@@ -224,8 +230,8 @@ function drawCells(svg, panel, x, y, points) {
   const [down, along] = [placesOf(panel.roles.y), placesOf(panel.roles.x)];
   points.push({ inside: (px, py) => px >= left && px <= left + wide && py >= top && py <= top + deep, find: (px, py) => {
     const j = Math.min(columns - 1, Math.floor(((px - left) / wide) * columns)), i = Math.min(rows - 1, Math.floor(((py - top) / deep) * rows));
-    const said = z[i][j] === null ? "" : `${down[i]} · ${along[j]}\n${text ? `${text[i][j]} ` : ""}${number(z[i][j], shade)}`;
-    return { far: 0, text: said, d: `M${left + (j * wide) / columns} ${top + (i * deep) / rows}h${wide / columns}v${deep / rows}h${-wide / columns}z` };
+    const words = said?.[i][j] ?? `${down[i]} · ${along[j]}\n${text ? `${text[i][j]} ` : ""}${number(z[i][j] ?? NaN, shade)}`;
+    return { far: 0, text: z[i][j] === null ? "" : words, d: `M${left + (j * wide) / columns} ${top + (i * deep) / rows}h${wide / columns}v${deep / rows}h${-wide / columns}z` };
   } });
 }
 

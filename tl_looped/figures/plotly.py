@@ -16,6 +16,9 @@ LINES = {
     "dotted": {"width": 1.5, "color": "#d95f0e", "dash": "dot"},
 }
 MOST_NAMED = 16  # a legend of so many lines is read; colours tell those between
+ROW, MOST_ROWS = 22, 160  # pixels of a row of words; of more rows, words are in the hover only
+NARROW = 360  # pixels across that a figure may have: a telephone's
+TEXT = "#808690"  # readable on white and on black, as nobody knows which a notebook has
 PLAIN = {"showgrid": False, "zeroline": False}
 
 
@@ -54,8 +57,9 @@ def draw(panels: Sequence[Panel]) -> Any:
         else:
             _lines(figure, panel, at)
         x, y = panel.roles["x"], panel.roles["y"]
-        figure.update_xaxes(**_axis(x, [v for line in panel.grids for v in line.get("x", [])], 24), **at)
-        figure.update_yaxes(**_axis(y, [v for line in panel.numbers for v in line], 48), **at)
+        across, down = (len(x.labels), MOST_ROWS) if "text" in panel.grids[0] else (24, 48)
+        figure.update_xaxes(**_axis(x, [v for line in panel.grids for v in line.get("x", [])], across), **at)
+        figure.update_yaxes(**_axis(y, [v for line in panel.numbers for v in line], down), **at)
         if n > 1:  # names stand above the panels: beside them, long ones would run into each other
             corner = {"x": 0, "y": 1, "xref": "x domain", "yref": "y domain", "yanchor": "bottom", "showarrow": False}
             figure.add_annotation(text=in_figure(y.title), **corner, **at)
@@ -65,41 +69,72 @@ def draw(panels: Sequence[Panel]) -> Any:
         for mark in panel.marks:
             _mark(figure, mark, at)
     height = _height(panels[0]) if n == 1 else 140 + 170 * n
-    return figure.update_layout(title=in_figure(panels[0].caption), template="plotly_white", height=height)
+    figure.update_layout(title=in_figure(panels[0].caption), template="plotly_white", height=height)
+    if "text" in panels[0].grids[0] and panels[0].kind == "heat map":
+        _texts(figure, panels[0])
+    return figure
 
 
 def _cells(figure: Any, panel: Panel) -> None:
     (grid,), x, y, shade = panel.grids, panel.roles["x"], panel.roles["y"], panel.roles["colour"]
-    z = grid["colour"]
-    gap = 1 if panel.kind == "heat map" and max(len(z), len(z[0])) <= 64 else 0
+    z, square = grid["colour"], panel.kind == "floorplan"
+    gap = 0 if square or max(len(z), len(z[0])) > 64 else 1
     more: dict[str, Any] = {"hoverongaps": False}
-    if "text" in grid:
-        more |= {"text": [list(map(in_figure, row)) for row in grid["text"]], "texttemplate": "%{text}"}
-    if panel.kind == "heat map":
-        more |= {
+    if "said" in grid:
+        said = [["<br>".join(map(in_figure, cell.split("\n"))) for cell in row] for row in grid["said"]]
+        more = {"hovertext": said, "hovertemplate": "%{hovertext}<extra></extra>"}
+    elif not square:
+        more = {
             "customdata": [list(map(in_figure, x.places))] * len(z),
             "hovertext": [[in_figure(place)] * len(z[0]) for place in y.places],
             "hovertemplate": "%{hovertext} · %{customdata}<br>%{z:.4g}<extra></extra>",
         }
-    figure.add_heatmap(
-        # Plotly drops repeated category names, so rows and columns have numbers and the labels are ticks.
-        x=list(range(len(z[0]))),
-        y=list(range(len(z))),
-        z=z,
-        xgap=gap,
-        ygap=gap,
-        colorbar={"title": {"text": in_figure(shade.title), "side": "right"}},
-        **_shades(shade, "z"),
-        **more,
-    )
-    square = panel.kind == "floorplan"
+    bar = {"title": {"text": in_figure(shade.title), "side": "right"}}
+    # Plotly drops repeated category names, so rows and columns have numbers and the labels are ticks.
+    places = {"x": list(range(len(z[0]))), "y": list(range(len(z)))}
+    figure.add_heatmap(**places, xgap=gap, ygap=gap, colorbar=bar, **_shades(z, shade), **more)
     figure.update_xaxes(**PLAIN, **({"constrain": "domain"} if square else {}))
     figure.update_yaxes(autorange="reversed", **PLAIN, **({"scaleanchor": "x"} if square else {}))
 
 
-def _shades(axis: Axis, letter: str) -> dict[str, Any]:
-    ends = {} if axis.range is None else {f"{letter}min": axis.range[0], f"{letter}max": axis.range[1]}
-    return {"colorscale": axis.palette or "Blues", **ends, **({"zmid": 0} if axis.palette == "RdBu" else {})}
+def _shades(z: list[list[float]], shade: Axis) -> dict[str, Any]:
+    """The numbers of a heat map and their colours; ranks by the logarithm of the rank plus one."""
+    low, high = shade.range or (None, None)
+    found: dict[str, Any] = {"z": z, "zmin": low, "zmax": high, "colorscale": shade.palette or "Blues"}
+    if shade.palette == "RdBu":
+        found["zmid"] = 0
+    if shade.scale == "rank":
+        ends = [0, *(n * 10**k for k in range(8) for n in (1, 3) if n * 10**k <= (high or 0))]
+        found["colorbar_tickvals"], found["colorbar_ticktext"] = [math.log10(e + 1) for e in ends], list(map(str, ends))
+        found |= {"z": [[math.log10(v + 1) for v in row] for row in z], "zmin": 0, "zmax": math.log10(max(high or 0, 1) + 1)}
+    return found
+
+
+def _texts(figure: Any, panel: Panel) -> None:
+    """Words in the cells of a heat map, whose rows are as high as a line, on whatever colour the place has."""
+    (grid,), rows, columns = panel.grids, panel.roles["y"].labels, panel.roles["x"].labels
+    few, top = len(rows) <= MOST_ROWS, panel.roles["x"].form == "tokens"
+    margin = {"t": 130 if top else 70, "b": 80 if top else 120, "r": 12, "l": 24 + 7 * max(map(len, rows), default=0)}
+    longest = max((len(text) for row in grid["text"] for text in row), default=0)
+    fits = 7 * longest * len(columns) <= NARROW - margin["l"] - margin["r"]
+    height = ROW * len(rows) if few else max(ROW * MOST_ROWS, 4 * len(rows))
+    bar = {"orientation": "h", "thickness": 10, "len": 180, "lenmode": "pixels", "x": 0, "xanchor": "left", "yanchor": "top"}
+    figure.update_traces(
+        text=[list(map(in_figure, row)) for row in grid["text"]],
+        texttemplate="%{text}" if few else None,
+        textfont={"size": 11} if fits else None,  # otherwise as large as the cells of this width allow
+        xgap=1,
+        ygap=1 if few else 0,
+        # Below the grid, so that it has room beside a grid of one row too.
+        colorbar={**bar, "y": (-20 if top else -54) / height, "title": {"side": "top", "font": {"size": 12}}},
+    )
+    figure.update_xaxes(side="top" if top else "bottom", ticks="")
+    figure.update_yaxes(ticks="")
+    corner = {"x": 0, "xref": "container", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"}
+    figure.update_layout(title={"font": {"size": 15}, "pad": {"l": 12, "t": 12}, **corner}, template="none", font_color=TEXT)
+    figure.update_shapes(line_color="#c44", selector={"line_width": LINES["bold"]["width"]})
+    clear = dict.fromkeys(("paper_bgcolor", "plot_bgcolor"), "rgba(0,0,0,0)")
+    figure.update_layout(margin=margin, height=margin["t"] + margin["b"] + height, autosize=True, **clear)
 
 
 def _lines(figure: Any, panel: Panel, at: dict[str, Any]) -> None:
@@ -117,7 +152,7 @@ def _lines(figure: Any, panel: Panel, at: dict[str, Any]) -> None:
             look = {"mode": "markers", "marker": {"size": 10, "symbol": line["points"]}}
         if "colour" in line:
             shade, bar = panel.roles["colour"], {"showscale": True, "colorbar": {"title": panel.roles["colour"].title}}
-            marker = {"color": line["colour"], "size": 7, **_shades(shade, "c"), **(bar if k == 0 else {})}
+            marker = {"color": line["colour"], "size": 7, "colorscale": shade.palette, **(bar if k == 0 else {})}
             look = {"mode": "lines+markers", "line": {"width": 0.7, "color": "#999"}, "marker": marker}
         if "text" in line:
             look["text"] = list(map(in_figure, line["text"]))
@@ -140,7 +175,7 @@ def _axis(axis: Axis, numbers: Sequence[float], most: int) -> dict[str, Any]:
         found["range"] = list(axis.range)
     if axis.labels:
         named = [(k, label) for k, label in enumerate(axis.labels) if label]
-        named = named[:: -(-len(named) // most) or 1]
+        named = named[:: max(1, -(-len(named) // max(1, most)))]
         found |= {"tickvals": [k for k, _ in named], "ticktext": [in_figure(label) for _, label in named]}
     if axis.form == "count" and numbers and max(numbers) - min(numbers) <= 12:
         found["dtick"] = 1  # there is no loop 1.5

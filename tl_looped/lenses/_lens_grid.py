@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..figures.token_grid import COLOURS, Band, check_colour, lines, token_grid
+from ..figures.token_grid import SHADES, check_colour, lines, token_grid
 from ..figures.tokens_shown import visible
+from ..panels import Panel, pass_lines
 
 if TYPE_CHECKING:
     from ..schedule import Site
     from .lens_result import LogitLensResult, Target
 
 
-def lens_grid(result: LogitLensResult, example: int, places: list[int], colour: str, target: Target | None) -> Any:
-    """The figure of `LogitLensResult.plot("tokens")`.
+def lens_grid(result: LogitLensResult, example: int, places: list[int], colour: str, target: Target | None) -> Panel:
+    """The grid of `LogitLensResult.plot("tokens")`.
 
     Args:
         result: the lens.
@@ -22,7 +23,7 @@ def lens_grid(result: LogitLensResult, example: int, places: list[int], colour: 
         colour: as there.
         target: as there.
     """
-    check_colour(colour, COLOURS)
+    check_colour(colour, SHADES)
     top, probs = (part[:, example, places].tolist() for part in (result.top_tokens, result.top_probs))
     numbers = {"entropy": result.entropy, "kl": result.kl}
     if colour == "rank":
@@ -42,12 +43,12 @@ def lens_grid(result: LogitLensResult, example: int, places: list[int], colour: 
         [[result.text(cell[0]) for cell in row] for row in top],
         [[float(number) for number in row] for row in z],
         [[said(r, c) for c in range(len(places))] for r in range(len(names))],
-        COLOURS[colour],
+        colour,
         rows=names,
         columns=[visible(token) for token in read],
         titles=("the next token is predicted after", ""),
         title=f"Most probable next token, {result.lens} lens",
-        bands=bands(result.sites),
+        marks=pass_lines(result.sites),
         top=True,
     )
 
@@ -59,14 +60,3 @@ def row_name(site: Site) -> str:
         site: of the row.
     """
     return f"{site.where}, layer {site.layer}"
-
-
-def bands(sites: tuple[Site, ...]) -> list[Band]:
-    """The rows of every pass, of the prelude and of the coda.
-
-    Args:
-        sites: of the rows.
-    """
-    starts = [i for i, site in enumerate(sites) if i == 0 or sites[i - 1][:2] != site[:2]]
-    stops = [*starts[1:], len(sites)]
-    return [Band(i, stop, edge=sites[i].loop is None) for i, stop in zip(starts, stops, strict=True)]

@@ -13,11 +13,12 @@ from torch import Tensor
 from .._precision import wide
 from .._words import counted
 from ..errors import LoopedError
-from ..figures.token_grid import COLOURS, Colours, check_colour, lines, token_grid
+from ..figures.token_grid import check_colour, lines, token_grid
 from ..figures.tokens_shown import cut, token_texts, visible
 from ..kinds import plain, shown
 from ..looped import Looped
 from ..metrics import one_token
+from ..panels import Panel
 from ..results import Grid, Result
 from ..schedule import LoopSelector, check_count
 from ..tokens import Mask, refuse_unmarked_padding
@@ -104,15 +105,15 @@ class Answers(Result):
             columns["target_rank"] = self.target_ranks.values.flatten().tolist()
         return pd.DataFrame(columns)
 
-    def plot(self, colour: Literal["prob", "rank"] = "prob", title: str = "") -> Any:
-        """A plotly figure, prompt by loop: the most probable token in every cell.
+    def panels(self, colour: Literal["prob", "rank"] = "prob", title: str = "") -> list[Panel]:
+        """Prompt by loop: the most probable token in every cell.
 
         Args:
             colour: the probability of that token ("prob"), or the rank of the target ("rank").
             title: above the figure.
 
         Raises:
-            LoopedError: plotly is not installed; the rank of targets that were not given.
+            LoopedError: the rank of targets that were not given.
         """
         check_colour(colour, {"prob": 0, "rank": 0})
         if colour == "rank" and self.target_ranks is None:
@@ -130,17 +131,17 @@ class Answers(Result):
             return "\n".join(found)
 
         places = range(len(self.prompts))
-        colours: Colours = COLOURS[colour]
-        return token_grid(
+        panel = token_grid(
             [[top[0] for top in prompt] for prompt in self.texts],
             z,
             [[said(p, r) for r in range(len(loops))] for p in places],
-            colours,
+            colour,
             rows=[cut(" ".join(self.prompts[p].split("\n")), 20, end=True) for p in places],
             columns=[str(loop) for loop in loops],
             titles=("loop", ""),
             title=title or "Most probable next token after each loop",
         )
+        return [panel]
 
 
 @torch.no_grad()

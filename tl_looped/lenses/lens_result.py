@@ -13,7 +13,7 @@ from .._old_calls import accepts_old
 from ..errors import LoopedError
 from ..figures.tokens_shown import visible
 from ..looped import Lens
-from ..panels import draw, rank_trajectories
+from ..panels import Panel, rank_trajectories
 from ..results import Grid, Result
 from ..results.grid import Selection
 from ..results.showing import MOST_ROWS
@@ -228,7 +228,7 @@ class LogitLensResult(Result, Readout):
         return self.ranks[..., found.index(target)]
 
     @accepts_old("positions", pos="positions")
-    def plot(
+    def panels(
         self,
         kind: Literal["rank", "tokens"] = "rank",
         *,
@@ -236,8 +236,8 @@ class LogitLensResult(Result, Readout):
         positions: Indices = None,
         colour: Literal["prob", "entropy", "rank", "kl"] = "prob",
         target: Target | None = None,
-    ) -> Any:
-        """A plotly figure of one row of the batch.
+    ) -> list[Panel]:
+        """One row of the batch.
 
         Args:
             kind: "rank" for the rank of every target over the layers, at one position; "tokens" for a grid, virtual layer by
@@ -250,7 +250,7 @@ class LogitLensResult(Result, Readout):
             target: whose rank colours a grid, as it was asked for or its id; None for the only one.
 
         Raises:
-            LoopedError: plotly is not installed; another kind or colour; a target that was not decoded.
+            LoopedError: another kind or colour; a target that was not decoded.
             OutOfRangeError: an example or a position that was not decoded.
         """
         if isinstance(kind, int):
@@ -261,7 +261,7 @@ class LogitLensResult(Result, Readout):
         real = self.real[example].nonzero().flatten().tolist()
         if kind == "tokens":
             places = [real[k] for k in select_indices(positions, len(real), "decoded positions")]
-            return lens_grid(self, example, places, colour, target)
+            return [lens_grid(self, example, places, colour, target)]
         chosen = select_indices(-1 if positions is None else positions, len(real), "decoded positions")
         if len(chosen) > 1:
             raise LoopedError(f"positions={positions!r} are {len(chosen)}; ranks are drawn of one, or ask for plot('tokens').")
@@ -271,7 +271,7 @@ class LogitLensResult(Result, Readout):
         lines = {self._shown(name): [float(row[k]) for row in ranks] for k, name in enumerate(names)}
         where = f"{self.lens} lens, position {self.positions[pos]}, {self._shown(int(self.tokens[example, pos]))}"
         title = f"Rank of the target by layer ({where})"
-        return draw([rank_trajectories(lines, self.schedule, layers=self.layers, title=title)])
+        return [rank_trajectories(lines, self.schedule, layers=self.layers, title=title)]
 
     def _shown(self, token: Target) -> str:
         return visible(token if isinstance(token, str) else self.text(token))

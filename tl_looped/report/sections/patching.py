@@ -12,7 +12,7 @@ from torch import Tensor
 from ..._words import counted
 from ...metrics import logit_diff
 from ...names import stack_prefix
-from ...panels import Axis, Mark, Panel, stretches
+from ...panels import Axis, Mark, Panel, pass_lines
 from ...patching.sweep import patch_sweep
 from ...results import Grid
 from ...schedule import Site
@@ -176,15 +176,12 @@ def panels(asked: Question, numbers: Numbers, chosen: Tokens) -> list[Figure]:
             panel = with_axes(panel, colour=shade)
         return [replace(panel, marks=[*panel.marks, *marks])]
 
-    sites = schedule.sites
-    starts = [run.start for run in stretches(sites)[1:]]
-    marks = [Mark(y=i - 0.5, look="line" if sites[i].stack == sites[i - 1].stack else "bold") for i in starts]
     n_left = len(positions) - len(kept)
     cut = f" Left out: {counted(n_left, 'position')} where no patch moves it by {FAINT:.0%}." if n_left else ""
     cut += f" Patched: {len(positions)} of {n} positions." if len(positions) < n else ""
     part = "prelude, loops and coda" if schedule.n_prelude or schedule.n_coda else "all loops"
     caption = f"Patching the state entering each layer, {part}; clean | corrupted where the tokens differ.{cut}"
-    figures = [Figure(caption, columns(sweep, "layer", marks), 120 + COLUMN * len(kept), is_cover=True)]
+    figures = [Figure(caption, columns(sweep, "layer", pass_lines(schedule.sites)), 120 + COLUMN * len(kept), is_cover=True)]
     for stack in schedule.core_stacks:
         if after := numbers.get(f"leaving_loops_{stack}"):
             caption = f"{stack_prefix(stack, ': ')}Patching the state leaving each {a_pass}."
