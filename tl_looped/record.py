@@ -13,7 +13,7 @@ from .running import first_hooked
 
 InitialState = Float[Tensor, "batch pos d_model"] | int | torch.Generator | Literal["zero"] | None
 
-# Runs with these are no whole runs; what they computed cannot be had again from the record.
+# These arguments make a partial run, which cannot be repeated.
 PARTIAL = ("start_at_layer", "stop_at_layer", "start", "stop", "injection", "past_key_values", "use_cache", "loop")
 INPUTS = ("attention_mask", "position_ids", "token_type_ids", "prepend_bos", "padding_side")
 
