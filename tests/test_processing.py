@@ -321,7 +321,7 @@ def test_passes_whose_norms_differ_are_not_compared(name: str) -> None:
     folded, unfolded = (random_bridge(name, n_loops=3, norm_weight=True) for _ in range(2))
     folded.enable_compatibility_mode()
     for ask in asks(folded):
-        with pytest.raises(LoopedError, match="compares passes, but the weights were processed"):
+        with pytest.raises(LoopedError, match="was asked, but the weights were processed"):
             ask()
     unfolded.enable_compatibility_mode(fold_ln=False)
     for ask in asks(unfolded):

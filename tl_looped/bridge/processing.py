@@ -181,16 +181,6 @@ def last_norm_is_folded(model: LoopedModel) -> bool:
     return model.cfg.pass_norm_is_final and "ln_final.weight" in model.parameter_slots
 
 
-def check_pass_norms(model: LoopedModel, what: str) -> None:
-    """Refuse a model whose last pass has another norm than the passes before, as `fold_ln` makes it; `what` was asked."""
-    if last_norm_is_folded(model):
-        raise LoopedError(
-            f"{what} was asked, which compares passes, but the weights were processed (compatibility mode): the norm of the "
-            "last pass has given its weight to the unembedding, those of the passes before have not. Ask a model without "
-            "weight processing, or use fold_ln=False."
-        )
-
-
 def stream_break(cfg: LoopedConfig, layer: int) -> str | None:
     """Why what a virtual layer writes is not simply added to the stream that all later layers read; None if it is.
 
