@@ -12,7 +12,6 @@ from typing import Any
 
 # Not those of `analysis` that are called as what they hold: `from tl_looped.analysis import logit_lens` is the function.
 MODULES = {
-    "_changes": "attribution._changes",
     "ablation": "patching.ablation",
     "answers": "lenses.answers",
     "attention_viewer": "figures.attention_viewer",

@@ -19,7 +19,7 @@ from .attention_viewer import Tokens, attention_viewer, check_cache, token_texts
 from .plotly import draw
 
 if TYPE_CHECKING:
-    from ..bridge.cache import LoopedCache
+    from ..looped import Cache
 
 __all__ = [
     "GroupBy",
@@ -63,7 +63,7 @@ floorplan = accepts_old("title")(drawn(make.floorplan))
 
 @accepts_old(layer="layers")
 def attention_heads(
-    cache: LoopedCache,
+    cache: Cache,
     tokens: Tokens,
     *,
     layers: Indices = None,

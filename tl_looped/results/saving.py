@@ -16,7 +16,7 @@ from ..errors import LoopedError
 from .showing import Shown
 
 if TYPE_CHECKING:
-    from ..bridge.looped_bridge import LoopedBridge
+    from ..looped import Looped
 
 FORMAT = 1
 KEY = "tl_looped"  # in the metadata of the file
@@ -29,12 +29,20 @@ HOMES = (
     "patching",
     "runs",
 )  # of the classes of results
+PARTS = (  # of results, and of what files say of their model
+    ("analysis", "BehaviourRule"),
+    ("analysis", "TokenBehaviour"),
+    ("analysis.trajectories", "Path"),
+    ("bridge.fingerprint", "Fingerprint"),
+    ("model.config", "LoopedConfig"),
+    ("schedule", "Schedule"),
+)
 # Classes and fields that had other names, in files of before.
 FORMER: dict[Any, str] = {"Stability": "MoreLoops", ("Trajectories", "pos"): "positions"}
 PLAIN = (str, int, float, bool, type(None))
 
 
-def save_result(result: Any, path: str | Path, model: LoopedBridge | None = None) -> Path:
+def save_result(result: Any, path: str | Path, model: Looped | None = None) -> Path:
     """Write a result into one file.
 
     Args:
@@ -51,11 +59,11 @@ def save_result(result: Any, path: str | Path, model: LoopedBridge | None = None
     content = _encode(result, tensors, type(result).__name__)
     found = {"format": FORMAT, "result": content, "versions": versions()}
     if model is not None:
-        found["model"] = _encode(_fingerprint(model), tensors, "model")
+        found["model"] = _encode(model.fingerprint(), tensors, "model")
     return write_bytes(path, save(tensors, {KEY: json.dumps(found)}))
 
 
-def load_result(path: str | Path, model: LoopedBridge | None = None) -> Any:
+def load_result(path: str | Path, model: Looped | None = None) -> Any:
     """Read what `result.save(path)` wrote, bit for bit.
 
     Args:
@@ -98,7 +106,7 @@ def load_result(path: str | Path, model: LoopedBridge | None = None) -> Any:
         raise LoopedError(f"{str(path)!r} holds no result of this package.")
     if model is not None and saved is None:
         raise LoopedError(f"{str(path)!r} does not say which model it is of; save it with save(path, model=model).")
-    if model is not None and (why := saved.difference(_fingerprint(model))) is not None:
+    if model is not None and (why := saved.difference(model.fingerprint())) is not None:
         raise LoopedError(f"{str(path)!r} is a result of another model: {why}.")
     return result
 
@@ -108,23 +116,11 @@ def versions() -> dict[str, str]:
     return {name.replace("-", "_"): metadata.version(name) for name in ("tl-looped", "torch", "transformer-lens")}
 
 
-def _fingerprint(model: Any) -> Any:
-    from ..bridge.fingerprint import Fingerprint
-
-    return Fingerprint.of(model.plain)
-
-
 def _classes() -> dict[str, type]:
     """Every class that a file may hold, by name."""
-    homes = [import_module(f"..{home}", __package__) for home in HOMES]
-    from ..analysis.limiting_behaviour import BehaviourRule, TokenBehaviour
-    from ..analysis.trajectories import Path as Trajectory
-    from ..bridge.fingerprint import Fingerprint
-    from ..model.config import LoopedConfig
-    from ..schedule import Schedule
-
-    assert homes
-    found: list[type] = [Schedule, LoopedConfig, Fingerprint, BehaviourRule, TokenBehaviour, Trajectory]
+    for home in HOMES:
+        import_module(f"..{home}", __package__)
+    found: list[type] = [getattr(import_module(f"..{home}", __package__), name) for home, name in PARTS]
     more = [Shown]
     while more:
         found += (more := [sub for cls in more for sub in cls.__subclasses__()])

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..panels import Panel, draw
 
 if TYPE_CHECKING:
-    from ..bridge.looped_bridge import LoopedBridge
+    from ..looped import Looped
     from .grid import Grid
 
 MOST_ROWS, MOST_COLUMNS = 12, 12  # of a table in a notebook
@@ -58,7 +58,7 @@ class Shown:
         """
         return draw(self.panels(*args, **kwargs))
 
-    def save(self, path: str | Path, model: LoopedBridge | None = None) -> Path:
+    def save(self, path: str | Path, model: Looped | None = None) -> Path:
         """Write the result into one file, without pickle; `tl_looped.load_result` reads it.
 
         Args:

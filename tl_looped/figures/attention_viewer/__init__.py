@@ -18,9 +18,8 @@ from torch import Tensor
 from ..._html import in_script
 from ..._words import counted
 from ..._writing import write_text
-from ...bridge.cache import LoopedCache
-from ...bridge.looped_bridge import LoopedBridge
 from ...errors import LoopedError
+from ...looped import Cache, Looped
 from ...schedule import Indices, LoopSelector, Schedule, Site, check_count, check_index, select_indices
 
 __all__ = ["AttentionViewer", "Tokens", "attention_viewer"]
@@ -76,7 +75,7 @@ class AttentionViewer:
 
 
 def attention_viewer(
-    cache: LoopedCache | LoopedBridge,
+    cache: Cache | Looped,
     tokens: Tokens = None,
     *,
     layers: Indices = None,
@@ -112,7 +111,7 @@ def attention_viewer(
         >>> attention_viewer(model, "A b B c C d D a ? A", loops=[0, 5]).shown
         'stack core: 2 loops of 2 layers; 4 heads, 11 positions'
     """
-    if isinstance(cache, LoopedBridge):
+    if isinstance(cache, Looped):
         cache, tokens = _run(cache, tokens), None
     check_cache(cache, "attention_viewer")
     schedule = cache.model.schedule
@@ -154,14 +153,14 @@ def check_cache(cache: object, what: str) -> None:
     Raises:
         LoopedError: it is something else.
     """
-    if not isinstance(cache, LoopedCache):
+    if not isinstance(cache, Cache):
         raise LoopedError(
             f"{what} was asked of a {type(cache).__name__}; pass the cache of model.run_with_cache(prompt), or ask "
             "tl_looped.figures.attention_viewer(model, prompt)."
         )
 
 
-def token_texts(cache: LoopedCache, tokens: Tokens, example: int, n_pos: int, real: Tensor | None = None) -> list[str]:
+def token_texts(cache: Cache, tokens: Tokens, example: int, n_pos: int, real: Tensor | None = None) -> list[str]:
     """The tokens of a row as text, without its padding.
 
     Args:
@@ -208,7 +207,7 @@ def _one_of(prompts: Any, example: int) -> Any:
     return prompts[check_index(example, len(prompts), "example")] if isinstance(prompts, (list, tuple)) else prompts
 
 
-def _run(model: LoopedBridge, prompt: Tokens) -> LoopedCache:
+def _run(model: Looped, prompt: Tokens) -> Cache:
     """The patterns of a prompt; several texts are padded, as the model pads them."""
     if prompt is None:
         raise LoopedError("attention_viewer was asked of a model without a prompt; pass one: attention_viewer(model, prompt).")
@@ -217,7 +216,7 @@ def _run(model: LoopedBridge, prompt: Tokens) -> LoopedCache:
     return cache
 
 
-def _real(cache: LoopedCache, example: int) -> Tensor | None:
+def _real(cache: Cache, example: int) -> Tensor | None:
     """The positions of a row that are no padding; None where all rows are whole."""
     mask = cache.padding()
     return None if mask is None else mask[check_index(example, len(mask), "example")].nonzero().flatten().cpu()
@@ -240,7 +239,7 @@ def _stacks(schedule: Schedule, layers: Indices, loops: LoopSelector, stack: str
     return found
 
 
-def _pattern(cache: LoopedCache, shown: _Shown, loop: int, layer: int, example: int) -> Float[Tensor, "head query key"]:
+def _pattern(cache: Cache, shown: _Shown, loop: int, layer: int, example: int) -> Float[Tensor, "head query key"]:
     """One pattern, of all heads; `loop` and `layer` count what is shown."""
     index = cache.model.schedule.virtual(Site(shown.stack, shown.loops[loop], shown.layers[layer]))
     pattern = cache["pattern", index]
