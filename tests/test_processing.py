@@ -326,5 +326,5 @@ def test_passes_whose_norms_differ_are_not_compared(name: str) -> None:
     unfolded.enable_compatibility_mode(fold_ln=False)
     for ask in asks(unfolded):
         ask()
-    with pytest.raises(LoopedError, match="after_norm=True was asked, but the weights were processed"):
+    with pytest.raises(LoopedError, match="after_norm=True was asked, but the weights of this model were processed"):
         trajectories(processed("huginn"), TOKENS, after_norm=True, verbose=False)
