@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from .._old_names import moved
-from .attention_stability import AttentionStability, attention_distances, attention_stability, looped_floorplan
+from .attention_distances import attention_distances
+from .attention_stability import AttentionStability, attention_stability
 from .exit_steps import ExitSteps, exit_steps, gate_pdf
 from .fixed_points import FixedPoints, fixed_points
-from .inference_stages import InferenceStages, inference_stages, output_neurons
+from .inference_stages import InferenceStages, inference_stages
 from .injection_effect import InjectionEffect, injection_effect
 from .limiting_behaviour import BehaviourRule, LimitingBehaviour, TokenBehaviour, limiting_behaviour
 from .local_stability import LocalStability, local_stability
+from .looped_floorplan import looped_floorplan
 from .more_loops import MoreLoops, more_loops
+from .output_neurons import output_neurons
 from .path_independence import PathIndependence, path_independence
 from .random_init import RandomInitSweep, random_init_sweep
 from .step_geometry import StepGeometry, step_geometry

@@ -1,4 +1,4 @@
-"""Reading a run while it goes on: every activation is handed to a function and dropped."""
+"""Reading a run while it goes on: every activation is handed to a function and dropped; and numbers of a run as estimates."""
 
 from __future__ import annotations
 
@@ -10,22 +10,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import LoopedError
-from ..looped import Looped, require
+from ..looped import Hooked, Looped, check_model, require
 from ..record import InitialState
+from ..results import Estimate
 from ..schedule import Indices, Pass, Schedule, select_indices
-from ._prompts import check_finite
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 def layer_hooks(schedule: Schedule, passes: Sequence[Pass], hook: str) -> dict[str, tuple[int, int]]:
-    """The name of one hook of every layer of some passes, and its (loop, layer).
-
-    Args:
-        schedule: names the layers.
-        passes: which passes.
-        hook: which hook, as in "hook_resid_post".
-    """
+    """The name of one hook of every layer of some passes, and its (loop, layer)."""
     return {schedule.name(i, hook): (p.loop, j) for p in passes for j, i in enumerate(p.layers)}
 
 
@@ -41,16 +35,8 @@ def visit(
 ) -> None:
     """Run the model and call `function(key, activation)` at every named hook, in the order of the run.
 
-    Args:
-        model: its own hooks act on the run too, before these.
-        tokens: what it runs on.
-        hooks: loop-indexed names, and the key that `function` gets for each.
-        function: what is done with an activation; whatever it does not keep is freed.
-        stop: first virtual layer that is not run; None to run to the end.
-        initial_state: as in `LoopedBridge.forward`.
-
-    Raises:
-        LoopedError: an activation that is not finite, named; states leaving passes whose norms differ (weight processing).
+    The model's own hooks act before these. Whatever `function` does not keep is freed; an activation that is not finite is an
+    error that names it. Virtual layer `stop` is the first that is not run.
     """
     if not hooks.keys().isdisjoint(f"{model.schedule.pass_prefix(p)}.hook_out" for p in model.schedule.passes):
         require(model, "equal passes", "an analysis of the states leaving the loops")
@@ -67,44 +53,41 @@ def visit(
     )
 
 
+def check_bridge(model: object) -> None:
+    """Refuse what is neither a looped model nor a plain `TransformerBridge`."""
+    if not isinstance(model, Hooked):
+        check_model(model)
+
+
+def check_finite(values: Float[Tensor, ...], name: str) -> None:
+    """Refuse an activation that is not finite; called in the order of the run, it names the first place where one is."""
+    if bool(torch.isfinite(values.sum())):  # never of values that are not finite, and it needs no memory
+        return
+    if not bool(torch.isfinite(values).all()):
+        bad = "NaN" if bool(torch.isnan(values).any()) else "an infinite value"
+        raise LoopedError(f"{name} holds {bad}, the first activation looked at that does; see it with run_with_cache.")
+
+
+def by_layer(cells: Mapping[tuple[int, int], Tensor], name: str, *axes: str) -> Estimate:
+    """Numbers [batch, ...] of every (loop, layer) as one estimate; `axes` are those after the batch."""
+    loops, layers = (sorted({at[k] for at in cells}) for k in range(2))
+    values = torch.stack([torch.stack([cells[t, j] for j in layers], 1) for t in loops], 1)
+    labels = {"loop": loops, "layer": layers} | {a: list(range(n)) for a, n in zip(axes, values.shape[3:], strict=True)}
+    return Estimate.of(values.cpu(), tuple(labels), labels, name)
+
+
 def at_positions(x: Float[Tensor, "batch pos d_model"], positions: Indices) -> Float[Tensor, "batch chosen d_model"]:
-    """The states at some positions.
-
-    Args:
-        x: states.
-        positions: which; None for all.
-
-    Raises:
-        OutOfRangeError: a position that the run does not have.
-    """
+    """The states at some positions."""
     return x if positions is None else x[:, select_indices(positions, x.shape[1], "positions")]
 
 
 def last_norm(model: Looped, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-    """The model's last norm (in Ouro, HRM-Text and Nanbeige the norm of every pass), without firing its hooks.
-
-    Args:
-        model: the model.
-        x: states, [..., d_model].
-
-    Raises:
-        LoopedError: the norm has given its weight to the unembedding (weight processing).
-    """
+    """The model's last norm (in Ouro, HRM-Text and Nanbeige the norm of every pass), without firing its hooks."""
     require(model, "early readouts", "after_norm=True")
     return model.last_norm(x)
 
 
 def need_loops(n: int, minimum: int, what: str, why: str) -> None:
-    """Refuse a run with too few loops for a question.
-
-    Args:
-        n: the loops of the run.
-        minimum: the loops needed.
-        what: the question.
-        why: what needs that many.
-
-    Raises:
-        LoopedError: the run is too short.
-    """
+    """Refuse a run with too few loops for a question."""
     if n < minimum:
         raise LoopedError(f"{what} was asked of {n} loops, but {why} needs at least {minimum}; pass n_loops=.")

@@ -13,14 +13,15 @@ from torch import Tensor
 from .._old_calls import accepts_old
 from .._precision import wide
 from .._words import counted
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..exits import ExitPolicy, LoopHistory
+from ..looped import Looped, at_depth, check_model
 from ..panels import Axis, Panel
 from ..record import InitialState
 from ..results import Estimate, Result, table
-from ._prompts import Prompts, at_depth, check_finite, check_model, over_batches
-from ._targets import Answers, Targets
+from ..runs.prompts import Prompts
+from ._streaming import check_finite
+from ._targets import Answered, Answers, answer_ids, at_targets, over_answered
 
 Policies = ExitPolicy | Sequence[ExitPolicy] | Mapping[str, ExitPolicy]
 
@@ -96,7 +97,7 @@ def gate_pdf(exit_logits: Float[Tensor, "loop ..."]) -> Float[Tensor, "loop ..."
 
 @accepts_old("policies")
 def exit_steps(
-    model: LoopedBridge,
+    model: Looped,
     prompts: Prompts,
     *,
     policies: Policies = (),
@@ -147,19 +148,30 @@ def exit_steps(
     named = dict(given) if isinstance(given, Mapping) else {repr(policy): policy for policy in given}
     if len(named) < len(given):
         raise LoopedError(f"policies of the same name were given: {[repr(p) for p in given]}; pass a dict of names.")
-    deep = at_depth(model, n_loops)
-    schedule, n_loops = deep.schedule, deep.n_loops
-    fixed = [counted(t + 1, "loop") for t in range(n_loops)]
-    if clash := set(fixed) & set(named):
+    deep, ids = at_depth(model, n_loops), answer_ids(model, answers)
+    if clash := set(_fixed(deep.n_loops)) & set(named):
         raise LoopedError(f"a policy is called {clash.pop()!r}, which is the name of a baseline; choose another.")
-    labels = {"policy": [*named, *fixed]}
-    ends = [schedule.pass_prefix(schedule.pass_of_loop(t)) for t in range(n_loops)]
-    targets = Targets(model, answers, "exit_steps")
-    # A function says of itself where in memory it is, which would be another policy in every process.
-    asked = ", ".join(f"{name}: {policy!r}" if is_dataclass(policy) else name for name, policy in named.items())
+    measure = ExitStepsMeasure(named, ids is not None, initial_state)
+    return over_answered(measure, deep, prompts, ids, what="exit_steps", verbose=verbose)
 
-    def examples(tokens: Int[Tensor, "batch pos"]) -> ExitSteps:
-        wanted = targets.of(tokens)
+
+def _fixed(n_loops: int) -> list[str]:
+    """The names of the baselines."""
+    return [counted(t + 1, "loop") for t in range(n_loops)]
+
+
+@dataclass(frozen=True)
+class ExitStepsMeasure:
+    """What `exit_steps` measures of a batch, at the end of every prompt or for all next tokens."""
+
+    policies: dict[str, ExitPolicy]
+    at_end: bool
+    initial_state: InitialState
+
+    def __call__(self, model: Looped, batch: Answered) -> ExitSteps:
+        """Measure one batch."""
+        tokens, wanted = batch
+        schedule, n_loops = model.schedule, model.n_loops
         readouts: dict[int, Tensor] = {}
 
         def readout(loop: int) -> Tensor:
@@ -171,10 +183,10 @@ def exit_steps(
             return readouts[loop]
 
         history = LoopHistory([], [], readout)
-        passes = torch.zeros(len(named), *tokens.shape, dtype=torch.long, device=tokens.device)
-        place = slice(-1, None) if answers is not None else slice(None, -1)  # of the scored tokens
+        passes = torch.zeros(len(self.policies), *tokens.shape, dtype=torch.long, device=tokens.device)
+        place = slice(-1, None) if self.at_end else slice(None, -1)  # of the scored tokens
         names = ("loops", "accuracy", "loss")
-        scores = {name: torch.zeros(len(named), *wanted.shape, device=tokens.device).double() for name in names}  # at the exit
+        at_exit = {name: torch.zeros(len(self.policies), *wanted.shape, device=tokens.device).double() for name in names}
 
         def keep_state(state: Tensor, hook: object) -> None:
             history.states.append(state)
@@ -187,32 +199,33 @@ def exit_steps(
             readouts[loop] = logits
             history.forget(loop - 1, n_states=4)
             readouts.pop(loop - 2, None)
-            log_probs = targets.select(logits).log_softmax(-1)
+            log_probs = at_targets(logits, self.at_end).log_softmax(-1)
             found = {
                 "loops": torch.full(wanted.shape, loop + 1.0, device=tokens.device).double(),
                 "accuracy": (log_probs.argmax(-1) == wanted).double(),
                 "loss": -log_probs.gather(-1, wanted[..., None])[..., 0].double(),
             }
-            for k, policy in enumerate(named.values()):
+            for k, policy in enumerate(self.policies.values()):
                 leaves = torch.ones_like(tokens, dtype=torch.bool) if loop == n_loops - 1 else policy(history)
                 leaves = leaves & (passes[k] == 0)
                 passes[k] = passes[k].masked_fill(leaves, loop + 1)
                 for name in names:
-                    scores[name][k] = torch.where(leaves[:, place], found[name], scores[name][k])
+                    at_exit[name][k] = torch.where(leaves[:, place], found[name], at_exit[name][k])
             return torch.stack([found[name].mean(-1) for name in names])  # of everybody who stops here
 
+        ends = [schedule.pass_prefix(schedule.pass_of_loop(t)) for t in range(n_loops)]
         hooks: list[Any] = [(f"{ends[0]}.hook_state", keep_state), *((f"{end}.hook_out", keep_state) for end in ends)]
-        if deep.looped_cfg.exit_gate:
+        if model.lacks("exit gate") is None:
             hooks += [(f"{end}.hook_exit_logit", keep_gate) for end in ends]
         with torch.no_grad():
-            fixed_scores = torch.stack(deep.readouts(tokens, score, hooks, initial_state=initial_state), 2)
+            fixed = torch.stack(model.readouts(tokens, score, hooks, initial_state=self.initial_state), 2)
+        labels = {"policy": [*self.policies, *_fixed(n_loops)]}
         cost, accuracy, loss = (
-            Estimate.of(torch.cat([scores[name].mean(-1).T, at_end], 1).cpu(), ("policy",), labels, name)
-            for name, at_end in zip(names, fixed_scores, strict=True)
+            Estimate.of(torch.cat([at_exit[name].mean(-1).T, at_end], 1).cpu(), ("policy",), labels, name)
+            for name, at_end in zip(names, fixed, strict=True)
         )
         pdf = (gate_pdf(torch.stack(history.exit_logits)).cpu(),) if history.exit_logits else ()
-        return ExitSteps(cost, accuracy, loss, (passes.cpu(),), pdf, n_loops, asked, targets.scored)
-
-    result = over_batches(examples, deep, prompts, verbose=verbose, what="exit_steps")
-    targets.check_used()
-    return result
+        # A function says of itself where in memory it is, which would be another policy in every process.
+        asked = ", ".join(f"{name}: {policy!r}" if is_dataclass(policy) else name for name, policy in self.policies.items())
+        scored = "answers" if self.at_end else "next tokens"
+        return ExitSteps(cost, accuracy, loss, (passes.cpu(),), pdf, n_loops, asked, scored)

@@ -12,22 +12,23 @@ from torch import Tensor
 
 from .._old_calls import accepts_old
 from .._precision import wide
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
+from ..looped import Looped, at_depth, check_model
 from ..panels import GroupBy, Panel, grouped
 from ..record import InitialState, rehearsal
 from ..results import Estimate, Result, table
+from ..runs.driver import over_prompts
+from ..runs.prompts import Prompts
 from ..schedule import Indices, Pass, Schedule, Site, check_count
 from ._directions import cosine, relative_distance
-from ._prompts import Prompts, at_depth, check_model, over_batches
-from ._streaming import at_positions, layer_hooks, need_loops, visit
+from ._streaming import at_positions, by_layer, layer_hooks, need_loops, visit
 
 __all__ = ["FixedPoints", "fixed_points"]
 
 Metric = Literal["l2", "relative", "cosine"]
 Reduction = Literal["token", "matrix"]
 Quantity = Literal["successive", "distance", "norm"]
-Cells = dict[tuple[int, int], Tensor]
+Cells = dict[str, dict[tuple[int, int], Tensor]]  # for every quantity, [batch, ...] by (loop, layer)
 TITLES: dict[Quantity, str] = {
     "distance": "From every loop to X*",
     "successive": "From every loop to the loop before",
@@ -107,7 +108,7 @@ class FixedPoints(Result):
 
 
 def fixed_points(
-    model: LoopedBridge,
+    model: Looped,
     prompts: Prompts,
     *,
     n_loops: int | None = 128,
@@ -164,60 +165,75 @@ def fixed_points(
     if n_reference is not None and check_count("n_reference", n_reference) < n_loops:
         raise LoopedError(f"n_reference={n_reference} was asked, but X* comes from no earlier loop than n_loops={n_loops}.")
     deep = at_depth(model, n_reference or n_loops)
-    passes = deep.schedule.passes_of("all", stack)
-    # The first loops of a longer run are those of a shorter one.
-    shown = passes[: len(model.looped_cfg.replace(n_loops=n_loops).schedule.passes_of("all", stack))]
-    need_loops(len(shown), 2, "fixed_points", "a successive difference")
-    metrics = _metrics(reduction, positions)
+    n_passes = len(deep.schedule.passes_of("all", stack)) * n_loops // deep.n_loops
+    need_loops(n_passes, 2, "fixed_points", "a successive difference")
+    measure = FixedPointsMeasure(n_passes, reduction, patterns, positions, deep.schedule.looped_stack(stack), initial_state)
+    return over_prompts(measure, deep, prompts, what="fixed_points", verbose=verbose)
 
-    def examples(tokens: Int[Tensor, "batch pos"]) -> FixedPoints:
-        compare = {RESID: metrics} | ({PATTERN: _frobenius} if patterns else {})
-        found = compare_loops(deep, tokens, passes[-1], shown, initial_state, compare)
+
+@dataclass(frozen=True)
+class FixedPointsMeasure:
+    """What `fixed_points` measures of a batch in the first `n_passes` passes of a stack; the last pass that there is has X*."""
+
+    n_passes: int
+    reduction: Reduction
+    patterns: bool
+    positions: Indices
+    stack: str
+    initial_state: InitialState
+
+    def __call__(self, model: Looped, tokens: Int[Tensor, "batch pos"]) -> FixedPoints:
+        """Measure one batch."""
+        passes = model.schedule.passes_of("all", self.stack)
+        # The first loops of a longer run are those of a shorter one.
+        shown, compare = passes[: self.n_passes], {RESID: self._compare}
+        if self.patterns:
+            compare[PATTERN] = _frobenius
+        found = compare_loops(model, tokens, passes[-1], shown, self.initial_state, compare)
         resid, pattern = found[RESID], found.get(PATTERN)
-        loops, layers = [p.loop for p in shown], list(range(shown[0].n_layers))
-
-        def estimate(cells: Cells, name: str) -> Estimate:
-            first = len(loops) - len(cells) // len(layers)  # successive differences begin with the second loop
-            values = torch.stack([cells[p.loop, j] for p in shown[first:] for j in range(p.n_layers)], 1)
-            labels = {"loop": loops[first:], "layer": layers}
-            return Estimate.of(values.unflatten(1, (-1, len(layers))).cpu(), ("loop", "layer"), labels, name)
-
-        names: tuple[Metric, ...] = get_args(Metric)
-        norm = estimate({at: f["norm"] for at, f in resid.distance.items()}, "norm")
-        states = resid.reference.values()
-        between = torch.stack([metrics(a, b)["cosine"] for a in states for b in states], 1)
+        layers, states = list(range(shown[0].n_layers)), resid.reference.values()
+        between = torch.stack([self._compare(a, b)["cosine"] for a in states for b in states], 1)
         between = between.unflatten(1, (len(layers), len(layers))).cpu()
         others = between.masked_fill(torch.eye(len(layers), dtype=torch.bool, device="cpu"), torch.inf)
         lowest = torch.stack([others[:, 0].amin(-1), others.amin((-2, -1))], 1)
         lowest = lowest.masked_fill(lowest.isinf(), torch.nan)
+        names: tuple[Metric, ...] = get_args(Metric)
         return FixedPoints(
-            norm=norm,
-            successive={m: estimate({at: f[m] for at, f in resid.successive.items()}, f"successive_{m}") for m in names},
-            distance={m: estimate({at: f[m] for at, f in resid.distance.items()}, f"distance_{m}") for m in names},
+            norm=by_layer(resid.distance["norm"], "norm"),
+            successive={m: by_layer(resid.successive[m], f"successive_{m}") for m in names},
+            distance={m: by_layer(resid.distance[m], f"distance_{m}") for m in names},
             layer_cosine=Estimate.of(between, ("layer", "other"), {"layer": layers, "other": layers}, "cosine"),
             degeneracy=Estimate.of(lowest, ("pairs",), {"pairs": ["with layer 0", "all"]}, "lowest_cosine"),
-            pattern_successive=pattern and estimate(_only(pattern.successive), "pattern_successive"),
-            pattern_distance=pattern and estimate(_only(pattern.distance), "pattern_distance"),
-            reduction=reduction,
-            stack=deep.schedule.looped_stack(stack),
+            pattern_successive=pattern and by_layer(pattern.successive["frobenius"], "pattern_successive"),
+            pattern_distance=pattern and by_layer(pattern.distance["frobenius"], "pattern_distance"),
+            reduction=self.reduction,
+            stack=self.stack,
             reference=passes[-1].loop,
-            schedule=deep.schedule,
+            schedule=model.schedule,
         )
 
-    return over_batches(examples, deep, prompts, verbose=verbose, what="fixed_points")
+    def _compare(self, x: Float[Tensor, "batch pos d_model"], base: Float[Tensor, "batch pos d_model"]) -> dict[str, Tensor]:
+        """The distances of states from others, relative to the others, and their own norm; [batch]."""
+        x, base = at_positions(x, self.positions), at_positions(base, self.positions)
+        if self.reduction == "matrix":
+            x, base = x.flatten(1)[:, None], base.flatten(1)[:, None]
+        x, base = wide(x), wide(base)
+        l2 = (x - base).norm(dim=-1)
+        parts = {"l2": l2, "relative": relative_distance(x, base), "cosine": cosine(x, base), "norm": x.norm(dim=-1)}
+        return {name: part.nanmean(1) for name, part in parts.items()}
 
 
 @dataclass
 class Compared:
-    """What `compare_loops` measured, [batch, ...] by name for every (loop, layer), and the reference of every layer."""
+    """What `compare_loops` measured, and the reference of every layer."""
 
-    successive: dict[tuple[int, int], dict[str, Tensor]]
-    distance: dict[tuple[int, int], dict[str, Tensor]]
+    successive: Cells
+    distance: Cells
     reference: dict[int, Tensor]
 
 
 def compare_loops(
-    model: LoopedBridge,
+    model: Looped,
     tokens: Int[Tensor, "batch pos"],
     last: Pass,
     shown: list[Pass],
@@ -228,50 +244,31 @@ def compare_loops(
 
     The first run compares with the loop before, and ends with the last loop in hand; the second compares with that. So one
     loop of the activations is held.
-
-    Args:
-        model: the model.
-        tokens: what it runs on.
-        last: the pass that the others are compared with.
-        shown: the passes that are compared.
-        initial_state: as in `LoopedBridge.forward`.
-        compare: for every hook of a layer, how two activations are compared.
     """
     found = {hook: Compared({}, {}, {}) for hook in compare}
 
     def hooks(passes: list[Pass]) -> dict[str, tuple[str, tuple[int, int]]]:
         return {name: (hook, at) for hook in compare for name, at in layer_hooks(model.schedule, passes, hook).items()}
 
+    def put(cells: Cells, at: tuple[int, int], parts: dict[str, Tensor]) -> None:
+        for name, part in parts.items():
+            cells.setdefault(name, {})[at] = part
+
     def step(key: tuple[str, tuple[int, int]], value: Tensor) -> None:
         hook, (loop, layer) = key
         before = found[hook].reference.pop(layer, None)
         if before is not None and loop <= shown[-1].loop:
-            found[hook].successive[loop, layer] = compare[hook](before, value)
+            put(found[hook].successive, (loop, layer), compare[hook](before, value))
         found[hook].reference[layer] = value
 
     def measure(key: tuple[str, tuple[int, int]], value: Tensor) -> None:
         hook, at = key
-        found[hook].distance[at] = compare[hook](value, found[hook].reference[at[1]])
+        put(found[hook].distance, at, compare[hook](value, found[hook].reference[at[1]]))
 
     every = [*shown, *([] if last in shown else [last])]
     visit(model, tokens, hooks(every), step, stop=last.layers.stop, initial_state=rehearsal(initial_state))
     visit(model, tokens, hooks(shown), measure, stop=shown[-1].layers.stop, initial_state=initial_state)
     return found
-
-
-def _metrics(reduction: Reduction, positions: Indices) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-    """The distances of a [batch, pos, d_model] from another, relative to the other, and its own norm; [batch]."""
-
-    def compare(x: Float[Tensor, "batch pos d_model"], base: Float[Tensor, "batch pos d_model"]) -> dict[str, Tensor]:
-        x, base = at_positions(x, positions), at_positions(base, positions)
-        if reduction == "matrix":
-            x, base = x.flatten(1)[:, None], base.flatten(1)[:, None]
-        x, base = wide(x), wide(base)
-        l2 = (x - base).norm(dim=-1)
-        parts = {"l2": l2, "relative": relative_distance(x, base), "cosine": cosine(x, base), "norm": x.norm(dim=-1)}
-        return {name: part.nanmean(1) for name, part in parts.items()}
-
-    return compare
 
 
 def _frobenius(x: Float[Tensor, "batch head query key"], base: Float[Tensor, "batch head query key"]) -> dict[str, Tensor]:
@@ -281,15 +278,6 @@ def _frobenius(x: Float[Tensor, "batch head query key"], base: Float[Tensor, "ba
 def frobenius_per_head(
     x: Float[Tensor, "batch head query key"], base: Float[Tensor, "batch head query key"]
 ) -> Float[Tensor, "batch head"]:
-    """The Frobenius distance of every head's pattern from another; one head is widened and subtracted at a time.
-
-    Args:
-        x: patterns, [batch, head, query, key].
-        base: what they are compared with, of the same shape.
-    """
+    """The Frobenius distance of every head's pattern from another; one head is widened and subtracted at a time."""
     pairs = zip(x.unbind(1), base.unbind(1), strict=True)
     return torch.stack([(wide(a) - wide(b)).flatten(1).norm(dim=1) for a, b in pairs], 1)
-
-
-def _only(cells: dict[tuple[int, int], dict[str, Tensor]]) -> Cells:
-    return {at: found["frobenius"] for at, found in cells.items()}

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from .._old_calls import accepts_old
 from .._precision import wide
-from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.structure import AnyBridge
 from ..errors import LoopedError
+from ..looped import Hooked, Looped, at_depth
 from ..panels import GroupBy, Panel, grouped
 from ..record import InitialState
 from ..results import Estimate, Grid, Result, table
+from ..runs.driver import over_prompts
+from ..runs.prompts import Prompts
 from ..schedule import Indices, Schedule
-from ._prompts import Prompts, at_depth, check_bridge, check_finite, over_batches
-from ._streaming import at_positions, need_loops
+from ._streaming import at_positions, check_bridge, check_finite, need_loops
 
 METRICS = ("colsum", "sink_rate", "mixing", "entropy", "norm")
 
@@ -213,7 +213,7 @@ class InferenceStages(Result):
 
 
 def inference_stages(
-    model: AnyBridge,
+    model: Hooked,
     prompts: Prompts,
     *,
     n_loops: int | None = None,
@@ -259,32 +259,46 @@ def inference_stages(
         raise LoopedError(f'unit={unit!r} was asked; choose "nats" or "bits".')
     if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 <= tau <= 1:
         raise LoopedError(f"tau={tau!r} was asked; it is a share of attention, from 0 to 1.")
-    options: dict[str, Any] = {}
-    if isinstance(model, LoopedBridge):
+    if isinstance(model, Looped):
         model = at_depth(model, n_loops)
-        schedule, options = model.schedule, {"stop": model.schedule.n_layers, "initial_state": initial_state}
-        names = [schedule.layer_name(i) for i in range(schedule.n_layers)]
     elif n_loops is not None:
         raise LoopedError(f"n_loops={n_loops} was asked of a {type(model).__name__}, which does not loop; leave it out.")
     elif initial_state is not None:
         raise LoopedError(f"initial_state was given for a {type(model).__name__}, which has none; leave it out.")
-    else:
-        schedule = Schedule(model.cfg.n_layers, 1)
-        names = [f"blocks.{i}" for i in range(schedule.n_layers)]
+    measure = InferenceStagesMeasure(tau, centred, unit, positions, initial_state)
+    return over_prompts(measure, model, prompts, what="inference_stages", verbose=verbose)
 
-    def examples(tokens: Int[Tensor, "batch pos"]) -> InferenceStages:
+
+@dataclass(frozen=True)
+class InferenceStagesMeasure:
+    """What `inference_stages` measures of a batch."""
+
+    tau: float
+    centred: bool
+    unit: Literal["nats", "bits"]
+    positions: Indices
+    initial_state: InitialState
+
+    def __call__(self, model: Hooked, tokens: Int[Tensor, "batch pos"]) -> InferenceStages:
+        """Measure one batch."""
         if tokens.shape[1] < 2:
             raise LoopedError("a prompt of one token was given; attention and matrix entropy need at least two.")
-        values = {
-            m: torch.full((len(tokens), schedule.n_layers), torch.nan, dtype=torch.float64, device="cpu") for m in METRICS
-        }
+        options: dict[str, Any] = {}
+        if isinstance(model, Looped):
+            schedule, options = model.schedule, {"stop": model.schedule.n_layers, "initial_state": self.initial_state}
+            names = [schedule.layer_name(i) for i in range(schedule.n_layers)]
+        else:
+            schedule = Schedule(model.cfg.n_layers, 1)
+            names = [f"blocks.{i}" for i in range(schedule.n_layers)]
+        nothing = torch.full((len(tokens), schedule.n_layers), torch.nan, dtype=torch.float64, device="cpu")
+        values = {m: nothing.clone() for m in METRICS}
 
         def read_pattern(i: int) -> Callable[..., None]:
             def hook(pattern: Tensor, hook: object) -> None:
                 check_finite(pattern, f"{names[i]}.attn.hook_pattern")
                 pattern = wide(pattern)
                 values["colsum"][:, i] = colsum_concentration(pattern).mean(1)
-                values["sink_rate"][:, i] = (sink_score(pattern) >= tau).double().mean(1)
+                values["sink_rate"][:, i] = (sink_score(pattern) >= self.tau).double().mean(1)
                 values["mixing"][:, i] = mixing_score(pattern).mean(1)
 
             return hook
@@ -292,8 +306,8 @@ def inference_stages(
         def read_resid(i: int) -> Callable[..., None]:
             def hook(resid: Tensor, hook: object) -> None:
                 check_finite(resid, f"{names[i]}.hook_resid_post")
-                resid = at_positions(resid, positions)
-                values["entropy"][:, i] = matrix_entropy(resid, centred, unit)
+                resid = at_positions(resid, self.positions)
+                values["entropy"][:, i] = matrix_entropy(resid, self.centred, self.unit)
                 values["norm"][:, i] = resid.double().norm(dim=-1).mean(-1)
 
             return hook
@@ -308,67 +322,9 @@ def inference_stages(
                 "some layers showed no attention pattern; inference_stages needs attention that has one in every layer, "
                 'such as attn_implementation="eager".'
             )
-        titles = {"entropy": f"{'centred ' * centred}matrix entropy ({unit})", "mixing": "mixing (nats)"}
+        titles = {"entropy": f"{'centred ' * self.centred}matrix entropy ({self.unit})", "mixing": "mixing (nats)"}
         estimates = [Estimate.of(values[m], ("depth",), {"depth": names}, titles.get(m, m)) for m in METRICS]
-        return InferenceStages(*estimates, schedule=schedule, tau=tau)
-
-    return over_batches(examples, model, prompts, verbose=verbose, what="inference_stages")
-
-
-def output_neurons(model: AnyBridge, *, kurtosis: float = 10.0) -> Grid:
-    """The share of prediction and of suppression neurons in every layer, from the weights alone (arXiv 2401.12181, 2406.19384).
-
-    A neuron writes `W_U w_out` to the logits, with the weights of the last norm and of the norm on the MLP's output applied. It
-    raises few tokens (prediction) if this has a high excess kurtosis over the vocabulary and a positive skew, and lowers few
-    (suppression) if the skew is negative. Weights know no loops: there is one value per layer, whatever the number of passes.
-
-    Args:
-        model: a looped model, or any TransformerBridge to compare it with.
-        kurtosis: the least excess kurtosis (0 for a normal distribution); the paper gives none, 10 is our choice.
-
-    Returns:
-        Axes (kind, layer).
-
-    Raises:
-        LoopedError: the unembedding was processed.
-    """
-    check_bridge(model)
-    if isinstance(kurtosis, bool) or not isinstance(kurtosis, (int, float)):
-        raise LoopedError(f"kurtosis={kurtosis!r} was asked; pass a number.")
-    if isinstance(model, LoopedBridge):
-        schedule = model.schedule
-        layers: dict[str, int] = {}
-        for i, site in enumerate(schedule.sites):
-            layers.setdefault(model.plain.layer_name(site), i)
-    else:
-        layers = {f"blocks.{i}": i for i in range(model.cfg.n_layers)}
-    if getattr(model, "_weights_processed", False):
-        raise LoopedError("the weights of this model were processed, so its norms hold other weights; use it before that.")
-    unembed = model.W_U.detach().float()
-    unembed = unembed * _weight(model, "ln_final", unembed)[:, None]
-    shares = []
-    for i in layers.values():
-        block: Any = model.blocks[i]
-        writes = block.mlp.W_out.detach().float()
-        writes = writes * _weight(block, "ln2_post", writes)
-        prediction = suppression = 0
-        for some in writes.split(256):  # [neuron, d_model]; a block of neurons at a time has all the vocabulary
-            x = some @ unembed
-            x = x - x.mean(-1, keepdim=True)
-            std = x.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
-            x = x / std
-            sharp, skew = x.pow(4).mean(-1) - 3 >= kurtosis, x.pow(3).mean(-1)
-            prediction += int((sharp & (skew > 0)).sum())
-            suppression += int((sharp & (skew < 0)).sum())
-        shares.append([prediction / len(writes), suppression / len(writes)])
-    labels = {"kind": ["prediction", "suppression"], "layer": list(layers)}
-    return Grid(torch.tensor(shares, dtype=torch.float64, device="cpu").T, ("kind", "layer"), labels, "share of neurons")
-
-
-def _weight(owner: Any, norm: str, like: Tensor) -> Tensor:
-    """The weight of a norm, or 1 for every direction."""
-    weight = getattr(getattr(owner, norm, None), "weight", None)
-    return like.new_ones(1) if not isinstance(weight, Tensor) else weight.detach().float()
+        return InferenceStages(*estimates, schedule=schedule, tau=self.tau)
 
 
 def _resample(curves: Float[Tensor, "loop layer"], n: int = 101) -> Float[Tensor, "loop depth"]:

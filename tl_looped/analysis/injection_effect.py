@@ -11,14 +11,16 @@ from torch import Tensor
 
 from .._old_calls import accepts_old
 from .._precision import wide
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..kinds import plain
+from ..looped import Looped, at_depth, check_model, require
 from ..panels import Panel, curves
 from ..record import InitialState
 from ..results import Estimate, Result, table
+from ..runs.driver import over_prompts
+from ..runs.prompts import Prompts
 from ._directions import relative_distance
-from ._prompts import Prompts, at_depth, check_finite, check_model, over_batches
+from ._streaming import check_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +57,7 @@ class InjectionEffect(Result):
 
 @accepts_old("from_loop", "replacement")
 def injection_effect(
-    model: LoopedBridge,
+    model: Looped,
     prompts: Prompts,
     *,
     from_loop: int,
@@ -96,11 +98,7 @@ def injection_effect(
         (0.0, True)
     """
     check_model(model)
-    if model.looped_cfg.injection == "none":
-        raise LoopedError(
-            f"injection_effect was asked of a {model.looped_cfg.family} model, which injects nothing; pass initial_state to a "
-            "run to change what its loops start from."
-        )
+    require(model, "injection", "injection_effect")
     if not isinstance(replacement, Tensor) and replacement not in ("zero", "mean"):
         raise LoopedError(f'replacement={replacement!r} was asked; choose "zero", "mean" or the tokens of another prompt.')
     if isinstance(initial_state, torch.Generator):
@@ -110,16 +108,22 @@ def injection_effect(
     if not isinstance(from_loop := plain(from_loop), int):
         raise LoopedError(f"from_loop={from_loop!r} was asked; pass one loop, an int.")
     (first,) = schedule.select_loops(from_loop, stack)
-    edited = [f"{schedule.pass_prefix(p)}.hook_injection" for p in schedule.passes_of(slice(first, None), stack)]
-    onwards = schedule.passes[schedule.passes_of(first, stack)[0].index :]
-    entrances = [
-        f"{schedule.pass_prefix(p)}.{model.plain.loop.entrance}" for p in {p.stack: p for p in reversed(onwards)}.values()
-    ]
-    untouched = {t for t in range(schedule.n_loops) if schedule.pass_of_loop(t).index < onwards[0].index}
-    ends = {f"{schedule.pass_prefix(schedule.pass_of_loop(t))}.hook_out": t for t in range(schedule.n_loops)}
-    labels = {"loop": list(range(schedule.n_loops))}
+    measure = InjectionEffectMeasure(first, replacement, stack, initial_state)
+    return over_prompts(measure, deep, prompts, what="injection_effect", verbose=verbose)
 
-    def examples(tokens: Int[Tensor, "batch pos"]) -> InjectionEffect:
+
+@dataclass(frozen=True)
+class InjectionEffectMeasure:
+    """What `injection_effect` measures of a batch: rows of the untouched run, of the edited one, and of the other prompt."""
+
+    from_loop: int
+    replacement: Literal["zero", "mean"] | Int[Tensor, "*batch pos"]
+    stack: str
+    initial_state: InitialState
+
+    def __call__(self, model: Looped, tokens: Int[Tensor, "batch pos"]) -> InjectionEffect:
+        """Measure one batch."""
+        schedule, replacement = model.schedule, self.replacement
         n, rows = len(tokens), [tokens, tokens]
         if isinstance(replacement, Tensor):
             if replacement.ndim > 2 or replacement.shape[-1] != tokens.shape[1] or replacement.shape[:-1].numel() not in (1, n):
@@ -128,6 +132,12 @@ def injection_effect(
                     "pass tokens [pos] or [batch, pos] of the same length."
                 )
             rows.append(replacement.to(tokens.device).expand_as(tokens))
+        edited = schedule.passes_of(slice(self.from_loop, None), self.stack)
+        onwards = schedule.passes[edited[0].index :]
+        forks = {p.stack: p for p in reversed(onwards)}.values()  # the first pass of every stack from there on
+        ends = [schedule.pass_of_loop(t) for t in range(schedule.n_loops)]
+        untouched = {t for t, end in enumerate(ends) if end.index < onwards[0].index}
+        loops = {f"{schedule.pass_prefix(end)}.hook_out": t for t, end in enumerate(ends)}
         changes, kls = (torch.zeros(n, schedule.n_loops, dtype=torch.float64, device="cpu") for _ in range(2))
 
         def fork(state: Tensor, hook: object) -> Tensor:
@@ -143,7 +153,7 @@ def injection_effect(
             return torch.cat((injection[:n], new, injection[2 * n :]))
 
         def read(state: Tensor, hook: Any) -> None:
-            loop = ends[schedule.loop_name(hook.name)]
+            loop = loops[schedule.loop_name(hook.name)]
             check_finite(state, hook.name)
             if loop not in untouched:
                 clean, other = wide(state[:n]), wide(state[n : 2 * n])
@@ -155,20 +165,20 @@ def injection_effect(
                 clean, other = (wide(part).log_softmax(-1) for part in (logits[:n], logits[n : 2 * n]))
                 kls[:, loop] = (clean.exp() * (clean - other)).sum(-1).mean(-1)
 
-        state = initial_state.repeat(len(rows), 1, 1) if isinstance(initial_state, Tensor) else initial_state
+        state = self.initial_state
+        state = state.repeat(len(rows), 1, 1) if isinstance(state, Tensor) else state
+        hooks = [
+            *((f"{schedule.pass_prefix(p)}.{model.entrance}", fork) for p in forks),
+            *((f"{schedule.pass_prefix(p)}.hook_injection", edit) for p in edited),
+            *((name, read) for name in loops),
+        ]
         with torch.no_grad():
-            hooks = [
-                *((name, fork) for name in entrances),
-                *((name, edit) for name in edited),
-                *((name, read) for name in ends),
-            ]
-            deep.readouts(torch.cat(rows), compare, hooks, initial_state=state)
+            model.readouts(torch.cat(rows), compare, hooks, initial_state=state)
+        labels = {"loop": list(range(schedule.n_loops))}
         return InjectionEffect(
             state_change=Estimate.of(changes, ("loop",), labels, "state_change"),
             kl=Estimate.of(kls, ("loop",), labels, "kl"),
-            from_loop=first,
+            from_loop=self.from_loop,
             replacement=replacement if isinstance(replacement, str) else "tokens",
-            stack=stack,
+            stack=self.stack,
         )
-
-    return over_batches(examples, deep, prompts, verbose=verbose, what="injection_effect")

@@ -12,14 +12,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._precision import wide
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
+from ..looped import Looped, at_depth, check_model
 from ..panels import Panel
 from ..record import InitialState, rehearsal
 from ..results import Estimate, Grid, Result
+from ..runs.driver import over_prompts
+from ..runs.prompts import Prompts
 from ..schedule import check_count
 from ._directions import cosine
-from ._prompts import Prompts, at_depth, check_model, over_batches
 from ._streaming import layer_hooks, need_loops, visit
 
 __all__ = ["BehaviourRule", "TokenBehaviour", "LimitingBehaviour", "limiting_behaviour"]
@@ -191,7 +192,7 @@ class LimitingBehaviour(Result):
 
 
 def limiting_behaviour(
-    model: LoopedBridge,
+    model: Looped,
     prompts: Prompts,
     *,
     n_loops: int | None = 128,
@@ -244,105 +245,86 @@ def limiting_behaviour(
     if isinstance(settle, bool) or not isinstance(settle, (int, float)) or settle <= 0:
         raise LoopedError(f"settle={settle!r} was asked; it is the length of a step, a number above 0.")
     rule, deep = checked(model, n_loops, rule, period, window, stack)
-    looped = deep.schedule.looped_stack(stack)
-
-    def examples(tokens: Int[Tensor, "batch pos"]) -> LimitingBehaviour:
-        found = behaviour(deep, tokens, rule, period, window, settle, keep_signal, looped, initial_state)
-        return LimitingBehaviour(tuple(found), rule, period, window, settle, looped, deep.schedule.n_loops_of(looped))
-
-    return over_batches(examples, deep, prompts, verbose=verbose, what="limiting_behaviour")
+    stack = deep.schedule.looped_stack(stack)
+    measure = LimitingBehaviourMeasure(rule, period, window, settle, keep_signal, stack, initial_state)
+    return over_prompts(measure, deep, prompts, what="limiting_behaviour", verbose=verbose)
 
 
 def checked(
-    model: LoopedBridge, n_loops: int | None, rule: BehaviourRule | None, period: int, window: int, stack: str | None
-) -> tuple[BehaviourRule, LoopedBridge]:
-    """The rule, and the model at its depth if that many loops can answer the question.
-
-    Args:
-        model: the model.
-        n_loops: how often to loop; None for the model's own number.
-        rule: None for the default one.
-        period: as in `limiting_behaviour`, as for the options below.
-        window: as above.
-        stack: as above.
-
-    Raises:
-        LoopedError: a period that does not divide the window; too few loops; a model whose hooks would not act at that depth.
-    """
+    model: Looped, n_loops: int | None, rule: BehaviourRule | None, period: int, window: int, stack: str | None
+) -> tuple[BehaviourRule, Looped]:
+    """The rule, and the model at its depth if that many loops can answer the question."""
     if check_count("window", window, 2) % check_count("period", period, 2):
         raise LoopedError(f"period={period} does not divide window={window}, so no frequency of the transform stands for it.")
     check_model(model)
     if rule is not None and not isinstance(rule, BehaviourRule):
         raise LoopedError(f"rule={rule!r} was given; pass a BehaviourRule.")
-    rule, looped = rule or BehaviourRule(), model.schedule.looped_stack(stack)
-    schedule = model.schedule if n_loops is None else model.looped_cfg.replace(n_loops=n_loops).schedule
-    n = schedule.n_loops_of(looped)
+    rule, deep = rule or BehaviourRule(), at_depth(model, n_loops)
+    n = deep.schedule.n_loops_of(deep.schedule.looped_stack(stack))
     need_loops(n, window, "the limiting behaviour", f"window={window}")
     rule.classify(torch.ones(n, dtype=torch.float32, device="cpu"))
-    return rule, at_depth(model, n_loops)
+    return rule, deep
 
 
-def behaviour(
-    model: LoopedBridge,
-    tokens: Int[Tensor, "batch pos"],
-    rule: BehaviourRule,
-    period: int,
-    window: int,
-    settle: float,
-    keep_signal: bool,
-    stack: str,
-    initial_state: InitialState,
-    also: Callable[[tuple[int, int], Tensor], None] = lambda at, value: None,
-) -> list[TokenBehaviour]:
-    """The behaviour of every row of a batch.
+@dataclass(frozen=True)
+class LimitingBehaviourMeasure:
+    """What `limiting_behaviour` finds in a batch."""
 
-    Args:
-        model: the model, at its depth.
-        tokens: [batch, pos].
-        rule: when a token counts as what.
-        period: as in `limiting_behaviour`, as for the options below.
-        window: as above.
-        settle: as above.
-        keep_signal: as above.
-        stack: the looped stack.
-        initial_state: as in `LoopedBridge.forward`.
-        also: called with every (loop, layer) and the residual stream leaving it, [batch, pos, d_model].
-    """
-    passes = model.schedule.passes_of("all", stack)
-    n, stop = len(passes), passes[-1].layers.stop
-    limit: dict[int, Tensor] = {}  # while the first run goes on, the states of the loop before
-    waves: dict[int, _Wave] = {}
-    n_layers = passes[0].n_layers
-    settled = torch.full((n_layers, *tokens.shape), torch.nan, dtype=torch.float32, device=tokens.device)
-    dtype = torch.promote_types(model.cfg.dtype, torch.float32)
-    signal = torch.empty(n, n_layers, *tokens.shape, dtype=dtype, device=tokens.device)
+    rule: BehaviourRule
+    period: int
+    window: int
+    settle: float
+    keep_signal: bool
+    stack: str
+    initial_state: InitialState
 
-    def step(at: tuple[int, int], value: Tensor) -> None:
-        loop, layer = at
-        if (before := limit.pop(layer, None)) is not None:
-            short = (wide(value) - wide(before)).norm(dim=-1) < settle
-            settled[layer] = settled[layer].where(settled[layer].isfinite() | ~short, float(loop))
-        limit[layer] = value
+    def __call__(self, model: Looped, tokens: Int[Tensor, "batch pos"]) -> LimitingBehaviour:
+        """Measure one batch."""
+        n_loops, found = model.schedule.n_loops_of(self.stack), tuple(self.rows(model, tokens))
+        return LimitingBehaviour(found, self.rule, self.period, self.window, self.settle, self.stack, n_loops)
 
-    def measure(at: tuple[int, int], value: Tensor) -> None:
-        also(at, value)
-        loop, layer = at
-        x, end = wide(value), wide(limit[layer])
-        signal[loop, layer] = cosine(x, end)
-        if loop >= n - window:
-            waves.setdefault(layer, _Wave(period, torch.finfo(value.dtype).eps * end.norm(dim=-1))).add(x - end)
+    def rows(
+        self,
+        model: Looped,
+        tokens: Int[Tensor, "batch pos"],
+        also: Callable[[tuple[int, int], Tensor], None] = lambda at, value: None,
+    ) -> list[TokenBehaviour]:
+        """The behaviour of every row of a batch."""
+        passes = model.schedule.passes_of("all", self.stack)
+        n, stop = len(passes), passes[-1].layers.stop
+        limit: dict[int, Tensor] = {}  # while the first run goes on, the states of the loop before
+        waves: dict[int, _Wave] = {}
+        n_layers = passes[0].n_layers
+        settled = torch.full((n_layers, *tokens.shape), torch.nan, dtype=torch.float32, device=tokens.device)
+        dtype = torch.promote_types(model.cfg.dtype, torch.float32)
+        signal = torch.empty(n, n_layers, *tokens.shape, dtype=dtype, device=tokens.device)
 
-    hooks = layer_hooks(model.schedule, passes, "hook_resid_post")
-    visit(model, tokens, hooks, step, stop=stop, initial_state=rehearsal(initial_state))
-    visit(model, tokens, hooks, measure, stop=stop, initial_state=initial_state)
-    cosines, settled = signal.cpu(), settled.cpu()
-    labels = torch.stack([rule.classify(cosines[:, layer]) for layer in range(n_layers)])
-    power = torch.stack([waves[j].share() for j in range(n_layers)]).cpu()
-    kept = cosines if keep_signal else None
-    return [
-        TokenBehaviour(labels[:, b], power[:, b], settled[:, b], None if kept is None else kept[:, :, b])
-        for b in range(len(tokens))
-    ]
+        def step(at: tuple[int, int], value: Tensor) -> None:
+            loop, layer = at
+            if (before := limit.pop(layer, None)) is not None:
+                short = (wide(value) - wide(before)).norm(dim=-1) < self.settle
+                settled[layer] = settled[layer].where(settled[layer].isfinite() | ~short, float(loop))
+            limit[layer] = value
+
+        def measure(at: tuple[int, int], value: Tensor) -> None:
+            also(at, value)
+            loop, layer = at
+            x, end = wide(value), wide(limit[layer])
+            signal[loop, layer] = cosine(x, end)
+            if loop >= n - self.window:
+                waves.setdefault(layer, _Wave(self.period, torch.finfo(value.dtype).eps * end.norm(dim=-1))).add(x - end)
+
+        hooks = layer_hooks(model.schedule, passes, "hook_resid_post")
+        visit(model, tokens, hooks, step, stop=stop, initial_state=rehearsal(self.initial_state))
+        visit(model, tokens, hooks, measure, stop=stop, initial_state=self.initial_state)
+        cosines, settled = signal.cpu(), settled.cpu()
+        labels = torch.stack([self.rule.classify(cosines[:, layer]) for layer in range(n_layers)])
+        power = torch.stack([waves[j].share() for j in range(n_layers)]).cpu()
+        kept = cosines if self.keep_signal else None
+        return [
+            TokenBehaviour(labels[:, b], power[:, b], settled[:, b], None if kept is None else kept[:, :, b])
+            for b in range(len(tokens))
+        ]
 
 
 class _Wave:

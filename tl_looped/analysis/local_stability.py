@@ -11,15 +11,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
+from ..looped import Looped, check_model
 from ..panels import Axis, Mark, Panel
 from ..record import InitialState
 from ..results import Estimate, Result
+from ..runs.driver import over_prompts
+from ..runs.prompts import Prompts
 from ..schedule import check_count
 from ._directions import CONVERGED
-from ._prompts import Prompts, check_finite, check_model, over_batches
-from ._streaming import need_loops
+from ._streaming import check_finite, need_loops
 
 __all__ = ["LocalStability", "local_stability"]
 
@@ -87,7 +88,7 @@ class LocalStability(Result):
 
 
 def local_stability(
-    model: LoopedBridge,
+    model: Looped,
     prompts: Prompts,
     *,
     n_loops: int = 128,
@@ -141,16 +142,30 @@ def local_stability(
             f"local_stability was asked of a model in {model.cfg.dtype}, too coarse for a fixed point; use float32."
         )
 
-    def examples(tokens: Int[Tensor, "batch pos"]) -> LocalStability:
-        loop = model.step_map(tokens, initial_state)
+    measure = LocalStabilityMeasure(n_loops, n_exponents, iterations, initial_state)
+    return over_prompts(measure, model, prompts, what="local_stability", verbose=verbose)
+
+
+@dataclass(frozen=True)
+class LocalStabilityMeasure:
+    """What `local_stability` measures of a batch."""
+
+    n_loops: int
+    n_exponents: int
+    iterations: int
+    initial_state: InitialState
+
+    def __call__(self, model: Looped, tokens: Int[Tensor, "batch pos"]) -> LocalStability:
+        """Measure one batch."""
+        loop, k = model.step_map(tokens, self.initial_state), self.n_exponents
         width = loop.start[:, 0].numel()
-        if n_exponents > width:
-            raise LoopedError(f"n_exponents={n_exponents} was asked, but the state of this prompt has {width} numbers.")
+        if k > width:
+            raise LoopedError(f"n_exponents={k} was asked, but the state of this prompt has {width} numbers.")
         x, changes, growth = loop.start, [], []
         generator = torch.Generator("cpu").manual_seed(0)
-        noise = torch.randn((n_exponents, *x.shape), generator=generator, dtype=torch.float32, device="cpu").to(x)
+        noise = torch.randn((k, *x.shape), generator=generator, dtype=torch.float32, device="cpu").to(x)
         directions, _ = orthonormal(noise)
-        for t in range(n_loops):
+        for t in range(self.n_loops):
             with torch.no_grad():
                 new = loop(x)
             check_finite(new, f"the state leaving loop {t}")
@@ -162,7 +177,8 @@ def local_stability(
             x = new
         size = x.double().transpose(0, 1).flatten(1).norm(dim=1)
         residual = changes[-1] / size
-        radius, error = spectral_radius(lambda v: loop.jvp(x, v[None])[0], directions.sum(0), min(iterations, width))
+        products = min(self.iterations, width)
+        radius, error = spectral_radius(lambda v: loop.jvp(x, v[None])[0], directions.sum(0), products)
         radius = torch.where(residual <= CONVERGED, radius, torch.nan)
         floor = 100 * torch.finfo(x.dtype).eps * size
         rates = [contraction_rate(row, float(least)) for row, least in zip(torch.stack(changes, 1), floor, strict=True)]
@@ -173,22 +189,16 @@ def local_stability(
             spectral_radius=tuple(radius.tolist()),
             ritz_residual=tuple(torch.where(radius.isnan(), radius, error).tolist()),
             lyapunov=tuple(tuple(row) for row in lyapunov.tolist()),
-            n_loops=n_loops,
-            n_exponents=n_exponents,
-            iterations=iterations,
+            n_loops=self.n_loops,
+            n_exponents=k,
+            iterations=self.iterations,
         )
-
-    return over_batches(examples, model, prompts, verbose=verbose, what="local_stability")
 
 
 def orthonormal(
     directions: Float[Tensor, "direction stack batch pos d_model"],
 ) -> tuple[Float[Tensor, "direction stack batch pos d_model"], Float[Tensor, "batch direction"]]:
-    """The directions of every example made orthonormal one after the other, and how far each stuck out of those before.
-
-    Args:
-        directions: [direction, stack, batch, pos, d_model].
-    """
+    """The directions of every example made orthonormal one after the other, and how far each stuck out of those before."""
     shape = directions.shape
     q, r = torch.linalg.qr(_columns(directions))
     stretch = r.diagonal(dim1=-2, dim2=-1).abs()
@@ -196,12 +206,7 @@ def orthonormal(
 
 
 def contraction_rate(changes: Float[Tensor, " loop"], floor: float) -> float:
-    """The factor per loop of a geometric decay (or growth), fitted to the later half of the changes that are above `floor`.
-
-    Args:
-        changes: how far the state moved in each loop.
-        floor: where rounding begins.
-    """
+    """The factor per loop of a geometric decay (or growth), fitted to the later half of the changes that are above `floor`."""
     below = (changes <= floor).nonzero()
     above = changes[: int(below[0])] if len(below) else changes
     later = above[len(above) // 2 :].log()
@@ -221,13 +226,7 @@ def spectral_radius(
     start: Float[Tensor, "stack batch pos d_model"],
     iterations: int,
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """The largest absolute eigenvalue of every example's Jacobian by Arnoldi's method, and the relative residual of its vector.
-
-    Args:
-        product: a direction -> the Jacobian times it.
-        start: the first direction.
-        iterations: products to take; as many as the Jacobian has rows give the eigenvalue exactly.
-    """
+    """The largest absolute eigenvalue of every example's Jacobian by Arnoldi, and the relative residual of its vector."""
     n_stacks, batch, *rest = start.shape
 
     def rows(x: Tensor) -> Tensor:

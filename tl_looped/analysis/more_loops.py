@@ -6,18 +6,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
+from ..looped import Looped, at_depth, check_model
 from ..panels import Panel, curves
 from ..record import InitialState, rehearsal
 from ..results import Estimate, Result, table
+from ..runs.prompts import Prompts
 from ..schedule import check_count
-from ._prompts import Prompts, at_depth, check_finite, check_model, over_batches
-from ._streaming import need_loops
-from ._targets import Answers, Targets
+from ._streaming import check_finite, need_loops
+from ._targets import Answered, Answers, answer_ids, at_targets, over_answered
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +80,7 @@ class MoreLoops(Result):
 
 
 def more_loops(
-    model: LoopedBridge,
+    model: Looped,
     prompts: Prompts,
     *,
     n_loops: int | None = None,
@@ -121,22 +120,31 @@ def more_loops(
     trained = model.n_loops if trained is None else check_count("trained", trained)
     n_loops = 2 * trained if n_loops is None else check_count("n_loops", n_loops)
     need_loops(n_loops, max(2, trained), "more_loops", f"a sweep around the trained number of {trained} loops")
-    deep = at_depth(model, n_loops)
-    targets = Targets(model, answers, "more_loops")
-    counts = list(range(1, n_loops + 1))
+    deep, ids = at_depth(model, n_loops), answer_ids(model, answers)
+    measure = MoreLoopsMeasure(trained, ids is not None, initial_state)
+    return over_answered(measure, deep, prompts, ids, what="more_loops", verbose=verbose)
 
-    def examples(tokens: Int[Tensor, "batch pos"]) -> MoreLoops:
-        wanted = targets.of(tokens)
-        read = targets.select
+
+@dataclass(frozen=True)
+class MoreLoopsMeasure:
+    """What `more_loops` measures of a batch, at the end of every prompt or for all next tokens."""
+
+    trained: int
+    at_end: bool
+    initial_state: InitialState
+
+    def __call__(self, model: Looped, batch: Answered) -> MoreLoops:
+        """Measure one batch."""
+        tokens, wanted = batch
         was_right = torch.zeros_like(wanted, dtype=torch.bool)
         with torch.no_grad():
-            trained_logits = deep.forward(tokens, loop=trained - 1, initial_state=rehearsal(initial_state))
-            reference = read(trained_logits).log_softmax(-1)
+            trained_logits = model(tokens, loop=self.trained - 1, initial_state=rehearsal(self.initial_state))
+            reference = at_targets(trained_logits, self.at_end).log_softmax(-1)
         del trained_logits
 
         def measure(loop: int, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             check_finite(logits, f"the readout after loop {loop}")
-            chosen = read(logits)
+            chosen = at_targets(logits, self.at_end)
             log_probs = chosen.log_softmax(-1)
             target = chosen.gather(-1, wanted[..., None])
             others = chosen.scatter(-1, wanted[..., None], -torch.inf).amax(-1)
@@ -153,18 +161,14 @@ def more_loops(
             return answer.int(), {name: value.double().mean(-1).cpu() for name, value in found.items()}
 
         with torch.no_grad():
-            best, rows = zip(*deep.readouts(tokens, measure, initial_state=initial_state), strict=True)
+            best, rows = zip(*model.readouts(tokens, measure, initial_state=self.initial_state), strict=True)
         found = {name: torch.stack([row[name] for row in rows], 1) for name in rows[0]}
-        found["loss_change"] = found["loss"] - found["loss"][:, trained - 1, None]
-        answers_after = torch.stack(best, 1)
+        found["loss_change"] = found["loss"] - found["loss"][:, self.trained - 1, None]
+        answers_after, counts = torch.stack(best, 1), list(range(1, len(best) + 1))
         agreement = torch.stack([(a[:, None] == answers_after).double().mean(-1) for a in best], 1).cpu()
         return MoreLoops(
             **{name: Estimate.of(values, ("n_loops",), {"n_loops": counts}, name) for name, values in found.items()},
             agreement=Estimate.of(agreement, ("n_loops", "other"), {"n_loops": counts, "other": counts}, "agreement"),
-            trained=trained,
-            scored=targets.scored,
+            trained=self.trained,
+            scored="answers" if self.at_end else "next tokens",
         )
-
-    result = over_batches(examples, deep, prompts, verbose=verbose, what="more_loops")
-    targets.check_used()
-    return result

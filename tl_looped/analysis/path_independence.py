@@ -11,14 +11,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._precision import wide
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
+from ..looped import Looped
 from ..panels import Panel
 from ..record import InitialState
 from ..results import Estimate, Result
-from ._prompts import Prompts, over_batches
-from ._streaming import visit
-from .limiting_behaviour import UNDEFINED, BehaviourRule, behaviour, checked
+from ..runs.driver import over_prompts
+from ..runs.prompts import Prompts
+from ._streaming import by_layer, visit
+from .limiting_behaviour import UNDEFINED, BehaviourRule, LimitingBehaviourMeasure, checked
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +59,7 @@ class PathIndependence(Result):
 
 
 def path_independence(
-    model: LoopedBridge,
+    model: Looped,
     prompts: Prompts,
     *,
     initial_states: Sequence[InitialState] = (0, 1, 2, 3),
@@ -96,14 +97,24 @@ def path_independence(
     """
     rule, deep = checked(model, n_loops, rule, 2, 2, stack)
     looped = deep.schedule.looped_stack(stack)
-    passes = deep.schedule.passes_of("all", looped)
-    kinds = [type(s).__name__.lower() if isinstance(s, (Tensor, torch.Generator)) else str(s) for s in initial_states]
-    n_states, layers = len(initial_states), list(range(passes[0].n_layers))
-    if n_states < 2:
-        raise LoopedError(f"{n_states} initial states were given to path_independence; it compares at least two.")
+    if len(initial_states) < 2:
+        raise LoopedError(f"{len(initial_states)} initial states were given to path_independence; it compares at least two.")
+    measure = PathIndependenceMeasure(tuple(initial_states), rule, looped)
+    return over_prompts(measure, deep, prompts, what="path_independence", verbose=verbose)
 
-    def examples(tokens: Int[Tensor, "batch pos"]) -> PathIndependence:
-        states = [_state_entering(deep, tokens, asked) for asked in initial_states]
+
+@dataclass(frozen=True)
+class PathIndependenceMeasure:
+    """What `path_independence` measures of a batch, from all initial states together."""
+
+    initial_states: tuple[InitialState, ...]
+    rule: BehaviourRule
+    stack: str
+
+    def __call__(self, model: Looped, tokens: Int[Tensor, "batch pos"]) -> PathIndependence:
+        """Measure one batch."""
+        n_states = len(self.initial_states)
+        states = [_state_entering(model, tokens, asked) for asked in self.initial_states]
         for k, state in enumerate(states):
             if same := [i for i in range(k) if torch.equal(states[i], state)]:
                 raise LoopedError(f"initial states {same[0]} and {k} are the same; path_independence needs different ones.")
@@ -112,35 +123,29 @@ def path_independence(
         def measure(at: tuple[int, int], value: Tensor) -> None:
             spread[at] = _spread(value.unflatten(0, (n_states, -1)))
 
-        repeated, started = tokens.repeat(n_states, 1), torch.cat(states)
-        found = behaviour(deep, repeated, rule, 2, 2, 0.0, False, looped, started, measure)
+        of_rows = LimitingBehaviourMeasure(self.rule, 2, 2, 0.0, False, self.stack, torch.cat(states))
+        found = of_rows.rows(model, tokens.repeat(n_states, 1), measure)
         labels = torch.stack([token.labels for token in found]).unflatten(0, (n_states, -1))
         agree = (labels == labels[0]).all(0).double()
         agreement = agree.masked_fill((labels == UNDEFINED).any(0), torch.nan).nanmean(-1)  # [batch, layer]
-        values = torch.stack([spread[p.loop, j] for p in passes for j in range(p.n_layers)], 1)
-        values = values.unflatten(1, (-1, len(layers))).cpu()
-        axes = {"loop": [p.loop for p in passes], "layer": layers}
         initial = _spread(torch.stack(states))[:, None].cpu()
+        kinds = [type(s).__name__.lower() if isinstance(s, (Tensor, torch.Generator)) else str(s) for s in self.initial_states]
         return PathIndependence(
             initial_spread=Estimate.of(initial, ("state",), {"state": ["initial"]}, "spread"),
-            spread=Estimate.of(values, ("loop", "layer"), axes, "spread"),
-            agreement=Estimate.of(agreement, ("layer",), {"layer": layers}, "agreement"),
+            spread=by_layer(spread, "spread"),
+            agreement=Estimate.of(agreement, ("layer",), {"layer": list(range(agreement.shape[1]))}, "agreement"),
             n_states=n_states,
             states=", ".join(kinds),
-            rule=rule,
-            stack=looped,
+            rule=self.rule,
+            stack=self.stack,
         )
 
-    return over_batches(examples, deep, prompts, verbose=verbose, what="path_independence")
 
-
-def _state_entering(
-    model: LoopedBridge, tokens: Int[Tensor, "batch pos"], asked: InitialState
-) -> Float[Tensor, "batch pos d_model"]:
+def _state_entering(model: Looped, tokens: Int[Tensor, "batch pos"], asked: InitialState) -> Float[Tensor, "batch pos d_model"]:
     """The state entering the first pass."""
     first = model.schedule.passes[0]
     found: list[Tensor] = []
-    hooks = {f"{model.schedule.pass_prefix(first)}.{model.plain.loop.entrance}": 0}
+    hooks = {f"{model.schedule.pass_prefix(first)}.{model.entrance}": 0}
     visit(model, tokens, hooks, lambda key, value: found.append(value), stop=first.first, initial_state=asked)
     return found[0]
 

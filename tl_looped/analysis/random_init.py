@@ -13,12 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._words import aligned, counted
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..kinds import plain
-from ..model import LoopedModel
-from ..model.config import LoopedConfig
-from ..model.looped_model import initialise
 from ..panels import Axis, Panel
 from ..results import Estimate, Result, table
 from ..schedule import check_count
@@ -158,6 +154,8 @@ def random_init_sweep(
         >>> found.verdicts["pre-norm, injection"].split(",")[0]
         'fixed point'
     """
+    from .. import LoopedBridge, LoopedConfig
+
     need_loops(check_count("n_loops", n_loops), 4, "random_init_sweep", "a look at half of the loops")
     chosen = list(range(check_count("seeds", seeds))) if isinstance(seeds := plain(seeds), int) else list(seeds)
     if not chosen:
@@ -198,16 +196,11 @@ def random_init_sweep(
 
 
 @torch.no_grad()
-def draw(model: LoopedModel, seed: int, std: Std) -> None:
-    """Draw all parameters in place: matrices of a given std, or 1/sqrt of their number of inputs; norms 1.
-
-    Args:
-        model: the model.
-        seed: of the draw.
-        std: of the matrices; "fan_in" for 1/sqrt of their number of inputs.
-    """
-    initialise(model, seed, 1.0 if std == "fan_in" else std)
-    if std == "fan_in":
-        for parameter in model.canonical_parameters().values():
-            if parameter.ndim == 2:
+def draw(model: Any, seed: int, std: Std) -> None:
+    """Draw all matrices in place, of a given std or 1/sqrt of their number of inputs, in the order of their names."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    for _, parameter in sorted(model.canonical_parameters().items()):
+        if parameter.ndim == 2:
+            parameter.normal_(0, 1.0 if std == "fan_in" else std, generator=generator)
+            if std == "fan_in":
                 parameter /= parameter.shape[1] ** 0.5

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from itertools import zip_longest
-from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -15,16 +13,18 @@ from torch import Tensor
 
 from .._precision import wide
 from .._words import aligned, counted
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
-from ..looped import check_model
+from ..looped import Looped, at_depth, check_model
 from ..panels import Axis, Mark, Panel
 from ..record import InitialState, rehearsal
 from ..results import Estimate, Result, table
-from ._prompts import Prompts, at_depth, check_finite, token_batches
-from ._targets import Answers, Targets
+from ..runs.driver import n_batches, over
+from ..runs.prompts import Prompts, token_batches
+from ._streaming import check_finite
+from ._targets import Answered, Answers, answer_ids, answered
 
-Models = LoopedBridge | Sequence[LoopedBridge] | Mapping[str, LoopedBridge]
+Models = Looped | Sequence[Looped] | Mapping[str, Looped]
+Pair = tuple[Answered, Answered]
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
 
 
@@ -133,8 +133,7 @@ COLOURS = ("rgb(33,102,172)", "rgb(217,95,14)")
 
 class _Side(NamedTuple):
     name: str
-    model: LoopedBridge
-    hooks: Hooks
+    model: Looped
 
 
 class _Answers(NamedTuple):
@@ -194,91 +193,97 @@ def compare(
             "scales. Pass answers= as texts that are one token of both."
         )
     at_end = answers is not None or corrupted is not None
-    targets = [Targets(side.model, listed, "compare") for side in sides]
     scored = "the answers" if answers is not None else f"what {sides[0].name} answers" if at_end else "next tokens"
+    measure = SideBySideMeasure((sides[0].name, sides[1].name), tuple(hooks), at_end, by_text, scored, initial_state)
+    if not isinstance(prompts, (str, Tensor, Sequence)):
+        prompts = list(prompts)
+    streams: list[Iterator[Any]] = []
+    for side, texts in zip(sides, (prompts, prompts if corrupted is None else corrupted), strict=True):
+        batches, ids = token_batches(side.model, texts, what="compare"), answer_ids(side.model, one or listed)
+        if answers is None and at_end:  # what is scored is known when the first side has run
+            streams.append((tokens, None) for tokens in batches)
+        else:
+            streams.append(answered(batches, ids[0] if one and ids else ids, "compare"))
+    models = (sides[0].model, sides[1].model)
+    return over(measure, models, _pairs(*streams), what="compare", verbose=verbose, n_batches=n_batches(prompts))
 
-    def examples(batch: tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos_"]]) -> SideBySide:
-        if not at_end and not torch.equal(batch[0], batch[1].to(batch[0].device)):
+
+@dataclass(frozen=True)
+class SideBySideMeasure:
+    """What `compare` measures of a batch of pairs; without targets of their own, they are what the first side answers."""
+
+    names: tuple[str, str]
+    hooks: Hooks
+    at_end: bool
+    by_text: bool
+    scored: str
+    initial_state: InitialState
+
+    def __call__(self, models: tuple[Looped, Looped], batch: Pair) -> SideBySide:
+        """Measure one batch."""
+        tokens, wanted = zip(*batch, strict=True)
+        if not self.at_end and not torch.equal(tokens[0], tokens[1].to(tokens[0].device)):
             raise LoopedError(
-                f"{sides[0].name} and {sides[1].name} read the same prompt as different tokens, {batch[0][0].tolist()[:8]} and "
-                f"{batch[1][0].tolist()[:8]}; pass tokens, or answers=."
+                f"{self.names[0]} and {self.names[1]} read the same prompt as different tokens, {tokens[0][0].tolist()[:8]} "
+                f"and {tokens[1][0].tolist()[:8]}; pass tokens, or answers=."
             )
-        both = [_run(side, tokens, at_end, initial_state) for side, tokens in zip(sides, batch, strict=True)]
-        if answers is None and at_end:
+        both = [self._run(k, models[k], tokens[k]) for k in range(2)]
+        if wanted[0] is None:
             wanted = [both[0].top[-1][:, None]] * 2
-        elif one is not None:
-            here = [Targets(side.model, one * len(tokens), "compare") for side, tokens in zip(sides, batch, strict=True)]
-            wanted = [target.of(tokens) for target, tokens in zip(here, batch, strict=True)]
+        n = max(len(answers.log_probs) for answers in both)
+        device = both[0].top.device
+        loss, probability = (torch.empty(len(tokens[0]), 2, n, dtype=torch.float64, device="cpu") for _ in range(2))
+        kl, agreement = (torch.empty(len(tokens[0]), n, dtype=torch.float64, device="cpu") for _ in range(2))
+        top = [answers.top[[min(t, len(answers.top) - 1) for t in range(n)]].cpu() for answers in both]
+        words = [[[_word(model, int(i)) for i in row] for row in ids.T] for model, ids in zip(models, top, strict=True)]
+        if self.by_text:
+            same = torch.tensor(
+                [[x.strip() == y.strip() for x, y in zip(*rows, strict=True)] for rows in zip(*words, strict=True)]
+            )
         else:
-            wanted = [target.of(tokens) for target, tokens in zip(targets, batch, strict=True)]
-        return _side_by_side(sides, batch, both, wanted, by_text, scored)
+            same = (top[0] == top[1]).T
+        for t in range(n):
+            now = [answers.log_probs[min(t, len(answers.log_probs) - 1)] for answers in both]
+            for k, (log_probs, target) in enumerate(zip(now, wanted, strict=True)):
+                found = log_probs.gather(-1, target.to(log_probs.device)[..., None])[..., 0].double()
+                loss[:, k, t], probability[:, k, t] = -found.mean(-1), found.exp().mean(-1)
+            if self.by_text:
+                agreement[:, t] = same[:, t]
+            else:
+                first, second = now[0].double(), now[1].to(device).double()
+                kl[:, t] = (first.exp() * (first - second)).sum(-1).mean(-1)
+                agreement[:, t] = (first.argmax(-1) == second.argmax(-1)).double().mean(-1)
+        loops: dict[str, list[Any]] = {"loop": list(range(n))}
+        labels: dict[str, list[Any]] = {"side": list(self.names), **loops}
+        return SideBySide(
+            loss=Estimate.of(loss, ("side", "loop"), labels, "loss"),
+            probability=Estimate.of(probability, ("side", "loop"), labels, "probability"),
+            loss_difference=Estimate.of(loss[:, 1] - loss[:, 0], ("loop",), loops, "loss_difference"),
+            probability_difference=Estimate.of(
+                probability[:, 1] - probability[:, 0], ("loop",), loops, "probability_difference"
+            ),
+            kl=None if self.by_text else Estimate.of(kl, ("loop",), loops, "kl"),
+            agreement=Estimate.of(agreement, ("loop",), loops, "agreement"),
+            sides={name: model.n_loops for name, model in zip(self.names, models, strict=True)},
+            scored=self.scored,
+            prompts=tuple(_text(models[0], row) for row in tokens[0]),
+            top=tuple((tuple(map(repr, x)), tuple(map(repr, y))) for x, y in zip(*words, strict=True)),
+            first=tuple(next((t for t, equal in enumerate(row) if not equal), None) for row in same.tolist()),
+        )
 
-    result = reduce(add, map(examples, _pairs(sides, prompts, corrupted, verbose)))
-    if listed is not None:
-        targets[0].check_used()
-    return result
+    def _run(self, k: int, model: Looped, tokens: Int[Tensor, "batch pos"]) -> _Answers:
+        """The answers of one side after every loop, at the last position or at all but that."""
+        log_probs: list[Tensor] = []
+        top: list[Tensor] = []
 
+        def keep(loop: int, logits: Tensor) -> None:
+            check_finite(logits, f"the readout of {self.names[k]} after loop {loop}")
+            log_probs.append(wide(logits[:, -1:] if self.at_end else logits[:, :-1]).log_softmax(-1))
+            top.append(logits[:, -1].argmax(-1))
 
-def _side_by_side(
-    sides: Sequence[_Side],
-    batch: Sequence[Tensor],
-    both: Sequence[_Answers],
-    wanted: Sequence[Int[Tensor, "batch target"]],
-    by_text: bool,
-    scored: str,
-) -> SideBySide:
-    """The comparison on one batch."""
-    n = max(len(answers.log_probs) for answers in both)
-    device = both[0].top.device
-    loss, probability = (torch.empty(len(batch[0]), 2, n, dtype=torch.float64, device="cpu") for _ in range(2))
-    kl, agreement = (torch.empty(len(batch[0]), n, dtype=torch.float64, device="cpu") for _ in range(2))
-    top = [answers.top[[min(t, len(answers.top) - 1) for t in range(n)]].cpu() for answers in both]
-    words = [[[_word(side.model, int(i)) for i in row] for row in ids.T] for side, ids in zip(sides, top, strict=True)]
-    if by_text:
-        same = torch.tensor([[x.strip() == y.strip() for x, y in zip(*rows, strict=True)] for rows in zip(*words, strict=True)])
-    else:
-        same = (top[0] == top[1]).T
-    for t in range(n):
-        now = [answers.log_probs[min(t, len(answers.log_probs) - 1)] for answers in both]
-        for k, (log_probs, target) in enumerate(zip(now, wanted, strict=True)):
-            found = log_probs.gather(-1, target.to(log_probs.device)[..., None])[..., 0].double()
-            loss[:, k, t], probability[:, k, t] = -found.mean(-1), found.exp().mean(-1)
-        if by_text:
-            agreement[:, t] = same[:, t]
-        else:
-            first, second = now[0].double(), now[1].to(device).double()
-            kl[:, t] = (first.exp() * (first - second)).sum(-1).mean(-1)
-            agreement[:, t] = (first.argmax(-1) == second.argmax(-1)).double().mean(-1)
-    loops: dict[str, list[Any]] = {"loop": list(range(n))}
-    labels: dict[str, list[Any]] = {"side": [side.name for side in sides], **loops}
-    return SideBySide(
-        loss=Estimate.of(loss, ("side", "loop"), labels, "loss"),
-        probability=Estimate.of(probability, ("side", "loop"), labels, "probability"),
-        loss_difference=Estimate.of(loss[:, 1] - loss[:, 0], ("loop",), loops, "loss_difference"),
-        probability_difference=Estimate.of(probability[:, 1] - probability[:, 0], ("loop",), loops, "probability_difference"),
-        kl=None if by_text else Estimate.of(kl, ("loop",), loops, "kl"),
-        agreement=Estimate.of(agreement, ("loop",), loops, "agreement"),
-        sides={side.name: side.model.n_loops for side in sides},
-        scored=scored,
-        prompts=tuple(_text(sides[0].model, tokens) for tokens in batch[0]),
-        top=tuple((tuple(map(repr, x)), tuple(map(repr, y))) for x, y in zip(*words, strict=True)),
-        first=tuple(next((t for t, equal in enumerate(row) if not equal), None) for row in same.tolist()),
-    )
-
-
-def _run(side: _Side, tokens: Int[Tensor, "batch pos"], at_end: bool, initial_state: InitialState) -> _Answers:
-    """The answers of one side after every loop, at the last position or at all but that."""
-    log_probs: list[Tensor] = []
-    top: list[Tensor] = []
-
-    def keep(loop: int, logits: Tensor) -> None:
-        check_finite(logits, f"the readout of {side.name} after loop {loop}")
-        log_probs.append(wide(logits[:, -1:] if at_end else logits[:, :-1]).log_softmax(-1))
-        top.append(logits[:, -1].argmax(-1))
-
-    with torch.no_grad(), side.model.hooks(fwd_hooks=list(side.hooks)):
-        side.model.forward(tokens, on_loop=keep, initial_state=rehearsal(initial_state))
-    return _Answers(log_probs, torch.stack(top))
+        with torch.no_grad():
+            model.readouts(tokens, keep, self.hooks if k else (), initial_state=rehearsal(self.initial_state))
+        return _Answers(log_probs, torch.stack(top))
 
 
 def _sides(models: Models, n_loops: int | tuple[int, int] | None, hooks: Hooks, other_prompts: bool) -> tuple[_Side, _Side]:
@@ -292,8 +297,8 @@ def _sides(models: Models, n_loops: int | tuple[int, int] | None, hooks: Hooks, 
     counts = n_loops if isinstance(n_loops, tuple) else (n_loops, n_loops)
     if len(counts) != 2:
         raise LoopedError(f"n_loops={n_loops!r} was asked of two sides; pass one number, or one for each.")
-    first: LoopedBridge = listed[0]
-    second: LoopedBridge = listed[-1]
+    first: Looped = listed[0]
+    second: Looped = listed[-1]
     parts: list[tuple[str, str]] = []
     if first is not second:
         names = tuple(named) if named else (str(first.cfg.model_name), str(second.cfg.model_name))
@@ -311,22 +316,14 @@ def _sides(models: Models, n_loops: int | tuple[int, int] | None, hooks: Hooks, 
             "hooks= or corrupted=."
         )
     left, right = (", ".join(names) for names in zip(*parts, strict=True))
-    return _Side(left, deep[0], ()), _Side(right, deep[1], hooks)
+    return _Side(left, deep[0]), _Side(right, deep[1])
 
 
-def _pairs(
-    sides: Sequence[_Side], prompts: Prompts, corrupted: Prompts | None, verbose: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The token batches of both sides."""
-    if not isinstance(prompts, (str, Tensor, Sequence)):
-        prompts = list(prompts)
-    streams = (
-        token_batches(sides[0].model, prompts, verbose=verbose, what="compare"),
-        token_batches(sides[1].model, prompts if corrupted is None else corrupted, verbose=False, what="compare"),
-    )
-    for first, second in zip_longest(*streams):
-        if first is None or second is None or len(first) != len(second):
-            n = [0 if tokens is None else len(tokens) for tokens in (first, second)]
+def _pairs(left: Iterator[Any], right: Iterator[Any]) -> Iterator[Pair]:
+    """The batches of both sides."""
+    for first, second in zip_longest(left, right):
+        n = [0 if batch is None else len(batch[0]) for batch in (first, second)]
+        if n[0] != n[1]:
             raise LoopedError(
                 f"prompts and corrupted are no pairs: one of them goes on with {n[0]} rows beside {n[1]}. Pass as many of "
                 "both, in the same order."
@@ -334,7 +331,7 @@ def _pairs(
         yield first, second
 
 
-def _same_vocabulary(first: LoopedBridge, second: LoopedBridge) -> bool:
+def _same_vocabulary(first: Looped, second: Looped) -> bool:
     if first is second:
         return True
     if first.cfg.d_vocab != second.cfg.d_vocab:
@@ -344,11 +341,11 @@ def _same_vocabulary(first: LoopedBridge, second: LoopedBridge) -> bool:
     return first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
 
 
-def _word(model: LoopedBridge, token: int) -> str:
+def _word(model: Looped, token: int) -> str:
     return str(token) if model.tokenizer is None else model.tokenizer.decode([token])
 
 
-def _text(model: LoopedBridge, tokens: Int[Tensor, " pos"]) -> str:
+def _text(model: Looped, tokens: Int[Tensor, " pos"]) -> str:
     return ",".join(map(str, tokens.tolist())) if model.tokenizer is None else model.tokenizer.decode(tokens.tolist())
 
 

@@ -11,15 +11,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._precision import wide
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
+from ..looped import Looped, at_depth
 from ..names import stack_prefix
 from ..panels import Panel, curves
 from ..record import InitialState
 from ..results import Estimate, Result, table
+from ..runs.driver import over_prompts
+from ..runs.prompts import Prompts
 from ..schedule import Indices, LoopSelector, Site, select_indices
 from ._directions import cosine, direction, ratio
-from ._prompts import Prompts, at_depth, over_batches
 from ._streaming import at_positions, last_norm, layer_hooks, need_loops, visit
 
 PER_LOOP = (
@@ -89,7 +90,7 @@ class StepGeometry(Result):
 
 
 def step_geometry(
-    model: LoopedBridge,
+    model: Looped,
     prompts: Prompts,
     *,
     n_loops: int | None = None,
@@ -143,27 +144,44 @@ def step_geometry(
     schedule, looped = deep.schedule, deep.schedule.looped_stack(stack)
     passes = schedule.passes_of("all", stack)
     need_loops(len(passes), 3, "step_geometry", "an acceleration")
-    if layer is None:
-        hooks, stop, hook = {f"{schedule.pass_prefix(p)}.hook_out": p.loop for p in passes}, None, "hook_out"
-    else:
-        index = schedule.site(schedule.virtual(Site(looped, 0, layer))).layer
-        hooks = {name: at[0] for name, at in layer_hooks(schedule, passes, "hook_resid_post").items() if at[1] == index}
-        stop, hook = passes[-1].layers.stop, f"blocks.{index}.hook_resid_post"
+    if layer is not None:
+        layer = schedule.site(schedule.virtual(Site(looped, 0, layer))).layer
     spaced = sorted({round(k * (len(passes) - 1) / 15) for k in range(16)})
-    compared = schedule.select_loops(spaced if cka_loops is None else cka_loops, stack)
-    where = f"{stack_prefix(looped)}loops.*.{hook}"
+    compared = tuple(schedule.select_loops(spaced if cka_loops is None else cka_loops, stack))
+    measure = StepGeometryMeasure(layer, after_norm, positions, compared, looped, initial_state)
+    return over_prompts(measure, deep, prompts, what="step_geometry", verbose=verbose)
 
-    def examples(tokens: Int[Tensor, "batch pos"]) -> StepGeometry:
-        n_tokens = len(select_indices(positions, tokens.shape[1], "positions"))
+
+@dataclass(frozen=True)
+class StepGeometryMeasure:
+    """What `step_geometry` measures of a batch."""
+
+    layer: int | None
+    after_norm: bool
+    positions: Indices
+    cka_loops: tuple[int, ...]
+    stack: str
+    initial_state: InitialState
+
+    def __call__(self, model: Looped, tokens: Int[Tensor, "batch pos"]) -> StepGeometry:
+        """Measure one batch."""
+        n_tokens = len(select_indices(self.positions, tokens.shape[1], "positions"))
         if n_tokens < 3:
             raise LoopedError(f"step_geometry was asked of {n_tokens} tokens, but the curvature needs at least 3.")
+        schedule = model.schedule
+        passes = schedule.passes_of("all", self.stack)
+        if self.layer is None:
+            hooks, stop, hook = {f"{schedule.pass_prefix(p)}.hook_out": p.loop for p in passes}, None, "hook_out"
+        else:
+            hooks = {name: t for name, (t, j) in layer_hooks(schedule, passes, "hook_resid_post").items() if j == self.layer}
+            stop, hook = passes[-1].layers.stop, f"blocks.{self.layer}.hook_resid_post"
         found: dict[str, list[Tensor]] = {name: [] for name in PER_LOOP}
         grams: dict[int, Tensor] = {}
         earlier: list[Tensor] = []  # the state before, and the step that led to it
 
         def measure(loop: int, state: Tensor) -> None:
-            state = at_positions(state, positions)
-            x = wide(last_norm(deep, state) if after_norm else state)
+            state = at_positions(state, self.positions)
+            x = wide(last_norm(model, state) if self.after_norm else state)
             eps = torch.finfo(state.dtype).eps
             parts = {"norm": x.norm(dim=-1), "curvature": _curvature(x, eps), "anisotropy": _anisotropy(x)}
             step = x - earlier[0] if earlier else None
@@ -173,28 +191,25 @@ def step_geometry(
                 parts |= _turn(step, earlier[1], eps * parts["norm"])
             for name, part in parts.items():
                 found[name].append(part.nanmean(1))
-            if loop in compared:
+            if loop in self.cka_loops:
                 grams[loop] = _gram(x, eps)
             earlier[:] = [x] if step is None else [x, step]
 
-        visit(deep, tokens, hooks, measure, stop=stop, initial_state=initial_state)
+        visit(model, tokens, hooks, measure, stop=stop, initial_state=self.initial_state)
 
         def estimate(name: str) -> Estimate:
             values = torch.stack(found[name], 1).cpu()
             loops = [p.loop for p in passes[-values.shape[1] :]]
             return Estimate.of(values, ("loop",), {"loop": loops}, name)
 
-        features = torch.stack([grams[loop] for loop in compared], 1)
-        cka = (features @ features.mT).clamp(max=1).cpu()
-        labels = list(compared)
+        features = torch.stack([grams[loop] for loop in self.cka_loops], 1)
+        cka, loops = (features @ features.mT).clamp(max=1).cpu(), list(self.cka_loops)
         return StepGeometry(
             **{name: estimate(name) for name in PER_LOOP},
-            cka=Estimate.of(cka, ("loop", "other"), {"loop": labels, "other": labels}, "cka"),
-            hook=where,
-            after_norm=after_norm,
+            cka=Estimate.of(cka, ("loop", "other"), {"loop": loops, "other": loops}, "cka"),
+            hook=f"{stack_prefix(self.stack)}loops.*.{hook}",
+            after_norm=self.after_norm,
         )
-
-    return over_batches(examples, deep, prompts, verbose=verbose, what="step_geometry")
 
 
 def _turn(

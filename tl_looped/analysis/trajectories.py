@@ -12,14 +12,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._old_calls import accepts_old
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..kinds import plain
+from ..looped import Looped, at_depth
 from ..panels import Panel, paths
 from ..record import InitialState, rehearsal
 from ..results import Estimate, Grid, Result
+from ..runs.driver import over_prompts
+from ..runs.prompts import Prompts
 from ..schedule import Indices, Schedule, check_count, check_index, select_indices
-from ._prompts import Prompts, at_depth, over_batches
 from ._streaming import at_positions, last_norm, visit
 
 Over = Literal["layers", "loop_ends"]
@@ -126,7 +127,7 @@ class Trajectories(Result):
 
 @accepts_old(pos="positions")
 def trajectories(
-    model: LoopedBridge,
+    model: Looped,
     prompts: Prompts,
     *,
     over: Over = "layers",
@@ -182,60 +183,72 @@ def trajectories(
     if over == "layers" and not isinstance(one, int):
         raise LoopedError(f'positions={positions} was asked of over="layers", which follows one token; pass an int.')
     check_count("n_components", n_components)
-    deep = at_depth(model, n_loops)
-    schedule = deep.schedule
-    if over == "layers":
-        chosen = range(schedule.n_layers)
-        if stack is not None:
-            chosen = [i for p in schedule.passes_of("all", stack) for i in p.layers]
-        hooks = {schedule.name(i, "hook_resid_post"): k for k, i in enumerate(chosen)}
-        stop, rows = chosen[-1] + 1, [name.removesuffix(".hook_resid_post") for name in hooks]
-    else:
-        passes = schedule.passes_of("all", stack)
-        hooks = {f"{schedule.pass_prefix(p)}.hook_out": p.loop for p in passes}
-        stop, rows = None, [p.loop for p in passes]
-    components = [f"PC{k + 1}" for k in range(n_components)]
+    chosen = one if over == "layers" else positions
+    measure = TrajectoriesMeasure(over, n_components, after_norm, chosen, stack, initial_state)
+    return over_prompts(measure, at_depth(model, n_loops), prompts, what="trajectories", verbose=verbose)
 
-    def examples(tokens: Int[Tensor, "batch pos"]) -> Trajectories:
-        n_pos = tokens.shape[1]
-        chosen_pos = select_indices(one if over == "layers" else positions, n_pos, "positions")
+
+@dataclass(frozen=True)
+class TrajectoriesMeasure:
+    """What `trajectories` finds in a batch."""
+
+    over: Over
+    n_components: int
+    after_norm: bool
+    positions: Any
+    stack: str | None
+    initial_state: InitialState
+
+    def __call__(self, model: Looped, tokens: Int[Tensor, "batch pos"]) -> Trajectories:
+        """Measure one batch."""
+        schedule, k = model.schedule, self.n_components
+        if self.over == "layers":
+            chosen = range(schedule.n_layers)
+            if self.stack is not None:
+                chosen = [i for p in schedule.passes_of("all", self.stack) for i in p.layers]
+            hooks = {schedule.name(i, "hook_resid_post"): k for k, i in enumerate(chosen)}
+            stop, rows = chosen[-1] + 1, [name.removesuffix(".hook_resid_post") for name in hooks]
+        else:
+            passes = schedule.passes_of("all", self.stack)
+            hooks = {f"{schedule.pass_prefix(p)}.hook_out": p.loop for p in passes}
+            stop, rows = None, [p.loop for p in passes]
+        chosen_pos = select_indices(self.positions, tokens.shape[1], "positions")
         width = len(chosen_pos)
-        if len(rows) * width <= n_components:
+        if len(rows) * width <= k:
             raise LoopedError(
-                f"n_components={n_components} was asked of {len(rows) * width} states, which span {len(rows) * width - 1} "
-                "directions around their mean; ask for fewer, or for more loops with n_loops=."
+                f"n_components={k} was asked of {len(rows) * width} states, which span {len(rows) * width - 1} directions "
+                "around their mean; ask for fewer, or for more loops with n_loops=."
             )
 
         def states(read: Reader, state: InitialState) -> None:
             def take(row: int, value: Tensor) -> None:
                 x = at_positions(value, chosen_pos)
-                read(slice(row * width, (row + 1) * width), (last_norm(deep, x) if after_norm else x).double())
+                read(slice(row * width, (row + 1) * width), (last_norm(model, x) if self.after_norm else x).double())
 
-            visit(deep, tokens, hooks, take, stop=stop, initial_state=state)
+            visit(model, tokens, hooks, take, stop=stop, initial_state=state)
 
-        shape = (len(tokens), len(rows) * width, deep.cfg.d_model)
-        dtype = torch.promote_types(deep.cfg.dtype, torch.float32)
+        shape = (len(tokens), len(rows) * width, model.cfg.d_model)
+        dtype = torch.promote_types(model.cfg.dtype, torch.float32)
         mean, directions, explained, coordinates = (
-            part.cpu() for part in _principal_components(states, shape, n_components, initial_state, tokens.device, dtype)
+            part.cpu() for part in _principal_components(states, shape, k, self.initial_state, tokens.device, dtype)
         )
-        axes, labels = ("layer", "component"), {"layer": rows, "component": components}
-        if over == "loop_ends":
+        axes: tuple[str, ...] = ("layer", "component")
+        labels: dict[str, list[Any]] = {"layer": rows, "component": [f"PC{c + 1}" for c in range(k)]}
+        if self.over == "loop_ends":
             axes = ("loop", "pos", "component")
-            labels = {"loop": rows, "pos": list(chosen_pos), "component": components}
+            labels = {"loop": rows, "pos": list(chosen_pos), "component": labels["component"]}
             coordinates = coordinates.unflatten(1, (len(rows), width))
         found = zip(coordinates, explained, mean, directions, strict=True)
         return Trajectories(
             tuple(Path(Grid(c, axes, labels, "coordinate"), e, m, d) for c, e, m, d in found),
-            over=over,
-            after_norm=after_norm,
-            positions=one if over == "layers" else None,
-            stack=stack,
-            n_loops=deep.n_loops,
-            n_components=n_components,
+            over=self.over,
+            after_norm=self.after_norm,
+            positions=self.positions if self.over == "layers" else None,
+            stack=self.stack,
+            n_loops=model.n_loops,
+            n_components=k,
             schedule=schedule,
         )
-
-    return over_batches(examples, deep, prompts, verbose=verbose, what="trajectories")
 
 
 def _principal_components(

@@ -48,7 +48,6 @@ class StepMap:
             self.start: Float[Tensor, "stack batch pos d_model"] = torch.stack([self.begun[stack] for stack in self.stacks])
 
     def __call__(self, states: Float[Tensor, "stack batch pos d_model"]) -> Float[Tensor, "stack batch pos d_model"]:
-        """The states after one more loop."""
         stream = Stream(states[0])
         begun = self.begun | dict(zip(self.stacks, states, strict=True))
         for i in self.twin.steps(stream, self.layers, self.inputs, False, lambda _: begun):
@@ -60,11 +59,6 @@ class StepMap:
     def jvp(
         self, states: Float[Tensor, "stack batch pos d_model"], tangents: Float[Tensor, "direction stack batch pos d_model"]
     ) -> Float[Tensor, "direction stack batch pos d_model"]:
-        """The Jacobian at a state times each of several directions; exact, in forward mode.
-
-        Args:
-            states: the states, [stack, batch, pos, d_model].
-            tangents: the directions, [direction, stack, batch, pos, d_model].
-        """
+        """The Jacobian at a state times each of several directions; exact, in forward mode."""
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
             return torch.stack([jvp(self, (states,), (v,)) for v in tangents])

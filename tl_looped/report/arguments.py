@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .._words import counted
-from ..analysis._prompts import at_depth, token_batches
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
+from ..looped import at_depth
 from ..metrics import one_token
+from ..runs.prompts import token_batches
 from ..schedule import check_count
 from . import pointer_chasing
 from .question import Question
@@ -69,7 +70,7 @@ def ask(
         raise LoopedError("this model has no tokenizer; pass prompts as tensors of token ids.")
     if any(isinstance(text, str) and not text.strip() for text in (*prompts, clean, corrupted)):
         raise LoopedError("a prompt is empty or holds nothing but whitespace; leave it out.")
-    batches = list(token_batches(model, prompts, verbose=False, what="report"))
+    batches = list(token_batches(model, prompts, what="report"))
     longest, n_ctx = max(batch.shape[1] for batch in batches), model.looped_cfg.n_ctx
     if longest > n_ctx:
         raise LoopedError(f"a prompt has {longest} tokens, but the context of this model is n_ctx={n_ctx}; shorten it.")
@@ -97,7 +98,7 @@ def _beats_chance(model: LoopedBridge, prompts: list[Int[Tensor, "_ _"]]) -> boo
 
 
 def _pair(model: LoopedBridge, clean: Prompt, corrupted: Prompt) -> tuple[Tensor, Tensor]:
-    (first,), (second,) = (list(token_batches(model, one, verbose=False, what="report")) for one in (clean, corrupted))
+    (first,), (second,) = (list(token_batches(model, one, what="report")) for one in (clean, corrupted))
     if first.shape != second.shape or len(first) > 1:
         raise LoopedError(
             f"clean has {tuple(first.shape)} tokens and corrupted {tuple(second.shape)}; patching needs one prompt each, "

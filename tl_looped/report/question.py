@@ -12,8 +12,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .._words import counted
-from ..analysis._prompts import at_depth
 from ..bridge.looped_bridge import LoopedBridge
+from ..looped import at_depth
 from ..schedule import Indices
 from ..toys.hop import HopPrompts
 from .section import Unmeasured, number

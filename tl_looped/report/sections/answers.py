@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..._words import counted
-from ...analysis._prompts import check_finite
+from ...analysis._streaming import check_finite
 from ...panels import Mark
 from ...results import Grid
 from .. import pointer_chasing

@@ -1,0 +1,111 @@
+"""The driver: asks a measure of every prompt, one after the other, and adds up what it finds."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import LoopedError
+from .prompts import Prompts, token_batches
+
+R = TypeVar("R")
+Found = TypeVar("Found", covariant=True)
+MISTAKES = (TypeError, AttributeError, NameError, ImportError, NotImplementedError)  # of who wrote the call, not of a prompt
+N_ALIKE = 3  # first prompts that fail by the same mistake: the others would too
+
+
+class Measure(Protocol[Found]):
+    """What is measured of one batch of prompts: a frozen dataclass of settings, which can be pickled for another process.
+
+    The model is no part of it, as models are not pickled. What it finds adds up, as results and estimates do.
+    """
+
+    def __call__(self, model: Any, batch: Any, /) -> Found:
+        """Measure one batch.
+
+        Args:
+            model: the model, or the models that are compared.
+            batch: tokens [batch, pos], or these and what belongs to them.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Total(Generic[R]):
+    """What was found so far.
+
+    Args:
+        result: the sum over the batches that are done; None before the first.
+        failed: the batches that failed, as (index, reason).
+        done: how many were tried.
+    """
+
+    result: R | None = None
+    failed: tuple[tuple[int, str], ...] = ()
+    done: int = 0
+
+
+def totals(
+    measure: Measure[R], model: Any, batches: Iterable[Any], begun: Total[R], *, skip: bool = False, n_batches: int = 0
+) -> Iterator[Total[R]]:
+    """What was found after every batch.
+
+    Args:
+        measure: what is asked of a batch.
+        model: the model, or the models that are compared.
+        batches: those that are left.
+        begun: what the batches before them gave.
+        skip: list a batch that fails and go on. Where the first of all fail by the same mistake in the code, as a `TypeError`
+            is, nothing counts as done, and the error is raised.
+        n_batches: how many there are with those before.
+
+    Raises:
+        LoopedError: the first batches fail alike.
+    """
+    result, failed = begun.result, begun.failed
+    for index, batch in enumerate(batches, begun.done):
+        try:
+            found = measure(model, batch)
+            either: Any = result  # results add up, which their types do not say in one word
+            result = found if result is None else either + found
+        except Exception as error:
+            if not skip:
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            failed = (*failed, (index, reason))
+            alike = len(failed) == index + 1 == min(N_ALIKE, n_batches) and {why for _, why in failed} == {reason}
+            if alike and isinstance(error, MISTAKES):
+                yield Total()  # no prompt is to blame, and none is left out when it is mended
+                raise LoopedError(
+                    f"the first {index + 1} of {n_batches} prompts failed alike: {reason}. This is no matter of a prompt; mend "
+                    "the call and run again."
+                ) from error
+        yield Total(result, failed, index + 1)
+
+
+def over(
+    measure: Measure[R], model: Any, batches: Iterable[Any], *, what: str, verbose: bool, n_batches: int | None = None
+) -> R:
+    """What a measure finds in batches of any kind, added up in their order."""
+    found = totals(measure, model, tqdm(batches, what, n_batches, disable=not verbose), Total())
+    (last,) = deque(found, maxlen=1)
+    result: Any = last.result
+    return result
+
+
+def over_prompts(measure: Measure[R], model: Any, prompts: Prompts, *, what: str, verbose: bool) -> R:
+    """What a measure finds in prompts, batch by batch as `token_batches` reads them."""
+    batches = token_batches(model, prompts, what=what)
+    return over(measure, model, batches, what=what, verbose=verbose, n_batches=n_batches(prompts))
+
+
+def n_batches(prompts: object) -> int | None:
+    """How many batches prompts are read as; None where only reading them tells."""
+    if isinstance(prompts, (str, Tensor)):
+        return 1
+    return len(prompts) if isinstance(prompts, Sized) else None

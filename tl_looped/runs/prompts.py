@@ -1,0 +1,49 @@
+"""Reading prompts, one batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ..errors import LoopedError
+from ..tokens import check_tokens, refuse_unmarked_padding
+
+Prompt = str | Int[Tensor, "..."]  # [pos] or [batch, pos]; lengths may differ from prompt to prompt
+Prompts = Prompt | Iterable[Prompt]
+
+
+def token_batches(model: Any, prompts: Prompts, *, what: str) -> Iterator[Int[Tensor, "batch pos"]]:
+    """The prompts as token batches, one after the other; nothing of a batch is kept.
+
+    Args:
+        model: whose tokenizer, vocabulary and device count.
+        prompts: a text, tokens [pos] or [batch, pos], or an iterable of these; rows of a batch are examples of their own.
+            Texts are not padded: each is a batch of one. Every token of a tensor is real.
+        what: the name of the analysis, for errors.
+
+    Raises:
+        LoopedError: no prompts; an empty prompt; text without a tokenizer; tokens outside the vocabulary; rows that look
+            padded.
+    """
+    one = isinstance(prompts, (str, Tensor))
+    if not one and not isinstance(prompts, Iterable):
+        raise LoopedError(f"{what} was asked of a {type(prompts).__name__}; pass texts or tensors of token ids.")
+    n_prompts = -1
+    for n_prompts, prompt in enumerate([prompts] if one else prompts):
+        if isinstance(prompt, str):
+            tokens = model.to_tokens(prompt) if prompt else torch.empty(1, 0, dtype=torch.long, device="cpu")
+        elif isinstance(prompt, Tensor):
+            tokens = prompt[None] if prompt.ndim == 1 else prompt
+        else:
+            raise LoopedError(f"prompt {n_prompts} of {what} is a {type(prompt).__name__}; pass texts or tensors of token ids.")
+        if not tokens.numel():
+            raise LoopedError(f"prompt {n_prompts} of {what} is empty; leave it out.")
+        check_tokens(tokens, model.cfg.d_vocab)
+        refuse_unmarked_padding(model.tokenizer, tokens, what)
+        yield tokens.to(model.cfg.device)
+    if n_prompts < 0:
+        raise LoopedError(f"{what} was asked of no prompts; pass at least one.")
