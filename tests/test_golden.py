@@ -27,6 +27,10 @@ LAYER_HOOKS = {
     "attn_in": "attn.hook_in",
     "mlp_in": "mlp.hook_in",
     "modulation": "modulation.hook_out",
+    "z": "attn.hook_z",
+    "attn_gate": "attn.hook_source_gate",
+    "attn_global": "attn.hook_first_z",
+    "attn_local": "attn.hook_own_z",
     "attn_out_normed": "hook_attn_out",
     "mlp_out_normed": "hook_mlp_out",
 }
@@ -42,6 +46,7 @@ PASS_HOOKS = {
     "out": "hook_out",
     "time_embed": "conditioning.hook_time",
     "dt_embed": "conditioning.hook_step",
+    "shifted_state": "shift.hook_shifted",
     "conditioning": "conditioning.hook_out",
 }
 OTHER_HOOKS = {

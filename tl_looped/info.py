@@ -31,6 +31,8 @@ FAMILIES = (
     ("loopformer", "of armenjeddi/loopformer", "a GPT whose norms and gains know the time and the size of every step"),
     ("looped_nanochat", "of kschwethelm/looped_nanochat", "norms on the stream, the prelude's output joined to the state"),
     ("llama_rrt", "of axolotl-ai-cloud/axolotl", "a Llama whose loops add low-rank matrices and norms of their own"),
+    ("loopcoder", "IQuestLab/IQuest-Coder-V1-*-Loop-*", "a Llama whose later loops also attend to the first"),
+    ("loopcoder_v2", "Multilingual-Multimodal-NLP/LoopCoder-V2", "the same, and a loop reads the state of the position before"),
     ("tl_looped", "what save_pretrained writes", "any"),
 )
 

@@ -8,6 +8,7 @@ sends vectors along it, one row per component; `Decomposition.pull_back` sends o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -90,7 +91,7 @@ def walk(
         place, _, last = name.rpartition(".")
         if name == FINAL.removesuffix(".hook_in"):
             return inputs[0]  # the stream ends where the last norm reads it
-        if last == "hook_injection" and injections:
+        if last == "hook_injection" and (injections or model.loop.lag):
             return write(None, Write(f"{place}.injection", name))
         if last == "hook_in":
             return inputs[0].clone()  # writes may be in place
@@ -171,8 +172,17 @@ class Reader:
 
     def get(self, name: str, dim: int = -2) -> Tensor:
         """A cached tensor at the positions asked for, in fp32 or wider, without gradient."""
-        value = self.positions.apply(self.cache[name].detach(), dim=dim)
+        value = self.cache[name].detach()
+        if behind := self.behind(name):  # by the position that reads it in the end
+            edge = value.narrow(dim, 0, min(behind, value.shape[dim]))
+            edge = torch.ones_like(edge) if name.endswith("hook_scale") else torch.zeros_like(edge)
+            value = torch.cat((edge, value.narrow(dim, 0, value.shape[dim] - edge.shape[dim])), dim)
+        value = self.positions.apply(value, dim=dim)
         return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+    def behind(self, name: str) -> int:
+        """How many positions earlier a hook holds what is read where the reading ends."""
+        return 0
 
     def heads(self, layer: int) -> Fan:
         """The heads of a layer; their sum is what the attention writes, without the bias of o."""
@@ -244,6 +254,16 @@ class Decomposition(Reader):
                 break
         self._require(needed)
         self.like: Tensor = self.get("hook_embed")
+
+    def behind(self, name: str) -> int:
+        """How many positions earlier a hook holds what is read at the point."""
+        lag = self.model.loop.lag
+        return lag and lag * (self._loop_of(self.point) - self._loop_of(name))
+
+    def _loop_of(self, name: str) -> int:
+        schedule = self.model.cfg.schedule
+        match = re.search(r"loops\.(\d+)\.", schedule.loop_name(name))
+        return int(match[1]) if match else 0 if name == "hook_embed" else schedule.n_loops - 1
 
     def _require(self, names: list[str]) -> None:
         missing = [name for name in dict.fromkeys(names) if name not in self.cache]

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import LoopedError
 from ..model import LoopedModel
 from ..model.changes import NormAt, changes_after
 from ..model.norms import RMSNorm
@@ -31,6 +32,11 @@ class DirectPaths:
     def __init__(self, model: Any, activations: Mapping[str, Tensor], to_first_order: bool):
         self.model: Any = model
         self.plain: LoopedModel = model.plain
+        if self.plain.loop.lag:
+            raise LoopedError(
+                f"paths between components were asked, but in this {self.plain.cfg.family} model the next loop reads a state a "
+                "position further on, which they do not follow; patch activations, or decompose a cache, which does."
+            )
         self.dtype: torch.dtype = self.plain.embed.weight.dtype
         self.to_first_order: bool = to_first_order
         self.cache: LoopedCache = LoopedCache(dict(activations), model)

@@ -19,6 +19,7 @@ from . import (
     huginn,
     llama,
     llama_rrt,
+    loopcoder,
     looped_nanochat,
     loopformer,
     loopus,
@@ -122,6 +123,7 @@ _FAMILIES: list[Family] = [
     loopus,
     loopformer,
     looped_nanochat,
+    loopcoder,
     llama_rrt,
     llama,
 ]

@@ -87,7 +87,9 @@ class Attention(nn.Module):
         self.hook_attn_scores: nn.Module = nn.Identity()
         self.hook_pattern: nn.Module = nn.Identity()
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"], inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], inputs: Inputs, *beside: Tensor
+    ) -> Float[Tensor, "batch pos d_model"]:
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.qk_norm == "flat":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -109,7 +111,7 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [batch, head, pos, d_head]
         if inputs.cache is not None:
             k, v = inputs.cache.update(k, v, self.slot)
-        z = self.attend(q, k, v, inputs).transpose(1, 2).flatten(-2)  # [batch, pos, head * d_head]
+        z = self.attend(q, k, v, inputs, *beside).transpose(1, 2).flatten(-2)  # [batch, pos, head * d_head]
         if self.gate is not None:
             z = z * torch.sigmoid(self.gate(x))
         return self.o(z if self.inner_norm is None else self.inner_norm(z))
@@ -120,8 +122,17 @@ class Attention(nn.Module):
         k: Float[Tensor, "batch kv_head key d_head"],
         v: Float[Tensor, "batch kv_head key d_head"],
         inputs: Inputs,
+        *beside: Tensor,
     ) -> Float[Tensor, "batch head query d_head"]:
-        """What the heads read, from the queries of this run and the keys and values of the text up to now."""
+        """What the heads read, from the queries of this run and the keys and values of the text up to now.
+
+        Args:
+            q: the queries.
+            k: the keys.
+            v: the values.
+            inputs: what the layer reads beside the stream.
+            *beside: what else its block gives the attention.
+        """
         return self.mix(q, k, v, inputs.masks[self.window])
 
     def mix(
@@ -186,6 +197,16 @@ class Block(nn.Module):
         self.mlp_write: Add | Interpolate = residual_write(cfg)
         self.ln2_stream: RMSNorm | None = norm("stream")
 
+    def attended(self, x: Tensor, read: Tensor, inputs: Inputs) -> Tensor:
+        """What the attention returns, [batch, pos, d_model].
+
+        Args:
+            x: the stream.
+            read: the stream after the norm.
+            inputs: what the layer reads beside the stream.
+        """
+        return self.attn(read, inputs)
+
     def place(self, slot: int, loop: int | None) -> None:
         """Say where in the run this layer stands.
 
@@ -197,7 +218,7 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
         read = x if self.ln1 is None else self.ln1(x)
-        out = self.attn(read, inputs)
+        out = self.attended(x, read, inputs)
         x = self.attn_write(x, read, out if self.ln1_post is None else self.ln1_post(out))
         x = self.hook_resid_mid(x if self.ln1_stream is None else self.ln1_stream(x))
         read = x if self.ln2 is None else self.ln2(x)

@@ -89,6 +89,8 @@ class Repeat:
         cfg: the structure.
     """
 
+    lag: int = 0  # how many positions further on what a pass leaves is read by the next
+
     def __init__(self, cfg: LoopedConfig):
         self.cfg = cfg
         self.stack: str = cfg.schedule.core_stacks[0]
