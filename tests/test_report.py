@@ -26,7 +26,7 @@ from tl_looped.analysis import fixed_points, more_loops
 from tl_looped.cli import main
 from tl_looped.report import Report, report, sections
 from tl_looped.report.drawing import short
-from tl_looped.report.pointer_chasing import right_answers
+from tl_looped.report.pointer_chasing import example, right_answers
 from tl_looped.report.question import Question
 from tl_looped.report.section import Part, Section, Unmeasured, share
 from tl_looped.toys import hop_prompts
@@ -84,7 +84,7 @@ def test_the_json_holds_every_number_of_the_figures(page: Path, numbers: dict[st
     values = torch.tensor(drawn, dtype=torch.float64)
     at = torch.searchsorted(known, values).clamp(max=len(known) - 1)
     nearest = torch.minimum((known[at] - values).abs(), (known[(at - 1).clamp(min=0)] - values).abs())
-    assert bool((nearest <= 1e-6 * values.abs() + 1e-12).all())  # heat maps are drawn in fp32
+    assert bool((nearest <= 1e-6 * values.abs() + 1e-12).all())
 
 
 def test_the_numbers_of_the_sentences_are_those_of_the_json(numbers: dict[str, Any]) -> None:
@@ -119,6 +119,21 @@ def test_the_causal_picture_of_pointer_chasing(numbers: dict[str, Any]) -> None:
     entering = torch.tensor(found["entering_layers"]["values"])
     assert entering[-1, -1] > 0.9 and entering[1, -1].abs() < 0.01  # before the loop a query has looked up nothing
     assert len(entering) == 13 and found["entering_layers"]["labels"]["virtual_layer"][0] == "prelude.blocks.0"
+
+
+def test_no_patch_at_the_last_query_restores_the_answer_by_chance() -> None:
+    tokenizer = LoopedBridge.from_pretrained("toy:hop", device="cpu").tokenizer
+    words = [tokenizer.decode(tokens[0]).split()[1:] for tokens in example()[1]]  # without BOS
+    steps = [dict(zip(map(str.lower, row[: row.index("?") : 2]), row[1 : row.index("?") : 2], strict=True)) for row in words]
+    assert steps[0].keys() == steps[1].keys() and steps[0] != steps[1]
+
+    def walk(n_clean: int) -> str:
+        at = words[0][-1].lower()
+        for hop in range(6):
+            at = steps[hop >= n_clean][at]
+        return at
+
+    assert walk(6) not in {walk(n) for n in range(6)}
 
 
 def test_accuracy_with_and_without_injection(numbers: dict[str, Any]) -> None:
@@ -671,7 +686,7 @@ def test_the_steps_of_a_section_are_called_one_by_one() -> None:
     assert any("at 25% of the positions" in sentence for sentence in said.sentences) and "2 prompts" in said.headline
     curves, agreement = panels(asked, numbers, found)
     assert curves.content[0].grids[0]["y"] == numbers["loss"].values.tolist() and curves.content[0].marks[0].x == 2
-    assert agreement.content[0].grids[0]["colour"] == numbers["agreement"].values.float().tolist()
+    assert agreement.content[0].grids[0]["colour"] == numbers["agreement"].values.tolist()
     with pytest.raises(Unmeasured, match="Two prompts"):
         sections.patching.measure(asked)
 

@@ -160,19 +160,19 @@ def heat_map(grid: Grid, *, title: str = "") -> Panel:
     Raises:
         LoopedError: a single number, without axes.
     """
-    values, name = grid.values.detach().float().cpu(), words(grid.name)
+    values, name = grid.values.detach().double().cpu(), words(grid.name)
     if not grid.axes:
         raise LoopedError(f"a figure of {grid.name} was asked, which is a single number, {float(values):.4g}.")
     *down, across = grid.axes
     labels = list(map(str, grid.labels[across]))
     if not down:
-        try:
-            x = [float(label) for label in labels]
-        except ValueError:
-            roles = {"x": Axis(words(across), labels), "y": Axis(name)}
-            return Panel("bars", [{"y": values.tolist(), "ink": INK}], roles, caption=title or name)
+        line: dict[str, Any] = {"y": values.tolist(), "ink": INK}
         roles = {"x": Axis(words(across), form="count"), "y": Axis(name)}
-        return Panel("lines", [{"x": x, "y": values.tolist(), "ink": INK}], roles, caption=title or name)
+        try:
+            line["x"] = list(map(float, labels))
+        except ValueError:
+            roles["x"] = Axis(words(across), labels)
+        return Panel("lines" if "x" in line else "bars", [line], roles, caption=title or name)
     rows = list(product(*(grid.labels[axis] for axis in down)))
     z = values.reshape(len(rows), len(labels))
     if not EDGES.isdisjoint(grid.labels[down[0]]):  # a stack with fewer layers than another has no rows for those it lacks
@@ -360,7 +360,7 @@ def floorplan(grid: Grid, sites: Sequence[Site], *, title: str = "") -> Panel:
         "y": Axis("", in_the_middle([sites[row[0]].where for row in rows])),
         "colour": Axis("share of attention", range=(0.0, 1.0), palette="Viridis"),
     }
-    return Panel("floorplan", [{"colour": z.float().tolist()}], roles, marks, title or words(grid.name))
+    return Panel("floorplan", [{"colour": z.tolist()}], roles, marks, title or words(grid.name))
 
 
 def stretches(sites: Sequence[Site]) -> list[range]:

@@ -13,26 +13,15 @@ from .._html import in_script
 from .._old_calls import accepts_old
 from ..errors import LoopedError
 from ..names import stack_prefix
-from ..panels import GroupBy, Panel
+from ..panels import GroupBy as GroupBy
+from ..panels import Panel
 from ..schedule import Indices, LoopSelector, check_index, select_indices
-from .attention_viewer import Tokens, attention_viewer, check_cache, token_texts
+from .attention_viewer import Tokens, check_cache, token_texts
+from .attention_viewer import attention_viewer as attention_viewer
 from .plotly import draw
 
 if TYPE_CHECKING:
     from ..looped import Cache
-
-__all__ = [
-    "GroupBy",
-    "attention_heads",
-    "attention_viewer",
-    "floorplan",
-    "grouped",
-    "heat_map",
-    "panels",
-    "paths",
-    "rank_trajectories",
-]
-
 
 P = ParamSpec("P")
 

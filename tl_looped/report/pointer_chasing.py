@@ -20,7 +20,7 @@ from .section import Figure, Numbers, Part, Reading, listed, share
 
 OTHER = {"toy:hop": "toy:hop-noinject", "toy:hop-noinject": "toy:hop"}  # the toy that differs in the injection alone
 N_FRESH, FRESH_SEED = 200, 77
-EXAMPLES, EXAMPLE_SEED = 32, 7
+EXAMPLES, EXAMPLE_SEED, OTHER_SEED = 32, 7, 5
 NO_RIGHT_ANSWERS = (
     "This prompt has no right answers to compare with: those have a mapping that leads from each of its queries for as many "
     "hops as there are loops, such as “A b B c C a ? A”."
@@ -28,35 +28,15 @@ NO_RIGHT_ANSWERS = (
 
 
 def example() -> tuple[HopPrompts, tuple[Tensor, Tensor]]:
-    """Mappings to ask for, and the first of them beside the same prompt with another mapping."""
-    prompts = hop_prompts(EXAMPLES, seed=EXAMPLE_SEED)
-    keys, queries = prompts.keys[:1], prompts.queries[:1]
-    for seed in range(1, 1000):
-        other = hop_prompts(seed=seed)
-        order = (keys[:, :, None] == other.keys[:, None]).long().argmax(-1)
-        corrupted = HopPrompts(keys, other.values.gather(1, order), queries)
-        if not _meet(prompts, corrupted):
-            return prompts, (prompts.tokens[:1], corrupted.tokens)
-    raise AssertionError("no mapping keeps apart from the first one")
+    """Mappings to ask for, and the first of them beside the same prompt with another mapping.
 
-
-def _meet(clean: HopPrompts, corrupted: HopPrompts) -> bool:
-    """Whether a patch at the last query could restore the clean answer by chance.
-
-    It does where the walk over the clean mapping, continued over the corrupted one after some hops, ends where the clean one
-    ends.
+    A walk over the first mapping that goes on over the other one never ends where it does by itself: otherwise a patch at the
+    last query could restore the clean answer by chance.
     """
-    n_hops = 6
-    walk = clean.answers(n_hops)[:, 0, -1].tolist()
-    step = dict(zip((corrupted.keys[0]).tolist(), corrupted.values[0].tolist(), strict=True))
-    first = WORDS.index("a")
-    ends = []
-    for t, symbol in enumerate([int(clean.queries[0, -1]) + first, *walk[:-1]]):
-        at = symbol - first
-        for _ in range(n_hops - t):
-            at = step[at]
-        ends.append(at + first)
-    return walk[-1] in ends
+    prompts, other = hop_prompts(EXAMPLES, seed=EXAMPLE_SEED), hop_prompts(seed=OTHER_SEED)
+    order = (prompts.keys[:1, :, None] == other.keys[:, None]).long().argmax(-1)
+    corrupted = HopPrompts(prompts.keys[:1], other.values.gather(1, order), prompts.queries[:1])
+    return prompts, (prompts.tokens[:1], corrupted.tokens)
 
 
 def right_answers(tokens: Int[Tensor, " pos"], n_loops: int) -> Int[Tensor, "loop pos"] | None:
