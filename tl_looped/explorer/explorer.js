@@ -459,7 +459,9 @@ class Screen {
     if (about.error) return void this.root.append(h("p", { class: "tlx-error", role: "alert" }, about.error));
     this.about = about;
     this.root.replaceChildren(...this.build());
-    this.adopt(this.carrier.load());
+    const given = this.carrier.load();
+    this.adopt(given);
+    if (Object.keys(given).length) this.carrier.save(this.kept());
     this.carrier.onOther?.((state) => { if (JSON.stringify(this.kept()) !== JSON.stringify(state)) { this.adopt(state); this.run(); } });
     await this.run();
   }
