@@ -11,8 +11,7 @@ import torch
 from zoo import FAMILIES, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedError, exits, interventions
-from tl_looped.explorer import Session
-from tl_looped.explorer._packing import unpacked
+from tl_looped.explorer import Session, unpacked
 from tl_looped.explorer._progress import Progress
 from tl_looped.lenses import logit_lens
 from tl_looped.metrics import logit_diff

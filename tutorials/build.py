@@ -69,6 +69,21 @@ def add_images(notebook: NotebookNode) -> None:
                 output["data"]["image/png"] = base64.b64encode(image).decode()
 
 
+def add_pictures(notebook: NotebookNode) -> None:
+    """Put the picture that a cell's tag `picture:NAME` names, of `docs/`, in place of its widget, which needs a kernel.
+
+    Args:
+        notebook: an executed notebook; changed in place.
+    """
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        names = [tag.removeprefix("picture:") for tag in cell.metadata.get("tags", []) if tag.startswith("picture:")]
+        for output in cell.get("outputs", []):
+            if names and output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None):
+                picture = (FOLDER.parent / "docs" / names[0]).read_bytes()
+                output["data"] |= {"image/png": base64.b64encode(picture).decode(), "text/plain": "Explorer()"}
+
+
 def build(script: Path) -> None:
     """Write the notebook beside a script.
 
@@ -79,6 +94,7 @@ def build(script: Path) -> None:
     execute(notebook, script.parent)
     notebook.metadata.pop("language_info", None)  # the version of Python is of no interest
     add_images(notebook)
+    add_pictures(notebook)
     write(notebook, script.with_suffix(".ipynb"))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from ._packing import unpacked
 from .session import Session
 from .widget import explore
 
-__all__ = ["Session", "explore"]
+__all__ = ["Session", "explore", "unpacked"]

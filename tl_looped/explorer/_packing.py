@@ -30,10 +30,14 @@ def packed(values: Tensor) -> dict[str, Any]:
 
 
 def unpacked(message: dict[str, Any]) -> Tensor:
-    """The tensor that `packed` was given, in 32 bits.
+    """The tensor that an array in a reply of `Session` stands for, in 32 bits.
 
     Args:
-        message: what it returned.
+        message: the array, {"kind", "shape", "data"}.
+
+    Example:
+        >>> unpacked({"kind": "int32", "shape": [1, 2], "data": "AQAAAAIAAAA="})
+        tensor([[1, 2]], dtype=torch.int32)
     """
     raw = np.frombuffer(base64.b64decode(message["data"]), dtype=f"<{'f4' if message['kind'] == 'float32' else 'i4'}")
     return torch.from_numpy(raw.copy()).reshape(message["shape"])

@@ -700,7 +700,10 @@ class Screen {
     const reply = await this.ask({ ask: "attention", stack: c.attStack.value, layer: +c.attLayer.value, head: +c.attHead.value, unedited: this.state.show === "unedited" });
     if (!reply) return;
     this.attentionReply = { ...reply, patterns: unpacked(reply.patterns), looks_at: unpacked(reply.looks_at), words: this.words };
-    this.tile = [reply.labels.length - 1, this.state.at ?? reply.at, 0];
+    const { looks_at } = this.attentionReply;
+    const last = reply.labels.length - 1;
+    const strongest = Array.from({ length: looks_at.shape[1] }, (_, k) => k).reduce((a, b) => (looks_at.at(last, b) > looks_at.at(last, a) ? b : a));
+    this.tile = [last, reply.at, strongest];
     this.drawAttention();
   }
 
