@@ -15,7 +15,7 @@ from ..errors import LoopedError
 from ..names import stack_prefix
 from ..panels import GroupBy as GroupBy
 from ..panels import Panel
-from ..schedule import Indices, LoopSelector, check_index, select_indices
+from ..schedule import Indices, LoopSelector, Site, check_index, select_indices
 from .attention_viewer import Tokens, check_cache, token_texts
 from .attention_viewer import attention_viewer as attention_viewer
 from .plotly import draw
@@ -82,15 +82,13 @@ def attention_heads(
     check_cache(cache, "attention_heads")
     schedule = cache.model.schedule
     chosen, looped = schedule.select_loops(loops, stack), schedule.looped_stack(stack)
-    which = select_indices(layers, schedule.stacks[looped], "layers")
-    patterns = [
-        cache.stack_loops("pattern", j, loops=loops, stack=stack) for j in which
-    ]  # [loop, batch, head, query, key] each
-    example = check_index(example, patterns[0].shape[1], "example")
+    sites = [Site(looped, t, j) for t in chosen for j in select_indices(layers, schedule.stacks[looped], "layers")]
+    patterns = [cache["pattern", schedule.virtual(site)] for site in sites]  # [batch, head, query, key] each
+    example = check_index(example, len(patterns[0]), "example")
     words = token_texts(cache, tokens, example, patterns[0].shape[-1])
-    prefix = stack_prefix(looped, " ")
-    names = [f"{prefix}loop {t}, layer {j}, head {h}" for t in chosen for j in which for h in range(patterns[0].shape[2])]
-    heads = [pattern[k, example] for k in range(len(chosen)) for pattern in patterns]
+    prefix, n_heads = stack_prefix(looped, " "), patterns[0].shape[1]
+    names = [f"{prefix}loop {site.loop}, layer {site.layer}, head {h}" for site in sites for h in range(n_heads)]
+    heads = [pattern[example] for pattern in patterns]
     shown = show(torch.cat(heads).float().cpu(), words, names)
     shown.local_src, shown.cdn_src = _closed(shown.local_src), _closed(shown.cdn_src)
     return shown
