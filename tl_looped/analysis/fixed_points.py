@@ -49,9 +49,9 @@ class FixedPoints(Result):
             distance is relative to it: such tokens are left out of these two, and if all of an example are, the mean is NaN.
         distance: from each loop to the reference X*, under the same names; "relative" is over the norm of X*. If the reference
             is the last loop, the last entry is 0 (cosine 1) by construction and says nothing.
-        layer_cosine: cosine between the references of two layers, axes (layer, other); NaN as above.
+        layer_cosine: cosine between the references of two layers, axes (layer, other); NaN likewise.
         degeneracy: lowest cosine between the references of two layers of an example, axis (pairs): "with layer 0" is the
-            paper's, "all" is over all pairs. Near 1 the layers share one fixed point. NaN in a loop of one layer, and as above.
+            paper's, "all" is over all pairs. Near 1 the layers share one fixed point. NaN likewise, and in a loop of one layer.
         pattern_successive: from each loop but the first to the loop before, of the attention pattern; None if not asked for.
         pattern_distance: from each loop to the reference, of the attention pattern.
         reduction: "token" or "matrix".

@@ -46,7 +46,7 @@ class StepGeometry(Result):
         step_norm: `|D[t]|`, from the second loop on.
         step_cosine: `cos(D[t], D[t-1])`, from the third loop on. A step of less than 8 times the resolution of the dtype is
             rounding and has no direction: such tokens are left out, and if all of an example are, the mean is NaN.
-        turning_angle: the angle between `D[t]` and `D[t-1]`, in radians; NaN as above.
+        turning_angle: the angle between `D[t]` and `D[t-1]`, in radians; NaN likewise.
         acceleration: `|D[t] - D[t-1]|`.
         normalised_acceleration: `|D[t] - D[t-1]| / |D[t]|`; a step shorter than the resolution of the dtype counts as that. A
             state that is zero has no resolution and is left out here, as it is of the anisotropy.

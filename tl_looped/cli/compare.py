@@ -20,7 +20,7 @@ def add(commands: Commands) -> None:
     """Declare the command."""
     help = "two models side by side, loop by loop, and the first loop in which they differ"
     parser = add_command(commands, "compare", run, help, EXAMPLE)
-    parser.add_argument("checkpoint", metavar="MODEL", help="as above")
+    parser.add_argument("checkpoint", metavar="MODEL", help="a Hub id, a directory with config.json and tensors, or a toy")
     parser.add_argument(
         "other", metavar="OTHER", nargs="?", help="the second model (default: the same, with --n-loops 2,4 or --corrupted)"
     )

@@ -18,7 +18,7 @@ def add(commands: Commands) -> None:
     """Declare the command."""
     help = "a page to ask a model with the mouse: every loop, layer and position, patches, interventions"
     parser = add_command(commands, "explore", run, help, EXAMPLE)
-    parser.add_argument("checkpoint", metavar="MODEL", help="as above")
+    parser.add_argument("checkpoint", metavar="MODEL", help="a Hub id, a directory with config.json and tensors, or a toy")
     parser.add_argument("--prompt", metavar="TEXT", help="the first prompt; where there is no tokenizer, ids such as 5,17,3")
     parser.add_argument("--other", metavar="TEXT", help="the second prompt, whose activations can be put into the first")
     parser.add_argument(

@@ -17,7 +17,8 @@ def add(commands: Commands) -> None:
     """Declare the command."""
     help = "the families that can be loaded, or the schedule, sizes, cost per loop and hook names of a checkpoint"
     parser = add_command(commands, "info", run, help, EXAMPLE)
-    parser.add_argument("checkpoint", metavar="MODEL", nargs="?", help="as above (default: list families and toys)")
+    about = "what to look at: a Hub id, a directory or a toy (default: list families and toys)"
+    parser.add_argument("checkpoint", metavar="MODEL", nargs="?", help=about)
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
 
 

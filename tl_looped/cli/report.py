@@ -25,7 +25,8 @@ def add(commands: Commands) -> None:
     """Declare the command."""
     help = "one HTML page with what happens in the loops: answers, patches, fixed points, attention, exits"
     parser = add_command(commands, "report", run, help, EXAMPLE)
-    parser.add_argument("checkpoint", metavar="MODEL", nargs="?", default="toy:hop", help="as above (default: toy:hop)")
+    about = "a Hub id, a directory with config.json and tensors, or a toy (default: toy:hop)"
+    parser.add_argument("checkpoint", metavar="MODEL", nargs="?", default="toy:hop", help=about)
     parser.add_argument(
         "--prompt", metavar="TEXT", action="append", default=[], help="may be given several times; the first is shown"
     )
