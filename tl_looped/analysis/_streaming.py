@@ -25,7 +25,7 @@ def layer_hooks(schedule: Schedule, passes: Sequence[Pass], hook: str) -> dict[s
 
 @torch.no_grad()
 def visit(
-    model: Looped,
+    model: Hooked,
     tokens: Int[Tensor, "batch pos"],
     hooks: Mapping[str, Key],
     function: Callable[[Key, Tensor], None],
@@ -38,7 +38,8 @@ def visit(
     The model's own hooks act before these. Whatever `function` does not keep is freed; an activation that is not finite is an
     error that names it. Virtual layer `stop` is the first that is not run.
     """
-    if not hooks.keys().isdisjoint(f"{model.schedule.pass_prefix(p)}.hook_out" for p in model.schedule.passes):
+    passes = [*map(model.schedule.pass_prefix, model.schedule.passes)] if isinstance(model, Looped) else []
+    if isinstance(model, Looped) and not hooks.keys().isdisjoint(f"{prefix}.hook_out" for prefix in passes):
         require(model, "equal passes", "an analysis of the states leaving the loops")
 
     def reader(name: str, key: Key) -> Callable[..., None]:
@@ -48,9 +49,9 @@ def visit(
 
         return read
 
-    model.run_with_hooks(
-        tokens, [(name, reader(name, key)) for name, key in hooks.items()], stop=stop, initial_state=initial_state
-    )
+    given = {"stop": stop, "initial_state": initial_state}
+    options = {name: value for name, value in given.items() if value is not None}  # which only looped models know
+    model.run_with_hooks(tokens, [(name, reader(name, key)) for name, key in hooks.items()], **options)
 
 
 def check_bridge(model: object) -> None:

@@ -21,7 +21,7 @@ from ..results import Estimate, Grid, Result, table
 from ..runs.driver import over_prompts
 from ..runs.prompts import Prompts
 from ..schedule import Indices, Schedule
-from ._streaming import at_positions, check_bridge, check_finite, need_loops
+from ._streaming import at_positions, check_bridge, need_loops, visit
 
 METRICS = ("colsum", "sink_rate", "mixing", "entropy", "norm")
 
@@ -283,40 +283,27 @@ class InferenceStagesMeasure:
         """Measure one batch."""
         if tokens.shape[1] < 2:
             raise LoopedError("a prompt of one token was given; attention and matrix entropy need at least two.")
-        options: dict[str, Any] = {}
+        schedule = model.schedule if isinstance(model, Looped) else Schedule(model.cfg.n_layers, 1)
+        n, names = schedule.n_layers, [f"blocks.{i}" for i in range(schedule.n_layers)]
         if isinstance(model, Looped):
-            schedule, options = model.schedule, {"stop": model.schedule.n_layers, "initial_state": self.initial_state}
-            names = [schedule.layer_name(i) for i in range(schedule.n_layers)]
-        else:
-            schedule = Schedule(model.cfg.n_layers, 1)
-            names = [f"blocks.{i}" for i in range(schedule.n_layers)]
-        nothing = torch.full((len(tokens), schedule.n_layers), torch.nan, dtype=torch.float64, device="cpu")
+            names = [schedule.layer_name(i) for i in range(n)]
+        nothing = torch.full((len(tokens), n), torch.nan, dtype=torch.float64, device="cpu")
         values = {m: nothing.clone() for m in METRICS}
 
-        def read_pattern(i: int) -> Callable[..., None]:
-            def hook(pattern: Tensor, hook: object) -> None:
-                check_finite(pattern, f"{names[i]}.attn.hook_pattern")
-                pattern = wide(pattern)
+        def read(key: tuple[str, int], value: Tensor) -> None:
+            hook, i = key
+            if hook == "attn.hook_pattern":
+                pattern = wide(value)
                 values["colsum"][:, i] = colsum_concentration(pattern).mean(1)
                 values["sink_rate"][:, i] = (sink_score(pattern) >= self.tau).double().mean(1)
                 values["mixing"][:, i] = mixing_score(pattern).mean(1)
-
-            return hook
-
-        def read_resid(i: int) -> Callable[..., None]:
-            def hook(resid: Tensor, hook: object) -> None:
-                check_finite(resid, f"{names[i]}.hook_resid_post")
-                resid = at_positions(resid, self.positions)
+            else:
+                resid = at_positions(value, self.positions)
                 values["entropy"][:, i] = matrix_entropy(resid, self.centred, self.unit)
                 values["norm"][:, i] = resid.double().norm(dim=-1).mean(-1)
 
-            return hook
-
-        hooks: list[Any] = []
-        for i in range(schedule.n_layers):
-            hooks += [(f"blocks.{i}.attn.hook_pattern", read_pattern(i)), (f"blocks.{i}.hook_resid_post", read_resid(i))]
-        with torch.no_grad():
-            model.run_with_hooks(tokens, fwd_hooks=hooks, **options)
+        hooks = {f"{names[i]}.{hook}": (hook, i) for i in range(n) for hook in ("attn.hook_pattern", "hook_resid_post")}
+        visit(model, tokens, hooks, read, stop=n if isinstance(model, Looped) else None, initial_state=self.initial_state)
         if values["colsum"].isnan().any():
             raise LoopedError(
                 "some layers showed no attention pattern; inference_stages needs attention that has one in every layer, "
