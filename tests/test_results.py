@@ -198,6 +198,7 @@ def test_every_result_shows_itself(results: dict[str, Any]) -> None:
         html = result._repr_html_()
         assert html.count("<tr>") <= 14 and html.count("<table") == 1 and len(html) < 50_000, name
         assert isinstance(result.to_dataframe(), pd.DataFrame) and len(result.plot().data) > 0, name
+        assert json.dumps([panel.to_dict() for panel in result.panels()], allow_nan=False), name
 
 
 def test_a_table_says_what_it_leaves_out_and_takes_no_markup() -> None:

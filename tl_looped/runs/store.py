@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from .._writing import remove_drafts
 from ..errors import LoopedError
 from ..looped import Looped, check_model
+from ..panels import Panel
 from ..results import Result, load_result
 from ..schedule import check_count
 from .asked import described, digest, hooks_of
@@ -45,14 +46,14 @@ class Run(Result):
         """The table of the result."""
         return self._there().to_dataframe()
 
-    def plot(self, *args: Any, **kwargs: Any) -> Any:
-        """The figure of the result, with its arguments.
+    def panels(self, *args: Any, **kwargs: Any) -> list[Panel]:
+        """The panels of the result, with its arguments.
 
         Args:
             *args: as for the result.
             **kwargs: as for the result.
         """
-        return self._there().plot(*args, **kwargs)
+        return self._there().panels(*args, **kwargs)
 
     def _there(self) -> Any:
         if self.result is None:
