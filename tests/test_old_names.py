@@ -28,6 +28,9 @@ def test_a_module_that_moved_imports_under_its_former_name(old: str, new: str) -
     [
         ("from tl_looped.analysis import logit_lens", "tl_looped.lenses.logit_lens"),
         ("from tl_looped.analysis import LogitLensResult as logit_lens", "tl_looped.lenses.lens_result"),
+        ("from tl_looped.analysis.more_loops import stability as logit_lens", "tl_looped.analysis.more_loops"),
+        ("from tl_looped.analysis.more_loops import injection_effect as logit_lens", "tl_looped.analysis.injection_effect"),
+        ("from tl_looped.analysis.inference_stages import output_neurons as logit_lens", "tl_looped.analysis.output_neurons"),
         ("from tl_looped import plots; logit_lens = plots.heat_map", "tl_looped.figures.plots"),
         ("from tl_looped.path_patching import path_patch as logit_lens", "tl_looped.attribution.paths"),
         ("from tl_looped.toys.stages import repetition as logit_lens", "tl_looped.analysis.stage_order"),

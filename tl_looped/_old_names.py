@@ -29,6 +29,11 @@ NAMES = {
     **{f"toys.stages.{name}": f"toys.text.{name}" for name in ("held_out_windows", "untrained")},
     "analysis.Stability": "analysis.MoreLoops",
     "analysis.stability": "analysis.more_loops",
+    "analysis.more_loops.Stability": "analysis.MoreLoops",
+    "analysis.more_loops.stability": "analysis.more_loops",
+    **{f"analysis.more_loops.{name}": f"analysis.{name}" for name in ("InjectionEffect", "injection_effect")},
+    **{f"analysis.attention_stability.{name}": f"analysis.{name}" for name in ("attention_distances", "looped_floorplan")},
+    "analysis.inference_stages.output_neurons": "analysis.output_neurons",
 }
 GONE = {
     "analysis.attention_bound": "it refused every rotary model; the fourth tutorial computes proposition 4.2 by hand",

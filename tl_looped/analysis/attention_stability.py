@@ -8,6 +8,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
+from .._old_names import moved
 from ..looped import Looped, at_depth
 from ..panels import GroupBy, Panel, grouped
 from ..record import InitialState
@@ -117,3 +118,7 @@ class AttentionStabilityMeasure:
             stack=self.stack,
             schedule=model.schedule,
         )
+
+
+def __getattr__(name: str) -> object:
+    return moved(__name__, name)

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._old_calls import accepts_old
+from .._old_names import moved
 from .._precision import wide
 from ..errors import LoopedError
 from ..looped import Hooked, Looped, at_depth
@@ -334,3 +335,7 @@ def _concordance(a: Tensor, b: Tensor) -> Tensor:
     covariance = ((a - a.mean(-1, keepdim=True)) * (b - b.mean(-1, keepdim=True))).mean(-1)
     spread = a.var(-1, correction=0) + b.var(-1, correction=0) + shift
     return torch.where(spread > 0, 2 * covariance / spread, torch.ones_like(spread))
+
+
+def __getattr__(name: str) -> object:
+    return moved(__name__, name)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._old_names import moved
 from ..errors import LoopedError
 from ..looped import Looped, at_depth, check_model
 from ..panels import Panel, curves
@@ -172,3 +173,7 @@ class MoreLoopsMeasure:
             trained=self.trained,
             scored="answers" if self.at_end else "next tokens",
         )
+
+
+def __getattr__(name: str) -> object:
+    return moved(__name__, name)
