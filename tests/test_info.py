@@ -13,9 +13,10 @@ from zoo import GOLDEN, ZOO, random_bridge
 from tl_looped import LoopedBridge, families
 from tl_looped.cli import compare, info, lens, main, report, sweep_init
 from tl_looped.errors import CheckpointError
+from tl_looped.facts import human
 from tl_looped.info import checkpoint_text, hooks_text
 from tl_looped.model.facts import order
-from tl_looped.model.sizes import human, sizes
+from tl_looped.model.sizes import sizes
 from tl_looped.report import report as make_report
 
 

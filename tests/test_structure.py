@@ -10,7 +10,19 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "tl_looped"
 FILES = {path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")}
 N_LINES = 450
-TOOLS = ("analysis", "attribution", "interventions", "lenses", "metrics", "patching", "runs", "sites")
+TOOLS = (
+    "analysis",
+    "attribution",
+    "figures",
+    "interventions",
+    "lenses",
+    "metrics",
+    "patching",
+    "report",
+    "results",
+    "runs",
+    "sites",
+)
 
 
 def imported(name: str, *, when_loaded: bool) -> Iterator[str]:

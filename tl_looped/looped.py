@@ -10,11 +10,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .errors import LoopedError
+from .facts import Facts
 from .record import InitialState, Run
 from .running import first_hooked
 from .schedule import Schedule, check_count, check_index
 
-Ability = Literal["early readouts", "equal loops", "equal passes", "exit gate", "injection", "one embedding", "shared weights"]
+Ability = Literal[
+    "causal attention",
+    "early readouts",
+    "equal loops",
+    "equal passes",
+    "exit gate",
+    "injection",
+    "one embedding",
+    "shared weights",
+]
 Lens = Literal["logit", "native"]
 T = TypeVar("T")
 AnyLooped = TypeVar("AnyLooped", bound="Looped")
@@ -129,6 +139,15 @@ class Looped(Hooked, Protocol):
 
     def as_cache(self, activations: Mapping[str, Tensor], has_batch_dim: bool = ...) -> Cache:
         """Activations by name as the cache of a run of this model."""
+        ...
+
+    def facts(self) -> Facts:
+        """What is told of it: a table, the order of its parts, what it weighs and what a loop costs."""
+        ...
+
+    @property
+    def made_for(self) -> int | None:
+        """Loops that its checkpoint says; None if it is of none."""
         ...
 
     def fingerprint(self) -> Any:

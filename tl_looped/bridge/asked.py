@@ -9,7 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import LoopedError
+from ..facts import Facts
 from ..looped import Ability, require
+from ..model.facts import facts_of
 from ..model.own_weights import with_weights_of_their_own
 from ..model.step_map import StepMap
 from ..record import InitialState
@@ -66,6 +68,8 @@ class AskedBridge(RunningBridge):
             return f"this {cfg.family} model has no exit gate."
         if ability == "injection" and cfg.injection == "none":
             return f"nothing is injected in the passes of this {cfg.family} model: they read the state alone."
+        if ability == "causal attention" and cfg.prefix_lm:
+            return f"the tokens of a prefix see each other in this {cfg.family} model."
         if ability == "one embedding" and cfg.value_embed_layers:
             return f"the layers of this {cfg.family} model also read the token ids (value embeddings)."
         return None
@@ -78,6 +82,10 @@ class AskedBridge(RunningBridge):
             has_batch_dim: whether they have a batch axis.
         """
         return LoopedCache(dict(activations.items()), self, has_batch_dim)
+
+    def facts(self) -> Facts:
+        """What is told of this model: a table, the order of its parts, what it weighs and what a loop costs."""
+        return facts_of(self.looped_cfg, self.cfg.dtype)
 
     def fingerprint(self) -> Fingerprint:
         """What tells the weights of this model from others."""

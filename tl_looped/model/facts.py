@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from .._words import counted
+from ..facts import Facts, Order, human
 from .config import LoopedConfig
 from .loops import loop_of
-from .sizes import human, sizes
+from .sizes import sizes
 
 NORMS = {"pre": "before", "branch": "after", "sandwich": "before and after", "stream": "on the stream"}
 AFTER_LOOP = {"none": "", "final_norm": "norm", "linear": "linear map"}
@@ -44,24 +43,6 @@ def facts(cfg: LoopedConfig, dtype: torch.dtype) -> dict[str, str]:
     return {name: text for name, text in rows.items() if text}
 
 
-class Order(NamedTuple):
-    """What runs from a token to the answer: names, each with a detail.
-
-    Args:
-        before: what runs once, before the loops.
-        begins: how the state begins, where it is not what comes before; else "".
-        loop: what every loop runs.
-        after: what runs once, after the loops.
-        is_injected: whether what comes before is mixed into the state in every loop.
-    """
-
-    before: list[tuple[str, str]]
-    begins: str
-    loop: list[tuple[str, str]]
-    after: list[tuple[str, str]]
-    is_injected: bool
-
-
 def order(cfg: LoopedConfig) -> Order:
     """The order in which a model runs, from its schedule and the parts of a pass.
 
@@ -93,3 +74,15 @@ def order(cfg: LoopedConfig) -> Order:
     after += [("coda", counted(schedule.n_coda, "layer"))] if schedule.n_coda else []
     answer = ("answer", ("norm, " if cfg.final_norm else "") + "unembedding")
     return Order(before, BEGINS[cfg.initial_state], loop, [*after, answer], "inject" in parts)
+
+
+def facts_of(cfg: LoopedConfig, dtype: torch.dtype) -> Facts:
+    """All that is told of a model.
+
+    Args:
+        cfg: the structure.
+        dtype: of its parameters.
+    """
+    n_physical = cfg.schedule.n_layers if cfg.own_layers else cfg.n_physical
+    anchor_steps = cfg.anchor_steps if cfg.strategy == "anchored" else None
+    return Facts(cfg.family, n_physical, anchor_steps, facts(cfg, dtype), order(cfg), sizes(cfg))

@@ -3,47 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
+from ..facts import Sizes
 from .config import LoopedConfig
 from .loops import loop_of
 from .parameters import parameter_shapes
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Parameters and costs of a looped model.
-
-    Args:
-        parameters: number of distinct parameters by part: "embed", "prelude", the looped stacks, "coda", "unembed" where it is
-            not tied, and "between" for what stands between the layers (injections, norms, gates).
-        flops_per_loop: floating-point operations that one loop more costs a token, two for each weight of its matrices;
-            attention over earlier tokens is not counted.
-        flops_outside: the same for embedding, prelude, coda and unembedding.
-        attention_flops: what attention adds to one loop for every earlier token.
-        cache_per_loop: numbers that the keys and values of a token take in one loop.
-    """
-
-    parameters: dict[str, int]
-    flops_per_loop: int
-    flops_outside: int
-    attention_flops: int
-    cache_per_loop: int
-
-    @property
-    def n_parameters(self) -> int:
-        """Number of distinct parameters, whatever the number of loops."""
-        return sum(self.parameters.values())
-
-    def flops(self, n_loops: int) -> int:
-        """Floating-point operations per token with a number of loops, without attention over earlier tokens.
-
-        Args:
-            n_loops: how often to loop.
-        """
-        return self.flops_outside + n_loops * self.flops_per_loop
 
 
 def sizes(cfg: LoopedConfig) -> Sizes:
@@ -89,16 +55,3 @@ def sizes(cfg: LoopedConfig) -> Sizes:
         attention_flops=4 * layers_per_loop * cfg.n_heads * cfg.d_head,
         cache_per_loop=2 * layers_per_loop * cfg.n_kv_heads * cfg.d_head,
     )
-
-
-def human(n: int | float, unit: str = "") -> str:
-    """A count in three digits, as in "1.43 B".
-
-    Args:
-        n: the count.
-        unit: written after it.
-    """
-    for size, letter in ((1e12, "T"), (1e9, "B" if not unit else "G"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= 0.9995 * size:
-            return f"{n / size:.3g} {letter}{unit}"
-    return f"{n:.3g} {unit}".strip()

@@ -15,9 +15,8 @@ from tqdm.auto import tqdm
 from .._old_calls import accepts_old
 from .._words import counted
 from .._writing import write_text
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
-from ..looped import check_model
+from ..looped import Looped, check_model
 from .arguments import Prompt, ask
 from .page import page
 from .question import Question
@@ -99,7 +98,7 @@ class Report:
 
 @accepts_old(corrupt="corrupted", loops="n_loops")
 def report(
-    model: LoopedBridge,
+    model: Looped,
     prompts: Prompt | Sequence[Prompt] | None = None,
     *,
     clean: Prompt | None = None,

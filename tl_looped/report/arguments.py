@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .._words import counted
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
-from ..looped import at_depth
+from ..looped import Looped, at_depth
 from ..metrics import one_token
 from ..runs.prompts import token_batches
 from ..schedule import check_count
@@ -33,7 +32,7 @@ UNTRAINED = ("custom", "looped_llama")  # families whose number of loops somebod
 
 
 def ask(
-    model: LoopedBridge,
+    model: Looped,
     prompts: Prompt | Sequence[Prompt] | None,
     *,
     n_loops: int | None,
@@ -71,7 +70,7 @@ def ask(
     if any(isinstance(text, str) and not text.strip() for text in (*prompts, clean, corrupted)):
         raise LoopedError("a prompt is empty or holds nothing but whitespace; leave it out.")
     batches = list(token_batches(model, prompts, what="report"))
-    longest, n_ctx = max(batch.shape[1] for batch in batches), model.looped_cfg.n_ctx
+    longest, n_ctx = max(batch.shape[1] for batch in batches), model.cfg.n_ctx
     if longest > n_ctx:
         raise LoopedError(f"a prompt has {longest} tokens, but the context of this model is n_ctx={n_ctx}; shorten it.")
     if clean is not None and corrupted is not None:
@@ -84,20 +83,20 @@ def ask(
     if wrong is not None and answer is None:
         raise LoopedError(f"wrong={wrong!r} was given without an answer; say which token is right with answer=.")
     # A model that is hardly better than chance has random weights, whatever its config says it was made for.
-    is_trained = model.looped_cfg.family not in UNTRAINED and (hops is not None or _beats_chance(model, batches))
+    is_trained = model.facts().family not in UNTRAINED and (hops is not None or _beats_chance(model, batches))
     made_for = model.made_for if is_trained else None
     return Question(answering, batches, n_loops, made_for, pair, hops, right, other, skip_first_token)
 
 
 @torch.no_grad()
-def _beats_chance(model: LoopedBridge, prompts: list[Int[Tensor, "_ _"]]) -> bool:
+def _beats_chance(model: Looped, prompts: list[Int[Tensor, "_ _"]]) -> bool:
     """Whether the model predicts the tokens of some prompts clearly better than a uniform guess, on average."""
     some = [batch[:4] for batch in prompts[:8] if batch.shape[1] > 1]
     losses = [cross_entropy(model(batch)[:, :-1].float().mT, batch[:, 1:], reduction="none").flatten() for batch in some]
     return not losses or bool(torch.cat(losses).mean() < CLEARLY * math.log(model.cfg.d_vocab))
 
 
-def _pair(model: LoopedBridge, clean: Prompt, corrupted: Prompt) -> tuple[Tensor, Tensor]:
+def _pair(model: Looped, clean: Prompt, corrupted: Prompt) -> tuple[Tensor, Tensor]:
     (first,), (second,) = (list(token_batches(model, one, what="report")) for one in (clean, corrupted))
     if first.shape != second.shape or len(first) > 1:
         raise LoopedError(

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from html import escape
 
-from ..model.config import LoopedConfig
-from ..model.facts import order
+from ..facts import Order
 
 _WIDTH, _BOX, _GAP = 380, 210, 26  # room for × 128 beside the box
 
 
-def schedule_diagram(cfg: LoopedConfig) -> str:
+def schedule_diagram(order: Order, n_loops: int) -> str:
     """An SVG: what runs from the token to the answer, from top to bottom, with the loop drawn as a loop.
 
     Its colours are CSS variables of the page: `--line`, `--text`, `--muted`, `--accent`, `--paper`.
 
     Args:
-        cfg: the structure.
+        order: what runs.
+        n_loops: how often it loops.
     """
-    drawing, found = _Drawing(), order(cfg)
+    drawing, found = _Drawing(), order
     for name, detail in found.before:
         drawing.box(name, detail)
     source = drawing.bottom - 12
@@ -27,7 +27,7 @@ def schedule_diagram(cfg: LoopedConfig) -> str:
     first = drawing.bottom
     for name, detail in found.loop:
         drawing.box(name, detail, loop=True)
-    drawing.arc(first, drawing.bottom - _GAP, f"× {cfg.n_loops}")
+    drawing.arc(first, drawing.bottom - _GAP, f"× {n_loops}")
     if found.is_injected:
         drawing.injection(source, first + 18)
     for name, detail in found.after:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..bridge.looped_bridge import LoopedBridge
-from ..bridge.names import Hook
+from ..looped import Looped
 from ..panels import Axis, Mark, Panel, heat_map
 from ..results import Estimate, Grid
 from ..toys.hop import WORDS, HopPrompts, hop_prompts
@@ -106,6 +106,8 @@ def _measure_accuracy(asked: Question) -> tuple[Numbers, dict[str, Estimate]] | 
     prompts, name = hop_prompts(N_FRESH, seed=FRESH_SEED), str(asked.model.cfg.model_name)
     found = {name: _accuracy(asked.deep, prompts, name)}
     if twin := OTHER.get(name):
+        from .. import LoopedBridge
+
         other = LoopedBridge.from_pretrained(twin, n_loops=asked.n_loops, device=asked.model.cfg.device)
         found[twin] = _accuracy(other, prompts, twin)
     return {**found, "trained": min(asked.own, asked.n_loops), "mappings": N_FRESH, "chance": 1 / 8}, found
@@ -154,7 +156,7 @@ def _percent(estimate: Estimate, k: int) -> str:
     return f"{float(estimate.values[k]):.2%} ± {float(estimate.stderr[k]):.2%}"
 
 
-def _accuracy(model: LoopedBridge, prompts: HopPrompts, name: str) -> Estimate:
+def _accuracy(model: Looped, prompts: HopPrompts, name: str) -> Estimate:
     return Estimate.of(
         (_answers(model, prompts) == prompts.answers(model.n_loops)).double().mean(-1).T,
         ("loop",),
@@ -164,7 +166,7 @@ def _accuracy(model: LoopedBridge, prompts: HopPrompts, name: str) -> Estimate:
 
 
 @torch.no_grad()
-def _answers(model: LoopedBridge, prompts: HopPrompts, hooks: Sequence[Hook] = ()) -> Int[Tensor, "loop batch query"]:
+def _answers(model: Looped, prompts: HopPrompts, hooks: Sequence[Any] = ()) -> Int[Tensor, "loop batch query"]:
     tokens = prompts.tokens.to(model.cfg.device)
     return torch.stack(model.readouts(tokens, lambda loop, logits: logits[:, prompts.query_pos].argmax(-1).cpu(), hooks))
 

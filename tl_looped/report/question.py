@@ -12,8 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .._words import counted
-from ..bridge.looped_bridge import LoopedBridge
-from ..looped import at_depth
+from ..looped import Looped, at_depth
 from ..schedule import Indices
 from ..toys.hop import HopPrompts
 from .section import Unmeasured, number
@@ -42,7 +41,7 @@ class Question:
         skip_first: leave the first token out of norms, distances, PCA and CKA.
     """
 
-    model: LoopedBridge
+    model: Looped
     prompts: list[Int[Tensor, "_ _"]]
     n_loops: int
     made_for: int | None = None
@@ -53,7 +52,7 @@ class Question:
     skip_first: bool = False
 
     @cached_property
-    def deep(self) -> LoopedBridge:
+    def deep(self) -> Looped:
         """The model with `n_loops` loops."""
         return at_depth(self.model, self.n_loops)
 

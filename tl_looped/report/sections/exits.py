@@ -23,7 +23,7 @@ def measure(asked: Question) -> tuple[Numbers, ExitSteps]:
     model, hops = asked.model, asked.hops
     if model.n_loops == 1:
         raise Unmeasured("The model loops once, so there is no earlier loop to stop after.", asked.command(at_loop=1))
-    policies = POLICIES | (GATES if model.looped_cfg.exit_gate else {})
+    policies = POLICIES | (GATES if model.lacks("exit gate") is None else {})
     prompts = asked.of_length(2) if hops is None else [hops.tokens]
     answers = None if hops is None else hops.answers(model.n_loops)[-1, :, -1]
     found = exit_steps(model, prompts, policies=policies, answers=answers, verbose=False)

@@ -50,7 +50,7 @@ def measure(asked: Question) -> tuple[Numbers, Tokens]:
         chosen = _answers(asked, clean_logits[0, -1], model(corrupted)[0, -1])
     metric = logit_diff(chosen.right, chosen.wrong)
     differs = (clean != corrupted)[0].nonzero()[:, 0].tolist()
-    positions = _positions(clean.shape[1], differs, everything=model.looped_cfg.prefix_lm)
+    positions = _positions(clean.shape[1], differs, everything=model.lacks("causal attention") is not None)
     axes = ("virtual_layer", "pos")
     sweep = patch_sweep(model, corrupted, cache, metric, axes=axes, positions=positions, verbose=False).normalised()
     most, best = sweep.values.amax(-1), sweep.values.argmax(-1).tolist()
