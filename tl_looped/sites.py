@@ -72,11 +72,7 @@ STREAMS, HEADS, PASSES = _swept("layer"), _swept("layer", is_head=True), _swept(
 
 
 def axes_of(hook: str) -> tuple[str, ...]:
-    """The axes of a swept activation after its batch axis.
-
-    Args:
-        hook: a name of its hook point.
-    """
+    """The axes of a swept activation after its batch axis, by a name of its hook point."""
     return next(kind.axes for kind in KINDS.values() if kind.is_swept and hook.endswith(f".{kind.hook}"))
 
 
@@ -146,14 +142,6 @@ def swept_places(
     """The places of a sweep, each with its labels on those of the axes "loop" and "layer" that are swept.
 
     Where no part of the model is asked for and "loop" is an axis, prelude and coda are entries of it, in the order of the run.
-
-    Args:
-        model: the model.
-        site: as in `select_places`.
-        axes: of the sweep.
-        loops: as in `select_places`.
-        layers: as in `select_places`.
-        stack: as in `select_places`.
     """
     schedule, places = model.schedule, select_places(model, site, loops, layers, stack)
     nothing_asked = stack is None and layers is None and isinstance(loops, str) and loops == "all"

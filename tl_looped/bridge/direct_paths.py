@@ -46,13 +46,7 @@ class DirectPaths:
 
     @staticmethod
     def needs(model: Any, layers: Iterable[int], norms: Iterable[tuple[int | None, str]]) -> list[str]:
-        """The activations that are needed.
-
-        Args:
-            model: a bridge.
-            layers: the virtual layers whose heads change.
-            norms: those that are asked for, as in `norm`.
-        """
+        """The activations that are needed for heads of these layers, and for these norms, as in `norm`."""
         plain = model.plain
         names = ["hook_embed", *(name for name in model.hook_dict if name.endswith(("hook_attn_out", "hook_mlp_out")))]
         for i in layers:
@@ -68,12 +62,7 @@ class DirectPaths:
         return changes_after(module, inputs, self.dtype, self.to_first_order)
 
     def value(self, name: str, dim: int = -2) -> Tensor:
-        """An activation of the run, in fp32 or wider.
-
-        Args:
-            name: its hook.
-            dim: the axis of its positions.
-        """
+        """An activation of the run, in fp32 or wider; `dim` is the axis of its positions."""
         return self.of_run.get(name, dim)
 
     def heads(self, layer: int, heads: Sequence[int], change: Float[Tensor, "batch pos head d_head"]) -> Change:
@@ -119,27 +108,13 @@ class DirectPaths:
             yield stream, x[:-1], x[-1]
 
     def norm(self, layer: int | None, name: str, stream: Float[Tensor, "batch pos d_model"]) -> NormAt:
-        """The norm before a component, where it stands in the run.
-
-        Args:
-            layer: the virtual layer; None for the unembedding.
-            name: of the norm in the layer.
-            stream: what it reads.
-        """
+        """The norm of that name in a virtual layer (None: before the unembedding), where it stands in the run."""
         norm = self.plain.ln_final if layer is None else getattr(self.plain.blocks[layer], name)
         weight = next((self.value(held) for held in _beside(self.plain, layer, name)), None)
         return NormAt(norm, stream, self.dtype, weight)
 
     def check(self, hook: str, total: Tensor) -> None:
-        """Refuse a run in which the input of a component is no sum of what components wrote.
-
-        Args:
-            hook: of that input.
-            total: the sum, after the norm.
-
-        Raises:
-            LoopedError: they differ by more than rounding.
-        """
+        """Refuse a run in which the input of a component, after its norm, is no sum of what components wrote."""
         check_sum(total, self.cache[hook], f"the input of {self.model.schedule.loop_name(hook)}")
 
     def projection(self, layer: int, letter: str, head: int) -> Float[Tensor, "d_head d_model"]:

@@ -11,8 +11,6 @@ from ..model import LoopedModel
 from ..model.config import LoopedConfig
 from ..schedule import Schedule
 
-AnyBridge = TransformerBridge  # what tools take that compare a looped model with others
-
 
 class StructuredBridge(TransformerBridge):
     """The part of a `LoopedBridge` that knows its model."""

@@ -17,14 +17,9 @@ T = TypeVar("T")
 def with_weights_of_their_own(
     model: LoopedModel, action: Callable[[dict[str, list[nn.Parameter]]], T]
 ) -> tuple[dict[str, list[nn.Parameter]], T]:
-    """What an action returns while every use of a looped parameter holds a view of its own.
+    """The views, and what an action returns while every use of a looped parameter holds a view of its own.
 
-    Args:
-        model: the model.
-        action: called with the views by canonical name, in the order of the run.
-
-    Returns:
-        The views, and what the action returned.
+    It is called with the views by canonical name, in the order of the run.
     """
     prefixes = (*(f"{stack}." for stack in model.cfg.schedule.core_stacks), *PASS_PARAMETERS)
     slots = {name: holders for name, holders in model.parameter_slots.items() if name.startswith(prefixes)}

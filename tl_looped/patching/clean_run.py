@@ -71,14 +71,7 @@ class CleanRun:
             self.initial_state = self._batched(self.state)
 
     def require(self, names: Iterable[str]) -> None:
-        """Refuse a cache that lacks activations.
-
-        Args:
-            names: the hooks that are needed.
-
-        Raises:
-            UnknownNameError: some are missing; the message says which.
-        """
+        """Refuse a cache that lacks activations of these hooks; the message says which."""
         missing = [n for n in names if n not in self.cache and self.model.expand_name(n)]  # raises if there is no such hook
         if missing:
             spelled = [self.model.schedule.loop_name(name) for name in missing]
@@ -86,15 +79,7 @@ class CleanRun:
             raise UnknownNameError(f"the clean cache lacks {shown}; name them in names_filter, or cache a whole run.")
 
     def read(self, name: str, like: Tensor) -> Tensor:
-        """An activation, on the device and in the dtype of the other run's.
-
-        Args:
-            name: its hook.
-            like: the other run's activation there.
-
-        Raises:
-            LoopedError: the two have different shapes.
-        """
+        """An activation, on the device and in the dtype of the other run's, which must have the same shape."""
         value = self._batched(name)
         if value.shape != like.shape:
             raise LoopedError(
@@ -104,27 +89,13 @@ class CleanRun:
         return value.detach().to(like.device, like.dtype)
 
     def check_start(self, state: Float[Tensor, "batch pos d_model"]) -> None:
-        """Refuse another run that did not start as this one did; embeddings may differ.
-
-        Args:
-            state: what the other run started from.
-
-        Raises:
-            LoopedError: this run started from another state.
-        """
+        """Refuse another run that did not start from the state that this one did; embeddings may differ."""
         own = self.model.starts_from != "embedding" or self.is_given
         if own and self.state in self.cache and not torch.equal(self.read(self.state, state), state):
             raise self._another_state()
 
     def check_padding(self, mask: Tensor | None) -> None:
-        """Refuse another run whose rows are padded otherwise: a patch would carry padding to real positions.
-
-        Args:
-            mask: which positions of the other run are real, [batch, pos]; None for all.
-
-        Raises:
-            LoopedError: other positions of this run are.
-        """
+        """Refuse another run whose rows are padded otherwise: a patch would carry padding to real positions."""
         own = self.cache.attention_mask
         if self.record is None and own is None:  # not known
             return
