@@ -713,10 +713,11 @@ if TOY:
     assert abs(start.norm.values[63].mean() - 194) < 1 and start.degeneracy.values[0] > 0.9995
     assert abs(start.successive["l2"].values[62].mean() - 3.2) < 0.05 and abs(l2[62] - 2) < 0.05
     plain = LoopedBridge.from_config(model.looped_cfg.replace(rope_layout="none"), seed=0)
+    core = plain.schedule.passes[0].layers
     with torch.no_grad():
         _, cache = plain.run_with_cache(few)
     read, patterns = (cache.stack_loops(name).double() for name in ("attn.hook_in", "pattern"))
-    size, attns = torch.linalg.matrix_norm(read, ord=2), [block.attn for block in plain.blocks]
+    size, attns = torch.linalg.matrix_norm(read, ord=2), [plain.blocks[i].attn for i in core]
     kappa = torch.stack([torch.linalg.matrix_norm(attn.W_Q.double() @ attn.W_K.double().mT, ord=2) for attn in attns])
     bound = size[1:].maximum(size[:-1]) * read.diff(dim=0).flatten(-2).norm(dim=-1) / model.looped_cfg.d_head**0.5
     used = patterns.diff(dim=0).flatten(-2).norm(dim=-1) / (bound[..., None] * kappa[:, None])  # [loop, layer, prompt, head]
