@@ -25,10 +25,11 @@ from tl_looped._writing import write_text
 from tl_looped.analysis import fixed_points, more_loops
 from tl_looped.cli import main
 from tl_looped.report import Report, report, sections
-from tl_looped.report.drawing import short
+from tl_looped.report.drawing import over_positions
 from tl_looped.report.pointer_chasing import example, right_answers
 from tl_looped.report.question import Question
 from tl_looped.report.section import Part, Section, Unmeasured, share
+from tl_looped.results import Grid
 from tl_looped.toys import hop_prompts
 
 TINY = LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=2, rope_theta=100.0)
@@ -552,7 +553,8 @@ def evil_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_long_tokens_are_cut_in_figures_and_quotes_stay() -> None:
-    assert short("a" * 60) == "a" * 15 + "…" and short('<b>"&') == '<b>"&'
+    grid = Grid(torch.ones(1, 2), ("loop", "pos"), {"loop": [0], "pos": [0, 1]})
+    assert over_positions(grid, ["a" * 60, '<b>"&'], [0, 1], "loop").roles["x"].labels == ["a" * 15 + "…", '<b>"&']
 
 
 def test_tokens_that_look_like_code_stay_text(evil_page: Path) -> None:

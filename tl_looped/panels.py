@@ -108,7 +108,7 @@ class Panel:
     @property
     def says_something(self) -> bool:
         """Whether it has a line of three points or a grid of three cells, and not one number everywhere."""
-        return max(map(len, self.numbers)) > 2 and len({f"{v:.3g}" for row in self.numbers for v in row}) > 1
+        return max(map(len, self.numbers), default=0) > 2 and len({f"{v:.3g}" for row in self.numbers for v in row}) > 1
 
     def to_dict(self) -> dict[str, Any]:
         """The panel as JSON has it; what is not finite is None."""

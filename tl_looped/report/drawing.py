@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ..figures.tokens_shown import cut
 from ..panels import Axis, Panel, heat_map
 from ..results import Grid
 
 LONGEST = 16  # characters of a token in a figure
-
-
-def short(word: str) -> str:
-    """A token that is not too long for a cell."""
-    return word if len(word) <= LONGEST else f"{word[: LONGEST - 1]}…"
 
 
 def with_axes(panel: Panel, **roles: Axis) -> Panel:
@@ -46,7 +42,7 @@ def over_positions(grid: Grid, words: Sequence[str], positions: Sequence[int], d
         positions: where they stand in the prompt.
         down: what the rows are.
     """
-    panel, tokens = heat_map(grid), list(map(short, words))
+    panel, tokens = heat_map(grid), [cut(word, LONGEST) for word in words]
     said = [f"position {p}, {word}" for p, word in zip(positions, tokens, strict=True)]
     return with_axes(panel, x=Axis("", tokens, said, form="tokens"), y=replace(panel.roles["y"], title=down))
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..._words import counted
 from ...analysis._streaming import check_finite
+from ...figures.tokens_shown import cut
 from ...panels import Mark
 from ...results import Grid
 from .. import pointer_chasing
-from ..drawing import over_positions, short, with_axes
+from ..drawing import LONGEST, over_positions, with_axes
 from ..question import Question
 from ..section import Figure, Numbers, Part, Reading, share
 from ..tables import Bar, table, top_answers
@@ -136,7 +137,7 @@ def panels(asked: Question, numbers: Numbers, found: Answers) -> list[Figure]:
     panel = over_positions(grid, numbers["prompt"][positions[0] :], positions, "loop")
     wrong = torch.zeros_like(found.tokens) if found.right is None else (found.right >= 0) & (found.right != found.tokens)
     text = [
-        [short(word) + (" ✗" if is_wrong else "") for word, is_wrong in zip(*rows, strict=True)]
+        [cut(word, LONGEST) + (" ✗" if is_wrong else "") for word, is_wrong in zip(*rows, strict=True)]
         for rows in zip(numbers["answers"], wrong.tolist(), strict=True)
     ]
     caption = "The most probable next token at every position, if the model stopped after each loop; darker is more probable."
