@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..errors import LoopedError
 from ..looped import Hooked, Looped, check_model, require
-from ..record import InitialState
+from ..record import InitialState, rehearsal
 from ..results import Estimate
 from ..schedule import Indices, Pass, Schedule, select_indices
 
 Key = TypeVar("Key", bound=Hashable)
+At = tuple[int, int]  # loop and layer
 
 
 def layer_hooks(schedule: Schedule, passes: Sequence[Pass], hook: str) -> dict[str, tuple[int, int]]:
@@ -52,6 +53,43 @@ def visit(
     given = {"stop": stop, "initial_state": initial_state}
     options = {name: value for name, value in given.items() if value is not None}  # which only looped models know
     model.run_with_hooks(tokens, [(name, reader(name, key)) for name, key in hooks.items()], **options)
+
+
+def run_twice(
+    model: Looped,
+    tokens: Int[Tensor, "batch pos"],
+    hooks: Sequence[str],
+    shown: Sequence[Pass],
+    last: Pass,
+    initial_state: InitialState,
+    step: Callable[[str, At, Tensor, Tensor], None],
+    measure: Callable[[str, At, Tensor, Tensor], None],
+) -> dict[tuple[str, int], Tensor]:
+    """Show activations of every layer beside those of the loop before, then beside those of the last loop, which are returned.
+
+    The first run calls `step(hook, at, before, value)` in all shown loops but the first, and ends with the last loop in hand;
+    the second calls `measure(hook, at, value, end)` in all that are shown. So one loop of the activations is held.
+    """
+    held: dict[tuple[str, int], Tensor] = {}
+
+    def keys(passes: Sequence[Pass]) -> dict[str, tuple[str, At]]:
+        return {name: (hook, at) for hook in hooks for name, at in layer_hooks(model.schedule, passes, hook).items()}
+
+    def first(key: tuple[str, At], value: Tensor) -> None:
+        hook, at = key
+        before = held.pop((hook, at[1]), None)
+        if before is not None and at[0] <= shown[-1].loop:
+            step(hook, at, before, value)
+        held[hook, at[1]] = value
+
+    def second(key: tuple[str, At], value: Tensor) -> None:
+        hook, at = key
+        measure(hook, at, value, held[hook, at[1]])
+
+    every = [*shown, *([] if last in shown else [last])]
+    visit(model, tokens, keys(every), first, stop=last.layers.stop, initial_state=rehearsal(initial_state))
+    visit(model, tokens, keys(shown), second, stop=shown[-1].layers.stop, initial_state=initial_state)
+    return held
 
 
 def check_bridge(model: object) -> None:

@@ -15,20 +15,20 @@ from .._precision import wide
 from ..errors import LoopedError
 from ..looped import Looped, at_depth, check_model
 from ..panels import GroupBy, Panel, grouped
-from ..record import InitialState, rehearsal
+from ..record import InitialState
 from ..results import Estimate, Result, table
 from ..runs.driver import over_prompts
 from ..runs.prompts import Prompts
 from ..schedule import Indices, Pass, Schedule, Site, check_count
 from ._directions import cosine, relative_distance
-from ._streaming import at_positions, by_layer, layer_hooks, need_loops, visit
+from ._streaming import At, at_positions, by_layer, need_loops, run_twice
 
 __all__ = ["FixedPoints", "fixed_points"]
 
 Metric = Literal["l2", "relative", "cosine"]
 Reduction = Literal["token", "matrix"]
 Quantity = Literal["successive", "distance", "norm"]
-Cells = dict[str, dict[tuple[int, int], Tensor]]  # for every quantity, [batch, ...] by (loop, layer)
+Cells = dict[str, dict[At, Tensor]]  # for every quantity, [batch, ...] by (loop, layer)
 TITLES: dict[Quantity, str] = {
     "distance": "From every loop to X*",
     "successive": "From every loop to the loop before",
@@ -240,35 +240,19 @@ def compare_loops(
     initial_state: InitialState,
     compare: Mapping[str, Callable[[Tensor, Tensor], dict[str, Tensor]]],
 ) -> dict[str, Compared]:
-    """Compare activations of every layer in every loop with those of the loop before and with those of the last.
+    """Compare activations of every layer in every loop with those of the loop before and with those of the last."""
+    successive, distance = ({hook: Cells() for hook in compare} for _ in range(2))
 
-    The first run compares with the loop before, and ends with the last loop in hand; the second compares with that. So one
-    loop of the activations is held.
-    """
-    found = {hook: Compared({}, {}, {}) for hook in compare}
+    def into(found: dict[str, Cells]) -> Callable[[str, At, Tensor, Tensor], None]:
+        def put(hook: str, at: At, x: Tensor, base: Tensor) -> None:
+            for name, part in compare[hook](x, base).items():
+                found[hook].setdefault(name, {})[at] = part
 
-    def hooks(passes: list[Pass]) -> dict[str, tuple[str, tuple[int, int]]]:
-        return {name: (hook, at) for hook in compare for name, at in layer_hooks(model.schedule, passes, hook).items()}
+        return put
 
-    def put(cells: Cells, at: tuple[int, int], parts: dict[str, Tensor]) -> None:
-        for name, part in parts.items():
-            cells.setdefault(name, {})[at] = part
-
-    def step(key: tuple[str, tuple[int, int]], value: Tensor) -> None:
-        hook, (loop, layer) = key
-        before = found[hook].reference.pop(layer, None)
-        if before is not None and loop <= shown[-1].loop:
-            put(found[hook].successive, (loop, layer), compare[hook](before, value))
-        found[hook].reference[layer] = value
-
-    def measure(key: tuple[str, tuple[int, int]], value: Tensor) -> None:
-        hook, at = key
-        put(found[hook].distance, at, compare[hook](value, found[hook].reference[at[1]]))
-
-    every = [*shown, *([] if last in shown else [last])]
-    visit(model, tokens, hooks(every), step, stop=last.layers.stop, initial_state=rehearsal(initial_state))
-    visit(model, tokens, hooks(shown), measure, stop=shown[-1].layers.stop, initial_state=initial_state)
-    return found
+    held = run_twice(model, tokens, [*compare], shown, last, initial_state, into(successive), into(distance))
+    ends = {hook: {layer: value for (of, layer), value in held.items() if of == hook} for hook in compare}
+    return {hook: Compared(successive[hook], distance[hook], ends[hook]) for hook in compare}
 
 
 def _frobenius(x: Float[Tensor, "batch head query key"], base: Float[Tensor, "batch head query key"]) -> dict[str, Tensor]:

@@ -15,13 +15,13 @@ from .._precision import wide
 from ..errors import LoopedError
 from ..looped import Looped, at_depth, check_model
 from ..panels import Panel
-from ..record import InitialState, rehearsal
+from ..record import InitialState
 from ..results import Estimate, Grid, Result
 from ..runs.driver import over_prompts
 from ..runs.prompts import Prompts
 from ..schedule import check_count
 from ._directions import cosine
-from ._streaming import layer_hooks, need_loops, visit
+from ._streaming import At, need_loops, run_twice
 
 __all__ = ["BehaviourRule", "TokenBehaviour", "LimitingBehaviour", "limiting_behaviour"]
 
@@ -287,36 +287,30 @@ class LimitingBehaviourMeasure:
         self,
         model: Looped,
         tokens: Int[Tensor, "batch pos"],
-        also: Callable[[tuple[int, int], Tensor], None] = lambda at, value: None,
+        also: Callable[[At, Tensor], None] = lambda at, value: None,
     ) -> list[TokenBehaviour]:
         """The behaviour of every row of a batch."""
         passes = model.schedule.passes_of("all", self.stack)
-        n, stop = len(passes), passes[-1].layers.stop
-        limit: dict[int, Tensor] = {}  # while the first run goes on, the states of the loop before
+        n, n_layers = len(passes), passes[0].n_layers
         waves: dict[int, _Wave] = {}
-        n_layers = passes[0].n_layers
         settled = torch.full((n_layers, *tokens.shape), torch.nan, dtype=torch.float32, device=tokens.device)
         dtype = torch.promote_types(model.cfg.dtype, torch.float32)
         signal = torch.empty(n, n_layers, *tokens.shape, dtype=dtype, device=tokens.device)
 
-        def step(at: tuple[int, int], value: Tensor) -> None:
+        def step(hook: str, at: At, before: Tensor, value: Tensor) -> None:
             loop, layer = at
-            if (before := limit.pop(layer, None)) is not None:
-                short = (wide(value) - wide(before)).norm(dim=-1) < self.settle
-                settled[layer] = settled[layer].where(settled[layer].isfinite() | ~short, float(loop))
-            limit[layer] = value
+            short = (wide(value) - wide(before)).norm(dim=-1) < self.settle
+            settled[layer] = settled[layer].where(settled[layer].isfinite() | ~short, float(loop))
 
-        def measure(at: tuple[int, int], value: Tensor) -> None:
+        def measure(hook: str, at: At, value: Tensor, end: Tensor) -> None:
             also(at, value)
             loop, layer = at
-            x, end = wide(value), wide(limit[layer])
+            x, end = wide(value), wide(end)
             signal[loop, layer] = cosine(x, end)
             if loop >= n - self.window:
                 waves.setdefault(layer, _Wave(self.period, torch.finfo(value.dtype).eps * end.norm(dim=-1))).add(x - end)
 
-        hooks = layer_hooks(model.schedule, passes, "hook_resid_post")
-        visit(model, tokens, hooks, step, stop=stop, initial_state=rehearsal(self.initial_state))
-        visit(model, tokens, hooks, measure, stop=stop, initial_state=self.initial_state)
+        run_twice(model, tokens, ["hook_resid_post"], passes, passes[-1], self.initial_state, step, measure)
         cosines, settled = signal.cpu(), settled.cpu()
         labels = torch.stack([self.rule.classify(cosines[:, layer]) for layer in range(n_layers)])
         power = torch.stack([waves[j].share() for j in range(n_layers)]).cpu()
