@@ -18,6 +18,7 @@ from tl_looped.attribution import path_patch
 from tl_looped.checkpoints import MemoryCheckpoint, load_model
 from tl_looped.errors import CheckpointError
 from tl_looped.families import loopcoder
+from tl_looped.interventions import freeze_attention
 
 LLAMA = {"hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 6,
          "num_hidden_layers": 2, "vocab_size": 31, "rms_norm_eps": 1e-5, "max_position_embeddings": 24,
@@ -167,6 +168,23 @@ def test_hooks_of_both_sources() -> None:
         close(bridge.run_with_cache(tokens)[1][f"{at}hook_z"], z[1])
 
 
+@torch.no_grad()
+def test_a_run_cut_to_positions() -> None:
+    for kind in KINDS:
+        bridge, tokens = bridge_of(kind), torch.tensor([[3, 1, 4, 1, 5, 9]])
+        whole, cut = bridge.run_with_cache(tokens)[1], bridge.run_with_cache(tokens, pos_slice=(2, 5))[1]
+        at = "loops.1.blocks.1.attn."
+        close(cut[f"{at}hook_first_pattern"], whole[f"{at}hook_first_pattern"][:, :, 2:5])
+        close(cut[f"{at}hook_source_gate"], whole[f"{at}hook_source_gate"][:, 2:5])
+        if kind == "v1":
+            close(cut.decompose_resid().sum(0), whole["ln_final.hook_in"][:, 2:5])
+            continue
+        with pytest.raises(LoopedError, match="a cache of some positions"):
+            cut.decompose_resid()
+        if kind == "v2 plain":
+            close(whole.decompose_resid(pos_slice=(2, 5)).sum(0), whole["ln_final.hook_in"][:, 2:5])
+
+
 def test_generation_under_an_exit_policy_and_with_a_cache() -> None:
     for kind in KINDS:
         bridge, tokens = bridge_of(kind), torch.tensor([[3, 1, 4], [9, 2, 6]])
@@ -208,8 +226,10 @@ def test_what_has_no_meaning_is_refused() -> None:
         bridge(cache["resid_pre", 3], start_at_layer=3)
     with pytest.raises(LoopedError, match="keys and values of the first"):
         local_stability(bridge, tokens)
-    with pytest.raises(LoopedError, match="a position further on"):
+    with pytest.raises(LoopedError, match="position further on"):
         path_patch(bridge, tokens, cache, lambda x: x[0, -1, 4], sources="loops.1.blocks.0.head.2", receivers="logits")
+    with pytest.raises(LoopedError, match="two patterns"):
+        freeze_attention(bridge, 0)
     with pytest.raises(CheckpointError, match="no positions on the right"):
         load_model(with_config("iquestpltcoder", plt_window_size=[3, 1]))
     with pytest.raises(CheckpointError, match=r"missing: model.gate_projections"):

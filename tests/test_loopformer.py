@@ -120,6 +120,25 @@ def test_a_file_may_name_the_steps_and_keeps_them(tmp_path: Path) -> None:
         torch.testing.assert_close(again(data["input_ids"]), data["Smixed/logits"], atol=2e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_the_conditioning_is_read_without_a_change_and_may_be_edited() -> None:
+    bridge, tokens = random_model(CONFIG), torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]])
+    logits, cache = bridge.run_with_cache(tokens)
+    assert torch.equal(logits, bridge(tokens)) and not [name for name in bridge.hook_dict if "rot_q" in name]
+    conditioning = cache["loops.1.conditioning.hook_out"]
+    assert conditioning.shape == (2, 4, 24) and bool((conditioning == conditioning[:, :1]).all())
+
+    def one_position(x: Tensor, hook: object) -> Tensor:
+        x[:, 2] = 0.0
+        return x
+
+    edited = bridge.run_with_hooks(tokens, [("loops.2.conditioning.hook_out", one_position)])
+    same = torch.isclose(edited, logits, atol=1e-12).all(-1)
+    assert same.tolist() == [[True, True, False, False]] * 2
+    _, cut = bridge.run_with_cache(tokens, pos_slice=-1)
+    torch.testing.assert_close(cut["loops.1.conditioning.hook_out"], conditioning[:, -1:])
+
+
 def test_a_run_may_start_inside_a_loop() -> None:
     bridge, tokens = random_model(CONFIG), torch.tensor([[3, 1, 4, 1]])
     with torch.no_grad():

@@ -23,6 +23,7 @@ Ability = Literal[
     "exit gate",
     "injection",
     "one embedding",
+    "one pattern",
     "shared weights",
 ]
 Lens = Literal["logit", "native"]

@@ -62,6 +62,8 @@ class AskedBridge(RunningBridge):
             )
         if ability == "equal loops" and (why := self.plain.loop.changes) is not None:
             return f"in this {cfg.family} model {why}, so that the loops are not one map applied again."
+        if ability == "one pattern" and (why := self.plain.loop.patterns) is not None:
+            return f"in this {cfg.family} model {why}."
         if ability == "shared weights" and cfg.own_layers:
             return f"the loops of this {cfg.family} model do not share their weights."
         if ability == "exit gate" and not cfg.exit_gate:

@@ -65,6 +65,8 @@ class Around(InMemory, GeneralizedComponent):
         for name in [name for name in original_component._modules if name.startswith("hook_")]:
             if name not in self._modules:
                 setattr(self, name, HookPoint())
+            if (pos_dim := getattr(original_component._modules[name], "pos_dim", None)) is not None:
+                self._modules[name].pos_dim = pos_dim  # type: ignore[union-attr,assignment]
             original_component._modules[name] = self._modules[name]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -176,6 +178,10 @@ class LoopedAttention(Around, AttentionBridge):
         del self._modules["hook_hidden_states"], self._hook_registry["hook_hidden_states"]  # it would never fire
 
     def set_original_component(self, original_component: nn.Module) -> None:
+        for name in ("hook_rot_q", "hook_rot_k"):
+            if name not in original_component._modules:  # nothing is rotated
+                self._modules.pop(name, None)
+                self._hook_registry.pop(name, None)
         super().set_original_component(original_component)
         for letter in "qkvo":
             projection = self.submodules[letter]

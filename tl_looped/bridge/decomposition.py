@@ -292,8 +292,18 @@ class Decomposition(Reader):
 
     def _check(self, total: Tensor) -> None:
         """Compare the sum of all components with the stream of the run, where it was cached."""
-        if self.point in self.cache:
+        if self.point not in self.cache:
+            return
+        try:
             check_sum(total, self.positions.apply(self.cache[self.point].detach(), dim=-2), self.point)
+        except LoopedError as error:
+            if not self.model.loop.lag:
+                raise
+            raise LoopedError(
+                f"{error} In this {self.model.cfg.family} model a loop reads what the loop before made of the position "
+                "before, so that a cache of some positions (pos_slice), or of a text whose start was run earlier, cannot be "
+                "decomposed either: cache all positions, and choose some with positions= here."
+            ) from error
 
     @torch.no_grad()
     def carry(

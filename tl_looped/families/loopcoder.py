@@ -97,7 +97,10 @@ class TwoSourcesBlock(Block):
         assert isinstance(self.attn, TwoSources)
         self.attn.is_later = bool(loop)
         for name in _SLOTS if loop else ():  # in the first loop they would never fire
-            setattr(self.attn, name, nn.Identity())
+            slot_of: Any = nn.Identity()
+            if name in ("hook_first_scores", "hook_first_pattern"):
+                slot_of.pos_dim = -2  # where the queries are
+            setattr(self.attn, name, slot_of)
 
     def attended(self, x: Tensor, read: Tensor, inputs: Inputs) -> Tensor:
         """What the attention returns."""
@@ -120,6 +123,11 @@ class TwoSourcesLoop(Repeat):
     def changes(self) -> str | None:
         """Why one loop is not the same map of the state as the next."""
         return "the later loops also attend to the keys and values of the first"
+
+    @property
+    def patterns(self) -> str | None:
+        """Why a head has more than one pattern."""
+        return "the heads of later loops have two patterns, of their own loop and of the first (attn.hook_first_pattern)"
 
     def is_whole(self, name: str) -> bool:
         """The keys and values of the first loop are those of the whole text."""

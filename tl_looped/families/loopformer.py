@@ -21,7 +21,7 @@ from ..model.config import LoopedConfig
 from ..model.layers import Block, Inputs
 from ..model.loops import Parts, Repeat, register_loop
 from ..model.norms import ConditionedNorm, Gain
-from ..model.slots import observe
+from ..model.slots import is_observed, observe, same_bits
 from ..schedule import Pass
 from ._common import Shapes, Source, attention_rows, fused, layers, modules
 from ._read import get, need, unused
@@ -56,7 +56,17 @@ class Conditioning(nn.Module):
         angles = torch.tensor(self.at, dtype=torch.float32, device=state.device)[:, None] * frequencies
         waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(state.dtype)
         time, step = (part(wave).expand(len(state), 1, -1) for part, wave in zip((self.time, self.step), waves, strict=True))
-        return self.hook_out(observe(self.hook_time, time) + observe(self.hook_step, step))
+        like = state.shape[1]
+        return _seen(self.hook_out, _seen(self.hook_time, time, like) + _seen(self.hook_step, step, like), like)
+
+
+def _seen(slot: nn.Module, x: Tensor, n_pos: int) -> Tensor:
+    """What a slot makes of a value that is the same at all positions: one for all of them unless a hook changes it."""
+    if not is_observed(slot) or x.shape[1] == n_pos:
+        return observe(slot, x)
+    wide = x.expand(-1, n_pos, -1)
+    seen = slot(wide.clone())
+    return same_bits(x, seen.mean(1, keepdim=True)) if torch.equal(seen, wide) else seen
 
 
 class Modulation(nn.Module):
@@ -75,6 +85,7 @@ class Modulation(nn.Module):
         self, x: Float[Tensor, "batch pos d_model"], conditioning: Float[Tensor, "batch 1 d_model"]
     ) -> Float[Tensor, "batch pos four_d_model"]:
         """The same at every position of the stream `x`."""
+        conditioning = conditioning[:, -x.shape[1] :]  # a hook may have made it differ by position
         return observe(self.hook_out, self.map(F.silu(conditioning)).expand(*x.shape[:2], -1))
 
 

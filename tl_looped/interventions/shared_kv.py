@@ -141,6 +141,8 @@ class SharedKeyValues:
 
     def _set_of(self, layer_idx: int) -> tuple[Any, int | None, list[int | None]]:
         """What a virtual layer shares: a key, its loop, and all loops that share the set."""
+        if layer_idx >= self._schedule.n_layers:  # what a loop kind keeps there beside keys and values
+            return ("beside", layer_idx), None, [None]
         stack, loop, layer = self._schedule.site(layer_idx)
         if loop is None:
             return (stack, layer, 0), None, [None]

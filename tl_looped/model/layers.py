@@ -82,8 +82,9 @@ class Attention(nn.Module):
             self.k_norm: RMSNorm = NORMS[cfg.norm_kind](widths[1], eps, weight)
         self.q_gain: nn.Parameter | None = nn.Parameter(torch.ones(q_width)) if cfg.query_gain else None
         self.inner_norm: RMSNorm | None = norm_of(cfg, q_width) if cfg.inner_norm else None
-        self.hook_rot_q: nn.Module = nn.Identity()
-        self.hook_rot_k: nn.Module = nn.Identity()
+        if cfg.rope_layout != "none":
+            self.hook_rot_q: nn.Module = nn.Identity()
+            self.hook_rot_k: nn.Module = nn.Identity()
         self.hook_attn_scores: nn.Module = nn.Identity()
         self.hook_pattern: nn.Module = nn.Identity()
 

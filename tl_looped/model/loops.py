@@ -163,6 +163,11 @@ class Repeat:
         return None
 
     @property
+    def patterns(self) -> str | None:
+        """Why a head has more than one attention pattern; None if it has one."""
+        return None
+
+    @property
     def changes(self) -> str | None:
         """Why one loop is not the same map of the state as the next; None if it is."""
         return "every loop has weights of its own" if self.cfg.own_layers else None
@@ -286,7 +291,9 @@ class Repeat:
     @property
     def _is_own(self) -> bool:
         """Whether a kind has a way of its own into a pass, out of it or out of the loop."""
-        ways = ("enter", "leave", "written", "finish")
+        return self._has_own("enter", "leave", "written", "finish")
+
+    def _has_own(self, *ways: str) -> bool:
         return any(getattr(type(self), way) is not getattr(Repeat, way) for way in ways)
 
     def between(self, p: Pass) -> str | None:
@@ -296,7 +303,7 @@ class Repeat:
             p: the pass.
         """
         cfg, is_last = self.cfg, self.cfg.schedule.is_last(p)
-        if self._is_own:
+        if self._has_own("leave", "written", "finish") or (not is_last and self._is_own):
             return f"a loop of the kind {cfg.loop!r} changes what its passes write"
         if cfg.strategy == "anchored":
             return "an anchored loop scales what its passes write"
