@@ -97,10 +97,10 @@ class Section:
         basis: how many prompts the numbers are from.
         reading: sentences that say in plain words what the figures show, each made from the numbers.
         figures: what is drawn.
-        numbers: all numbers that the readings and figures hold.
         refused: what could not be measured here, and why.
         command: what would fill the section.
         failed: errors that no analysis should raise; the rest of the section is there.
+        numbers: all numbers that the readings and figures hold.
     """
 
     name: str
@@ -110,10 +110,10 @@ class Section:
     notes: list[str] = field(default_factory=list)
     reading: list[str] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
-    numbers: dict[str, Any] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     command: str = ""
     failed: list[str] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
@@ -149,18 +149,7 @@ class Section:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the figures, ready for JSON."""
-        return {
-            "name": self.name,
-            "title": self.title,
-            "headline": self.headline,
-            "basis": self.basis,
-            "notes": self.notes,
-            "reading": self.reading,
-            "refused": self.refused,
-            "command": self.command,
-            "failed": self.failed,
-            "numbers": json_ready(self.numbers),
-        }
+        return {name: json_ready(value) for name, value in vars(self).items() if name != "figures"}
 
 
 def share(x: float | Tensor) -> str:
