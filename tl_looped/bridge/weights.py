@@ -73,18 +73,33 @@ class WeightsBridge(NamedBridge):
         stacks = tuple(f"{stack}." for stack in self.schedule.core_stacks)
         return {name: p for name, p in self.plain.canonical_parameters().items() if name.startswith(stacks)}
 
-    def enable_compatibility_mode(self, *args: bool, **options: bool) -> None:
+    def enable_compatibility_mode(
+        self,
+        disable_warnings: bool = False,
+        no_processing: bool = False,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
         """TransformerLens's compatibility mode: legacy names, and weights processed by `process_weights`.
 
         Args:
-            *args: as in TransformerBridge: `disable_warnings`, `no_processing`, and the options of `process_weights` from
-                `fold_ln` on.
-            **options: these by name.
+            disable_warnings: as in TransformerBridge.
+            no_processing: leave the weights alone.
+            fold_ln: this and what follows as in `process_weights`.
+            center_writing_weights: see there.
+            center_unembed: see there.
+            fold_value_biases: see there.
+            refactor_factored_attn_matrices: see there.
 
         Raises:
             LoopedError: processing that would change what the model computes; nothing is switched on then.
         """
-        whole(partial(super().enable_compatibility_mode, *args, **options), self._put_back())
+        options = (fold_ln, center_writing_weights, center_unembed, fold_value_biases, refactor_factored_attn_matrices)
+        enable = super().enable_compatibility_mode
+        whole(partial(enable, disable_warnings, no_processing, *options), self._put_back())
 
     def process_weights(
         self,
