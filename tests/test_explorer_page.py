@@ -236,6 +236,26 @@ def prob(lens: Any, row: int, pos: int) -> float:
     return float(lens.top_probs[row, 0, pos, 0])
 
 
+def works_alone(browser: Any, file: Path, pinned: str) -> None:
+    """The saved page shows the grid without Python, in a tab of its own, and a click pins another cell."""
+    view = browser.new_page()
+    said: list[str] = []
+    view.on("console", lambda message: said.append(message.text))
+    view.on("pageerror", lambda error: said.append(str(error)))
+    view.on("request", lambda request: said.append(request.url) if not request.url.startswith(("file:", "data:")) else None)
+    page = file.with_suffix(".html")
+    page.write_bytes(file.read_bytes())
+    view.goto(page.as_uri())
+    view.wait_for_selector(".tlx-cell h3")
+    assert view.locator(".tlx-cell h3").inner_text() == pinned
+    view.locator(".tlx-scroll").first.focus()
+    view.keyboard.press("ArrowUp")
+    view.keyboard.press("Enter")
+    assert view.locator(".tlx-cell h3").inner_text().startswith("loop 5, layer 0")
+    assert view.locator(".tlx-panels").count() == 0 and said == []
+    view.close()
+
+
 @a_browser
 def test_everything_works_by_mouse(browser: Any, page: Serving, toy: LoopedBridge) -> None:
     lens = logit_lens(toy, PROMPT, lens="native")
@@ -324,6 +344,9 @@ def test_everything_works_by_mouse(browser: Any, page: Serving, toy: LoopedBridg
         with view.expect_download() as png_file:
             reader.button("Save the picture (PNG)").click()
         assert Path(png_file.value.path()).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        with view.expect_download() as html_file:
+            reader.button("Save a page that works alone (HTML)").click()
+        works_alone(browser, Path(html_file.value.path()), reader.text(".tlx-cell h3"))
         reader.button("Start over").click()
         reader.until(lambda: "tokens" not in reader.state and reader.label("prompt").input_value() == PROMPT)
     assert hooked(page) == []
@@ -388,20 +411,18 @@ def test_everything_works_by_keyboard_on_a_narrow_dark_screen(browser: Any, page
 def test_the_address_holds_the_state_and_errors_leave_the_old_grid(browser: Any, page: Serving) -> None:
     state = {"prompt": "B c C a A b ? B", "loops": 3, "lens": "readout", "at": 2, "row": "loops.1.blocks.1", "core": True}
     with Reader(browser, page, state=state) as reader:
-        assert reader.text(".tlx-cell h3") == "loop 1, layer 1 after 2 ‘c’"
+        assert reader.text(".tlx-cell h3") == "loop 1 after 2 ‘c’"
         for prompt, why in (("", "The prompt is empty"), ("A zebra", "zebra"), ("A " * 50, "context of this model is 32")):
             reader.label("prompt").fill(prompt)
             reader.button("Run").click()
             reader.until(
                 lambda why=why: reader.view.locator("[role=alert]").is_visible() and why in reader.text("[role=alert]")
             )
-            assert reader.text(".tlx-cell h3") == "loop 1, layer 1 after 2 ‘c’"
+            assert reader.text(".tlx-cell h3") == "loop 1 after 2 ‘c’"
         changed = state | {"at": 3, "edits": [{"kind": "ablate_mlp", "loops": "0", "layers": "1"}]}
         reader.view.evaluate(f"location.hash = encodeURIComponent({json.dumps(json.dumps(changed))})")
         reader.until(
-            lambda: (
-                reader.text(".tlx-cell h3") == "loop 1, layer 1 after 3 ‘C’" and reader.view.get_by_label("Show").is_visible()
-            )
+            lambda: reader.text(".tlx-cell h3") == "loop 1 after 3 ‘C’" and reader.view.get_by_label("Show").is_visible()
         )
     for broken in ("#%", "#[1]", '#{"pins":7,"edits":"x","at":99,"colour":"no","patch":{}}'):
         reader = Reader(browser, page)

@@ -51,25 +51,26 @@ class Said:
     targets: Int[Tensor, "pos target"]
     change: Float[Tensor, "row pos"]
 
-    def message(self, model: LoopedBridge, loops: Sequence[int], base: Schedule) -> dict[str, Any]:
+    def message(self, model: LoopedBridge, loops: Sequence[int], base: Schedule, made_for: int | None) -> dict[str, Any]:
         """The grid as a dict that JSON can hold.
 
         Args:
             model: the model that ran.
             loops: which loop of the unedited run each of its loops is.
             base: the unedited run.
+            made_for: how many loops it was made for; loops beyond are marked.
         """
         arrays = ("top", "top_log_probs", "entropy", "kl", "log_probs", "ranks", "targets", "change")
         ids = torch.cat([self.top.flatten(), self.targets.flatten()]).unique().tolist()
         return {
-            "rows": [_row(model, layer, loops, base) for layer in self.layers],
+            "rows": [_row(model, layer, loops, base, made_for) for layer in self.layers],
             "words": words_of(model, ids),
             "n_loops": model.n_loops,
             **{name: packed(getattr(self, name)) for name in arrays},
         }
 
 
-def _row(model: LoopedBridge, layer: int, loops: Sequence[int], base: Schedule) -> dict[str, Any]:
+def _row(model: LoopedBridge, layer: int, loops: Sequence[int], base: Schedule, made_for: int | None) -> dict[str, Any]:
     """What a row is: its place, its names, whether the model was made for its loop, and its twin in the unedited run."""
     schedule = model.schedule
     site, p = schedule.site(layer), schedule.pass_of_layer(layer)
@@ -78,7 +79,6 @@ def _row(model: LoopedBridge, layer: int, loops: Sequence[int], base: Schedule) 
         per_loop = schedule.n_loops_of(site.stack) // schedule.n_loops
         cycle, step = divmod(loop, per_loop)
         loop, again = loops[cycle] * per_loop + step, loops[:cycle].count(loops[cycle])
-        made_for = model.made_for
         beyond = made_for is not None and cycle >= made_for
     else:
         beyond = False
@@ -96,7 +96,13 @@ def _row(model: LoopedBridge, layer: int, loops: Sequence[int], base: Schedule) 
 
 @torch.no_grad()
 def read_grid(
-    model: LoopedBridge, tokens: Int[Tensor, "1 pos"], lens: str, pins: Sequence[int], hooks: Hooks, progress: Progress
+    model: LoopedBridge,
+    tokens: Int[Tensor, "1 pos"],
+    lens: str,
+    pins: Sequence[int],
+    hooks: Hooks,
+    progress: Progress,
+    most: int = MOST_ENTRIES,
 ) -> Said:
     """Run once (or for long prompts several times, some positions each) and read every cell.
 
@@ -107,13 +113,16 @@ def read_grid(
         pins: the tokens that are followed; for none, the model's own answer at each position.
         hooks: what acts in the run.
         progress: is told how far it is, and may end it.
+        most: of the most probable tokens of all cells.
     """
-    return (_readouts if lens == "readout" else _lens)(model, tokens, lens, pins, hooks, progress)
+    return (_readouts if lens == "readout" else _lens)(model, tokens, lens, pins, hooks, progress, most)
 
 
-def _lens(model: LoopedBridge, tokens: Tensor, lens: str, pins: Sequence[int], hooks: Hooks, progress: Progress) -> Said:
+def _lens(
+    model: LoopedBridge, tokens: Tensor, lens: str, pins: Sequence[int], hooks: Hooks, progress: Progress, most: int
+) -> Said:
     n_pos, n_rows, d_vocab = tokens.shape[1], model.schedule.n_layers, model.looped_cfg.d_vocab
-    k = max(1, min(TOP_K, d_vocab, MOST_ENTRIES // (n_rows * n_pos)))
+    k = max(1, min(TOP_K, d_vocab, most // (n_rows * n_pos)))
     at_once = max(1, LOGITS_AT_ONCE // (n_rows * d_vocab))
     parts: list[Any] = []
     change = torch.full((n_rows, n_pos), torch.nan)
@@ -140,12 +149,14 @@ def _lens(model: LoopedBridge, tokens: Tensor, lens: str, pins: Sequence[int], h
     )
 
 
-def _readouts(model: LoopedBridge, tokens: Tensor, lens: str, pins: Sequence[int], hooks: Hooks, progress: Progress) -> Said:
+def _readouts(
+    model: LoopedBridge, tokens: Tensor, lens: str, pins: Sequence[int], hooks: Hooks, progress: Progress, most: int
+) -> Said:
     """The same numbers of the logits after every loop, with everything that acts on the coda."""
     schedule, n_pos, d_vocab = model.schedule, tokens.shape[1], model.looped_cfg.d_vocab
     layers = [schedule.pass_of_loop(t).layers[-1] for t in range(model.n_loops)]
     every = torch.full((schedule.n_layers, n_pos), torch.nan)
-    k = max(1, min(TOP_K, d_vocab, MOST_ENTRIES // (len(layers) * n_pos)))
+    k = max(1, min(TOP_K, d_vocab, most // (len(layers) * n_pos)))
     with model.hooks(fwd_hooks=[*hooks, *_watch(schedule, progress.part(0, 0.5), every)]):
         last = wide(model(tokens)[0]).log_softmax(-1)
     targets = torch.tensor([list(pins)], device=last.device).expand(n_pos, -1) if pins else last.argmax(-1, keepdim=True)

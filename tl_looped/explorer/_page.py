@@ -6,6 +6,7 @@ import json
 from functools import lru_cache
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from .._html import in_script
 
@@ -39,6 +40,45 @@ mount(document.getElementById("explorer"), overHttp("ask", {in_script(json.dumps
 </body>
 </html>
 """
+
+
+def frozen(name: str, data: dict[str, Any]) -> str:
+    """A page that shows what was computed before, without Python.
+
+    Args:
+        name: of the model.
+        data: the replies that it gives: {"describe", "grid", "state"}.
+    """
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(name)} – what every loop says</title>
+<link rel="icon" href="data:,">
+<style>html {{ color-scheme: light dark; }} body {{ margin: 0; background: light-dark(#ffffff, #161a20); }}</style>
+</head>
+<body>
+{frozen_part(data)}
+</body>
+</html>
+"""
+
+
+def frozen_part(data: dict[str, Any]) -> str:
+    """What `frozen` shows, for a page that has other things too.
+
+    Args:
+        data: as there.
+    """
+    return f"""<div><style>{text("explorer.css")}</style><div class="tlx-host"></div>
+<script class="tlx-data" type="application/json">{in_script(json.dumps(data, allow_nan=False))}</script>
+<script type="module">
+{text("explorer.js")}
+for (const host of document.querySelectorAll(".tlx-host:empty")) {{
+  mount(host, frozen(JSON.parse(host.nextElementSibling.textContent)));
+}}
+</script></div>"""
 
 
 @lru_cache

@@ -118,12 +118,11 @@ function overWidget(model) {
 
 // What was computed before: {describe, state, grid, sweep}.
 export function frozen(data) {
-  let state = data.state;
   return {
     frozen: true,
     ask: async (message) => data[message.ask] ?? { error: "This page holds what was computed before; ask with tl-looped explore." },
-    load: () => state,
-    save: (next) => { state = next; },
+    load: () => data.state,
+    save: () => {},
   };
 }
 
@@ -519,6 +518,8 @@ class Screen {
     c.show = h("select", { onchange: on({ again: false }, (t) => ({ show: t.value })) },
       option("edited", "edited run"), option("unedited", "unedited run"), option("difference", "difference"));
     c.showField = field("Show", c.show);
+    c.foldField = field("Rows", c.fold);
+    c.coreField = h("label", { class: "tlx-check" }, c.core, "loops only");
     c.pin = h("input", { type: "text", size: 8, "aria-label": "token to follow", placeholder: "token", onkeydown: (e) => { if (e.key === "Enter") this.follow(c.pin.value); } });
     c.pins = h("ul", { class: "tlx-chips", "aria-label": "tokens that are followed" });
     c.status = h("div", { class: "tlx-status", role: "status" });
@@ -529,8 +530,8 @@ class Screen {
     c.error = h("p", { class: "tlx-error", role: "alert", hidden: true });
     c.legend = h("div", { class: "tlx-legend" });
     c.tip = h("div", { class: "tlx-tip", hidden: true, "aria-hidden": "true" });
-    c.cell = h("section", { class: "tlx-cell", "aria-label": "pinned cell" });
-    c.curves = h("section", { class: "tlx-curves", "aria-label": "followed tokens over all layers" });
+    c.cell = h("div", { class: "tlx-cell", role: "group", "aria-label": "pinned cell" });
+    c.curves = h("div", { class: "tlx-curves", role: "group", "aria-label": "followed tokens over all layers" });
 
     this.grid = new Grid("what every layer says at every position; arrow keys move, Enter pins a cell, P patches it, Shift selects several", {
       pick: (cell) => this.pick(cell),
@@ -546,11 +547,13 @@ class Screen {
       field(about.has_tokenizer ? "Prompt" : "Prompt (token ids)", c.prompt, "tlx-wide"), c.go);
     const settings = h("div", { class: "tlx-row" },
       field("Loops", h("span", { class: "tlx-row tlx-tight" }, c.loops, c.loopsTyped)), field("Lens", c.lens));
-    const looks = h("div", { class: "tlx-row" }, field("Colour", c.colour), field("Rows", c.fold),
-      h("label", { class: "tlx-check" }, c.core, "loops only"), c.showField,
+    const looks = h("div", { class: "tlx-row" }, field("Colour", c.colour), c.foldField, c.coreField, c.showField,
       h("span", { class: "tlx-row tlx-tight" }, field("Follow", c.pin), h("button", { onclick: () => this.follow(c.pin.value) }, "Follow"), c.pins));
     const beside = h("div", { class: "tlx-beside" }, h("div", { class: "tlx-left" }, this.grid.element, c.legend, c.curves), h("div", { class: "tlx-right" }, c.cell));
-    if (carrier.frozen) return [h("div", { class: "tlx-row" }, field("Colour", c.colour), field("Rows", c.fold), h("label", { class: "tlx-check" }, c.core, "loops only")), c.error, beside, c.tip];
+    if (carrier.frozen) {
+      const rows = h("div", { class: "tlx-row" }, field("Colour", c.colour), c.foldField, c.coreField, c.showField, c.pins);
+      return [rows, c.error, beside, c.tip];
+    }
     return [head, asking, settings, looks, c.working, c.error, beside,
       h("div", { class: "tlx-panels" }, this.buildEdits(), this.buildPatch(), this.buildAttention(), this.buildWriting(), this.buildTaking()), c.tip, c.status];
   }
@@ -831,10 +834,15 @@ class Screen {
       if (reply) { c.script.hidden = false; c.script.value = reply.script; await copied(reply.script, "The script"); }
     };
     const save = (blob, name) => { const a = h("a", { href: URL.createObjectURL(blob), download: name }); a.click(); setTimeout(() => URL.revokeObjectURL(a.href), 1000); };
+    const page = async () => {
+      const reply = await this.ask({ ask: "page" });
+      if (reply) save(new Blob([reply.html], { type: "text/html" }), "explorer.html");
+    };
     return this.panel("Take it with you", "taking", h("div", { class: "tlx-row" }, h("button", { onclick: python }, "Copy as Python"),
       carrier.link ? h("button", { onclick: () => { const link = carrier.link(this.kept()); c.script.hidden = false; c.script.value = link; copied(link, "The address"); } }, "Copy the address") : null,
       h("button", { onclick: () => save(new Blob([JSON.stringify({ state: this.kept(), ...this.reply.raw, sweep: this.sweepReply?.raw ?? null })], { type: "application/json" }), "explorer.json") }, "Save the numbers (JSON)"),
       h("button", { onclick: () => this.grid.picture().toBlob((blob) => save(blob, "explorer.png")) }, "Save the picture (PNG)"),
+      h("button", { onclick: page }, "Save a page that works alone (HTML)"),
       h("button", { onclick: () => { this.adopt({}); this.set({}); } }, "Start over")), c.script);
   }
 
@@ -863,7 +871,7 @@ class Screen {
   // A question ends an older one of its kind; a new grid ends them all, except those that do not depend on it.
   async ask(message) {
     const kind = message.ask;
-    if (kind === "grid") { for (const [name, task] of this.tasks) if (!["token", "script"].includes(name)) task.abort(); }
+    if (kind === "grid") { for (const [name, task] of this.tasks) if (!["token", "script", "page"].includes(name)) task.abort(); }
     else if (this.timer) await this.run(); // what was changed just now comes first
     this.tasks.get(kind)?.abort();
     const task = new AbortController();
@@ -955,7 +963,7 @@ class Screen {
     const byName = new Map(reply.grid.rows.map((row, i) => [row.name, i]));
     const rows = grid.rows
       .map((row, index) => ({ ...row, index, twinIndex: byName.get(row.twin) ?? null, twinRow: reply.grid.rows[byName.get(row.twin)] }))
-      .filter((row) => (!state.core || row.pass) && (state.lens === "readout" || (last.get(row.where + row.stack) - row.layer) % state.fold === 0));
+      .filter((row) => (!state.core || row.pass) && (reply.lens === "readout" || (last.get(row.where + row.stack) - row.layer) % state.fold === 0));
     return { grid, rows, difference: Boolean(edited && state.show === "difference") };
   }
 
@@ -974,8 +982,9 @@ class Screen {
     c.colour.replaceChildren(...names.map((name) => h("option", { value: name }, measure(name, pins).title)));
     c.colour.value = state.colour;
     c.showField.hidden = !reply.edited;
+    c.foldField.hidden = c.coreField.hidden = reply.lens === "readout"; // which has a row for every loop
     c.pins.replaceChildren(...pins.map((id, i) => h("li", {}, h("span", { class: "tlx-dot", style: `background:${LINES[i % LINES.length]}` }), h("bdi", {}, visible(this.words[id])),
-      h("button", { "aria-label": `stop following ${visible(this.words[id])}`, onclick: () => this.set({ pins: state.pins.filter((_, k) => k !== i) }) }, "×"))));
+      !this.carrier.frozen && h("button", { "aria-label": `stop following ${visible(this.words[id])}`, onclick: () => this.set({ pins: state.pins.filter((_, k) => k !== i) }) }, "×"))));
     const cells = state.patch?.on !== false ? state.patch?.cells.length ?? 0 : 0;
     if (c.patched) c.patched.textContent = cells ? `${cells} patched` : "";
 
@@ -998,7 +1007,7 @@ class Screen {
 
     this.grid.pinned = this.pinnedCell();
     this.grid.set({
-      rows: rows.map((row) => ({ name: `${row.where} · ${row.layer}`, group: row.where + row.stack, edge: !row.pass, mark: row.beyond })),
+      rows: rows.map((row) => ({ name: reply.lens === "readout" ? row.where : `${row.where} · ${row.layer}`, group: row.where + row.stack, edge: !row.pass, mark: row.beyond })),
       columns: reply.tokens.map((id, i) => ({ name: visible(reply.words[id]), sub: String(i) })),
       cell: (r, col) => {
         const row = rows[r];
@@ -1055,7 +1064,11 @@ class Screen {
     const { reply, view } = this;
     const row = view.rows[r];
     const top = view.grid.top.at(row.index, col);
-    return `${row.where}, layer ${row.layer}, position ${col} ‘${visible(reply.words[reply.tokens[col]])}’: ‘${visible(this.words[top])}’ ${shown(Math.exp(view.grid.top_log_probs.at(row.index, col)))}`;
+    return `${this.rowName(row)}, position ${col} ‘${visible(reply.words[reply.tokens[col]])}’: ‘${visible(this.words[top])}’ ${shown(Math.exp(view.grid.top_log_probs.at(row.index, col)))}`;
+  }
+
+  rowName(row) {
+    return this.reply.lens === "readout" ? row.where : `${row.where}, layer ${row.layer}`;
   }
 
   // The most probable tokens of a cell and its numbers.
@@ -1079,7 +1092,7 @@ class Screen {
     });
     const effect = this.sweepReply ? line("effect of a patch here", shown(this.sweepValue(row, col))) : null;
     return [
-      h("h3", {}, `${row.where}, layer ${row.layer} `, h("span", { class: "tlx-quiet" }, `after ${col} ‘`, h("bdi", {}, visible(reply.words[reply.tokens[col]])), "’")),
+      h("h3", {}, `${this.rowName(row)} `, h("span", { class: "tlx-quiet" }, `after ${col} ‘`, h("bdi", {}, visible(reply.words[reply.tokens[col]])), "’")),
       row.beyond ? h("p", { class: "tlx-quiet" }, `beyond the ${this.about.made_for} loops it was made for`) : null,
       h("table", { class: "tlx-top" }, h("tbody", {}, list)),
       h("table", { class: "tlx-facts" }, h("tbody", {}, followed, line("entropy", `${shown(grid.entropy.at(row.index, col))} nats`), line("KL to the last row", `${shown(grid.kl.at(row.index, col))} nats`),
@@ -1129,7 +1142,7 @@ class Screen {
     const toggle = h("button", { onclick: () => this.set({ curve: isRank ? "prob" : "rank" }, { again: false }) }, isRank ? "show probability" : "show rank");
     const title = `${isRank ? "Rank" : "Probability"} of ${reply.pins.length ? "the followed tokens" : "the final answer"} at position ${state.at}`;
     c.curves.replaceChildren(h("h3", {}, title, " ", toggle),
-      h("svg", { viewBox: `0 0 ${w} ${high}`, width: w, height: high, role: "img", "aria-label": `${title}, over ${n} ${state.lens === "readout" ? "loops" : "virtual layers"}` },
+      h("svg", { viewBox: `0 0 ${w} ${high}`, width: w, height: high, role: "img", "aria-label": `${title}, over ${n} ${reply.lens === "readout" ? "loops" : "virtual layers"}` },
         ticks.map((v) => [h("line", { x1: left, x2: w - 6, y1: y(v), y2: y(v), class: "tlx-tick" }), h("text", { x: 2, y: y(v) + 4 }, String(v))]).flat(), marks,
         lines.map((line, t) => h("path", { d: line.map((v, r) => `${r ? "L" : "M"}${x(r).toFixed(1)} ${y(v).toFixed(1)}`).join(""), fill: "none", stroke: LINES[t % LINES.length], "stroke-width": 2, "stroke-dasharray": DASHES[t % DASHES.length] }))),
       h("ul", { class: "tlx-chips" }, lines.map((line, t) => h("li", {}, h("span", { class: "tlx-dot", style: `background:${LINES[t % LINES.length]}` }), h("bdi", {}, who(t)), ` ${isRank ? line.at(-1) : shown(line.at(-1))}`))));

@@ -14,12 +14,13 @@ from torch import Tensor
 from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..kinds import choice, count, shown
-from ..looped import check_model
+from ..looped import Looped, check_model
 from ..running import first_hooked
 from ._asked import LENSES, SITES, Asked, listed, read_asked, read_prompt, token_id, words_of
 from ._attention import head_in_all_loops
 from ._edits import Call, Hooks, calls, edited, offered
-from ._grids import Said, read_grid
+from ._grids import MOST_ENTRIES, Said, read_grid
+from ._page import frozen, frozen_part
 from ._patches import patch_hooks, same_length, sweep
 from ._progress import Cancelled, Progress
 from ._script import script
@@ -57,9 +58,14 @@ class Session:
         ['loop 0', 'loop 1']
     """
 
+    most_entries: int = MOST_ENTRIES  # of the most probable tokens of a grid
+
     def __init__(self, model: LoopedBridge):
         check_model(model)
+        if not isinstance(model, LoopedBridge):
+            raise LoopedError(f"the explorer was asked of a {type(model).__name__}; it needs a LoopedBridge.")
         self.model: LoopedBridge = model
+        self.made_for: int | None = model.made_for  # loops beyond it are marked
         self._lock: threading.Lock = threading.Lock()
         self._models: OrderedDict[int, LoopedBridge] = OrderedDict()
         self._grids: OrderedDict[Any, Said] = OrderedDict()
@@ -71,6 +77,7 @@ class Session:
             "generate": self._generate,
             "script": self._script,
             "token": self._token,
+            "page": self._page,
         }
 
     def answer(
@@ -138,7 +145,7 @@ class Session:
             "family": cfg.family,
             "runs": model.schedule.describe(),
             "n_loops": model.n_loops,
-            "made_for": model.made_for,
+            "made_for": self.made_for,
             "stacks": {s: n for s, n in model.schedule.stacks.items() if n},
             "core_stacks": list(model.schedule.core_stacks),
             "n_heads": cfg.n_heads,
@@ -169,7 +176,7 @@ class Session:
         key = (tuple(asked.tokens[0].tolist()), asked.n_loops, asked.lens, asked.pins)
         if key not in self._grids:
             base = progress.part(0, 0.5 if has_edits else 1)
-            self._grids[key] = read_grid(model, asked.tokens, asked.lens, asked.pins, [], base)
+            self._grids[key] = read_grid(model, asked.tokens, asked.lens, asked.pins, [], base, self.most_entries)
         self._grids.move_to_end(key)
         while len(self._grids) > KEPT_GRIDS:
             self._grids.popitem(last=False)
@@ -181,13 +188,13 @@ class Session:
             "at": asked.at,
             "loops": asked.n_loops,
             "lens": asked.lens,
-            "grid": self._grids[key].message(model, range(model.n_loops), model.schedule),
+            "grid": self._grids[key].message(model, range(model.n_loops), model.schedule, self.made_for),
             "edited": None,
         }
         if has_edits:
             runs, hooks, loops = self._edited(model, asked, made, repeats, others)
-            found = read_grid(runs, asked.tokens, asked.lens, asked.pins, hooks, progress.part(0.5, 1))
-            reply["edited"] = found.message(runs, loops, model.schedule)
+            found = read_grid(runs, asked.tokens, asked.lens, asked.pins, hooks, progress.part(0.5, 1), self.most_entries)
+            reply["edited"] = found.message(runs, loops, model.schedule, self.made_for)
         return reply
 
     def _edits(
@@ -266,3 +273,36 @@ class Session:
         """The ids and texts of tokens that were typed."""
         ids = [token_id(self.model, "token", one) for one in listed("tokens", message.get("tokens"), 16)]
         return {"tokens": ids, "words": words_of(self.model, ids)}
+
+    def _page(self, message: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """The grid as a page of its own, on which nothing more can be asked."""
+        return {"html": frozen(str(self.model.cfg.model_name), self._frozen(message, progress))}
+
+    def _frozen(self, message: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """All that a page without Python is given."""
+        reply, state = self._grid(message, progress), dict(message["state"])
+        if state.get("colour") == "sweep":
+            state["colour"] = "prob"
+        return {"describe": self._describe(message, progress), "grid": reply, "state": state}
+
+
+def frozen_grid(model: Looped, state: dict[str, Any], *, made_for: int | None, most_entries: int) -> str:
+    """A grid as a part of any page of HTML, which shows it without Python and without a network.
+
+    Args:
+        model: the model.
+        state: what is shown.
+        made_for: how many loops it was made for; loops beyond are marked.
+        most_entries: of the most probable tokens of all cells.
+
+    Returns:
+        The HTML; nothing for a model that the explorer cannot ask.
+
+    Raises:
+        LoopedError: the state does not fit the model.
+    """
+    if not isinstance(model, LoopedBridge):
+        return ""
+    session = Session(model)
+    session.made_for, session.most_entries = made_for, most_entries
+    return frozen_part(session._frozen({"state": state}, Progress()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .question import Question
 from .section import share
@@ -41,25 +41,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str | Bar]]) -> str:
                 body += f"<td>{escape(cell)}</td>"
         body += "</tr>"
     return f"<table{kind}>{f'<thead><tr>{top}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"
-
-
-def top_answers(asked: Question, top: Sequence[Any], own: int) -> str:
-    """The most probable tokens after each loop; columns in which nothing is probable are left out, and a table of one is "".
-
-    Args:
-        asked: whose tokenizer names them.
-        top: for each loop, probabilities and tokens in descending order.
-        own: loops beyond this number are marked.
-    """
-    shown = [k for k in range(len(top[0].values)) if any(float(found.values[k]) >= SHOWN for found in top)]
-    if len(shown) < 2:
-        return ""
-    rows = []
-    for loop, found in enumerate(top):
-        pairs = list(zip(asked.words(found.indices), found.values.tolist(), strict=True))
-        cells = [f"{word} {p:.3f}" if p >= SHOWN else "" for word, p in (pairs[k] for k in shown)]
-        rows.append((f"{loop}{' +' if loop >= own else ''}", *cells))
-    return table(("loop", *(f"{k + 1}." for k in shown)), rows)
 
 
 def prompts(asked: Question) -> str:

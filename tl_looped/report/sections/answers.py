@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..._words import counted
 from ...analysis._streaming import check_finite
+from ...explorer.session import frozen_grid
 from ...figures.tokens_shown import cut
 from ...panels import Mark
 from ...results import Grid
@@ -18,10 +19,12 @@ from .. import pointer_chasing
 from ..drawing import LONGEST, over_positions, with_axes
 from ..question import Question
 from ..section import Figure, Numbers, Part, Reading, share
-from ..tables import Bar, table, top_answers
+from ..tables import Bar, table
 from ._common import SHOWN_POSITIONS
 
 COVER_ROWS = 10
+EVERY = "What every loop says: point at a cell or click it for its most probable tokens."
+MOST_ENTRIES = 20_000  # of the most probable tokens in the grid of all positions
 
 
 class Answers(NamedTuple):
@@ -31,13 +34,13 @@ class Answers(NamedTuple):
         tokens: the most probable token at every position that is shown, of the first prompt.
         right: the right ones there, -1 where there is none; None where nobody knows.
         ends: the probabilities after the last position of every prompt.
-        top: the most probable tokens there, of the first prompt.
+        grid: every position and loop of the first prompt, as HTML; nothing for a model that the explorer cannot ask.
     """
 
     tokens: Int[Tensor, "loop pos"]
     right: Int[Tensor, "loop pos"] | None
     ends: Float[Tensor, "loop row d_vocab"]
-    top: Any
+    grid: str
 
 
 def measure(asked: Question) -> tuple[Numbers, Answers]:
@@ -78,7 +81,13 @@ def measure(asked: Question) -> tuple[Numbers, Answers]:
     if right is not None:
         numbers |= pointer_chasing.count_right(answers, right)
     numbers["cover"] = [[bar.share for bar in row] for _, row in _cover_rows(asked, ends)]
-    return numbers, Answers(answers, right, ends, top)
+    return numbers, Answers(answers, right, ends, _all_positions(asked, tokens))
+
+
+def _all_positions(asked: Question, tokens: Int[Tensor, " pos"]) -> str:
+    """The explorer's grid of the first prompt, in which nothing more can be asked."""
+    state = {"tokens": tokens.tolist(), "lens": "readout", "loops": asked.n_loops}
+    return frozen_grid(asked.deep, state, made_for=asked.made_for, most_entries=MOST_ENTRIES)
 
 
 def read(asked: Question, numbers: Numbers, found: Answers) -> Reading:
@@ -151,10 +160,9 @@ def panels(asked: Question, numbers: Numbers, found: Answers) -> list[Figure]:
     panel = replace(with_axes(panel, colour=shade), grids=[panel.grids[0] | {"text": text}], marks=marks)
     longest = max(len(word) for row in numbers["answers"] for word in row)
     width = 50 + max(30, min(110, 12 + 8 * longest)) * len(positions)
-    top = top_answers(asked, found.top, asked.own)
     return [
         Figure(caption, [panel], width),
-        Figure("The most probable next tokens at the last position.", top, 460),
+        *([Figure(EVERY, found.grid, is_wide=True)] if found.grid else []),
         _cover(asked, found.ends),
     ]
 
