@@ -209,7 +209,7 @@ class ReadingBridge(StructuredBridge):
         padding_side: str | None = None,
         attention_mask: Tensor | None = None,
     ) -> tuple[Any, Tensor | None]:
-        """Texts as tokens and the mask of those that are real; what is no text as it is, with the mask it came with.
+        """Texts as tokens and the mask of those that are real; tensors with the mask they came with; all where the model is.
 
         Args:
             input: text, texts, or what `forward` takes.
@@ -230,7 +230,9 @@ class ReadingBridge(StructuredBridge):
                 )
             if isinstance(input, Tensor) and input.ndim == 1 and attention_mask is not None and attention_mask.ndim == 1:
                 attention_mask = attention_mask[None]
-            return input, attention_mask
-        tokens, mask = encode(self.tokenizer, self.cfg, input, prepend_bos, padding_side)
-        mask = mask if attention_mask is None else attention_mask
-        return tokens.to(self.cfg.device), None if mask is None else mask.to(self.cfg.device)
+            tokens, mask = input, attention_mask
+        else:
+            tokens, mask = encode(self.tokenizer, self.cfg, input, prepend_bos, padding_side)
+            mask = mask if attention_mask is None else attention_mask
+        at = self.cfg.device
+        return None if tokens is None else tokens.to(at), None if mask is None else mask.to(at)

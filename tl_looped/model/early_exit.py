@@ -95,7 +95,7 @@ class EarlyExit:
             history.states.append(self._kept[latest[p.stack]][:, -1])
             if exit_logit is not None:
                 history.exit_logits.append(exit_logit[:, -1])
-            leaving = waiting if schedule.is_last(p) else waiting & self.policy(history)
+            leaving = waiting if schedule.is_last(p) else waiting & self.policy(history).to(x.device)
             if bool(leaving.any()):
                 logits = torch.where(leaving[:, None], history.readout(p.loop), logits)
                 passes = passes.masked_fill(leaving, p.loop + 1)

@@ -55,7 +55,7 @@ def positions_of(cfg: LoopedConfig, x: Tensor, position_ids: Tensor | None, atte
             raise LoopedError(
                 f"position_ids of shape {tuple(position_ids.shape)} were given; this run needs [batch, pos] = {(batch, n_new)}."
             )
-        positions = position_ids.expand(batch, n_new)
+        positions = position_ids.expand(batch, n_new).to(x.device)
     elif attention_mask is not None:
         positions = ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, past:]
     else:
