@@ -319,7 +319,10 @@ def test_a_second_question_waits_its_turn_and_is_told_so(session: Session) -> No
 def test_what_a_model_lacks_is_not_offered_and_the_reason_is_said(session: Session) -> None:
     found = Session(shared_bridge("ouro")).answer({"ask": "describe"})
     why = {edit["kind"]: edit["why"] for edit in found["edits"]}
-    assert why["drop_injection"] == "Nothing is injected in the passes of this ouro model." and why["ablate_head"] == ""
+    assert (
+        why["drop_injection"] == "Nothing is injected in the passes of this ouro model: they read the state alone."
+        and why["ablate_head"] == ""
+    )
     assert [p["why"] for p in found["policies"]] == [""] * 5 and not found["has_tokenizer"]
     found = ask(session, "describe")
     assert {p["policy"]: p["why"] for p in found["policies"]}["gate"] == "This toy model has no exit gate."

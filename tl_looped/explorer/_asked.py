@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..figures.tokens_shown import token_texts
 from ..kinds import choice, count, flag, number, shown, text
+from ..looped import Looped
 from ..metrics import one_token
 from ..schedule import LoopSelector
 
@@ -65,7 +65,7 @@ class Patch:
     cells: tuple[tuple[str, int], ...]
 
 
-def read_asked(model: LoopedBridge, raw: object) -> Asked:
+def read_asked(model: Looped, raw: object) -> Asked:
     """Check the state of the screen.
 
     Args:
@@ -108,7 +108,7 @@ def _patch(raw: object) -> Patch | None:
     return Patch(site, count(least=0)("patch.head", given.get("head", 0)), found) if found else None
 
 
-def read_prompt(model: LoopedBridge, prompt: object, tokens: object = None) -> Int[Tensor, "1 pos"]:
+def read_prompt(model: Looped, prompt: object, tokens: object = None) -> Int[Tensor, "1 pos"]:
     """A prompt as tokens: the ids if there are any, else the text; where there is no tokenizer, the ids that it lists.
 
     Args:
@@ -119,7 +119,7 @@ def read_prompt(model: LoopedBridge, prompt: object, tokens: object = None) -> I
     Raises:
         LoopedError: an empty prompt, a longer one than the context, text that the tokenizer cannot read, ids that are none.
     """
-    n_ctx, d_vocab = model.cfg.n_ctx, model.looped_cfg.d_vocab
+    n_ctx, d_vocab = model.cfg.n_ctx, model.cfg.d_vocab
     if tokens is not None:
         ids = [count(least=0, most=d_vocab - 1)("tokens", token) for token in listed("tokens", tokens, 2**20)]
     else:
@@ -143,7 +143,7 @@ def read_prompt(model: LoopedBridge, prompt: object, tokens: object = None) -> I
     return torch.tensor([ids], device=model.cfg.device)
 
 
-def words_of(model: LoopedBridge, ids: Sequence[int]) -> dict[str, str]:
+def words_of(model: Looped, ids: Sequence[int]) -> dict[str, str]:
     """Tokens as text, by their ids as JSON has them.
 
     Args:
@@ -207,7 +207,7 @@ def _token(name: str, raw: object) -> str | int:
     return raw if isinstance(raw, int) and not isinstance(raw, bool) else text(name, raw)
 
 
-def token_id(model: LoopedBridge, name: str, raw: object) -> int:
+def token_id(model: Looped, name: str, raw: object) -> int:
     """The id of a token that was typed: text, or the number of the token where there is no tokenizer.
 
     Args:

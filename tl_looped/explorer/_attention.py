@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..bridge.looped_bridge import LoopedBridge
+from ..looped import Looped
 from ..schedule import select_indices
 from ..sites import select_layers
 from ._edits import Hooks
@@ -20,7 +20,7 @@ MOST_WEIGHTS = 1_500_000
 
 @torch.no_grad()
 def head_in_all_loops(
-    model: LoopedBridge,
+    model: Looped,
     tokens: Int[Tensor, "1 pos"],
     stack: str,
     layer: int,
@@ -44,7 +44,7 @@ def head_in_all_loops(
     Raises:
         OutOfRangeError: no such layer or head.
     """
-    select_indices(head, model.looped_cfg.n_heads, "heads")
+    select_indices(head, model.cfg.n_heads, "heads")
     layers = select_layers(model.schedule, "all", layer, stack)
     n_pos = tokens.shape[1]
     kept = min(n_pos, max(1, MOST_WEIGHTS // (len(layers) * n_pos)))

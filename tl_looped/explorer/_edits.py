@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from .. import interventions
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..kinds import choice, count
+from ..looped import Ability, Looped
 from ._asked import a_number, optional, selector, token_id
 
 Hooks = list[tuple[str, Callable[..., Any]]]
@@ -74,7 +74,7 @@ class Call:
         given += [f"{name}={value!r}" for name, value in self.named.items()]
         return f"interventions.{self.function}({', '.join(['model', *given])})"
 
-    def hooks(self, model: LoopedBridge) -> Hooks:
+    def hooks(self, model: Looped) -> Hooks:
         """What the call returns."""
         function: Any = getattr(interventions, self.function)
         positional = self.positional
@@ -84,7 +84,26 @@ class Call:
         return function(model, *positional, **self.named)
 
 
-def offered(model: LoopedBridge) -> list[dict[str, Any]]:
+NEEDS: dict[str, tuple[Ability, ...]] = {
+    "drop_injection": ("injection",),
+    "freeze_injection": ("injection",),
+    "freeze_attention": ("one pattern",),
+    "repeat_loop": ("early readouts", "equal loops"),
+}
+
+
+def lacking(model: Looped, ability: Ability) -> str:
+    """Why a model cannot do something, as a sentence; nothing if it can.
+
+    Args:
+        model: the model.
+        ability: what it would take.
+    """
+    why = model.lacks(ability)
+    return "" if why is None else f"{why[0].upper()}{why[1:]}"
+
+
+def offered(model: Looped) -> list[dict[str, Any]]:
     """Every kind, with what it asks for, and for those that the model does not have the reason.
 
     Args:
@@ -92,24 +111,20 @@ def offered(model: LoopedBridge) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     for name, kind in KINDS.items():
-        why = ""
-        if name.endswith("_injection") and model.looped_cfg.injection == "none":
-            why = f"Nothing is injected in the passes of this {model.looped_cfg.family} model."
-        elif name == "repeat_loop" and model._weights_processed:
-            why = "The weights were processed (compatibility mode) and belong to this number of loops."
+        why = "".join(lacking(model, ability) for ability in NEEDS.get(name, ()))
         stacks = _stacks(model, name)
         fields = [field for field in kind.fields if field != "stack" or len(stacks) > 1]
         found.append({"kind": name, "title": kind.title, "fields": fields, "stacks": stacks, "why": why})
     return found
 
 
-def _stacks(model: LoopedBridge, kind: str) -> list[str]:
+def _stacks(model: Looped, kind: str) -> list[str]:
     """The parts of the model that a kind of intervention can be in."""
     edges = [name for name in _EDGES if model.schedule.stacks[name]] if kind.startswith(("ablate", "skip_layer")) else []
     return [*model.schedule.core_stacks, *edges]
 
 
-def calls(model: LoopedBridge, edits: Sequence[dict[str, Any]]) -> tuple[list[Call], list[tuple[int, int]]]:
+def calls(model: Looped, edits: Sequence[dict[str, Any]]) -> tuple[list[Call], list[tuple[int, int]]]:
     """The calls that make the hooks of interventions, and the loops that are repeated, each with how often.
 
     Args:
@@ -133,7 +148,7 @@ def calls(model: LoopedBridge, edits: Sequence[dict[str, Any]]) -> tuple[list[Ca
     return found, sorted(repeats, reverse=True)  # the last first, so that earlier ones keep their numbers
 
 
-def _call(model: LoopedBridge, name: str, edit: dict[str, Any]) -> Call:
+def _call(model: Looped, name: str, edit: dict[str, Any]) -> Call:
     kind = KINDS[name]
     stacks = _stacks(model, name)
     stack = choice(*stacks)("stack", edit.get("stack") or stacks[0])
@@ -162,8 +177,8 @@ def _call(model: LoopedBridge, name: str, edit: dict[str, Any]) -> Call:
 
 
 def edited(
-    model: LoopedBridge, made: Sequence[Call], repeats: Sequence[tuple[int, int]], patches: Hooks
-) -> tuple[LoopedBridge, Hooks, list[int]]:
+    model: Looped, made: Sequence[Call], repeats: Sequence[tuple[int, int]], patches: Hooks
+) -> tuple[Looped, Hooks, list[int]]:
     """The model that runs, the hooks that act in it, and which loop of the unedited run each of its loops is.
 
     Args:

@@ -11,9 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._precision import wide
-from ..bridge.looped_bridge import LoopedBridge
 from ..lenses import logit_lens
-from ..looped import Lens
+from ..looped import Lens, Looped
 from ..schedule import Schedule
 from ._asked import words_of
 from ._edits import Hooks
@@ -51,7 +50,7 @@ class Said:
     targets: Int[Tensor, "pos target"]
     change: Float[Tensor, "row pos"]
 
-    def message(self, model: LoopedBridge, loops: Sequence[int], base: Schedule, made_for: int | None) -> dict[str, Any]:
+    def message(self, model: Looped, loops: Sequence[int], base: Schedule, made_for: int | None) -> dict[str, Any]:
         """The grid as a dict that JSON can hold.
 
         Args:
@@ -70,7 +69,7 @@ class Said:
         }
 
 
-def _row(model: LoopedBridge, layer: int, loops: Sequence[int], base: Schedule, made_for: int | None) -> dict[str, Any]:
+def _row(model: Looped, layer: int, loops: Sequence[int], base: Schedule, made_for: int | None) -> dict[str, Any]:
     """What a row is: its place, its names, whether the model was made for its loop, and its twin in the unedited run."""
     schedule = model.schedule
     site, p = schedule.site(layer), schedule.pass_of_layer(layer)
@@ -96,7 +95,7 @@ def _row(model: LoopedBridge, layer: int, loops: Sequence[int], base: Schedule, 
 
 @torch.no_grad()
 def read_grid(
-    model: LoopedBridge,
+    model: Looped,
     tokens: Int[Tensor, "1 pos"],
     lens: str,
     pins: Sequence[int],
@@ -118,10 +117,8 @@ def read_grid(
     return (_readouts if lens == "readout" else _lens)(model, tokens, lens, pins, hooks, progress, most)
 
 
-def _lens(
-    model: LoopedBridge, tokens: Tensor, lens: str, pins: Sequence[int], hooks: Hooks, progress: Progress, most: int
-) -> Said:
-    n_pos, n_rows, d_vocab = tokens.shape[1], model.schedule.n_layers, model.looped_cfg.d_vocab
+def _lens(model: Looped, tokens: Tensor, lens: str, pins: Sequence[int], hooks: Hooks, progress: Progress, most: int) -> Said:
+    n_pos, n_rows, d_vocab = tokens.shape[1], model.schedule.n_layers, model.cfg.d_vocab
     k = max(1, min(TOP_K, d_vocab, most // (n_rows * n_pos)))
     at_once = max(1, LOGITS_AT_ONCE // (n_rows * d_vocab))
     parts: list[Any] = []
@@ -150,10 +147,10 @@ def _lens(
 
 
 def _readouts(
-    model: LoopedBridge, tokens: Tensor, lens: str, pins: Sequence[int], hooks: Hooks, progress: Progress, most: int
+    model: Looped, tokens: Tensor, lens: str, pins: Sequence[int], hooks: Hooks, progress: Progress, most: int
 ) -> Said:
     """The same numbers of the logits after every loop, with everything that acts on the coda."""
-    schedule, n_pos, d_vocab = model.schedule, tokens.shape[1], model.looped_cfg.d_vocab
+    schedule, n_pos, d_vocab = model.schedule, tokens.shape[1], model.cfg.d_vocab
     layers = [schedule.pass_of_loop(t).layers[-1] for t in range(model.n_loops)]
     every = torch.full((schedule.n_layers, n_pos), torch.nan)
     k = max(1, min(TOP_K, d_vocab, most // (len(layers) * n_pos)))

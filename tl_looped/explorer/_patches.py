@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..figures.tokens_shown import token_texts
 from ..kinds import shown
+from ..looped import Looped
 from ..metrics import logit_diff
 from ..patching import patch_sweep
 from ..schedule import select_indices
@@ -26,7 +26,7 @@ from ._progress import Progress
 PARTS = 16  # of a sweep, after each of which it says how far it is
 
 
-def same_length(model: LoopedBridge, tokens: Int[Tensor, "1 pos"], others: Int[Tensor, "1 pos"]) -> None:
+def same_length(model: Looped, tokens: Int[Tensor, "1 pos"], others: Int[Tensor, "1 pos"]) -> None:
     """Refuse prompts of different lengths, and say where they part.
 
     Args:
@@ -51,7 +51,7 @@ def same_length(model: LoopedBridge, tokens: Int[Tensor, "1 pos"], others: Int[T
     )
 
 
-def patch_hooks(model: LoopedBridge, others: Int[Tensor, "1 pos"], patch: Patch) -> Hooks:
+def patch_hooks(model: Looped, others: Int[Tensor, "1 pos"], patch: Patch) -> Hooks:
     """Hooks that put activations of a run of the second prompt into that of the first.
 
     Args:
@@ -78,7 +78,7 @@ def patch_hooks(model: LoopedBridge, others: Int[Tensor, "1 pos"], patch: Patch)
     return [(name, put(cache[name], positions)) for name, positions in places.items()]
 
 
-def patched_places(model: LoopedBridge, patch: Patch, n_pos: int) -> dict[str, list[int]]:
+def patched_places(model: Looped, patch: Patch, n_pos: int) -> dict[str, list[int]]:
     """The hooks of a patch, each with its positions.
 
     Args:
@@ -90,7 +90,7 @@ def patched_places(model: LoopedBridge, patch: Patch, n_pos: int) -> dict[str, l
         LoopedError: a place or a head that the run does not have.
     """
     if patch.site == "z":
-        select_indices(patch.head, model.looped_cfg.n_heads, "heads")
+        select_indices(patch.head, model.cfg.n_heads, "heads")
     layers = {model.schedule.layer_name(i): i for i in range(model.schedule.n_layers)}
     passes = {model.schedule.pass_prefix(p) for p in model.schedule.passes}
     found: dict[str, list[int]] = {}
@@ -106,7 +106,7 @@ def patched_places(model: LoopedBridge, patch: Patch, n_pos: int) -> dict[str, l
 
 
 def sweep(
-    model: LoopedBridge,
+    model: Looped,
     tokens: Int[Tensor, "1 pos"],
     others: Int[Tensor, "1 pos"],
     site: str,
@@ -163,7 +163,7 @@ def sweep(
     }
 
 
-def _names(model: LoopedBridge, site: str) -> list[str]:
+def _names(model: Looped, site: str) -> list[str]:
     """The hooks of a site everywhere."""
     schedule, hook = model.schedule, KINDS[site].hook
     if site in PASSES:

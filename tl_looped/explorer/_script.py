@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..bridge.looped_bridge import LoopedBridge
+from ..looped import Looped
 from ._asked import Asked
 from ._edits import Call
 from ._patches import patched_places
@@ -28,7 +28,7 @@ for name, positions in places.items():
 """
 
 
-def source_of(model: LoopedBridge) -> str:
+def source_of(model: Looped) -> str:
     """How to load the model; a comment where nobody knows.
 
     Args:
@@ -41,7 +41,7 @@ def source_of(model: LoopedBridge) -> str:
 
 
 def script(
-    model: LoopedBridge,
+    model: Looped,
     asked: Asked,
     calls: Sequence[Call],
     repeats: Sequence[tuple[int, int]],
@@ -83,7 +83,7 @@ def script(
     for loop, times in repeats:
         body += f"model, hooks = interventions.repeat_loop(model, {loop}, times={times}, fwd_hooks=hooks)\n"
     targets = f", targets={list(asked.pins)}" if asked.pins else ""
-    top_k = min(10, model.looped_cfg.d_vocab)
+    top_k = min(10, model.cfg.d_vocab)
     call = (
         'model.readout(tokens, loop="all")  # [loop, batch, pos, d_vocab]'
         if asked.lens == "readout"

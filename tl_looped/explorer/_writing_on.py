@@ -9,11 +9,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .. import exits
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..kinds import choice, count
+from ..looped import Looped
 from ._asked import a_number, words_of
-from ._edits import Hooks
+from ._edits import Hooks, lacking
 from ._progress import Progress
 
 MOST_TOKENS = 256
@@ -27,13 +27,13 @@ POLICIES = {  # what each is called, and the threshold that is offered
 _CLASSES = {"gate": exits.Gate, "kl": exits.KL, "change": exits.StateChange, "two_hits": exits.TwoHitAcceleration}
 
 
-def policies(model: LoopedBridge) -> list[dict[str, Any]]:
+def policies(model: Looped) -> list[dict[str, Any]]:
     """The exit policies, and for one that the model cannot have the reason.
 
     Args:
         model: the model.
     """
-    no_gate = "" if model.looped_cfg.exit_gate else f"This {model.looped_cfg.family} model has no exit gate."
+    no_gate = lacking(model, "exit gate")
     return [
         {"policy": name, "title": title, "threshold": threshold, "why": no_gate if name == "gate" else ""}
         for name, (title, threshold) in POLICIES.items()
@@ -52,7 +52,7 @@ def policy_of(message: dict[str, Any]) -> exits.ExitPolicy | None:
 
 @torch.no_grad()
 def write_on(
-    model: LoopedBridge, tokens: Int[Tensor, "1 pos"], message: dict[str, Any], hooks: Hooks, progress: Progress
+    model: Looped, tokens: Int[Tensor, "1 pos"], message: dict[str, Any], hooks: Hooks, progress: Progress
 ) -> dict[str, Any]:
     """Generate greedily, as `model.generate` does.
 

@@ -11,14 +11,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..bridge.looped_bridge import LoopedBridge
 from ..errors import LoopedError
 from ..kinds import choice, count, shown
 from ..looped import Looped, check_model
 from ..running import first_hooked
 from ._asked import LENSES, SITES, Asked, listed, read_asked, read_prompt, token_id, words_of
 from ._attention import head_in_all_loops
-from ._edits import Call, Hooks, calls, edited, offered
+from ._edits import Call, Hooks, calls, edited, lacking, offered
 from ._grids import MOST_ENTRIES, Said, read_grid
 from ._page import frozen, frozen_part
 from ._patches import patch_hooks, same_length, sweep
@@ -60,14 +59,14 @@ class Session:
 
     most_entries: int = MOST_ENTRIES  # of the most probable tokens of a grid
 
-    def __init__(self, model: LoopedBridge):
+    def __init__(self, model: Looped):
         check_model(model)
-        if not isinstance(model, LoopedBridge):
+        if not isinstance(model, Looped):
             raise LoopedError(f"the explorer was asked of a {type(model).__name__}; it needs a LoopedBridge.")
-        self.model: LoopedBridge = model
+        self.model: Looped = model
         self.made_for: int | None = model.made_for  # loops beyond it are marked
         self._lock: threading.Lock = threading.Lock()
-        self._models: OrderedDict[int, LoopedBridge] = OrderedDict()
+        self._models: OrderedDict[int, Looped] = OrderedDict()
         self._grids: OrderedDict[Any, Said] = OrderedDict()
         self._questions: dict[str, Callable[[dict[str, Any], Progress], dict[str, Any]]] = {
             "describe": self._describe,
@@ -111,10 +110,10 @@ class Session:
         except (RuntimeError, MemoryError) as error:  # of torch: out of memory, above all
             return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no memory left'}"}
 
-    def _at(self, n_loops: int) -> LoopedBridge:
+    def _at(self, n_loops: int) -> Looped:
         """The model with another number of loops, which has hooks of its own."""
         if n_loops not in self._models:
-            if self.model._weights_processed:
+            if self.model.lacks("early readouts") is not None:
                 if n_loops != self.model.n_loops:
                     raise LoopedError(
                         f"The weights of this model were processed (compatibility mode) and belong to {self.model.n_loops} "
@@ -130,7 +129,7 @@ class Session:
 
     def _describe(self, message: dict[str, Any], progress: Progress) -> dict[str, Any]:
         """What the model is, and what is offered."""
-        model, cfg = self.model, self.model.looped_cfg
+        model = self.model
         name = str(model.cfg.model_name)
         prompts = PROMPTS.get(name, ANY_TEXT) if model.tokenizer is not None else self._ids()
         lenses = {
@@ -138,19 +137,19 @@ class Session:
             "logit": "last norm and unembedding",
             "readout": "after every loop",
         }
-        processed = "The weights were processed (compatibility mode)." if model._weights_processed else ""
+        processed = lacking(model, "early readouts")
         hooked = first_hooked(model)
         return {
             "name": name,
-            "family": cfg.family,
+            "family": model.facts().family,
             "runs": model.schedule.describe(),
             "n_loops": model.n_loops,
             "made_for": self.made_for,
             "stacks": {s: n for s, n in model.schedule.stacks.items() if n},
             "core_stacks": list(model.schedule.core_stacks),
-            "n_heads": cfg.n_heads,
+            "n_heads": model.cfg.n_heads,
             "n_ctx": model.cfg.n_ctx,
-            "d_vocab": cfg.d_vocab,
+            "d_vocab": model.cfg.d_vocab,
             "has_tokenizer": model.tokenizer is not None,
             "prompts": list(prompts),
             "lenses": [{"lens": lens, "title": lenses[lens], "why": "" if lens == "readout" else processed} for lens in LENSES],
@@ -162,7 +161,7 @@ class Session:
 
     def _ids(self) -> tuple[str, str]:
         """Two prompts of token ids."""
-        d_vocab, n = self.model.looped_cfg.d_vocab, min(6, self.model.cfg.n_ctx)
+        d_vocab, n = self.model.cfg.d_vocab, min(6, self.model.cfg.n_ctx)
         ids = [(5 * i + 1) % d_vocab for i in range(n)]
         other = [*ids[: n // 2], (ids[n // 2] + 1) % d_vocab, *ids[n // 2 + 1 :]]
         return ", ".join(map(str, ids)), ", ".join(map(str, other))
@@ -197,9 +196,7 @@ class Session:
             reply["edited"] = found.message(runs, loops, model.schedule, self.made_for)
         return reply
 
-    def _edits(
-        self, model: LoopedBridge, asked: Asked
-    ) -> tuple[list[Call], list[tuple[int, int]], Int[Tensor, "1 pos"] | None]:
+    def _edits(self, model: Looped, asked: Asked) -> tuple[list[Call], list[tuple[int, int]], Int[Tensor, "1 pos"] | None]:
         """The interventions as calls, the repeated loops, and the second prompt where activations of it are put in."""
         made, repeats = calls(model, asked.edits)
         if asked.patch is None:
@@ -209,15 +206,15 @@ class Session:
         return made, repeats, others
 
     def _edited(
-        self, model: LoopedBridge, asked: Asked, made: list[Call], repeats: list[tuple[int, int]], others: Tensor | None
-    ) -> tuple[LoopedBridge, Hooks, list[int]]:
+        self, model: Looped, asked: Asked, made: list[Call], repeats: list[tuple[int, int]], others: Tensor | None
+    ) -> tuple[Looped, Hooks, list[int]]:
         """The model that runs with the edits, their hooks, and which loop each of its loops is."""
         patches: Hooks = []
         if others is not None and asked.patch is not None:
             patches = patch_hooks(model, others, asked.patch)
         return edited(model, made, repeats, patches)
 
-    def _as_shown(self, message: dict[str, Any]) -> tuple[LoopedBridge, Hooks, Asked]:
+    def _as_shown(self, message: dict[str, Any]) -> tuple[Looped, Hooks, Asked]:
         """What runs where the screen shows the edited run: the model, and the hooks."""
         asked = read_asked(self.model, message.get("state"))
         model = self._at(asked.n_loops)
@@ -301,7 +298,7 @@ def frozen_grid(model: Looped, state: dict[str, Any], *, made_for: int | None, m
     Raises:
         LoopedError: the state does not fit the model.
     """
-    if not isinstance(model, LoopedBridge):
+    if not isinstance(model, Looped):
         return ""
     session = Session(model)
     session.made_for, session.most_entries = made_for, most_entries

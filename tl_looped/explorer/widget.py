@@ -11,10 +11,10 @@ from ._page import HERE
 from .session import Session
 
 if TYPE_CHECKING:
-    from ..bridge.looped_bridge import LoopedBridge
+    from ..looped import Looped
 
 
-def explore(model: LoopedBridge, prompt: str | None = None, *, state: dict[str, Any] | None = None) -> Any:
+def explore(model: Looped, prompt: str | None = None, *, state: dict[str, Any] | None = None) -> Any:
     """A widget that shows what a model would say after every layer of every loop, and lets one change what it does.
 
     `widget.state` is what it shows; `explore(model, state=...)` shows it again. Without a state, a notebook that is run again
