@@ -136,12 +136,13 @@ ACCEPTED = {
     **dict.fromkeys(
         (
             "norm_weight inner_norm qk_norm_weight query_gain prelude_norm entry_norm pass_norm final_norm exit_gate "
-            "attn_gate tied prefix_lm"
+            "attn_gate tied prefix_lm learned_positions own_layers"
         ).split(),
         (True,),
     ),
     **dict.fromkeys("n_prelude n_coda n_kv_heads d_head d_mlp value_gate_width".split(), (0,)),
-    **dict.fromkeys("norm_eps noise_std noise_scale embed_scale".split(), (0, 1.5)),
+    **dict.fromkeys("noise_std noise_scale embed_scale".split(), (0, 1.5)),
+    "norm_eps": [None, 0, 1.5],
     **dict.fromkeys("biases windows value_embed_layers".split(), ([],)),
     "qk_norm_eps": [None, 0, 1.5],
     "logit_softcap": [None, 1.5],
