@@ -24,6 +24,7 @@ from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped._writing import write_text
 from tl_looped.analysis import fixed_points, more_loops
 from tl_looped.cli import main
+from tl_looped.explorer._packing import unpacked
 from tl_looped.report import Report, report, sections
 from tl_looped.report.drawing import over_positions
 from tl_looped.report.pointer_chasing import example, right_answers
@@ -73,6 +74,39 @@ def figures(page: Path) -> list[list[dict[str, Any]]]:
     """The panels of every drawing."""
     found = re.findall(r'<script type="application/json">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)
     return [json.loads(one) for one in found]
+
+
+def held(text: str) -> list[dict[str, Any]]:
+    """What every grid of a page holds."""
+    return [json.loads(one) for one in re.findall(r'<script class="tlx-data"[^>]*>(.*?)</script>', text, re.DOTALL)]
+
+
+def test_grids_hold_the_numbers_of_the_json(page: Path, numbers: dict[str, Any]) -> None:
+    """And say for every row and column of the patched states where they are, with the tokens of both prompts."""
+    answers, entering, leaving = held(page.read_text(encoding="utf-8"))
+    words, top = answers["grid"]["grid"]["words"], unpacked(answers["grid"]["grid"]["top"])[..., 0]
+    assert [[words[str(i)] for i in row] for row in top.tolist()] == numbers["answers"]["numbers"]["answers"]
+    found = numbers["patching"]["numbers"]
+    for grid, name in ((entering, "entering_layers"), (leaving, "leaving_loops_core")):
+        torch.testing.assert_close(unpacked(grid["values"]), torch.tensor(found[name]["values"]))
+        assert [column["name"] for column in grid["columns"]] == found["clean"]
+        assert [column["other"] or column["name"] for column in grid["columns"]] == found["corrupted"]
+        assert sum(column["other"] is not None for column in grid["columns"]) == 5
+    assert [row["name"] for row in entering["rows"]][:3] == ["prelude · 0", "loop 0 · 0", "loop 0 · 1"]
+    assert [row["name"] for row in leaving["rows"]] == [f"loop {t}" for t in range(6)]
+
+
+def test_wrong_answers_are_marked_where_they_are() -> None:
+    model = LoopedBridge.from_pretrained("toy:hop-noinject", device="cpu")
+    prompts = hop_prompts(1, seed=7)
+    asked = Question(model, [prompts.tokens], 16, hops=prompts)
+    numbers, found = sections.answers.PARTS[0].measure(asked)
+    (grid,) = held(found.grid)
+    right, top = right_answers(asked.shown[0], 16), unpacked(grid["grid"]["grid"]["top"])[..., 0]
+    assert right is not None and grid["wrong"]
+    wrong = {(t, p) for t in range(16) for p in range(len(right[t])) if 0 <= right[t, p] != top[t, p]}
+    assert {(t, p) for t, p in grid["wrong"]} == wrong
+    assert len(wrong) == 16 * numbers["queries"] - sum(numbers["right_by_loop"])
 
 
 def test_the_json_holds_every_number_of_the_figures(page: Path, numbers: dict[str, Any]) -> None:
@@ -628,7 +662,12 @@ def test_the_page_in_a_browser(page: Path, width: int, scheme: str) -> None:
         view.on("request", lambda request: requests.append(request.url))
         view.goto(page.as_uri())
         view.wait_for_function("document.documentElement.dataset.drawn", timeout=60_000)
+        view.wait_for_function("document.querySelectorAll('.tlx-scroll').length === 3")
         found = view.evaluate(LOOK)
+        view.locator(".tlx-scroll").nth(1).focus()  # the patched states entering layers, at the last position
+        for key in ("PageDown", "PageDown", "Enter"):
+            view.keyboard.press(key)
+        patched = view.locator(".tlx-host").nth(1).locator("p").inner_text()
         tick = "getComputedStyle(document.querySelector('.drawing .tick')).fill"
         before = view.evaluate(tick)
         view.emulate_media(color_scheme="dark" if scheme == "light" else "light")  # figures follow the page
@@ -636,7 +675,9 @@ def test_the_page_in_a_browser(page: Path, width: int, scheme: str) -> None:
         browser.close()
     assert said == [] and requests == [page.as_uri()]
     assert found["overflow"] <= 0
-    assert found["figures"] == len(figures(page)) >= 15 and found["empty"] == found["squeezed"] == 0
+    assert found["figures"] == len(figures(page)) >= 14 and found["empty"] == found["squeezed"] == 0
+    restored = json.loads(page.with_suffix(".json").read_text())["sections"][2]["numbers"]["entering_layers"]["values"][-1][-1]
+    assert patched == f"loop 5 · 1, position 25 ‘A’: {restored:.3f}"
     assert found["heads"] == 24 and found["diagrams"] == 1
     assert found["contrast"] >= 4.5 and found["smallest"] >= 12  # WCAG's AA for text
 
@@ -670,11 +711,12 @@ def test_the_report_numbers_positions_by_their_own_index() -> None:
     (part,) = sections.answers.PARTS
     asked = Question(model, [tokens], 3, None, None)
     numbers, found = part.measure(asked)
-    (panel,) = part.panels(asked, numbers, found)[0].content
-    places = [int(re.findall(r"position (\d+), ", said)[0]) for said in panel.roles["x"].places]
+    places = [int(label) for label in numbers["probabilities"].labels["pos"]]
     assert places == list(range(8, 40))
-    best = model.readout(tokens, loop=0).softmax(-1).amax(-1)[0]
-    assert panel.grids[0]["colour"][0] == pytest.approx([best[i].item() for i in places], abs=1e-5)
+    chances = model.readout(tokens, loop=0).softmax(-1)[0]
+    assert numbers["probabilities"].values[0].tolist() == pytest.approx([chances[i].max().item() for i in places], abs=1e-5)
+    (grid,) = held(found.grid)  # which has every position
+    assert unpacked(grid["grid"]["grid"]["top"])[0, :, 0].tolist() == chances.argmax(-1).tolist()
 
 
 def test_the_steps_of_a_section_are_called_one_by_one() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from .._html import in_script
 
 HERE = Path(__file__).parent
+PLACE = '<div class="tlx-host"></div>'  # which `drawing_parts` fills
 
 
 def page(name: str, token: str, nonce: str) -> str:
@@ -60,25 +61,29 @@ def frozen(name: str, data: dict[str, Any]) -> str:
 </head>
 <body>
 {frozen_part(data)}
+{drawing_parts()}
 </body>
 </html>
 """
 
 
 def frozen_part(data: dict[str, Any]) -> str:
-    """What `frozen` shows, for a page that has other things too.
+    """A place for what `frozen` shows, or for `cells`, in a page that ends with `drawing_parts`.
 
     Args:
         data: as there.
     """
-    return f"""<div><style>{text("explorer.css")}</style><div class="tlx-host"></div>
-<script class="tlx-data" type="application/json">{in_script(json.dumps(data, allow_nan=False))}</script>
+    inside = in_script(json.dumps(data, allow_nan=False))
+    return f'<div>{PLACE}<script class="tlx-data" type="application/json">{inside}</script></div>'
+
+
+def drawing_parts() -> str:
+    """The style and the script that fill every `frozen_part` of a page; once in a page, after them."""
+    return f"""<style>{text("explorer.css")}</style>
 <script type="module">
 {text("explorer.js")}
-for (const host of document.querySelectorAll(".tlx-host:empty")) {{
-  mount(host, frozen(JSON.parse(host.nextElementSibling.textContent)));
-}}
-</script></div>"""
+mountAll();
+</script>"""
 
 
 @lru_cache

@@ -116,10 +116,11 @@ function overWidget(model) {
   };
 }
 
-// What was computed before: {describe, state, grid, sweep}.
+// What was computed before: {describe, state, grid, wrong}, where `wrong` lists the cells whose answer is known to be wrong.
 export function frozen(data) {
   return {
     frozen: true,
+    wrong: new Set((data.wrong ?? []).map(String)),
     ask: async (message) => data[message.ask] ?? { error: "This page holds what was computed before; ask with tl-looped explore." },
     load: () => data.state,
     save: () => {},
@@ -128,6 +129,23 @@ export function frozen(data) {
 
 // ---------------------------------------------------------------- colours
 
+// The page's or the notebook's theme, or the system's where neither says, for as long as the signal lets it.
+function follow(root, changed, signal) {
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const set = () => {
+    const lab = document.body.dataset.jpThemeLight;
+    const vscode = document.body.dataset.vscodeThemeKind;
+    const is = lab ? lab === "false" : vscode ? !vscode.includes("light") : dark.matches;
+    root.dataset.theme = is ? "dark" : "light";
+    changed();
+  };
+  dark.addEventListener("change", set, { signal });
+  const watcher = new MutationObserver(set);
+  watcher.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-vscode-theme-kind"] });
+  signal?.addEventListener("abort", () => watcher.disconnect());
+  set();
+}
+const backOf = (root) => (root.dataset.theme === "dark" ? [22, 26, 32] : [255, 255, 255]);
 const mix = (from, to, t) => from.map((x, i) => Math.round(x + (to[i] - x) * t));
 const css = ([r, g, b]) => `rgb(${r},${g},${b})`;
 const linear = (v) => (v <= 10 ? v / 3295 : ((v / 255 + 0.055) / 1.055) ** 2.4);
@@ -161,7 +179,7 @@ function measures(words) {
 // ---------------------------------------------------------------- the grid
 
 // Rows by columns on a canvas that shows what is in view; names of rows and columns stay. The data is
-//   {rows: [{name, title, group, edge, mark}], columns: [{name, title}], cell(r, c) -> {text, fill, corner, outline, dim}}
+//   {rows: [{name, group, edge, mark}], columns: [{name, sub, other}], cell(r, c) -> {text, fill, corner, outline, dim}}
 export class Grid {
   constructor(label, on = {}) {
     this.on = on;
@@ -184,6 +202,7 @@ export class Grid {
   }
 
   set(data, { cw = 72, rh = 21, left = 116 } = {}) {
+    this.top = data.columns.some((column) => column.other) ? 54 : 38; // a column may have a second token below its first
     if (cw !== this.cw || left !== this.left) this.cutTexts.clear();
     [this.data, this.cw, this.rh, this.left] = [data, cw, rh, left];
     this.cursor = [clamp(this.cursor[0], 0, Math.max(0, data.rows.length - 1)), clamp(this.cursor[1], 0, Math.max(0, data.columns.length - 1))];
@@ -281,12 +300,13 @@ export class Grid {
     for (let c = c0; c < c1; c++) {
       const x = left + c * cw - x0;
       const is = this.pinned && this.pinned[1] === c;
+      if (columns[c].other) { context.fillStyle = warm; context.globalAlpha = 0.18; context.fillRect(x, 0, cw - 1, top - 3); context.globalAlpha = 1; }
       context.fillStyle = is ? strong : quiet;
       context.font = "10px system-ui, sans-serif";
       context.fillText(columns[c].sub ?? String(c), x + 4, 10);
       context.fillStyle = is ? strong : ink;
       context.font = `${is ? "bold " : ""}11.5px ${font}`;
-      context.fillText(this.cut(context, columns[c].name, cw - 8), x + 4, 26);
+      for (const [i, name] of [columns[c].name, columns[c].other].entries()) if (name) context.fillText(this.cut(context, name, cw - 8), x + 4, 26 + 16 * i);
     }
     context.restore();
     context.fillStyle = line;
@@ -383,6 +403,50 @@ export class Grid {
   }
 }
 
+// A grid of numbers that a page holds, to be read only, in an element; the data is
+//   {title, rows, columns: [{name, sub, other}], values, texts}, rows as in a grid and values [row, column] as packed
+export function mountCells(host, data) {
+  const [values, columns] = [unpacked(data.values), data.columns.map((one) => ({ ...one, name: visible(one.name), other: one.other == null ? null : visible(one.other) }))];
+  const root = h("div", { class: "tlx" });
+  const said = h("p", { class: "tlx-quiet", "aria-hidden": "true" });
+  const number = (v) => (!Number.isFinite(v) ? "" : Math.abs(v) < 0.005 ? "0" : v.toFixed(2).replace("-", "−"));
+  const most = values.values.reduce((high, v) => (Math.abs(v) > high ? Math.abs(v) : high), 1);
+  const inWords = ([r, c]) => {
+    const { sub, name, other } = columns[c];
+    const text = data.texts ? `‘${visible(data.texts[r][c])}’ ` : "";
+    return `${data.rows[r].name}, position ${sub} ‘${name}’${other ? ` | ‘${other}’` : ""}: ${text}${shown(values.at(r, c))}`;
+  };
+  const say = (cell) => { const at = cell ?? grid.pinned; said.textContent = at ? inWords(at) : "Point at a cell, or click it."; };
+  const pick = (cell) => { grid.pinned = cell; say(cell); };
+  const grid = new Grid(`${data.title}; arrow keys move, Enter pins a cell`, { pick, hover: say, cursor: say, describe: inWords });
+  const legend = h("div", { class: "tlx-legend" });
+  host.replaceChildren(root);
+  root.append(grid.element, legend, said);
+  say(null);
+  follow(root, () => {
+    const base = backOf(root);
+    const has = values.values.some((v) => v < -0.05);
+    const ends = [...(has ? [HUES.red] : []), base, HUES.blue];
+    const fill = (v) => (Number.isFinite(v) ? mix(base, v < 0 ? HUES.red : HUES.blue, (0.9 * Math.abs(v)) / most) : null);
+    const cell = (r, c) => {
+      const text = data.texts ? visible(data.texts[r][c]) : number(values.at(r, c));
+      return { text, fill: fill(values.at(r, c)), dim: text === "0" && !data.texts };
+    };
+    legend.replaceChildren(h("span", {}, data.title), h("span", {}, has ? `−${shown(most)}` : "0"),
+      h("span", { class: "tlx-ramp", style: `background:linear-gradient(90deg,${ends.map(css).join(",")})` }), h("span", {}, shown(most)));
+    grid.set({ rows: data.rows, columns, cell }, { cw: data.texts ? 72 : 46, left: host.clientWidth < 600 ? 92 : 116 });
+  });
+  grid.show(grid.cursor = [0, columns.length - 1]); // the last position is the one that is answered
+}
+
+// Fills every place of a page without Python, whose data lies beside it.
+export function mountAll() {
+  for (const host of document.querySelectorAll(".tlx-host")) {
+    const data = JSON.parse(host.nextElementSibling.textContent);
+    if (data.values) mountCells(host, data); else mount(host, frozen(data));
+  }
+}
+
 // ---------------------------------------------------------------- the screen
 
 const FIRST = {
@@ -416,32 +480,14 @@ class Screen {
     this.gone = new AbortController();
     this.root = h("div", { class: "tlx" });
     host.replaceChildren(this.root);
-    this.theme();
+    follow(this.root, () => { this.grid?.later(); this.looks?.later(); if (this.attentionReply) this.drawAttention(); }, this.gone.signal);
     this.tasks = new Map();
-  }
-
-  // The page's or the notebook's theme; the system's where neither says.
-  theme() {
-    const dark = matchMedia("(prefers-color-scheme: dark)");
-    const set = () => {
-      const lab = document.body.dataset.jpThemeLight;
-      const vscode = document.body.dataset.vscodeThemeKind;
-      const is = lab ? lab === "false" : vscode ? !vscode.includes("light") : dark.matches;
-      this.root.dataset.theme = is ? "dark" : "light";
-      this.grid?.later(); this.looks?.later();
-      if (this.attentionReply) this.drawAttention();
-    };
-    dark.addEventListener("change", set, { signal: this.gone.signal });
-    this.watcher = new MutationObserver(set);
-    this.watcher.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-vscode-theme-kind"] });
-    set();
   }
 
   end() {
     this.gone.abort();
     clearTimeout(this.timer);
     this.stop();
-    this.watcher.disconnect();
     this.grid?.observer.disconnect();
     this.looks?.observer.disconnect();
     this.carrier.end?.();
@@ -727,7 +773,7 @@ class Screen {
     this.tiles = { size, across, step, w, high };
     const context = c.tiles.getContext("2d");
     context.scale(ratio, ratio);
-    const base = this.backColour();
+    const base = backOf(this.root);
     for (let t = 0; t < n_loops; t++) {
       const [x, y] = [(t % across) * step[0], Math.floor(t / across) * step[1] + 18];
       context.fillStyle = this.tile?.[0] === t ? strong : ink;
@@ -967,10 +1013,6 @@ class Screen {
     return { grid, rows, difference: Boolean(edited && state.show === "difference") };
   }
 
-  backColour() {
-    return this.root.dataset.theme === "dark" ? [22, 26, 32] : [255, 255, 255];
-  }
-
   refresh() {
     const { reply, state, controls: c } = this;
     if (!reply) return;
@@ -999,7 +1041,7 @@ class Screen {
       if (Number.isFinite(v)) all.push(v);
     }
     if (!how.fixed || difference) { all.sort((a, b) => a - b); most = (state.colour.startsWith("r:") ? all.at(-1) : all[Math.floor(0.99 * (all.length - 1))]) || 1; }
-    const base = this.backColour();
+    const base = backOf(this.root);
     const strength = (v) => (difference || !how.share ? Math.abs(v) / most : how.share(v, most));
     const fill = (v) => (Number.isFinite(v) ? mix(base, v < 0 ? HUES.red : HUES[difference ? "blue" : how.hue], 0.9 * clamp(strength(v), 0, 1)) : null);
     const patched = new Set((state.patch?.on !== false ? state.patch?.cells ?? [] : []).map(String));
@@ -1013,7 +1055,7 @@ class Screen {
         const row = rows[r];
         const has = row.twinRow ?? row;
         const corner = patched.size > 0 && (patched.has(String([has.name, col])) || patched.has(String([has.pass, col])));
-        const now = text(grid, row.index, col);
+        const now = (this.carrier.wrong?.has(String([row.index, col])) ? "✗ " : "") + text(grid, row.index, col);
         const before = row.twinIndex === null || !reply.edited ? now : text(reply.grid, row.twinIndex, col);
         if (!difference) return { text: now, fill: fill(value(row, col)), corner, outline: grid === reply.edited && now !== before };
         return { text: now === before ? now : `${before}→${now}`, fill: fill(value(row, col) - old(row, col)), corner, outline: now !== before, dim: now === before };

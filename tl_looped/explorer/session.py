@@ -283,14 +283,17 @@ class Session:
         return {"describe": self._describe(message, progress), "grid": reply, "state": state}
 
 
-def frozen_grid(model: Looped, state: dict[str, Any], *, made_for: int | None, most_entries: int) -> str:
-    """A grid as a part of any page of HTML, which shows it without Python and without a network.
+def frozen_grid(
+    model: Looped, state: dict[str, Any], *, made_for: int | None, most_entries: int, wrong: list[list[int]]
+) -> str:
+    """A grid as a part of any page of HTML that has the `drawing_parts`, which shows it without Python and a network.
 
     Args:
         model: the model.
         state: what is shown.
         made_for: how many loops it was made for; loops beyond are marked.
         most_entries: of the most probable tokens of all cells.
+        wrong: the rows and positions of cells whose answer is known to be wrong.
 
     Returns:
         The HTML; nothing for a model that the explorer cannot ask.
@@ -302,4 +305,4 @@ def frozen_grid(model: Looped, state: dict[str, Any], *, made_for: int | None, m
         return ""
     session = Session(model)
     session.made_for, session.most_entries = made_for, most_entries
-    return frozen_part(session._frozen({"state": state}, Progress()))
+    return frozen_part({**session._frozen({"state": state}, Progress()), "wrong": wrong})

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 
 from .._html import in_script
+from ..explorer._page import PLACE, drawing_parts
 from ..panels import Panel, json_ready
 from .section import Figure, Section
 
@@ -30,6 +31,8 @@ def page(title: str, lead: str, prompts: str, findings: Sequence[str], sections:
     links = "".join(f'<a href="#{s.name}">{escape(s.title)}</a>' for s in measured)
     cover = next((section.cover for section in measured if section.cover is not None), None)
     body = "".join(_section(section, cover) for section in measured)
+    first = _first_screen(prompts, findings, cover)
+    grids = drawing_parts() if PLACE in first + body else ""
     warning = f'<p class="refused">{escape(note)}</p>' if note else ""
     return f"""<!doctype html>
 <html lang="en">
@@ -43,7 +46,7 @@ def page(title: str, lead: str, prompts: str, findings: Sequence[str], sections:
 <body>
 <header>
 <h1>{escape(title)}</h1>
-{_first_screen(prompts, findings, cover)}
+{first}
 {warning}
 <p>{escape(lead)}</p>
 <nav>{links}</nav>
@@ -53,6 +56,7 @@ def page(title: str, lead: str, prompts: str, findings: Sequence[str], sections:
 </main>
 <footer>Made with tl_looped. The sentences above the figures are computed from the numbers in them.</footer>
 <script>{_file("../figures/panels.js")}{_file("page.js")}</script>
+{grids}
 </body>
 </html>
 """

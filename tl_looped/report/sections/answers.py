@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,18 +11,17 @@ from torch import Tensor
 from ..._words import counted
 from ...analysis._streaming import check_finite
 from ...explorer.session import frozen_grid
-from ...figures.tokens_shown import cut
-from ...panels import Mark
 from ...results import Grid
+from ...schedule import Site
 from .. import pointer_chasing
-from ..drawing import LONGEST, over_positions, with_axes
+from ..drawing import cells
 from ..question import Question
 from ..section import Figure, Numbers, Part, Reading, share
 from ..tables import Bar, table
 from ._common import SHOWN_POSITIONS
 
 COVER_ROWS = 10
-EVERY = "What every loop says: point at a cell or click it for its most probable tokens."
+EVERY = "What it would say at every position after each loop: point at a cell, or click it, for its most probable tokens."
 MOST_ENTRIES = 20_000  # of the most probable tokens in the grid of all positions
 
 
@@ -31,14 +29,14 @@ class Answers(NamedTuple):
     """The answers after every loop.
 
     Args:
-        tokens: the most probable token at every position that is shown, of the first prompt.
-        right: the right ones there, -1 where there is none; None where nobody knows.
+        right: the right tokens at every position that is shown, -1 where there is none; None where nobody knows.
+        wrong: the loops and positions of the answers that are none of them.
         ends: the probabilities after the last position of every prompt.
-        grid: every position and loop of the first prompt, as HTML; nothing for a model that the explorer cannot ask.
+        grid: what is said in every loop, as HTML; of the positions that are shown for a model that the explorer cannot ask.
     """
 
-    tokens: Int[Tensor, "loop pos"]
     right: Int[Tensor, "loop pos"] | None
+    wrong: list[list[int]]
     ends: Float[Tensor, "loop row d_vocab"]
     grid: str
 
@@ -81,13 +79,21 @@ def measure(asked: Question) -> tuple[Numbers, Answers]:
     if right is not None:
         numbers |= pointer_chasing.count_right(answers, right)
     numbers["cover"] = [[bar.share for bar in row] for _, row in _cover_rows(asked, ends)]
-    return numbers, Answers(answers, right, ends, _all_positions(asked, tokens))
+    wrong: list[list[int]] = []
+    if right is not None:
+        wrong = [[t, first + p] for t, p in ((right >= 0) & (right != answers)).nonzero().tolist()]
+    return numbers, Answers(right, wrong, ends, _grid(asked, numbers, tokens, wrong))
 
 
-def _all_positions(asked: Question, tokens: Int[Tensor, " pos"]) -> str:
+def _grid(asked: Question, numbers: Numbers, tokens: Int[Tensor, " pos"], wrong: list[list[int]]) -> str:
     """The explorer's grid of the first prompt, in which nothing more can be asked."""
     state = {"tokens": tokens.tolist(), "lens": "readout", "loops": asked.n_loops}
-    return frozen_grid(asked.deep, state, made_for=asked.made_for, most_entries=MOST_ENTRIES)
+    if grid := frozen_grid(asked.deep, state, made_for=asked.made_for, most_entries=MOST_ENTRIES, wrong=wrong):
+        return grid
+    rows = [(f"loop {t}", Site("core", t, 0)) for t in range(asked.n_loops)]
+    found = numbers["probabilities"]
+    columns: list[dict[str, str | None]] = [{"name": numbers["prompt"][int(p)], "sub": p} for p in found.labels["pos"]]
+    return cells(found, rows, columns, own=asked.own, texts=numbers["answers"])
 
 
 def read(asked: Question, numbers: Numbers, found: Answers) -> Reading:
@@ -140,31 +146,13 @@ def read(asked: Question, numbers: Numbers, found: Answers) -> Reading:
 
 
 def panels(asked: Question, numbers: Numbers, found: Answers) -> list[Figure]:
-    """The grid of answers, loop by position; the most probable tokens; the answers to the whole prompts for the cover."""
-    grid = numbers["probabilities"]
-    positions = [int(label) for label in grid.labels["pos"]]
-    panel = over_positions(grid, numbers["prompt"][positions[0] :], positions, "loop")
-    wrong = torch.zeros_like(found.tokens) if found.right is None else (found.right >= 0) & (found.right != found.tokens)
-    text = [
-        [cut(word, LONGEST) + (" ✗" if is_wrong else "") for word, is_wrong in zip(*rows, strict=True)]
-        for rows in zip(numbers["answers"], wrong.tolist(), strict=True)
-    ]
-    caption = "The most probable next token at every position, if the model stopped after each loop; darker is more probable."
-    marks: list[Mark] = []
-    if asked.n_loops > asked.own:
-        marks.append(Mark(y=asked.own - 0.5, look="dotted"))
-        caption += f" Below the dotted line it loops more often than {asked.own_words}."
-    if bool(wrong.any()):
+    """The grid of what is said, loop by position; the answers to the whole prompts for the cover."""
+    caption = EVERY
+    if asked.n_loops > asked.own and not asked.made_for:  # else the rows are marked
+        caption += f" From loop {asked.own} on it loops more often than {asked.own_words}."
+    if found.wrong:
         caption += " ✗ marks answers to queries that are not the next hop."
-    shade = replace(panel.roles["colour"], title="", range=(0.0, 1.0), form="%")  # the cells say what is drawn
-    panel = replace(with_axes(panel, colour=shade), grids=[panel.grids[0] | {"text": text}], marks=marks)
-    longest = max(len(word) for row in numbers["answers"] for word in row)
-    width = 50 + max(30, min(110, 12 + 8 * longest)) * len(positions)
-    return [
-        Figure(caption, [panel], width),
-        *([Figure(EVERY, found.grid, is_wide=True)] if found.grid else []),
-        _cover(asked, found.ends),
-    ]
+    return [Figure(caption, found.grid, is_wide=True), _cover(asked, found.ends)]
 
 
 def _told(asked: Question) -> list[int]:

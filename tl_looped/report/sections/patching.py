@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..._words import counted
 from ...metrics import logit_diff
 from ...names import stack_prefix
-from ...panels import Axis, Mark, Panel, pass_lines
 from ...patching.sweep import patch_sweep
-from ...results import Grid
 from ...schedule import Site
 from .. import pointer_chasing
-from ..drawing import over_positions, with_axes
+from ..drawing import cells
 from ..question import Question
 from ..section import Figure, Numbers, Part, Reading, Unmeasured, listed, share
 from ._common import SHOWN_POSITIONS
 
 DECIDES = 0.5  # of the difference, restored by one state
-COLUMN = 20  # pixels across, in which a tilted token can be read
-FAINT = 0.05  # of the difference; columns that stay below are not drawn
 SHOWN_PASSES = 8  # named in a sentence
 
 
@@ -160,32 +154,27 @@ def read(asked: Question, numbers: Numbers, chosen: Tokens) -> Reading:
 
 
 def panels(asked: Question, numbers: Numbers, chosen: Tokens) -> list[Figure]:
-    """What every state restores, in the columns where any does."""
-    schedule, positions, words = asked.model.schedule, numbers["positions"], _columns(numbers)
-    sweep, a_pass, n = numbers["entering_layers"], schedule.names.pass_word, len(words)
-    differs = [False] * n if asked.pair is None else (asked.pair[0] != asked.pair[1])[0].tolist()
-    drawn = {k for k, p in enumerate(positions) if differs[p] or float(sweep.values[:, k].abs().max()) >= FAINT}
-    kept = sorted(drawn | {len(positions) - 1})
-
-    def columns(grid: Grid, down: str, marks: Sequence[Mark] = ()) -> list[Panel]:
-        labels = {**grid.labels, grid.axes[-1]: [grid.labels[grid.axes[-1]][k] for k in kept]}
-        part = Grid(grid.values[..., kept], grid.axes, labels, "share restored")
-        panel = over_positions(part, [words[positions[k]] for k in kept], [positions[k] for k in kept], down)
-        if float(part.values.min()) > -FAINT:  # what is below zero is nothing, and needs no colour of its own
-            shade = Axis("share restored", range=(0.0, max(1.0, float(part.values.max()))), palette="Blues")
-            panel = with_axes(panel, colour=shade)
-        return [replace(panel, marks=[*panel.marks, *marks])]
-
-    n_left = len(positions) - len(kept)
-    cut = f" Left out: {counted(n_left, 'position')} where no patch moves it by {FAINT:.0%}." if n_left else ""
-    cut += f" Patched: {len(positions)} of {n} positions." if len(positions) < n else ""
+    """What every state restores, at every position that was patched."""
+    schedule, positions, n = asked.model.schedule, numbers["positions"], len(numbers["clean"])
+    a_pass, columns = schedule.names.pass_word, []
+    for p in positions:
+        clean, corrupted = numbers["clean"][p], numbers["corrupted"][p]
+        columns.append({"name": clean, "sub": str(p), "other": None if clean == corrupted else corrupted})
+    cut = f" Patched: {len(positions)} of {n} positions." if len(positions) < n else ""
     part = "prelude, loops and coda" if schedule.n_prelude or schedule.n_coda else "all loops"
-    caption = f"Patching the state entering each layer, {part}; clean | corrupted where the tokens differ.{cut}"
-    figures = [Figure(caption, columns(sweep, "layer", pass_lines(schedule.sites)), 120 + COLUMN * len(kept), is_cover=True)]
+    caption = (
+        f"Patching the state entering each layer, {part}: the share of the difference that it restores. Columns that are "
+        f"shaded have another token in the corrupted prompt, below that of the clean one.{cut}"
+    )
+    layers = [(f"{site.where} · {site.layer}", site) for site in schedule.sites]
+    sweep = replace(numbers["entering_layers"], name="share restored")
+    figures = [Figure(caption, cells(sweep, layers, columns), is_wide=True, is_cover=True)]
     for stack in schedule.core_stacks:
         if after := numbers.get(f"leaving_loops_{stack}"):
+            loops = [Site(stack, t, 0) for t in range(len(after.values))]
             caption = f"{stack_prefix(stack, ': ')}Patching the state leaving each {a_pass}."
-            figures.append(Figure(caption, columns(after, a_pass), 60 + COLUMN * len(kept)))
+            after = replace(after, name="share restored")
+            figures.append(Figure(caption, cells(after, [(site.where, site) for site in loops], columns), is_wide=True))
     return figures
 
 
