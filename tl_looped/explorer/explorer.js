@@ -404,7 +404,7 @@ export class Grid {
 }
 
 // A grid of numbers that a page holds, to be read only, in an element; the data is
-//   {title, rows, columns: [{name, sub, other}], values, texts}, rows as in a grid and values [row, column] as packed
+//   {title, rows, columns: [{name, sub, other}], values}, rows as in a grid and values [row, column] as packed
 export function mountCells(host, data) {
   const [values, columns] = [unpacked(data.values), data.columns.map((one) => ({ ...one, name: visible(one.name), other: one.other == null ? null : visible(one.other) }))];
   const root = h("div", { class: "tlx" });
@@ -413,8 +413,7 @@ export function mountCells(host, data) {
   const most = values.values.reduce((high, v) => (Math.abs(v) > high ? Math.abs(v) : high), 1);
   const inWords = ([r, c]) => {
     const { sub, name, other } = columns[c];
-    const text = data.texts ? `‘${visible(data.texts[r][c])}’ ` : "";
-    return `${data.rows[r].name}, position ${sub} ‘${name}’${other ? ` | ‘${other}’` : ""}: ${text}${shown(values.at(r, c))}`;
+    return `${data.rows[r].name}, position ${sub} ‘${name}’${other ? ` | ‘${other}’` : ""}: ${shown(values.at(r, c))}`;
   };
   const say = (cell) => { const at = cell ?? grid.pinned; said.textContent = at ? inWords(at) : "Point at a cell, or click it."; };
   const pick = (cell) => { grid.pinned = cell; say(cell); };
@@ -428,13 +427,10 @@ export function mountCells(host, data) {
     const has = values.values.some((v) => v < -0.05);
     const ends = [...(has ? [HUES.red] : []), base, HUES.blue];
     const fill = (v) => (Number.isFinite(v) ? mix(base, v < 0 ? HUES.red : HUES.blue, (0.9 * Math.abs(v)) / most) : null);
-    const cell = (r, c) => {
-      const text = data.texts ? visible(data.texts[r][c]) : number(values.at(r, c));
-      return { text, fill: fill(values.at(r, c)), dim: text === "0" && !data.texts };
-    };
+    const cell = (r, c) => ({ text: number(values.at(r, c)), fill: fill(values.at(r, c)), dim: number(values.at(r, c)) === "0" });
     legend.replaceChildren(h("span", {}, data.title), h("span", {}, has ? `−${shown(most)}` : "0"),
       h("span", { class: "tlx-ramp", style: `background:linear-gradient(90deg,${ends.map(css).join(",")})` }), h("span", {}, shown(most)));
-    grid.set({ rows: data.rows, columns, cell }, { cw: data.texts ? 72 : 46, left: host.clientWidth < 600 ? 92 : 116 });
+    grid.set({ rows: data.rows, columns, cell }, { cw: 46, left: host.clientWidth < 600 ? 92 : 116 });
   });
   grid.show(grid.cursor = [0, columns.length - 1]); // the last position is the one that is answered
 }

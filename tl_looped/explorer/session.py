@@ -296,13 +296,11 @@ def frozen_grid(
         wrong: the rows and positions of cells whose answer is known to be wrong.
 
     Returns:
-        The HTML; nothing for a model that the explorer cannot ask.
+        The HTML.
 
     Raises:
         LoopedError: the state does not fit the model.
     """
-    if not isinstance(model, Looped):
-        return ""
     session = Session(model)
     session.made_for, session.most_entries = made_for, most_entries
     return frozen_part({**session._frozen({"state": state}, Progress()), "wrong": wrong})

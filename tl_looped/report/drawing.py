@@ -50,30 +50,16 @@ def over_positions(grid: Grid, words: Sequence[str], positions: Sequence[int], d
     return with_axes(panel, x=Axis("", tokens, said, form="tokens"), y=replace(panel.roles["y"], title=down))
 
 
-def cells(
-    grid: Grid,
-    rows: Sequence[tuple[str, Site]],
-    columns: Sequence[dict[str, str | None]],
-    *,
-    own: int | None = None,
-    texts: Sequence[Sequence[str]] | None = None,
-) -> str:
+def cells(grid: Grid, rows: Sequence[tuple[str, Site]], columns: Sequence[dict[str, str | None]]) -> str:
     """The grid of the explorer with numbers that were computed before, as HTML.
 
     Args:
         grid: the numbers, [row, column].
         rows: the name of every row and where it is; a line parts loops.
         columns: {"name": a token, "sub": its position, "other": the token of a second prompt where that is another one}.
-        own: loops from here on are marked.
-        texts: what the cells say; their numbers if None.
     """
-    described = [
-        {"name": name, "group": site.where, "edge": site.loop is None, "mark": own is not None and (site.loop or 0) >= own}
-        for name, site in rows
-    ]
-    return frozen_part(
-        {"title": grid.name, "rows": described, "columns": list(columns), "values": packed(grid.values), "texts": texts}
-    )
+    described = [{"name": name, "group": site.where, "edge": site.loop is None} for name, site in rows]
+    return frozen_part({"title": grid.name, "rows": described, "columns": list(columns), "values": packed(grid.values)})
 
 
 def linear_if_narrow(panel: Panel) -> Panel:

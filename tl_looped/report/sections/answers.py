@@ -12,9 +12,7 @@ from ..._words import counted
 from ...analysis._streaming import check_finite
 from ...explorer.session import frozen_grid
 from ...results import Grid
-from ...schedule import Site
 from .. import pointer_chasing
-from ..drawing import cells
 from ..question import Question
 from ..section import Figure, Numbers, Part, Reading, share
 from ..tables import Bar, table
@@ -32,7 +30,7 @@ class Answers(NamedTuple):
         right: the right tokens at every position that is shown, -1 where there is none; None where nobody knows.
         wrong: the loops and positions of the answers that are none of them.
         ends: the probabilities after the last position of every prompt.
-        grid: what is said in every loop, as HTML; of the positions that are shown for a model that the explorer cannot ask.
+        grid: what is said in every loop at every position of the first prompt, as the explorer's grid in HTML.
     """
 
     right: Int[Tensor, "loop pos"] | None
@@ -82,18 +80,9 @@ def measure(asked: Question) -> tuple[Numbers, Answers]:
     wrong: list[list[int]] = []
     if right is not None:
         wrong = [[t, first + p] for t, p in ((right >= 0) & (right != answers)).nonzero().tolist()]
-    return numbers, Answers(right, wrong, ends, _grid(asked, numbers, tokens, wrong))
-
-
-def _grid(asked: Question, numbers: Numbers, tokens: Int[Tensor, " pos"], wrong: list[list[int]]) -> str:
-    """The explorer's grid of the first prompt, in which nothing more can be asked."""
-    state = {"tokens": tokens.tolist(), "lens": "readout", "loops": asked.n_loops}
-    if grid := frozen_grid(asked.deep, state, made_for=asked.made_for, most_entries=MOST_ENTRIES, wrong=wrong):
-        return grid
-    rows = [(f"loop {t}", Site("core", t, 0)) for t in range(asked.n_loops)]
-    found = numbers["probabilities"]
-    columns: list[dict[str, str | None]] = [{"name": numbers["prompt"][int(p)], "sub": p} for p in found.labels["pos"]]
-    return cells(found, rows, columns, own=asked.own, texts=numbers["answers"])
+    state = {"tokens": tokens.tolist(), "lens": "readout", "loops": n_loops}
+    grid = frozen_grid(asked.deep, state, made_for=asked.made_for, most_entries=MOST_ENTRIES, wrong=wrong)
+    return numbers, Answers(right, wrong, ends, grid)
 
 
 def read(asked: Question, numbers: Numbers, found: Answers) -> Reading:
