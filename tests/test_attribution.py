@@ -186,6 +186,12 @@ def test_text_and_rows_and_half_precision() -> None:
     assert found.values.dtype == torch.float32 and found.axes == ("loop", "layer", "head")
 
 
+def test_steps_are_refused_where_token_ids_are_read_beside_the_embedding() -> None:
+    bridge = random_bridge("parcae")
+    with pytest.raises(LoopedError, match=r"steps=2 was asked.*value embeddings\)\. Leave steps out\."):
+        attribution_sweep(bridge, CORRUPTED, run(bridge, CLEAN), total, steps=2)
+
+
 def test_grad_modes_and_frozen_parameters_make_no_difference() -> None:
     bridge = random_bridge("parcae")
     cache = run(bridge, CLEAN)

@@ -42,8 +42,9 @@ def test_statements_of_the_release_before(statement: str, home: str) -> None:
     for old in _old_names.MODULES:
         sys.modules.pop(f"tl_looped.{old}", None)
         vars(tl_looped).pop(old, None)
-    with pytest.warns(FutureWarning, match="is now"):
-        exec(statement, found)
+    with pytest.warns(FutureWarning, match="is now") as seen:
+        exec(compile(statement, "a notebook", "exec"), found)
+    assert {warning.filename for warning in seen} == {"a notebook"}
     assert found["logit_lens"].__module__ == home
 
 

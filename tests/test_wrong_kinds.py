@@ -13,11 +13,13 @@ import torch
 from tl_looped import LoopedBridge, LoopedConfig, analysis, compare, interventions, run
 from tl_looped.attribution import attribution_sweep, edge_sweep, influence, path_patch, weight_gradients_by_pass
 from tl_looped.errors import LoopedError
+from tl_looped.lenses import logit_lens
 from tl_looped.patching import ablation_sweep, patch_between_loops, patch_sweep
 from tl_looped.report import report
 
 CFG: dict[str, Any] = {"d_model": 8, "n_heads": 2, "d_vocab": 10, "n_core": 2, "n_loops": 3, "injection": "concat"}
 MODEL = LoopedBridge.from_config(LoopedConfig(**CFG), seed=0)
+HOP = LoopedBridge.from_pretrained("toy:hop")
 TOKENS = torch.tensor([[1, 2, 3]])
 CACHE = MODEL.run_with_cache(TOKENS)[1]
 EDGE: dict[str, Any] = {"sources": "embed", "receivers": "logits"}
@@ -69,7 +71,7 @@ def test_every_intervention_is_asked_here() -> None:
 
 
 @pytest.mark.parametrize("name", [*ASK, *HOOKS])
-@pytest.mark.parametrize("model", ["toy:hop", PLAIN, None], ids=["name", "plain", "none"])
+@pytest.mark.parametrize("model", ["toy:hop", PLAIN, None, LoopedBridge], ids=["name", "plain", "none", "class"])
 def test_what_is_no_model_is_named(name: str, model: Any, unchecked: None) -> None:
     with pytest.raises(LoopedError, match=rf"{type(model).__name__} was given|{type(model).__name__}.*LoopedBridge"):
         ASK[name](model, TOKENS) if name in ASK else HOOKS[name](model)
@@ -82,6 +84,25 @@ def test_what_is_no_model_is_named(name: str, model: Any, unchecked: None) -> No
 def test_what_is_no_prompt_is_refused(name: str, prompts: Any, unchecked: None) -> None:
     with pytest.raises(LoopedError):
         ASK[name](MODEL, prompts)
+
+
+READ: dict[str, Callable[[LoopedBridge, Any], Any]] = {
+    "forward": lambda model, prompts: model(prompts),
+    "logit_lens": lambda model, prompts: logit_lens(model, prompts, targets="c"),
+    "compare": lambda model, prompts: compare(model, prompts, n_loops=(2, 4)),
+    "patch_between_loops": lambda model, prompts: patch_between_loops(model, prompts, metric),
+    "weight_gradients_by_pass": weight_gradients_by_pass,
+    "answers": lambda model, prompts: model.answers(prompts),
+}
+ODD = {"none": None, "int": 5, "bools": torch.ones(1, 3).bool(), "empty": torch.ones(1, 0).long(), "rows": [[1, 2]], "ids": [1]}
+
+
+@pytest.mark.parametrize(
+    ("name", "odd"), [(name, odd) for name in READ for odd in ODD if (name, odd) != ("answers", "rows")]
+)  # answers reads lists of token ids
+def test_a_model_with_a_tokenizer_refuses_what_is_no_prompt(name: str, odd: str, unchecked: None) -> None:
+    with pytest.raises(LoopedError):
+        READ[name](HOP, ODD[odd])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from importlib import import_module
@@ -78,4 +79,12 @@ def moved(package: str, name: str) -> Any:
 
 
 def _warn(old: str, new: str) -> None:
-    warnings.warn(f"{old} is now {new}.", FutureWarning, stacklevel=3)
+    """Warn at the line that asked for the former name, through whatever imports it went."""
+    frame = inspect.currentframe()
+    while frame and frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in (PACKAGE, "importlib"):
+        frame = frame.f_back
+    if frame:
+        registry = frame.f_globals.setdefault("__warningregistry__", {})
+        warnings.warn_explicit(
+            f"{old} is now {new}.", FutureWarning, frame.f_code.co_filename, frame.f_lineno, registry=registry
+        )

@@ -330,7 +330,7 @@ def check_model(model: object) -> None:
     Raises:
         LoopedError: it is none.
     """
-    if not isinstance(model, Looped):
+    if not isinstance(model, Looped) or isinstance(model, type):  # a class has the names too
         raise LoopedError(
             f"a {type(model).__name__} was given as the model; pass a LoopedBridge, from LoopedBridge.from_pretrained(name) or "
             "LoopedBridge.from_hf(model)."

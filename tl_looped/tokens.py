@@ -18,7 +18,7 @@ Mask = Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None  # 1 for real
 
 def check_tokens(tokens: Tensor, d_vocab: int) -> None:
     """Raise a `LoopedError` unless `tokens` is a non-empty integer [batch, pos] inside the vocabulary."""
-    if tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
+    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool or not tokens.numel():
         raise LoopedError(
             f"tokens of shape {tuple(tokens.shape)} and {tokens.dtype} were given; pass a non-empty int [batch, pos]."
         )

@@ -94,7 +94,7 @@ def run_twice(
 
 def check_bridge(model: object) -> None:
     """Refuse what is neither a looped model nor a plain `TransformerBridge`."""
-    if not isinstance(model, Hooked):
+    if not isinstance(model, Hooked) or isinstance(model, type):
         check_model(model)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -195,7 +195,7 @@ def compare(
     at_end = answers is not None or corrupted is not None
     scored = "the answers" if answers is not None else f"what {sides[0].name} answers" if at_end else "next tokens"
     measure = SideBySideMeasure((sides[0].name, sides[1].name), tuple(hooks), at_end, by_text, scored, initial_state)
-    if not isinstance(prompts, (str, Tensor, Sequence)):
+    if isinstance(prompts, Iterable) and not isinstance(prompts, (str, Tensor, Sequence)):
         prompts = list(prompts)
     streams: list[Iterator[Any]] = []
     for side, texts in zip(sides, (prompts, prompts if corrupted is None else corrupted), strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._old_calls import accepts_old
 from .._precision import wide
 from ..errors import LoopedError
-from ..looped import Cache, Looped, require
+from ..looped import Cache, Looped
 from ..patching.clean_run import Comparison, Metric, clean_at
 from ..results import Grid
 from ..schedule import LoopSelector, check_count
@@ -119,7 +119,8 @@ def _summed(values: Tensor, dims: Sequence[str], kept: Sequence[str]) -> Tensor:
 
 def _integrated(pair: Comparison, names: list[str], steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The corrupted activations, and the gradients averaged on the way of the input embedding to the clean one."""
-    require(pair.model, "one embedding", f"a path between two input embeddings (steps={steps})")
+    if why := pair.model.lacks("one embedding"):
+        raise LoopedError(f"steps={steps} was asked, a path between two input embeddings, but {why} Leave steps out.")
     corrupted = pair.activations([*names, "hook_embed"])
     step = pair.clean("hook_embed", corrupted["hook_embed"]) - wide(corrupted["hook_embed"])
     total: dict[str, Tensor] = {}

@@ -80,7 +80,10 @@ def encode(
     side = tokenizer.padding_side if padding_side is None else padding_side
     if side not in ("left", "right"):
         raise LoopedError(f"padding_side={side!r} was asked; choose 'left' or 'right'.")
-    rows = _ids(tokenizer, cfg, [texts] if isinstance(texts, str) else list(texts), prepend_bos, truncate)
+    listed: list[Any] = [texts] if isinstance(texts, str) else list(texts)
+    if others := [type(text).__name__ for text in listed if not isinstance(text, str)]:
+        raise LoopedError(f"a list with a {others[0]} was given as texts; pass texts, or token ids as a tensor [batch, pos].")
+    rows = _ids(tokenizer, cfg, listed, prepend_bos, truncate)
     lengths = [len(row) for row in rows]
     longest = max(lengths, default=0)
     if all(n == longest for n in lengths):

@@ -21,7 +21,7 @@ from ..metrics import one_token
 from ..panels import Panel
 from ..results import Grid, Result
 from ..schedule import LoopSelector, check_count
-from ..tokens import Mask, refuse_unmarked_padding
+from ..tokens import Mask, check_tokens, refuse_unmarked_padding
 
 __all__ = ["Answers"]
 
@@ -199,6 +199,7 @@ def _rows(model: Looped, prompts: Any, mask: Mask) -> tuple[Int[Tensor, "prompt 
     listed: Any = list(prompts) if isinstance(prompts, (list, tuple)) else prompts
     if isinstance(listed, Tensor):
         tokens = (listed[None] if listed.ndim == 1 else listed).to(device)
+        check_tokens(tokens, model.cfg.d_vocab)
         if mask is None:
             refuse_unmarked_padding(model.tokenizer, tokens, "answers")
         mask = None if mask is None else torch.as_tensor(mask, device=device).reshape(tokens.shape)

@@ -156,6 +156,8 @@ def _token_ids(
     elif mask is None:
         refuse_unmarked_padding(model.tokenizer, tokens, "logit_lens")
     read, mask = model.read(tokens, None, "right", mask)
+    if read is None:
+        raise LoopedError("tokens=None were given; pass a text, texts or a tensor of token ids.")
     ids: Tensor = (read[None] if read.ndim == 1 else read).to(model.cfg.device)
     check_tokens(ids, model.cfg.d_vocab)
     if mask is not None and mask.shape != ids.shape:
