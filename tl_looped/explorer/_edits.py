@@ -80,7 +80,8 @@ class Call:
         positional = self.positional
         if self.direction is not None:
             toward, away = self.direction
-            positional = (model.W_U[:, toward] - model.W_U[:, away],)
+            weights: Any = model
+            positional = (weights.W_U[:, toward] - weights.W_U[:, away],)
         return function(model, *positional, **self.named)
 
 

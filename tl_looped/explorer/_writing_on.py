@@ -79,13 +79,14 @@ def write_on(
         progress(min(1.0, steps / n), "generating")
         steps += 1
 
-    model.exit_policy = policy_of(message)
+    writer: Any = model  # which generates, beside what tools ask
+    writer.exit_policy = policy_of(message)
     try:
         with model.hooks(fwd_hooks=[*hooks, ("hook_embed", step)]):
-            written = model.generate(tokens, n, do_sample=False, verbose=False, stop_at_eos=model.tokenizer is not None)
-        report = model.generation_report
+            written = writer.generate(tokens, n, do_sample=False, verbose=False, stop_at_eos=model.tokenizer is not None)
+        report = writer.generation_report
     finally:
-        model.exit_policy = before
+        writer.exit_policy = before
     new: list[int] = written[0, tokens.shape[1] :].tolist()
     assert report is not None
     return {
