@@ -17,6 +17,8 @@ from ..model.loops import Parts, Stream, run_part
 from ..record import InitialState
 from ..schedule import Schedule, Site
 
+TOGETHER = 512  # positions of states that go through the coda at once
+
 
 class WayOut:
     """The ways from a residual stream to the output, on a plain twin of the model: same parameters, one loop, no hooks.
@@ -51,11 +53,26 @@ class WayOut:
         hidden = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         chosen = (torch.arange(len(positions), device=weight.device)[:, None], positions.to(weight.device))
 
+        waiting: list[tuple[int, Tensor]] = []  # states of many layers that take the whole coda
+
+        def through_coda() -> None:
+            if waiting:
+                out = self._out(torch.cat([x for _, x in waiting]), 0).split(len(self.tokens))
+                for (row, _), x in zip(waiting, out, strict=True):
+                    hidden[row] = x[chosen]
+                waiting.clear()
+
         def decode(layer: int) -> Callable[..., None]:
             def hook(resid: Tensor, hook: object) -> None:
                 for row, (lens, i) in enumerate(cells):
-                    if i == layer:
-                        hidden[row] = (self.native(i, resid) if lens == "native" else self.twin.ln_final(resid))[chosen]
+                    if i == layer and lens == "logit":
+                        hidden[row] = self.twin.ln_final(resid)[chosen]
+                    elif i == layer and schedule.site(i).stack == "coda":
+                        hidden[row] = self._out(resid, schedule.site(i).layer + 1)[chosen]
+                    elif i == layer:
+                        waiting.append((row, self._into_coda(i, resid)))
+                        if (len(waiting) + 1) * self.tokens.numel() > TOGETHER:
+                            through_coda()
 
             return hook
 
@@ -74,31 +91,28 @@ class WayOut:
         self.model.run_with_hooks(
             self.tokens, hooks, stop=stop, loop=loop, on_layer=keep, initial_state=initial_state, **self.inputs
         )
+        through_coda()
         return hidden
 
-    def native(self, layer: int, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """The family's own way from the output of a virtual layer to the input of the unembedding.
+    def _into_coda(self, layer: int, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """The family's own way from the output of a layer before the coda to the coda."""
+        twin, cfg = self.twin, self.twin.cfg
+        p = self.schedule.pass_of_layer(layer)
+        # A state before the loop is read as if a pass had left it as it was.
+        carried = {"entered": resid} if p is None else dict(self.carried)
+        stack, x = cfg.schedule.core_stacks[-1] if p is None else p.stack, resid
+        passes = cfg.schedule.passes
+        for end in passes[cfg.schedule.passes_of("last", stack)[0].index :]:
+            parts = Parts(twin, end, run_part)
+            if end.stack != stack:
+                x = self._layers(twin.loop.enter(parts, end, carried), end.stack, 0)
+            twin.loop.leave(parts, end, x, carried)
+        return twin.loop.finish(Parts(twin, None, run_part), passes[-1], carried)
 
-        Args:
-            layer: the virtual layer.
-            resid: the residual stream leaving it, [batch, pos, d_model].
-        """
-        twin, cfg, site = self.twin, self.twin.cfg, self.schedule.site(layer)
-        if site.stack == "coda":
-            x = self._layers(resid, "coda", site.layer + 1)
-        else:
-            p = self.schedule.pass_of_layer(layer)
-            # A state before the loop is read as if a pass had left it as it was.
-            carried = {"entered": resid} if p is None else dict(self.carried)
-            stack, x = cfg.schedule.core_stacks[-1] if p is None else p.stack, resid
-            passes = cfg.schedule.passes
-            for end in passes[cfg.schedule.passes_of("last", stack)[0].index :]:
-                parts = Parts(twin, end, run_part)
-                if end.stack != stack:
-                    x = self._layers(twin.loop.enter(parts, end, carried), end.stack, 0)
-                twin.loop.leave(parts, end, x, carried)
-            x = self._layers(twin.loop.finish(Parts(twin, None, run_part), passes[-1], carried), "coda", 0)
-        return x if cfg.pass_norm_is_final else twin.ln_final(x)
+    def _out(self, x: Float[Tensor, "many_batches pos d_model"], first: int) -> Float[Tensor, "many_batches pos d_model"]:
+        """From before layer `first` of the coda to the input of the unembedding."""
+        x = self._layers(x, "coda", first)
+        return x if self.twin.cfg.pass_norm_is_final else self.twin.ln_final(x)
 
     def _layers(self, x: Tensor, stack: str, first: int) -> Tensor:
         """The last layers of the twin, from layer `first` of a stack on."""
@@ -106,7 +120,9 @@ class WayOut:
         if first == schedule.stacks[stack]:
             return x
         start = schedule.virtual(Site(stack, None if stack == "coda" else 0, first))
-        return self.twin(self.tokens, inputs_embeds=x, start=start, stop=schedule.n_layers, **self.inputs).logits
+        times = len(x) // len(self.tokens)
+        tokens, inputs = self.tokens.repeat(times, 1), {name: value.repeat(times, 1) for name, value in self.inputs.items()}
+        return self.twin(tokens, inputs_embeds=x, start=start, stop=schedule.n_layers, **inputs).logits
 
     def logits(self, x: Float[Tensor, "row d_model"], start: int, width: int) -> Float[Tensor, "row width"]:
         """The logits of one block of the vocabulary, as the model computes them, in fp32 or wider.
