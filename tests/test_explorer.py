@@ -242,6 +242,7 @@ def test_the_script_gives_the_numbers_of_the_screen(screen: dict[str, Any], sess
         ({"ask": "grid"}, "the state of the screen is an object"),
         ({"ask": "grid", "state": {}}, "The prompt is empty"),
         ({"ask": "grid", "state": {"prompt": " \n"}}, "The prompt is empty"),
+        ({"ask": "sweep", "state": {"prompt": "A b B c ? A"}}, "The second prompt is empty"),
         ({"ask": "grid", "state": {"prompt": 5}}, "prompt must be a str"),
         ({"ask": "grid", "state": {"prompt": "A \ud800"}}, "half of a character"),
         ({"ask": "grid", "state": {"prompt": "A zebra"}}, "zebra"),

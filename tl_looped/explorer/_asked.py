@@ -108,13 +108,14 @@ def _patch(raw: object) -> Patch | None:
     return Patch(site, count(least=0)("patch.head", given.get("head", 0)), found) if found else None
 
 
-def read_prompt(model: Looped, prompt: object, tokens: object = None) -> Int[Tensor, "1 pos"]:
+def read_prompt(model: Looped, prompt: object, tokens: object = None, which: str = "The prompt") -> Int[Tensor, "1 pos"]:
     """A prompt as tokens: the ids if there are any, else the text; where there is no tokenizer, the ids that it lists.
 
     Args:
         model: the model.
         prompt: what was typed.
         tokens: token ids, or None.
+        which: what errors call it.
 
     Raises:
         LoopedError: an empty prompt, a longer one than the context, text that the tokenizer cannot read, ids that are none.
@@ -125,9 +126,9 @@ def read_prompt(model: Looped, prompt: object, tokens: object = None) -> Int[Ten
     else:
         typed = text("prompt", prompt)
         if not typed.strip():
-            raise LoopedError("The prompt is empty; type one.")
+            raise LoopedError(f"{which} is empty; type one.")
         if re.search("[\ud800-\udfff]", typed):
-            raise LoopedError("The prompt holds half of a character (a lone surrogate); type it again.")
+            raise LoopedError(f"{which} holds half of a character (a lone surrogate); type it again.")
         if model.tokenizer is None:
             if not re.fullmatch(r"\s*\d{1,9}(?:[\s,]+\d{1,9})*[\s,]*", typed, flags=re.ASCII):
                 raise LoopedError(
@@ -137,9 +138,9 @@ def read_prompt(model: Looped, prompt: object, tokens: object = None) -> Int[Ten
         else:
             ids = model.to_tokens(typed)[0].tolist()
     if not ids:
-        raise LoopedError("The prompt holds no token; type one.")
+        raise LoopedError(f"{which} holds no token; type one.")
     if len(ids) > n_ctx:
-        raise LoopedError(f"The prompt has {len(ids)} tokens, and the context of this model is {n_ctx}; shorten it.")
+        raise LoopedError(f"{which} has {len(ids)} tokens, and the context of this model is {n_ctx}; shorten it.")
     return torch.tensor([ids], device=model.cfg.device)
 
 

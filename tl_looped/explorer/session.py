@@ -201,7 +201,7 @@ class Session:
         made, repeats = calls(model, asked.edits)
         if asked.patch is None:
             return made, repeats, None
-        others = read_prompt(model, asked.raw.get("other", ""))
+        others = read_prompt(model, asked.raw.get("other", ""), which="The second prompt")
         same_length(model, asked.tokens, others)
         return made, repeats, others
 
@@ -229,7 +229,7 @@ class Session:
         model = self._at(asked.n_loops)
         if asked.edits:
             raise LoopedError("A sweep patches the run without interventions; switch them off first.")
-        others = read_prompt(model, asked.raw.get("other", ""))
+        others = read_prompt(model, asked.raw.get("other", ""), which="The second prompt")
         same_length(model, asked.tokens, others)
         site = choice(*SITES)("site", message.get("site", "resid_pre"))
         head = count(least=0)("head", message.get("head", 0))
