@@ -355,7 +355,7 @@ def test_hooks_of_the_model_do_not_act_and_stay(toy: LoopedBridge) -> None:
 
 def test_parts_of_progress() -> None:
     said: list[float] = []
-    half = Progress(lambda share, what: said.append(share)).part(0.5, 1).part(0, 0.5)
+    half = Progress(lambda share, what: said.append(share)).part(0.5, 1.0).part(0.0, 0.5)
     half(0, "")
     half(1, "")
     assert said == [0.5, 0.75]

@@ -31,6 +31,7 @@ T = TypeVar("T")
 AnyLooped = TypeVar("AnyLooped", bound="Looped")
 
 
+@runtime_checkable
 class _Able(Protocol):
     def lacks(self, ability: Ability) -> str | None: ...
 
@@ -216,6 +217,7 @@ class Cache(Protocol):
         ...
 
 
+@runtime_checkable
 class Recorded(Protocol):
     """One run, kept so that parts of it can be run again.
 
@@ -238,6 +240,7 @@ class Recorded(Protocol):
         ...
 
 
+@runtime_checkable
 class StepMap(Protocol):
     """The map from the states entering a loop to those leaving it, one state per looped stack.
 
@@ -256,6 +259,7 @@ class StepMap(Protocol):
         ...
 
 
+@runtime_checkable
 class WayOut(Protocol):
     """The ways from the residual stream of a run to the unembedding."""
 
@@ -270,6 +274,7 @@ class WayOut(Protocol):
         ...
 
 
+@runtime_checkable
 class DirectPaths(Protocol):
     """What changes of the residual stream become on their way through a run in which all components write what they wrote.
 

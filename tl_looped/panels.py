@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .results import Grid
 
 Kind = Literal["heat map", "floorplan", "lines", "bars", "trajectories"]
+Number = int | float
 GroupBy = Literal["depth", "recurrence", "layer"]
 # The colours of arXiv 2604.11791: first and last line of a figure by recurrence, and by layer.
 RECURRENCE_COLOURS = ((26, 152, 80), (254, 224, 60))
@@ -45,7 +46,7 @@ class Axis:
     said: list[str] = field(default_factory=list[str])
     scale: Literal["linear", "log", "rank"] = "linear"
     form: Literal["", "%", "count", "tokens"] = ""
-    range: tuple[float, float] | None = None
+    range: tuple[Number, Number] | None = None
     palette: Literal["", "Blues", "Blues_r", "Oranges", "Purples", "RdBu", "Viridis"] = ""
 
     @property
@@ -66,8 +67,8 @@ class Mark:
             colour.
     """
 
-    x: float | tuple[float, float] | None = None
-    y: float | tuple[float, float] | None = None
+    x: Number | tuple[Number, Number] | None = None
+    y: Number | tuple[Number, Number] | None = None
     text: str = ""
     look: str = "line"
 
@@ -203,7 +204,7 @@ def _colours(z: Any, name: str) -> Axis:
 
 
 def grouped(
-    values: Sequence[float],
+    values: Sequence[Number],
     schedule: Schedule,
     *,
     layers: Sequence[int],
@@ -259,7 +260,7 @@ def grouped(
 
 
 def rank_trajectories(
-    ranks: Mapping[str, Sequence[float]], schedule: Schedule, *, layers: Sequence[int], title: str = ""
+    ranks: Mapping[str, Sequence[Number]], schedule: Schedule, *, layers: Sequence[int], title: str = ""
 ) -> Panel:
     """Ranks of tokens over the virtual layers, under their own indices, with a mark where a new pass begins.
 
@@ -277,7 +278,7 @@ def rank_trajectories(
     return Panel("lines", grids, roles, pass_names([schedule.site(i) for i in layers], layers), title)
 
 
-def curves(grids: Sequence[Grid], *, title: str = "", mark: float | None = None) -> list[Panel]:
+def curves(grids: Sequence[Grid], *, title: str = "", mark: Number | None = None) -> list[Panel]:
     """One panel below the other for every grid of one axis, over the labels of that axis.
 
     Args:
@@ -297,8 +298,8 @@ def curves(grids: Sequence[Grid], *, title: str = "", mark: float | None = None)
 
 
 def paths(
-    points: Mapping[str, Sequence[Sequence[float]]],
-    colour: Sequence[float],
+    points: Mapping[str, Sequence[Sequence[Number]]],
+    colour: Sequence[Number],
     *,
     hover: Sequence[str],
     axes: tuple[str, str],

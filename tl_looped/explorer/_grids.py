@@ -154,7 +154,7 @@ def _readouts(
     layers = [schedule.pass_of_loop(t).layers[-1] for t in range(model.n_loops)]
     every = torch.full((schedule.n_layers, n_pos), torch.nan)
     k = max(1, min(TOP_K, d_vocab, most // (len(layers) * n_pos)))
-    with model.hooks(fwd_hooks=[*hooks, *_watch(schedule, progress.part(0, 0.5), every)]):
+    with model.hooks(fwd_hooks=[*hooks, *_watch(schedule, progress.part(0.0, 0.5), every)]):
         last = wide(model(tokens)[0]).log_softmax(-1)
     targets = torch.tensor([list(pins)], device=last.device).expand(n_pos, -1) if pins else last.argmax(-1, keepdim=True)
 
@@ -167,7 +167,7 @@ def _readouts(
         kl = torch.where(last > -torch.inf, last.exp() * (last - log_probs), 0.0).sum(-1).clamp(min=0)
         return top.indices, top.values, entropy, kl, asked, ranks
 
-    with model.hooks(fwd_hooks=[*hooks, *_watch(schedule, progress.part(0.5, 1), None)]):
+    with model.hooks(fwd_hooks=[*hooks, *_watch(schedule, progress.part(0.5, 1.0), None)]):
         found = model.readouts(tokens, read)
     top, top_log_probs, entropy, kl, asked, ranks = (torch.stack(part) for part in zip(*found, strict=True))
     return Said(layers, top, top_log_probs, entropy, kl, asked, ranks, targets, every[layers])

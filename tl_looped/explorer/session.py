@@ -174,7 +174,7 @@ class Session:
         has_edits = bool(made or repeats or others is not None)
         key = (tuple(asked.tokens[0].tolist()), asked.n_loops, asked.lens, asked.pins)
         if key not in self._grids:
-            base = progress.part(0, 0.5 if has_edits else 1)
+            base = progress.part(0.0, 0.5 if has_edits else 1.0)
             self._grids[key] = read_grid(model, asked.tokens, asked.lens, asked.pins, [], base, self.most_entries)
         self._grids.move_to_end(key)
         while len(self._grids) > KEPT_GRIDS:
@@ -192,7 +192,7 @@ class Session:
         }
         if has_edits:
             runs, hooks, loops = self._edited(model, asked, made, repeats, others)
-            found = read_grid(runs, asked.tokens, asked.lens, asked.pins, hooks, progress.part(0.5, 1), self.most_entries)
+            found = read_grid(runs, asked.tokens, asked.lens, asked.pins, hooks, progress.part(0.5, 1.0), self.most_entries)
             reply["edited"] = found.message(runs, loops, model.schedule, self.made_for)
         return reply
 

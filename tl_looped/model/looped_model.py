@@ -55,7 +55,7 @@ class Embedding(nn.Embedding):
             self.positions = nn.Parameter(torch.zeros(cfg.n_ctx, cfg.d_model))
 
     def forward(
-        self, input: Int[Tensor, "batch pos"], position_ids: Int[Tensor, "batch pos"] | None = None
+        self, input: Int[Tensor, "batch pos"], position_ids: Int[Tensor, "*rows pos"] | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
         embed = super().forward(input)
         embed = embed if self.scale == 1.0 else embed * self.scale

@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
         normalized = (wide * torch.rsqrt(power)).to(x.dtype)
         return normalized if self.weight is None else self.weight * normalized
 
-    def frozen(self, x: Float[Tensor, "*rows width"], scale: Float[Tensor, "*shape one"]) -> Float[Tensor, "*rows width"]:
+    def frozen(self, x: Float[Tensor, "*rows width"], scale: Float[Tensor, "*shape one"]) -> Float[Tensor, "*both width"]:
         """The norm with its scale held, a linear map.
 
         Args:
@@ -107,7 +107,7 @@ class ConditionedNorm(RMSNorm):
 
     def frozen(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Float[Tensor, "*rows width"], scale: Float[Tensor, "*shape one"], by: Float[Tensor, "*shape width"]
-    ) -> Float[Tensor, "*rows width"]:
+    ) -> Float[Tensor, "*both width"]:
         """The norm with its scale and its factor held."""
         return x / scale * by
 
@@ -127,7 +127,7 @@ class Gain(nn.Module):
         """The product."""
         return self.hook_out(observe(self.hook_in, x) * observe(self.hook_gain, gain))
 
-    def frozen(self, x: Float[Tensor, "*rows width"], gain: Float[Tensor, "*shape width"]) -> Float[Tensor, "*rows width"]:
+    def frozen(self, x: Float[Tensor, "*rows width"], gain: Float[Tensor, "*shape width"]) -> Float[Tensor, "*both width"]:
         """The product with the gain of a run."""
         return x * gain
 

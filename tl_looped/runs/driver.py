@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -19,6 +19,7 @@ MISTAKES = (TypeError, AttributeError, NameError, ImportError, NotImplementedErr
 N_ALIKE = 3  # first prompts that fail by the same mistake: the others would too
 
 
+@runtime_checkable
 class Measure(Protocol[Found]):
     """What is measured of one batch of prompts: a frozen dataclass of settings, which can be pickled for another process.
 
