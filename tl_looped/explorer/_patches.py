@@ -26,7 +26,7 @@ from ._progress import Progress
 PARTS = 16  # of a sweep, after each of which it says how far it is
 
 
-def same_length(model: Looped, tokens: Int[Tensor, "1 pos"], others: Int[Tensor, "1 pos"]) -> None:
+def same_length(model: Looped, tokens: Int[Tensor, "1 pos"], others: Int[Tensor, "1 other_pos"]) -> None:
     """Refuse prompts of different lengths, and say where they part.
 
     Args:

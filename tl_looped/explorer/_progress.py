@@ -26,13 +26,13 @@ class Progress:
     start: float = 0.0
     stop: float = 1.0
 
-    def __call__(self, share: float, what: str) -> None:
+    def __call__(self, share: float | int, what: str) -> None:
         if self.cancelled is not None and self.cancelled():
             raise Cancelled
         if self.say is not None:
             self.say(self.start + share * (self.stop - self.start), what)
 
-    def part(self, start: float, stop: float) -> Progress:
+    def part(self, start: float | int, stop: float | int) -> Progress:
         """The progress of a part of this task.
 
         Args:
