@@ -113,7 +113,7 @@ class Looped(Hooked, Protocol):
         """Why the model cannot do something; None if it can."""
         ...
 
-    def unroll(self, n_loops: int, *, cut: bool = ...) -> Any:
+    def unroll(self, n_loops: int, *, cut: bool = False) -> Any:
         """The same model with another number of loops, or (`cut`) its first ones as they are."""
         ...
 
@@ -122,7 +122,7 @@ class Looped(Hooked, Protocol):
         ...
 
     def read(
-        self, input: Any, prepend_bos: bool | None = ..., padding_side: str | None = ..., attention_mask: Tensor | None = ...
+        self, input: Any, prepend_bos: bool | None = None, padding_side: str | None = None, attention_mask: Tensor | None = None
     ) -> tuple[Any, Tensor | None]:
         """Texts as tokens, and the mask of those that are real; tokens as they are."""
         ...
@@ -139,7 +139,7 @@ class Looped(Hooked, Protocol):
         """The readouts after several loops of one run, [loop, batch, chosen, d_vocab]."""
         ...
 
-    def as_cache(self, activations: Mapping[str, Tensor], has_batch_dim: bool = ...) -> Cache:
+    def as_cache(self, activations: Mapping[str, Tensor], has_batch_dim: bool = True) -> Cache:
         """Activations by name as the cache of a run of this model."""
         ...
 

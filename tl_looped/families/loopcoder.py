@@ -89,7 +89,7 @@ class TwoSourcesBlock(Block):
 
     def __init__(self, cfg: LoopedConfig, physical: int):
         super().__init__(cfg, physical)
-        self.attn = TwoSources(cfg, physical)
+        self.attn: Any = TwoSources(cfg, physical)
 
     def place(self, slot: int, loop: int | None) -> None:
         """Say where in the run this layer stands."""

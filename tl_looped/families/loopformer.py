@@ -95,10 +95,10 @@ class ConditionedBlock(Block):
     def __init__(self, cfg: LoopedConfig, physical: int):
         super().__init__(cfg, physical)
         self.modulation: Modulation = Modulation(cfg.d_model)
-        self.ln1 = ConditionedNorm(cfg.d_model, cfg.norm_eps)
-        self.ln1_post = Gain()
-        self.ln2 = ConditionedNorm(cfg.d_model, cfg.norm_eps)
-        self.ln2_post = Gain()
+        self.ln1: Any = ConditionedNorm(cfg.d_model, cfg.norm_eps)
+        self.ln1_post: Any = Gain()
+        self.ln2: Any = ConditionedNorm(cfg.d_model, cfg.norm_eps)
+        self.ln2_post: Any = Gain()
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
         """The stream after the layer."""

@@ -10,7 +10,7 @@ from ..errors import LoopedError
 from ..panels import Axis, Mark, Panel
 from .tokens_shown import in_figure
 
-LINES = {
+LINES: dict[str, dict[str, Any]] = {
     "line": {"width": 1.5, "color": "#444"},
     "bold": {"width": 3, "color": "#222"},
     "dotted": {"width": 1.5, "color": "#d95f0e", "dash": "dot"},

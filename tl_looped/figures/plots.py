@@ -42,12 +42,12 @@ def drawn(made: Callable[P, Panel | list[Panel]]) -> Callable[P, Any]:
     return figure
 
 
-heat_map = accepts_old("title")(drawn(make.heat_map))
-grouped = accepts_old("layers", "group_by", "name")(drawn(make.grouped))
-rank_trajectories = accepts_old("layers", "title")(drawn(make.rank_trajectories))
-panels = accepts_old("title", "mark")(drawn(make.curves))
-paths = accepts_old("hover", "axes", "title", "colour_name")(drawn(make.paths))
-floorplan = accepts_old("title")(drawn(make.floorplan))
+heat_map: Callable[..., Any] = accepts_old("title")(drawn(make.heat_map))
+grouped: Callable[..., Any] = accepts_old("layers", "group_by", "name")(drawn(make.grouped))
+rank_trajectories: Callable[..., Any] = accepts_old("layers", "title")(drawn(make.rank_trajectories))
+panels: Callable[..., Any] = accepts_old("title", "mark")(drawn(make.curves))
+paths: Callable[..., Any] = accepts_old("hover", "axes", "title", "colour_name")(drawn(make.paths))
+floorplan: Callable[..., Any] = accepts_old("title")(drawn(make.floorplan))
 
 
 @accepts_old(layer="layers")

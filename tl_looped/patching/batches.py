@@ -84,9 +84,10 @@ class Patcher:
         self.recorded: Recorded = model.record(tokens, hooks, initial_state, self.is_causal, inputs)
         self.logits: Tensor = self.recorded.logits
         self.base: Any = self.recorded.cache
-        self.n_rows, self.n_pos = self.logits.shape[:2]
+        self.n_rows: int = self.logits.shape[0]
+        self.n_pos: int = self.logits.shape[1]
         self.metric: Metric = bound(metric, model, self.base.attention_mask)
-        self.baseline = self.score(self.logits)
+        self.baseline: Tensor = self.score(self.logits)
         self._different: dict[str, tuple[Tensor, Tensor]] = {}
 
     def score(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "*example"]:
