@@ -221,7 +221,7 @@ class Cache(Protocol):
 class Recorded(Protocol):
     """One run, kept so that parts of it can be run again.
 
-    Args:
+    Attributes:
         logits: of the run, [batch, pos, d_vocab].
         cache: its activations.
         state: what it started from, before hooks, [batch, pos, d_model].
@@ -244,7 +244,7 @@ class Recorded(Protocol):
 class StepMap(Protocol):
     """The map from the states entering a loop to those leaving it, one state per looped stack.
 
-    Args:
+    Attributes:
         start: the states before the first loop, [stack, batch, pos, d_model].
     """
 
@@ -278,7 +278,7 @@ class WayOut(Protocol):
 class DirectPaths(Protocol):
     """What changes of the residual stream become on their way through a run in which all components write what they wrote.
 
-    Args:
+    Attributes:
         like: the embedding, [batch, pos, d_model], in fp32 or wider.
     """
 
