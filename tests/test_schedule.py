@@ -327,3 +327,15 @@ def test_the_passes_of_a_formula_are_that_formula(schedule: Schedule) -> None:
 def test_passes_that_are_no_schedule_are_refused(passes: list[tuple[str, int]], message: str) -> None:
     with pytest.raises(LoopedError, match=message):
         Schedule.from_passes(passes)
+
+
+@given(any_order())
+def test_the_loop_of_a_pass_is_the_one_that_has_it(made: tuple[list[tuple[str, int]], int, int]) -> None:
+    passes, n_prelude, n_coda = made
+    schedule = Schedule.from_passes(passes, n_prelude, n_coda)
+    ends, loop, seen = passes[-1][0], 0, dict.fromkeys((stack for stack, _ in passes), 0)
+    for p, (stack, _) in zip(schedule.passes, passes, strict=True):
+        assert schedule.in_loop(p) == (loop, seen[stack])
+        seen[stack] += 1
+        if stack == ends:  # a loop ends when the stack that runs last has run
+            loop, seen = loop + 1, dict.fromkeys(seen, 0)

@@ -32,6 +32,19 @@ def stack_prefix(stack: str, mark: str = ".") -> str:
     return "" if stack == "core" else f"{stack}{mark}"
 
 
+def in_any_loop(name: str) -> str:
+    """A loop-indexed name as the pattern of its like in every loop.
+
+    Args:
+        name: a loop-indexed name; others come back unchanged.
+
+    Example:
+        >>> in_any_loop("L.loops.3.blocks.0.attn.hook_z")
+        'L.loops.*.blocks.0.attn.hook_z'
+    """
+    return re.sub(r"\bloops\.\d+\.", "loops.*.", name)
+
+
 class HookNames:
     """The names of the layers and passes of a run, and what a name or pattern stands for.
 

@@ -6,7 +6,7 @@ the only place that converts between its index and its site (stack, loop, layer)
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -347,6 +347,15 @@ class Schedule:
         """
         end = self.pass_of_loop(loop).index
         return self.passes[self.pass_of_loop(self.loop(loop) - 1).index + 1 if self.loop(loop) else 0 : end + 1]
+
+    def in_loop(self, p: Pass) -> tuple[int, int]:
+        """The loop of the run that a pass is in, and which run of its stack it is there.
+
+        Args:
+            p: one of `passes`.
+        """
+        loop = bisect_left(range(self.n_loops), p.index, key=lambda t: self.pass_of_loop(t).index)
+        return loop, [q for q in self.passes_in(loop) if q.stack == p.stack].index(p)
 
     def pass_of_layer(self, index: int) -> Pass | None:
         """The pass that a virtual layer belongs to, or None in prelude and coda.

@@ -73,14 +73,11 @@ def _row(model: Looped, layer: int, loops: Sequence[int], base: Schedule, made_f
     """What a row is: its place, its names, whether the model was made for its loop, and its twin in the unedited run."""
     schedule = model.schedule
     site, p = schedule.site(layer), schedule.pass_of_layer(layer)
-    loop, again = site.loop, 0
-    if loop is not None:  # of the H stack, which counts the loops of two stacks
-        per_loop = schedule.n_loops_of(site.stack) // schedule.n_loops
-        cycle, step = divmod(loop, per_loop)
-        loop, again = loops[cycle] * per_loop + step, loops[:cycle].count(loops[cycle])
-        beyond = made_for is not None and cycle >= made_for
-    else:
-        beyond = False
+    loop, again, beyond = site.loop, 0, False
+    if p is not None:
+        at, run = schedule.in_loop(p)
+        loop = [q for q in base.passes_in(loops[at]) if q.stack == p.stack][run].loop
+        again, beyond = loops[:at].count(loops[at]), made_for is not None and at >= made_for
     where = site._replace(loop=loop).where + (f" again{'' if again == 1 else f' ({again})'}" if again else "")
     return {
         "stack": site.stack,

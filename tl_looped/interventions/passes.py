@@ -149,10 +149,9 @@ def _executions(old: Schedule, new: Schedule, loop: int, name: str) -> list[str]
     more = new.n_loops - old.n_loops
 
     def now(p: Pass) -> list[Pass]:
-        per_loop = old.n_loops_of(p.stack) // old.n_loops
-        cycle, step = divmod(p.loop, per_loop)
-        cycles = range(loop, loop + more + 1) if cycle == loop else [cycle + more * (cycle > loop)]
-        return new.passes_of([c * per_loop + step for c in cycles], p.stack)
+        at, run = old.in_loop(p)
+        loops = range(loop, loop + more + 1) if at == loop else [at + more * (at > loop)]
+        return [[q for q in new.passes_in(t) if q.stack == p.stack][run] for t in loops]
 
     for p in old.passes:
         prefix = f"{old.pass_prefix(p)}."

@@ -62,7 +62,7 @@ def order(cfg: LoopedConfig) -> Order:
         before.append(("prelude", counted(schedule.n_prelude, "layer") + (", norm" if cfg.prelude_norm else "")))
     loop = [("before every loop", "norm")] if "entry_norm" in parts else []
     for stack in schedule.core_stacks:
-        times = schedule.n_loops_of(stack) // schedule.n_loops
+        times = sum(p.stack == stack for p in schedule.passes_in(0))
         detail = counted(schedule.stacks[stack], "layer") + (f", {times} times" if times > 1 else "")
         loop.append(("looped layers" if len(schedule.core_stacks) == 1 else f"{stack} stack", detail))
     ends = [cfg.loop] if cfg.loop != "repeat" else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import torch
 
@@ -26,7 +27,7 @@ def sizes(cfg: LoopedConfig) -> Sizes:
     """
     parameters = dict(parameter_shapes(cfg))
     stacks = [name for name, n_layers in cfg.schedule.stacks.items() if n_layers]
-    runs = {stack: cfg.schedule.n_loops_of(stack) // cfg.n_loops for stack in cfg.schedule.core_stacks}
+    runs = Counter(p.stack for p in cfg.schedule.passes_in(0))
     with torch.device("meta"):
         of_pass = loop_of(cfg).pass_parts(is_last=False)
     counts, per_loop, outside = dict.fromkeys(["embed", *stacks, "between", "unembed"], 0), 0, 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from .._words import counted
 from ..errors import LoopedError, UnknownNameError
 from ..looped import Cache, Looped, stopping
 from ..metrics import bound
+from ..names import in_any_loop
 from ..record import InitialState, Run
 
 Metric = Callable[[Tensor], Any]
@@ -144,14 +144,10 @@ def clean_at(
             f"model.unroll({deeper.n_loops}), and pass that model."
         )
     cache.check_weights("a comparison with a clean cache", model)
-    kept = {_of_any_loop(cache.model.schedule.loop_name(name)) for name in cache}
-    names = [name for name in deeper.hook_dict if _of_any_loop(deeper.schedule.loop_name(name)) in kept]
+    kept = {in_any_loop(cache.model.schedule.loop_name(name)) for name in cache}
+    names = [name for name in deeper.hook_dict if in_any_loop(deeper.schedule.loop_name(name)) in kept]
     with torch.no_grad():
         return deeper, deeper.run_with_cache(record.input, names_filter=names, **record.arguments())[1]
-
-
-def _of_any_loop(name: str) -> str:
-    return re.sub(r"\bloops\.\d+\.", "loops.*.", name)
 
 
 class Comparison:
