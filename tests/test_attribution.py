@@ -286,7 +286,7 @@ def test_bad_input_is_explained(unchecked: None) -> None:
         sweep(CORRUPTED, clean, total, steps=0)
     with pytest.raises(LoopedError, match="there are 0 layers"):
         sweep(CORRUPTED, clean, total, stack="coda")
-    with pytest.raises(LoopedError, match="nothing is injected in the passes of this ouro model"):
+    with pytest.raises(LoopedError, match="in this ouro model nothing is injected in the passes"):
         sweep(CORRUPTED, clean, total, "injection", ["loop"])
     with pytest.raises(LoopedError, match=r"did not reach loops\.1"):
         sweep(CORRUPTED, clean, total, loop=0)

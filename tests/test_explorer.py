@@ -320,13 +320,10 @@ def test_a_second_question_waits_its_turn_and_is_told_so(session: Session) -> No
 def test_what_a_model_lacks_is_not_offered_and_the_reason_is_said(session: Session) -> None:
     found = Session(shared_bridge("ouro")).answer({"ask": "describe"})
     why = {edit["kind"]: edit["why"] for edit in found["edits"]}
-    assert (
-        why["drop_injection"] == "Nothing is injected in the passes of this ouro model: they read the state alone."
-        and why["ablate_head"] == ""
-    )
+    assert why["drop_injection"].startswith("In this ouro model nothing is injected in the passes") and why["ablate_head"] == ""
     assert [p["why"] for p in found["policies"]] == [""] * 5 and not found["has_tokenizer"]
     found = ask(session, "describe")
-    assert {p["policy"]: p["why"] for p in found["policies"]}["gate"] == "This toy model has no exit gate."
+    assert {p["policy"]: p["why"] for p in found["policies"]}["gate"].startswith("This toy model has no exit gate; use")
     assert found["made_for"] == 6 and found["stacks"] == {"prelude": 1, "core": 2} and found["n_heads"] == 4
     hrm = {edit["kind"]: edit for edit in Session(shared_bridge("hrm_text")).answer({"ask": "describe"})["edits"]}
     assert hrm["skip_loop"]["stacks"] == ["L", "H"] and "stack" in hrm["skip_loop"]["fields"]

@@ -77,7 +77,7 @@ def test_without_the_package_an_error_says_what_to_install(toy: LoopedBridge, mo
 
 @pytest.mark.slow
 def test_in_a_kernel_it_answers_and_comes_back_after_a_restart() -> None:
-    jupyter_client = pytest.importorskip("jupyter_client")
+    jupyter_client = pytest.importorskip("jupyter_client", reason="needs jupyter_client, of the extra dev")
     code = "from tl_looped import LoopedBridge, explore\nmodel = LoopedBridge.from_pretrained('toy:hop', device='cpu')\n"
     manager, client = jupyter_client.manager.start_new_kernel(kernel_name="python3", startup_timeout=120)
 

@@ -18,7 +18,8 @@ from tl_looped.attribution import path_patch
 from tl_looped.checkpoints import MemoryCheckpoint, load_model
 from tl_looped.errors import CheckpointError
 from tl_looped.families import loopcoder
-from tl_looped.interventions import freeze_attention
+from tl_looped.interventions import drop_injection, freeze_attention
+from tl_looped.sites import select_places
 
 LLAMA = {"hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 6,
          "num_hidden_layers": 2, "vocab_size": 31, "rms_norm_eps": 1e-5, "max_position_embeddings": 24,
@@ -235,3 +236,10 @@ def test_what_has_no_meaning_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"missing: model.gate_projections"):
         llama = {name: t for name, t in golden_tensors("iquestloopcoder").items() if "gate_projections" not in name}
         load_model(MemoryCheckpoint(with_config("iquestloopcoder").config, llama))
+
+
+def test_an_injection_that_not_every_loop_has_is_not_said_to_be_none() -> None:
+    bridge = bridge_of("v2 plain")
+    for refused in (lambda: drop_injection(bridge), lambda: select_places(bridge, "injection")):
+        with pytest.raises(LoopedError, match=r"the first loop has no injection, and the later ones the embedding"):
+            refused()

@@ -141,7 +141,18 @@ def path_patch(
     and Goldowsky-Dill et al., 2304.05969, along the residual stream only). Until the receiver, all other heads and MLPs write
     what they wrote in the corrupted run; norms, also the receiver's own, and injections are computed anew. A head is changed
     before the norm of its branch, where it has one, beside which the other heads stay. So effects of several sources need not
-    add up. One run per pair; use `edge_sweep`, which has the same arguments, for many. The metric needs no gradient here.
+    add up. One run per pair; use `edge_sweep` for many.
+
+    Args:
+        model: the model.
+        corrupted_tokens: the prompt to patch, as long as the clean one.
+        clean_cache: from `run_with_cache` of the clean prompt, with what `edge_sweep` needs.
+        metric: from logits [batch, pos, d_vocab] to a number, or to one per row of the batch, [batch]; no gradient is needed.
+        sources: names or patterns, as in `edge_sweep`.
+        receivers: names or patterns, as in `edge_sweep`.
+        at_loop: measure the answer after this loop; None for the last.
+        n_loops: of runs of this many loops; None for the model's own number.
+        **run: what `model.forward` takes for the corrupted run, such as `attention_mask`.
 
     Returns:
         A `Grid` [source, receiver] of differences of the metric; 0 where the source runs after the receiver.

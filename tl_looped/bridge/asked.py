@@ -49,8 +49,8 @@ class AskedBridge(RunningBridge):
 
         Example:
             >>> from tl_looped import LoopedBridge, LoopedConfig
-            >>> LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3)).lacks("injection")
-            'nothing is injected in the passes of this custom model: they read the state alone.'
+            >>> LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3)).lacks("exit gate")
+            'this custom model has no exit gate; use a policy without one, such as exits.KL().'
         """
         cfg = self.looped_cfg
         if ability == "early readouts" and self._weights_processed:
@@ -61,15 +61,18 @@ class AskedBridge(RunningBridge):
                 "unembedding, those of the passes before have not. Ask a model without weight processing, or use fold_ln=False."
             )
         if ability == "equal loops" and (why := self.plain.loop.changes) is not None:
-            return f"in this {cfg.family} model {why}, so that the loops are not one map applied again."
+            return (
+                f"in this {cfg.family} model {why}, so that the loops are not one map applied again. Compare or patch the "
+                "states of a run instead: step_geometry, patch_between_loops."
+            )
         if ability == "one pattern" and (why := self.plain.loop.patterns) is not None:
             return f"in this {cfg.family} model {why}."
         if ability == "shared weights" and cfg.own_layers:
-            return f"the loops of this {cfg.family} model do not share their weights."
+            return f"the loops of this {cfg.family} model do not share their weights; take their gradients by autograd."
         if ability == "exit gate" and not cfg.exit_gate:
-            return f"this {cfg.family} model has no exit gate."
-        if ability == "injection" and cfg.injection == "none":
-            return f"nothing is injected in the passes of this {cfg.family} model: they read the state alone."
+            return f"this {cfg.family} model has no exit gate; use a policy without one, such as exits.KL()."
+        if ability == "injection" and (why := self.plain.loop.not_injected) is not None:
+            return f"in this {cfg.family} model {why}. Hook the state instead: steer, set_initial_state."
         if ability == "causal attention" and cfg.prefix_lm:
             return f"the tokens of a prefix see each other in this {cfg.family} model."
         if ability == "one embedding" and cfg.value_embed_layers:

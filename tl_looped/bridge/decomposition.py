@@ -232,8 +232,8 @@ class Decomposition(Reader):
         super().__init__(cache, positions)
         self.point: str = point
         self.injections: bool = injections
-        if injections and self.model.cfg.injection == "none":
-            raise LoopedError("injections=True was asked, but nothing is injected in the passes of this model; leave it out.")
+        if injections and (why := self.model.loop.not_injected) is not None:
+            raise LoopedError(f"injections=True was asked, but {why}; leave it out.")
         self.own_state: bool = self._has_own_state()
         self.writes: list[Write] = []
         self.read: list[tuple[str, int]] = []  # every stream up to the point, and the number of writes before it

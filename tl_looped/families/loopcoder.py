@@ -189,6 +189,11 @@ class ShiftedLoop(TwoSourcesLoop):
 
     lag: int = 1
 
+    @property
+    def not_injected(self) -> str | None:
+        """Why a pass has no injection that can be edited."""
+        return "the first loop has no injection, and the later ones the embedding (loops.1:.hook_injection)"
+
     def pass_parts(self, is_last: bool) -> dict[str, nn.Module]:
         """The modules of one pass."""
         return {**super().pass_parts(is_last), "hook_injection": nn.Identity(), "shift": Shifted(self.cfg)}

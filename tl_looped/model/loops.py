@@ -168,6 +168,11 @@ class Repeat:
         return None
 
     @property
+    def not_injected(self) -> str | None:
+        """Why a pass has no injection that can be edited; None if all have."""
+        return "nothing is injected in the passes: they read the state alone" if self.cfg.injection == "none" else None
+
+    @property
     def changes(self) -> str | None:
         """Why one loop is not the same map of the state as the next; None if it is."""
         return "every loop has weights of its own" if self.cfg.own_layers else None

@@ -9,8 +9,6 @@ from typing import NamedTuple
 from .question import Question
 from .section import share
 
-SHOWN = 0.0005  # probability
-
 
 class Bar(NamedTuple):
     """A cell with a bar: what it says, and a share of the whole."""
