@@ -165,9 +165,10 @@ def fixed_points(
     if n_reference is not None and check_count("n_reference", n_reference) < n_loops:
         raise LoopedError(f"n_reference={n_reference} was asked, but X* comes from no earlier loop than n_loops={n_loops}.")
     deep = at_depth(model, n_reference or n_loops)
-    n_passes = len(deep.schedule.passes_of("all", stack)) * n_loops // deep.n_loops
+    looped = deep.schedule.looped_stack(stack)
+    n_passes = sum(p.stack == looped for t in range(n_loops) for p in deep.schedule.passes_in(t))
     need_loops(n_passes, 2, "fixed_points", "a successive difference")
-    measure = FixedPointsMeasure(n_passes, reduction, patterns, positions, deep.schedule.looped_stack(stack), initial_state)
+    measure = FixedPointsMeasure(n_passes, reduction, patterns, positions, looped, initial_state)
     return over_prompts(measure, deep, prompts, what="fixed_points", verbose=verbose)
 
 
