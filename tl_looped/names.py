@@ -113,6 +113,20 @@ class HookNames:
         match = _BLOCK.fullmatch(name)
         return self.name(int(match[1]), match[2]) if match and match[1].lstrip("-").isdigit() else name
 
+    def loop_of(self, name: str) -> int | None:
+        """The loop of its stack that a name is of; None for one of no loop.
+
+        Args:
+            name: in either spelling.
+
+        Example:
+            >>> from tl_looped import Schedule
+            >>> HookNames(Schedule(n_core=3, n_loops=4, n_prelude=2)).loop_of("blocks.6.hook_mlp_out")
+            1
+        """
+        match = _LOOP.fullmatch(self.loop_name(name))
+        return int(match[2]) if match and match[2].isdigit() else None
+
     def tl_label(self, label: str) -> str:
         """TransformerLens's label of a component or stream, from the loop-indexed one; others come back unchanged.
 

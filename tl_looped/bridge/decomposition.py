@@ -8,7 +8,6 @@ sends vectors along it, one row per component; `Decomposition.pull_back` sends o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -262,8 +261,8 @@ class Decomposition(Reader):
 
     def _loop_of(self, name: str) -> int:
         schedule = self.model.cfg.schedule
-        match = re.search(r"loops\.(\d+)\.", schedule.loop_name(name))
-        return int(match[1]) if match else 0 if name == "hook_embed" else schedule.n_loops - 1
+        loop = schedule.names.loop_of(name)
+        return loop if loop is not None else 0 if name == "hook_embed" else schedule.n_loops - 1
 
     def _require(self, names: list[str]) -> None:
         missing = [name for name in dict.fromkeys(names) if name not in self.cache]
