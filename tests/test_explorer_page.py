@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from browsing import a_browser, browsing
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -30,10 +29,6 @@ httpx = pytest.importorskip("httpx", reason="needs httpx, of the extra dev")
 uvicorn = pytest.importorskip("uvicorn", reason="needs uvicorn, of the extra explore")
 
 PROMPT, OTHER = "A b B c C d D a ? A", "A c B d C b D a ? A"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-a_browser = pytest.mark.skipif(
-    CHROMIUM is None and not os.environ.get("CI"), reason="needs Chromium on the path, such as Debian's package chromium"
-)
 
 
 @contextmanager
@@ -154,11 +149,8 @@ def test_a_port_that_is_taken_is_refused_in_a_sentence(page: Serving) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright, of the extra dev")
-    with playwright.sync_playwright() as driver:
-        launched = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    with browsing() as launched:
         yield launched
-        launched.close()
 
 
 class Reader:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from browsing import a_browser, browsing
 
 from tl_looped.panels import Axis, Mark, Panel, curves, floorplan, grouped, heat_map, rank_trajectories
 from tl_looped.report.page import page
@@ -17,10 +16,7 @@ from tl_looped.report.section import Figure, Section
 from tl_looped.results import Grid
 from tl_looped.schedule import Schedule
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None and not os.environ.get("CI"), reason="needs Chromium on the path, such as Debian's package chromium"
-)
+pytestmark = a_browser
 
 
 def grid(values: torch.Tensor, *axes: str, name: str = "a_number") -> Grid:
@@ -52,14 +48,12 @@ FIGURES: dict[str, list[Panel]] = {
 
 @pytest.fixture(scope="module")
 def view(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright, of the extra dev")
     figures = [Figure(name, figure) for name, figure in FIGURES.items()]
     file = tmp_path_factory.mktemp("page") / "page.html"
     file.write_text(
         page("a page", "", "", [], [Section("one", "One", reading=["said"], figures=figures)], ""), encoding="utf-8"
     )
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    with browsing() as browser:
         opened = browser.new_page(viewport={"width": 800, "height": 4500})
         errors: list[str] = []
         opened.on("pageerror", lambda error: errors.append(str(error)))
@@ -67,7 +61,6 @@ def view(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         opened.wait_for_function("document.documentElement.dataset.drawn === '8'")
         yield opened
         assert errors == []
-        browser.close()
 
 
 def part(view: Any, figure: str, selector: str) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from browsing import a_browser, browsing
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from zoo import GOLDEN, random_bridge, random_tokens
@@ -598,7 +598,6 @@ def test_tokens_that_look_like_code_stay_text(evil_page: Path) -> None:
     assert "<!--" not in call and "\\u003c!--" in call
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SETTINGS = [
     (390, "dark"),
     *(pytest.param(*at, marks=pytest.mark.slow) for at in ((390, "light"), (1280, "light"), (1280, "dark"))),
@@ -637,25 +636,14 @@ LOOK = """() => {
 }"""
 
 
-@pytest.mark.skipif(
-    CHROMIUM is None and not os.environ.get("CI"), reason="needs Chromium on the path, such as Debian's package chromium"
-)
+@a_browser
 @pytest.mark.parametrize(("width", "scheme"), SETTINGS)
 def test_the_page_in_a_browser(page: Path, width: int, scheme: str) -> None:
     """Every figure drawn, no error, nothing requested, no sideways scrolling, readable contrast."""
-    assert CHROMIUM is not None, "CI installs Chromium (see .ci/run)"
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright, of the extra dev")
     said: list[str] = []
     requests: list[str] = []
-    options = [
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-    ]
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=options)
+    options = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
+    with browsing(*options) as browser:
         view = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         view.on("console", lambda message: said.append(message.text))
         view.on("pageerror", lambda error: said.append(str(error)))
@@ -672,7 +660,6 @@ def test_the_page_in_a_browser(page: Path, width: int, scheme: str) -> None:
         before = view.evaluate(tick)
         view.emulate_media(color_scheme="dark" if scheme == "light" else "light")  # figures follow the page
         view.wait_for_function(f"{tick} !== {before!r}", timeout=60_000)
-        browser.close()
     assert said == [] and requests == [page.as_uri()]
     assert found["overflow"] <= 0
     assert found["figures"] == len(figures(page)) >= 14 and found["empty"] == found["squeezed"] == 0
