@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tl_looped.analysis import attention_stability, exit_steps, fixed_points, lo
 from tl_looped.figures import attention_heads, floorplan, grouped, heat_map, panels, rank_trajectories
 from tl_looped.lenses import logit_lens
 from tl_looped.results import Estimate, Grid
+from tl_looped.results.showing import Shown
 from tl_looped.schedule import Schedule
 
 pytest.importorskip("plotly")
@@ -160,3 +162,13 @@ def test_figures_number_virtual_layers_by_their_own_index(name: str, stack: str 
     passes = model.schedule.passes
     assert list(drawn.x) == [i for p in passes[-len(passes) // 3 :] for i in p.layers]  # a third of the passes is a loop
     assert [y - 1 for y in drawn.y] == [float(whole.ranks[i, 1, 2, 0]) for i in drawn.x]
+
+
+def test_a_notebook_completes_the_arguments_of_every_figure() -> None:
+    kinds = [Shown]
+    for kind in kinds:
+        kinds += [one for one in kind.__subclasses__() if one.__module__.startswith("tl_looped.")]
+    given = {kind.__name__: [*signature(kind.plot).parameters] for kind in kinds[1:]}
+    assert given["LogitLensResult"][:2] == ["self", "kind"] and given["Grid"] == ["self", "title"]
+    # A base without a figure, and a run, whose figure is that of what it holds.
+    assert {name for name, arguments in given.items() if "args" in arguments} == {"Result", "Run"}

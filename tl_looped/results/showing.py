@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from functools import wraps
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,8 @@ class Shown:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.__repr__ = cls.__repr__  # its own, or `dataclass` would write one that prints every number
+        if "panels" in vars(cls):
+            cls.plot = _drawing(cls.panels)
 
     def __repr__(self) -> str:
         line = f"{type(self).__name__}({', '.join(self._described())})"
@@ -47,7 +51,7 @@ class Shown:
         raise NotImplementedError
 
     def plot(self, *args: Any, **kwargs: Any) -> Any:
-        """A plotly figure of `panels`.
+        """A plotly figure of `panels`; in every class with the arguments of its `panels`, which notebooks complete.
 
         Args:
             *args: as for `panels`.
@@ -82,6 +86,17 @@ class Shown:
     def _few(self, frame: Any) -> Any:
         """What a notebook shows of a DataFrame, of which the first rows fit."""
         return frame
+
+
+def _drawing(panels: Callable[..., list[Panel]]) -> Callable[..., Any]:
+    """The method that draws what `panels` returns, with its arguments and its words."""
+
+    @wraps(panels)
+    def plot(self: Shown, *args: Any, **kwargs: Any) -> Any:
+        return draw(panels(self, *args, **kwargs))
+
+    plot.__name__, plot.__qualname__ = "plot", panels.__qualname__.replace("panels", "plot")
+    return plot
 
 
 def _brief(value: Any) -> str:
