@@ -52,7 +52,7 @@ def test_a_measure_goes_through_pickle_and_finds_the_same(name: str, monkeypatch
         return totals(pickle.loads(pickle.dumps(measure)), *args, **kwargs)
 
     monkeypatch.setattr(driver, "totals", elsewhere)
-    assert (same(ask(), here) and sent == [f"{type(here).__name__}Measure"]) or isinstance(here, Estimate)
+    assert same(ask(), here) and sent and all(kind.endswith("Measure") for kind in sent)
 
 
 def test_an_analysis_that_is_run_goes_through_pickle() -> None:
