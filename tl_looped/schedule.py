@@ -345,8 +345,9 @@ class Schedule:
         Args:
             loop: which loop; negative ones count from the end.
         """
-        end = self.pass_of_loop(loop).index
-        return self.passes[self.pass_of_loop(self.loop(loop) - 1).index + 1 if self.loop(loop) else 0 : end + 1]
+        loop = self.loop(loop)
+        first = self.pass_of_loop(loop - 1).index + 1 if loop else 0
+        return tuple(map(self._pass, range(first, self.pass_of_loop(loop).index + 1)))
 
     def in_loop(self, p: Pass) -> tuple[int, int]:
         """The loop of the run that a pass is in, and which run of its stack it is there.
