@@ -16,15 +16,17 @@ if TYPE_CHECKING:
     from ..bridge.looped_bridge import LoopedBridge
 
 
-def prompts_in(file: str) -> list[str]:
-    """The lines of a file that are not empty."""
+def prompts_in(source: str) -> list[str]:
+    """The texts of a file or a data set."""
+    from ..runs import read_prompts
+
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoopedError(f"--prompts {file!r} cannot be read: {error}.") from error
-    if not (found := [line for line in lines if line.strip()]):
-        raise LoopedError(f"--prompts {file!r} holds no prompt; write one in every line.")
-    return found
+        found = read_prompts(source)
+    except LoopedError as error:
+        raise LoopedError(f"--prompts {error}") from error
+    if not all(isinstance(prompt, str) for prompt in found):
+        raise LoopedError(f"--prompts {source!r} holds token ids; this command reads texts.")
+    return [str(prompt) for prompt in found]
 
 
 def read_prompt(model: LoopedBridge, text: str) -> str | Tensor:

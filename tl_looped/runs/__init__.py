@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .reading import read_prompts
 from .store import Run, run
 
-__all__ = ["Run", "run"]
+__all__ = ["Run", "read_prompts", "run"]
