@@ -16,6 +16,7 @@ from .more_loops import MoreLoops, more_loops
 from .output_neurons import output_neurons
 from .path_independence import PathIndependence, path_independence
 from .random_init import RandomInitSweep, random_init_sweep
+from .state_similarity import state_similarity
 from .step_geometry import StepGeometry, step_geometry
 from .trajectories import Path, Trajectories, trajectories
 
@@ -41,6 +42,7 @@ __all__ = [
     "limiting_behaviour",
     "PathIndependence",
     "path_independence",
+    "state_similarity",
     "StepGeometry",
     "step_geometry",
     "Path",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +16,81 @@ from ..results import Estimate
 from ..schedule import Indices, Pass, Schedule, select_indices
 
 Key = TypeVar("Key", bound=Hashable)
+Found = TypeVar("Found")
 At = tuple[int, int]  # loop and layer
+
+
+class Look(NamedTuple):
+    """What a measure asks to be shown of one run: as the arguments of `visit`."""
+
+    hooks: Mapping[str, Any]
+    function: Callable[[Any, Tensor], None]
+    stop: int | None = None
+    initial_state: InitialState = None
+
+
+Plan = Generator[Look, None, Found]  # the looks that a measure needs, one after the other, and what it found; see `together`
+
+
+def carry_out(model: Hooked, tokens: Int[Tensor, "batch pos"], plan: Plan[Found]) -> Found:
+    """Run the model for every look of a plan."""
+    while True:
+        try:
+            hooks, function, stop, initial_state = next(plan)
+        except StopIteration as end:
+            return end.value
+        visit(model, tokens, hooks, function, stop=stop, initial_state=initial_state)
+
+
+def together(
+    model: Hooked, tokens: Int[Tensor, "batch pos"], plans: Mapping[str, Plan[Any]]
+) -> tuple[dict[str, Any], dict[str, LoopedError]]:
+    """What several plans find, and why some find nothing: the first looks of all are of one run, the second of another.
+
+    A plan that refuses is left out, and the others go on; an activation that is not finite ends all that look at its run.
+    """
+    found: dict[str, Any] = {}
+    refused: dict[str, LoopedError] = {}
+    left = dict(plans)
+    while left:
+        looks: dict[str, Look] = {}
+        for name, plan in left.items():
+            try:
+                looks[name] = next(plan)
+            except StopIteration as end:
+                found[name] = end.value
+            except LoopedError as error:
+                refused[name] = error
+        if looks:
+            try:
+                refused |= _one_run(model, tokens, looks)
+            except LoopedError as error:
+                refused |= dict.fromkeys(looks, error)
+        left = {name: left[name] for name in looks if name not in refused}
+    return found, refused
+
+
+def _one_run(model: Hooked, tokens: Int[Tensor, "batch pos"], looks: Mapping[str, Look]) -> dict[str, LoopedError]:
+    """Show one run to all; returns who refused what they saw."""
+    refused: dict[str, LoopedError] = {}
+    readers: dict[str, list[str]] = {}
+    for name, look in looks.items():
+        for hook in look.hooks:
+            readers.setdefault(hook, []).append(name)
+
+    def show(hook: str, value: Tensor) -> None:
+        for name in readers[hook]:
+            try:
+                if name not in refused:
+                    looks[name].function(looks[name].hooks[hook], value)
+            except LoopedError as error:
+                refused[name] = error
+
+    stops = [look.stop for look in looks.values()]
+    stop = None if None in stops else max(at for at in stops if at is not None)
+    (state,) = {id(look.initial_state): look.initial_state for look in looks.values()}.values()
+    visit(model, tokens, {hook: hook for hook in readers}, show, stop=stop, initial_state=state)
+    return refused
 
 
 def layer_hooks(schedule: Schedule, passes: Sequence[Pass], hook: str) -> dict[str, tuple[int, int]]:
@@ -57,14 +131,13 @@ def visit(
 
 def run_twice(
     model: Looped,
-    tokens: Int[Tensor, "batch pos"],
     hooks: Sequence[str],
     shown: Sequence[Pass],
     last: Pass,
     initial_state: InitialState,
     step: Callable[[str, At, Tensor, Tensor], None],
     measure: Callable[[str, At, Tensor, Tensor], None],
-) -> dict[tuple[str, int], Tensor]:
+) -> Plan[dict[tuple[str, int], Tensor]]:
     """Show activations of every layer beside those of the loop before, then beside those of the last loop, which are returned.
 
     The first run calls `step(hook, at, before, value)` in all shown loops but the first, and ends with the last loop in hand;
@@ -87,8 +160,8 @@ def run_twice(
         measure(hook, at, value, held[hook, at[1]])
 
     every = [*shown, *([] if last in shown else [last])]
-    visit(model, tokens, keys(every), first, stop=last.layers.stop, initial_state=rehearsal(initial_state))
-    visit(model, tokens, keys(shown), second, stop=shown[-1].layers.stop, initial_state=initial_state)
+    yield Look(keys(every), first, last.layers.stop, rehearsal(initial_state))
+    yield Look(keys(shown), second, shown[-1].layers.stop, initial_state)
     return held
 
 

@@ -15,7 +15,7 @@ from ..results import Estimate
 from ..running import is_observed
 from ..runs.driver import over_prompts
 from ..runs.prompts import Prompts
-from ._streaming import visit
+from ._streaming import Look, Plan, carry_out
 
 NAME = "pattern_distance"
 
@@ -73,6 +73,10 @@ class AttentionDistancesMeasure:
 
     def __call__(self, model: Looped, tokens: Int[Tensor, "batch pos"]) -> Estimate:
         """Measure one batch."""
+        return carry_out(model, tokens, self.plan(model, tokens))
+
+    def plan(self, model: Looped, tokens: Int[Tensor, "batch pos"]) -> Plan[Estimate]:
+        """The runs of one batch that it takes."""
         schedule, cfg = model.schedule, model.cfg
         names = [schedule.layer_name(i) for i in range(schedule.n_layers)]
         hooks = {f"{name}.attn.hook_pattern": i for i, name in enumerate(names)}
@@ -93,7 +97,7 @@ class AttentionDistancesMeasure:
                     held[:, i, here] = pattern[:, head].flatten(1)[:, cells[there]]
 
             state = self.initial_state if first + chunk >= n_cells else rehearsal(self.initial_state)
-            visit(model, tokens, hooks, keep, stop=schedule.n_layers, initial_state=state)
+            yield Look(hooks, keep, schedule.n_layers, state)
             for head, _, here in parts:
                 for rows in held[..., here].split(max(1, chunk // 8), dim=-1):  # so much is widened at a time
                     gram[:, head if self.per_head else 0] += (rows.double() @ rows.double().mT).cpu()

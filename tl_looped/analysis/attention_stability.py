@@ -16,7 +16,7 @@ from ..results import Estimate, Result, table
 from ..runs.driver import over_prompts
 from ..runs.prompts import Prompts
 from ..schedule import Schedule, Site
-from ._streaming import by_layer, need_loops
+from ._streaming import by_layer, carry_out, need_loops
 from .fixed_points import PATTERN, compare_loops, frobenius_per_head
 
 
@@ -111,7 +111,8 @@ class AttentionStabilityMeasure:
         def per_head(a: Tensor, b: Tensor) -> dict[str, Tensor]:
             return {"distance": frobenius_per_head(a, b) / a.shape[-1] ** 0.5}
 
-        found = compare_loops(model, tokens, passes[-1], passes, self.initial_state, {PATTERN: per_head})[PATTERN]
+        plan = compare_loops(model, passes[-1], passes, self.initial_state, {PATTERN: per_head})
+        found = carry_out(model, tokens, plan)[PATTERN]
         return AttentionStability(
             successive=by_layer(found.successive["distance"], "successive_distance", "head"),
             distance=by_layer(found.distance["distance"], "distance_to_last", "head"),

@@ -21,7 +21,7 @@ from ..runs.driver import over_prompts
 from ..runs.prompts import Prompts
 from ..schedule import Indices, Pass, Schedule, Site, check_count
 from ._directions import cosine, relative_distance
-from ._streaming import At, at_positions, by_layer, need_loops, run_twice
+from ._streaming import At, Plan, at_positions, by_layer, carry_out, need_loops, run_twice
 
 __all__ = ["FixedPoints", "fixed_points"]
 
@@ -185,12 +185,16 @@ class FixedPointsMeasure:
 
     def __call__(self, model: Looped, tokens: Int[Tensor, "batch pos"]) -> FixedPoints:
         """Measure one batch."""
+        return carry_out(model, tokens, self.plan(model))
+
+    def plan(self, model: Looped) -> Plan[FixedPoints]:
+        """The runs of one batch that it takes."""
         passes = model.schedule.passes_of("all", self.stack)
         # The first loops of a longer run are those of a shorter one.
         shown, compare = passes[: self.n_passes], {RESID: self._compare}
         if self.patterns:
             compare[PATTERN] = _frobenius
-        found = compare_loops(model, tokens, passes[-1], shown, self.initial_state, compare)
+        found = yield from compare_loops(model, passes[-1], shown, self.initial_state, compare)
         resid, pattern = found[RESID], found.get(PATTERN)
         layers, states = list(range(shown[0].n_layers)), resid.reference.values()
         between = torch.stack([self._compare(a, b)["cosine"] for a in states for b in states], 1)
@@ -235,12 +239,11 @@ class Compared:
 
 def compare_loops(
     model: Looped,
-    tokens: Int[Tensor, "batch pos"],
     last: Pass,
     shown: list[Pass],
     initial_state: InitialState,
     compare: Mapping[str, Callable[[Tensor, Tensor], dict[str, Tensor]]],
-) -> dict[str, Compared]:
+) -> Plan[dict[str, Compared]]:
     """Compare activations of every layer in every loop with those of the loop before and with those of the last."""
     successive, distance = ({hook: Cells() for hook in compare} for _ in range(2))
 
@@ -251,7 +254,7 @@ def compare_loops(
 
         return put
 
-    held = run_twice(model, tokens, [*compare], shown, last, initial_state, into(successive), into(distance))
+    held = yield from run_twice(model, [*compare], shown, last, initial_state, into(successive), into(distance))
     ends = {hook: {layer: value for (of, layer), value in held.items() if of == hook} for hook in compare}
     return {hook: Compared(successive[hook], distance[hook], ends[hook]) for hook in compare}
 

@@ -22,7 +22,7 @@ from ..results import Estimate, Grid, Result, table
 from ..runs.driver import over_prompts
 from ..runs.prompts import Prompts
 from ..schedule import Indices, Schedule
-from ._streaming import at_positions, check_bridge, need_loops, visit
+from ._streaming import Look, Plan, at_positions, carry_out, check_bridge, need_loops
 
 METRICS = ("colsum", "sink_rate", "mixing", "entropy", "norm")
 
@@ -282,6 +282,10 @@ class InferenceStagesMeasure:
 
     def __call__(self, model: Hooked, tokens: Int[Tensor, "batch pos"]) -> InferenceStages:
         """Measure one batch."""
+        return carry_out(model, tokens, self.plan(model, tokens))
+
+    def plan(self, model: Hooked, tokens: Int[Tensor, "batch pos"]) -> Plan[InferenceStages]:
+        """The run of one batch that it takes."""
         if tokens.shape[1] < 2:
             raise LoopedError("a prompt of one token was given; attention and matrix entropy need at least two.")
         schedule = model.schedule if isinstance(model, Looped) else Schedule(model.cfg.n_layers, 1)
@@ -304,7 +308,7 @@ class InferenceStagesMeasure:
                 values["norm"][:, i] = resid.double().norm(dim=-1).mean(-1)
 
         hooks = {f"{names[i]}.{hook}": (hook, i) for i in range(n) for hook in ("attn.hook_pattern", "hook_resid_post")}
-        visit(model, tokens, hooks, read, stop=n if isinstance(model, Looped) else None, initial_state=self.initial_state)
+        yield Look(hooks, read, n if isinstance(model, Looped) else None, self.initial_state)
         if values["colsum"].isnan().any():
             raise LoopedError(
                 "some layers showed no attention pattern; inference_stages needs attention that has one in every layer, "

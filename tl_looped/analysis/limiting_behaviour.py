@@ -21,7 +21,7 @@ from ..runs.driver import over_prompts
 from ..runs.prompts import Prompts
 from ..schedule import check_count
 from ._directions import cosine
-from ._streaming import At, need_loops, run_twice
+from ._streaming import At, Plan, carry_out, need_loops, run_twice
 
 __all__ = ["BehaviourRule", "TokenBehaviour", "LimitingBehaviour", "limiting_behaviour"]
 
@@ -280,7 +280,11 @@ class LimitingBehaviourMeasure:
 
     def __call__(self, model: Looped, tokens: Int[Tensor, "batch pos"]) -> LimitingBehaviour:
         """Measure one batch."""
-        n_loops, found = model.schedule.n_loops_of(self.stack), tuple(self.rows(model, tokens))
+        return carry_out(model, tokens, self.plan(model, tokens))
+
+    def plan(self, model: Looped, tokens: Int[Tensor, "batch pos"]) -> Plan[LimitingBehaviour]:
+        """The runs of one batch that it takes."""
+        found, n_loops = tuple((yield from self.rows(model, tokens))), model.schedule.n_loops_of(self.stack)
         return LimitingBehaviour(found, self.rule, self.period, self.window, self.settle, self.stack, n_loops)
 
     def rows(
@@ -288,7 +292,7 @@ class LimitingBehaviourMeasure:
         model: Looped,
         tokens: Int[Tensor, "batch pos"],
         also: Callable[[At, Tensor], None] = lambda at, value: None,
-    ) -> list[TokenBehaviour]:
+    ) -> Plan[list[TokenBehaviour]]:
         """The behaviour of every row of a batch."""
         passes = model.schedule.passes_of("all", self.stack)
         n, n_layers = len(passes), passes[0].n_layers
@@ -310,7 +314,7 @@ class LimitingBehaviourMeasure:
             if loop >= n - self.window:
                 waves.setdefault(layer, _Wave(self.period, torch.finfo(value.dtype).eps * end.norm(dim=-1))).add(x - end)
 
-        run_twice(model, tokens, ["hook_resid_post"], passes, passes[-1], self.initial_state, step, measure)
+        yield from run_twice(model, ["hook_resid_post"], passes, passes[-1], self.initial_state, step, measure)
         cosines, settled = signal.cpu(), settled.cpu()
         labels = torch.stack([self.rule.classify(cosines[:, layer]) for layer in range(n_layers)])
         power = torch.stack([waves[j].share() for j in range(n_layers)]).cpu()

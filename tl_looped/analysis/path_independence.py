@@ -18,7 +18,7 @@ from ..record import InitialState
 from ..results import Estimate, Result
 from ..runs.driver import over_prompts
 from ..runs.prompts import Prompts
-from ._streaming import by_layer, visit
+from ._streaming import by_layer, carry_out, visit
 from .limiting_behaviour import UNDEFINED, BehaviourRule, LimitingBehaviourMeasure, checked
 
 
@@ -124,7 +124,8 @@ class PathIndependenceMeasure:
             spread[at] = _spread(value.unflatten(0, (n_states, -1)))
 
         of_rows = LimitingBehaviourMeasure(self.rule, 2, 2, 0.0, False, self.stack, torch.cat(states))
-        found = of_rows.rows(model, tokens.repeat(n_states, 1), measure)
+        rows = tokens.repeat(n_states, 1)
+        found = carry_out(model, rows, of_rows.rows(model, rows, measure))
         labels = torch.stack([token.labels for token in found]).unflatten(0, (n_states, -1))
         agree = (labels == labels[0]).all(0).double()
         agreement = agree.masked_fill((labels == UNDEFINED).any(0), torch.nan).nanmean(-1)  # [batch, layer]
