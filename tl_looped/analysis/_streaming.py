@@ -47,7 +47,8 @@ def together(
 ) -> tuple[dict[str, Any], dict[str, LoopedError]]:
     """What several plans find, and why some find nothing: the first looks of all are of one run, the second of another.
 
-    A plan that refuses is left out, and the others go on; an activation that is not finite ends all that look at its run.
+    A plan that refuses is left out, and the others go on; an activation that is not finite ends all that look at its run. All
+    begin from the initial state of the first.
     """
     found: dict[str, Any] = {}
     refused: dict[str, LoopedError] = {}
@@ -88,7 +89,7 @@ def _one_run(model: Hooked, tokens: Int[Tensor, "batch pos"], looks: Mapping[str
 
     stops = [look.stop for look in looks.values()]
     stop = None if None in stops else max(at for at in stops if at is not None)
-    (state,) = {id(look.initial_state): look.initial_state for look in looks.values()}.values()
+    state = next(iter(looks.values())).initial_state
     visit(model, tokens, {hook: hook for hook in readers}, show, stop=stop, initial_state=state)
     return refused
 
