@@ -112,7 +112,7 @@ def test_info_of_a_toy_and_of_nothing(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     assert all(
-        word in out for word in ("ouro", "huginn", "hrm_text", "parcae", "nanbeige", "retrofit", "toy:hop", "loop_layers")
+        word in out for word in ("Ouro", "Huginn", "HRM-Text", "Parcae", "Nanbeige", "retrofit", "toy:hop", "loop_layers")
     )
 
 

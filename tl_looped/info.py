@@ -5,12 +5,15 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from ._words import aligned
 from .bridge.looped_bridge import LoopedBridge
 from .checkpoints import make_plan, open_checkpoint, stored_dtype
+from .families import TABLE, Row
+from .looped import Ability
 from .model import LoopedModel
 from .model.config import LoopedConfig
 from .model.facts import facts
@@ -18,45 +21,84 @@ from .schedule import Pass, virtual_layer
 from .sites import KINDS
 from .toys import TOYS
 
-# Family, checkpoints on the Hub, what is special about the loop.
-FAMILIES = (
-    ("ouro", "ByteDance/Ouro-*", "sandwich norms, a norm and an exit gate after every pass"),
-    ("huginn", "tomg-group-umd/huginn-0125", "prelude, concat-linear injection, random state, norms on the stream, coda"),
-    ("retrofit", "smcleish/Recurrent-*", "Huginn's loop around the layers of Llama, TinyLlama and OLMo"),
-    ("hrm_text", "sapientinc/HRM-Text-1B", "two stacks, L several times and H once per loop"),
-    ("parcae", "SandyResearch/parcae-*", "decay injection, value embeddings"),
-    ("nanbeige", "Nanbeige/Nanbeige4.2-*", "a Llama run twice, a norm after every pass"),
-    ("dory", "nvidia/NVIDIA-Nemotron-Labs-Dory1.0-4B-BF16", "a looped nGPT: states on the unit sphere, steps at learned rates"),
-    ("loopus", "Thrillcrazyer/*LoopUS*", "the middle of a Qwen3 or Llama behind a gate that opens as far as the state moves"),
-    ("loopformer", "of armenjeddi/loopformer", "a GPT whose norms and gains know the time and the size of every step"),
-    ("looped_nanochat", "of kschwethelm/looped_nanochat", "norms on the stream, the prelude's output joined to the state"),
-    ("llama_rrt", "of axolotl-ai-cloud/axolotl", "a Llama whose loops add low-rank matrices and norms of their own"),
-    ("loopcoder", "IQuestLab/IQuest-Coder-V1-*-Loop-*", "a Llama whose later loops also attend to the first"),
-    ("loopcoder_v2", "Multilingual-Multimodal-NLP/LoopCoder-V2", "the same, and a loop reads the state of the position before"),
-    ("tl_looped", "what save_pretrained writes", "any"),
-)
+ABILITIES: tuple[Ability, ...] = get_args(Ability)
+_NAME = 26  # columns of a family's or toy's name
 
 
-def families_text() -> str:
-    """The families and toys that can be loaded, as a table."""
-    toys = [[f"toy:{name}", what] for name, what in TOYS.items()]
-    return "\n".join(
-        [
-            *aligned([["family", "checkpoints", "loop"], *map(list, FAMILIES)]),
-            "",
-            *aligned([["toy", "what it is"], *toys]),
-            "",
-            "Layers of an ordinary Llama, Mistral, Qwen2, Qwen3 or SmolLM: LoopedBridge.loop_layers.",
-        ]
-    )
+def families_text(width: int = 100) -> str:
+    """The families and toys that can be loaded, and what their models lack.
+
+    Args:
+        width: of a line.
+    """
+    heading = "checkpoints; loop; since which version, what it lacks (tl-looped info MODEL says why)"
+    lines = _beside("family", [heading], width)
+    for row in TABLE:
+        terms = [since(row), f"lacks {', '.join(found)}" if (found := lacking_in(row)) else "", refused(row)]
+        lines += ["", *_beside(row.title, [_plain(row.checkpoints), _plain(row.loop), "; ".join(filter(None, terms))], width)]
+    lines += ["", f"{'toy':{_NAME}}what it is", ""]
+    for name, what in TOYS.items():
+        lines += _beside(f"toy:{name}", [what], width)
+    return "\n".join(lines)
 
 
-def checkpoint_text(name_or_dir: str | Path, revision: str | None = None) -> str:
+def since(row: Row) -> str:
+    """How models of a family are made, and since which version."""
+    return f"{row.made} since {row.since}" + (f", in transformers since {row.transformers}" if row.transformers else "")
+
+
+def refused(row: Row) -> str:
+    """The values in config.json that a family refuses, as in "refuses use_dora=False"; "" for none."""
+    return f"refuses {', '.join(f'{key}={value!r}' for key, value in row.refused.items())}" if row.refused else ""
+
+
+def lacking_in(row: Row) -> list[Ability]:
+    """What models of a family lack; nothing where it depends on the model.
+
+    Args:
+        row: the family.
+    """
+    return [] if row.small is None else [*lacking(row.small)]
+
+
+def _plain(markdown: str) -> str:
+    return markdown.replace("`", "")
+
+
+def _beside(name: str, texts: Sequence[str], width: int) -> list[str]:
+    """A name, and beside it texts of several lines, each wrapped."""
+    lines = [line for text in texts for line in textwrap.wrap(text, max(width - _NAME, 20), subsequent_indent="  ")]
+    return [f"{name if k == 0 else '':{_NAME}}{line}" for k, line in enumerate(lines)]
+
+
+def lacking(cfg: LoopedConfig) -> dict[Ability, str]:
+    """What a model lacks that tools ask for, and why.
+
+    Args:
+        cfg: the structure.
+
+    Example:
+        >>> [*lacking(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3, own_layers=True))]
+        ['equal loops', 'exit gate', 'injection', 'shared weights']
+    """
+    bridge = _bridge(cfg)
+    return {ability: why for ability in ABILITIES if (why := bridge.lacks(ability)) is not None}
+
+
+def _bridge(cfg: LoopedConfig) -> LoopedBridge:
+    """A model of a structure, without values and with few loops."""
+    few = {"n_loops": min(2, cfg.n_loops)} | ({} if cfg.l_cycles is None else {"l_cycles": 1})
+    with torch.device("meta"):
+        return LoopedBridge(LoopedModel(cfg.replace(**few)))
+
+
+def checkpoint_text(name_or_dir: str | Path, revision: str | None = None, width: int = 100) -> str:
     """What a checkpoint computes, from its config.json and the names of its tensors, none of which is read.
 
     Args:
         name_or_dir: as for `LoopedBridge.from_pretrained`.
         revision: branch, tag or commit on the Hub.
+        width: of a line about what it lacks.
 
     Raises:
         CheckpointError: there is no such checkpoint, no family knows it, or its config.json and tensors do not fit together.
@@ -64,7 +106,10 @@ def checkpoint_text(name_or_dir: str | Path, revision: str | None = None) -> str
     checkpoint = open_checkpoint(name_or_dir, revision)
     _, cfg, sources = make_plan(checkpoint)
     rows = [[name, text] for name, text in facts(cfg, stored_dtype(checkpoint, sources)).items()]
-    return "\n".join([str(name_or_dir), *aligned(rows), "", hooks_text(cfg)])
+    lines = [str(name_or_dir), *aligned(rows), ""]
+    if lacks := lacking(cfg):
+        lines += ["it lacks", *(line for ability, why in lacks.items() for line in _beside(f"  {ability}", [why], width)), ""]
+    return "\n".join([*lines, hooks_text(cfg)])
 
 
 def hooks_text(cfg: LoopedConfig) -> str:
@@ -73,9 +118,7 @@ def hooks_text(cfg: LoopedConfig) -> str:
     Args:
         cfg: the structure.
     """
-    few = {"n_loops": min(2, cfg.n_loops)} | ({} if cfg.l_cycles is None else {"l_cycles": 1})
-    with torch.device("meta"):
-        bridge = LoopedBridge(LoopedModel(cfg.replace(**few)))
+    bridge = _bridge(cfg)
     hooks_at: dict[tuple[str, int | None], list[str]] = {}  # by the part of the name before a layer's index, and the layer
     for name in bridge.hook_dict:
         before, layer, hook = _split(bridge, name, cfg)

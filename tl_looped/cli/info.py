@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from typing import TYPE_CHECKING
 
 from ._parser import add_command
@@ -26,5 +27,6 @@ def run(args: argparse.Namespace) -> int:
     """Print it."""
     from ..info import checkpoint_text, families_text
 
-    print(families_text() if args.checkpoint is None else checkpoint_text(args.checkpoint, args.revision))
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    print(families_text(width) if args.checkpoint is None else checkpoint_text(args.checkpoint, args.revision, width))
     return 0

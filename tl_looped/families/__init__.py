@@ -12,27 +12,15 @@ from typing import Any, Protocol, runtime_checkable
 from ..errors import CheckpointError, LoopedError
 from ..kinds import choice, count, flag, number, optional, several, shown, table, text
 from ..model.config import LoopedConfig
-from . import (
-    canonical,
-    dory,
-    hrm_text,
-    huginn,
-    llama,
-    llama_rrt,
-    loopcoder,
-    looped_nanochat,
-    loopformer,
-    loopus,
-    nanbeige,
-    ouro,
-    parcae,
-    retrofit,
-)
+from . import canonical, llama
 from ._common import Computed, Shapes, Source, activation, attention_rows, fused, layers, mlp_rows, modules, readout, rope
 from ._read import Recorded, get, need, only, unused
+from .table import TABLE, Row
 
 __all__ = [
     "Family",
+    "Row",
+    "TABLE",
     "register",
     "detect",
     "read",
@@ -111,22 +99,7 @@ class Family(Protocol):
         ...
 
 
-_FAMILIES: list[Family] = [
-    canonical,
-    ouro,
-    huginn,
-    retrofit,
-    hrm_text,
-    nanbeige,
-    parcae,
-    dory,
-    loopus,
-    loopformer,
-    looped_nanochat,
-    loopcoder,
-    llama_rrt,
-    llama,
-]
+_FAMILIES: list[Family] = list(dict.fromkeys(row.module for row in TABLE if row.module is not None))  # type: ignore[arg-type]
 
 
 def register(family: Family) -> None:
@@ -171,18 +144,14 @@ def detect(config: Mapping[str, Any], shapes: Shapes) -> Family:
     raise CheckpointError(
         f"this checkpoint has model_type={shown(config.get('model_type'))} and "
         f"architectures={shown(config.get('architectures'))}, "
-        f"which no family knows; known looped families are {', '.join(_names())} and tl_looped's own format, and what was "
+        f"which no family knows; known looped families are {', '.join(_titles())} and tl_looped's own format, and what was "
         "given to tl_looped.families.register. The layers of an ordinary decoder "
         f"({', '.join(llama.MODEL_TYPES)}) can be looped with LoopedBridge.loop_layers."
     )
 
 
-def _names() -> list[str]:
-    return [name for family in _FAMILIES if (name := _name_of(family)) not in ("canonical", "llama")]
-
-
-def _name_of(family: Any) -> str:
-    return getattr(family, "__name__", type(family).__name__).rpartition(".")[2]
+def _titles() -> list[str]:
+    return [row.title for row in TABLE if row.module not in (canonical, llama, None)]
 
 
 def read(family: Family, config: Mapping[str, Any], shapes: Shapes, **options: Any) -> LoopedConfig:
