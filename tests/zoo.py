@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -144,4 +145,6 @@ def golden_tensors(checkpoint: str) -> dict[str, Tensor]:
 def with_config(checkpoint: str, **changes: Any) -> MemoryCheckpoint:
     """A golden checkpoint with some keys of its config.json changed."""
     config = json.loads((GOLDEN / checkpoint / "config.json").read_text())
+    for file in (GOLDEN / checkpoint).glob("*.yaml"):
+        config[file.name] = yaml.safe_load(file.read_text())
     return MemoryCheckpoint(config | changes, golden_tensors(checkpoint))

@@ -17,6 +17,7 @@ from .looped import Ability
 from .model import LoopedModel
 from .model.config import LoopedConfig
 from .model.facts import facts
+from .model.loops import loop_of
 from .schedule import Pass, virtual_layer
 from .sites import KINDS
 from .toys import TOYS
@@ -86,7 +87,10 @@ def lacking(cfg: LoopedConfig) -> dict[Ability, str]:
 
 
 def _bridge(cfg: LoopedConfig) -> LoopedBridge:
-    """A model of a structure, without values and with few loops."""
+    """A model of a structure, without values and with few loops where it may have few."""
+    if loop_of(cfg).fixed is not None:
+        with torch.device("meta"):
+            return LoopedBridge(LoopedModel(cfg))
     few = {"n_loops": min(2, cfg.n_loops)} | ({} if cfg.l_cycles is None else {"l_cycles": 1})
     with torch.device("meta"):
         return LoopedBridge(LoopedModel(cfg.replace(**few)))

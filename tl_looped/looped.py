@@ -20,10 +20,12 @@ Ability = Literal[
     "early readouts",
     "equal loops",
     "equal passes",
+    "every position",
     "exit gate",
     "injection",
     "one embedding",
     "one pattern",
+    "other depths",
     "shared weights",
 ]
 Lens = Literal["logit", "native"]

@@ -65,6 +65,13 @@ class AskedBridge(RunningBridge):
                 f"in this {cfg.family} model {why}, so that the loops are not one map applied again. Compare or patch the "
                 "states of a run instead: step_geometry, patch_between_loops."
             )
+        if ability == "every position" and (why := self.plain.loop.partial) is not None:
+            return (
+                f"in this {cfg.family} model {why}: at the others its layers compute nothing. Read hook_state and hook_out of the "
+                "loops, which every position has."
+            )
+        if ability == "other depths" and (why := self.plain.loop.fixed) is not None:
+            return f"this {cfg.family} model cannot stop after an earlier loop or loop further: {why}."
         if ability == "one pattern" and (why := self.plain.loop.patterns) is not None:
             return f"in this {cfg.family} model {why}."
         if ability == "shared weights" and cfg.own_layers:

@@ -94,6 +94,8 @@ def walk(
             return write(None, Write(f"{place}.injection", name))
         if last == "hook_in":
             return inputs[0].clone()  # writes may be in place
+        if last in model.loop.held:
+            return apply(module, name, inputs)
         if getattr(getattr(module, "_original_component", module), "BESIDE", False):
             return inputs[0]  # no part of the stream goes through it
         return inputs[0] if last.startswith("hook_") else apply(module, name, inputs)

@@ -55,10 +55,14 @@ class DirectPaths:
             hooks = [] if post is None else ["hook_in"] if isinstance(post, RMSNorm) else post.HELD
             names += [f"blocks.{i}.ln1_post.{hook}" for hook in hooks]
         beside = [name for layer, norm in norms for name in _beside(plain, layer, norm)]
+        prefixes = [plain.cfg.schedule.pass_prefix(p) for p in plain.cfg.schedule.passes]
+        beside += [f"{prefix}.{slot}" for prefix in prefixes for slot in plain.loop.held]
         return [*names, *plain.loop.state_before, *beside]
 
     def _through(self, module: Any, name: str, inputs: tuple[Tensor, ...]) -> Tensor:
         """Changes after a module that lies on the way of the stream, and in the last row what the run has after it."""
+        if name.rpartition(".")[2] in self.plain.loop.held:
+            return self.value(name)
         return changes_after(module, inputs, self.dtype, self.to_first_order)
 
     def value(self, name: str, dim: int = -2) -> Tensor:

@@ -57,6 +57,8 @@ class GeneratingBridge(WeightsBridge):
                 f"exit_policy={policy!r} reads exit gates, which this {self.looped_cfg.family} model does not have; "
                 "use KL(), StateChange() or TwoHitAcceleration()."
             )
+        if policy is not None and (why := self.plain.loop.fixed) is not None:
+            raise LoopedError(f"exit_policy={policy!r} was given, but in this {self.looped_cfg.family} model {why}.")
         self.__dict__["_exit_policy"] = policy
 
     @property

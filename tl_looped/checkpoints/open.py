@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -58,6 +59,18 @@ class Checkpoint:
             raise CheckpointError(f"tensor {name!r} was asked; {self} has {', '.join(sorted(self._stored))}.")
         shape = self.shapes[name] if shape is None else shape
         return self._stored[name].read(start, math.prod(shape)).view(shape)
+
+    def with_files(self, names: Iterable[str]) -> dict[str, Any]:
+        """The content of config.json, and of files that lie beside it under their names, where they do.
+
+        Args:
+            names: the files, JSON or YAML.
+
+        Raises:
+            CheckpointError: a file that cannot be read.
+        """
+        files = [] if self.path is None else [self.path / name for name in names if (self.path / name).is_file()]
+        return self.config | {file.name: _read_json(file) if file.suffix == ".json" else _read_yaml(file) for file in files}
 
     def check_unchanged(self) -> None:
         """Refuse a directory into which another model has been saved since it was opened.
@@ -198,6 +211,13 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, not an object. Download it again.")
     return cast("dict[str, Any]", content)
+
+
+def _read_yaml(file: Path) -> object:
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{file} cannot be read as YAML ({' '.join(str(error).split())}). Restore it.") from error
 
 
 def _weight_files(path: Path) -> tuple[list[Path], dict[str, str], dict[str, object]]:

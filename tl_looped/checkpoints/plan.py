@@ -74,7 +74,7 @@ def make_plan(
     _check_not_wrapped(checkpoint)
     family = families.detect(checkpoint.config, checkpoint.shapes)
     try:
-        cfg = cfg or families.read(family, checkpoint.config, checkpoint.shapes)
+        cfg = cfg or families.read(family, checkpoint.with_files(getattr(family, "FILES", ())), checkpoint.shapes)
     except LoopedError as error:
         raise CheckpointError(f"{checkpoint} cannot be loaded: {error}") from error
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # in a family from outside

@@ -88,7 +88,7 @@ class Call:
 NEEDS: dict[str, tuple[Ability, ...]] = {
     "drop_injection": ("injection",),
     "freeze_injection": ("injection",),
-    "freeze_attention": ("one pattern",),
+    "freeze_attention": ("one pattern", "every position"),
     "repeat_loop": ("early readouts", "equal loops"),
 }
 

@@ -137,7 +137,8 @@ class Session:
             "logit": "last norm and unembedding",
             "readout": "after every loop",
         }
-        processed = lacking(model, "early readouts")
+        undecodable = lacking(model, "early readouts") or lacking(model, "every position")
+        unread = lacking(model, "other depths")
         hooked = first_hooked(model)
         return {
             "name": name,
@@ -152,7 +153,7 @@ class Session:
             "d_vocab": model.cfg.d_vocab,
             "has_tokenizer": model.tokenizer is not None,
             "prompts": list(prompts),
-            "lenses": [{"lens": lens, "title": lenses[lens], "why": "" if lens == "readout" else processed} for lens in LENSES],
+            "lenses": [{"lens": lens, "title": lenses[lens], "why": unread if lens == "readout" else undecodable} for lens in LENSES],
             "sites": list(SITES),
             "edits": offered(model),
             "policies": policies(model),

@@ -24,6 +24,7 @@ from . import (
     looped_nanochat,
     loopformer,
     loopus,
+    mor,
     nanbeige,
     ouro,
     parcae,
@@ -144,6 +145,13 @@ TABLE: tuple[Row, ...] = (
         "loopcoder_v2", "LoopCoder-V2", "`Multilingual-Multimodal-NLP/LoopCoder-V2`",
         "the same, and a loop reads the state of the position before", loopcoder,
         fields={"loop": "two_sources_shifted", "options": {"window": 2, "gate": "stream"}},
+    ),
+    Row(
+        "mor_token", "MoR, token choice", "of `raymin0223/mixture_of_recursions`",
+        "a router gives every token a depth; a recursion runs the tokens that go as deep", mor,
+        fields={"loop": "token_choice", "options": {"n_recursions": 2, "router": "linear", "router_func": "softmax",
+                                                    "alpha": 1.0, "bias": False}},
+        refused={"attention_bias": True, "mlp_bias": True},
     ),
     Row(
         "tl_looped", "tl_looped", "what `save_pretrained` writes", "that of the model that was saved", canonical,

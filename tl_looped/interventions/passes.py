@@ -186,7 +186,8 @@ def freeze_attention(
         ['loops.1.blocks.0.attn.hook_pattern', 'loops.2.blocks.0.attn.hook_pattern']
     """
     check_model(model)
-    require(model, "one pattern", f"freeze_attention(from_loop={from_loop!r})")
+    for ability in ("one pattern", "every position"):
+        require(model, ability, f"freeze_attention(from_loop={from_loop!r})")
     n_heads = model.cfg.n_heads
     mask = None if heads is None else unit_mask(select_indices(heads, n_heads, "heads"), n_heads, after=2)
     source, *later = passes_from(model, from_loop, stack)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..errors import LoopedError
-from ..looped import Looped, check_model
+from ..looped import Looped, check_model, require
 from ..schedule import Schedule, check_count
 from ._hooks import Hooks, current_run
 
@@ -56,6 +56,7 @@ def share_kv(model: Looped, policy: Policy) -> Hooks:
     """
     check_model(model)
     SharedKeyValues(model.schedule, policy)  # checks the policy
+    require(model, "every position", "one set of keys and values for several loops")
     if model.exit_policy is not None:
         raise LoopedError("share_kv was asked under an exit policy, where positions lack loops; set model.exit_policy = None.")
 

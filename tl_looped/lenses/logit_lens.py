@@ -108,7 +108,8 @@ def logit_lens(
     if lens not in get_args(Lens):
         raise LoopedError(f"lens={lens!r} was asked; choose 'logit' or 'native'.")
     check_model(model)
-    require(model, "early readouts", "a lens")
+    for ability in ("early readouts", "every position"):
+        require(model, ability, "a lens")
     d_vocab = model.cfg.d_vocab
     if check_count("top_k", top_k) > d_vocab:
         raise LoopedError(f"top_k={top_k} was asked; the vocabulary has {d_vocab} tokens.")

@@ -32,6 +32,8 @@ def frozen(read: Callable[[str], Tensor]) -> Apply:
     """
 
     def apply(module: Any, name: str, inputs: tuple[Tensor, ...]) -> Tensor:
+        if name.rpartition(".")[2].startswith("hook_"):
+            return read(name)
         plain: Any = getattr(module, "_original_component", module)
         if not hasattr(plain, "frozen"):
             return apply_module(plain, *inputs)

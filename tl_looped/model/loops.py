@@ -90,6 +90,7 @@ class Repeat:
     """
 
     lag: int = 0  # how many positions further on what a pass leaves is read by the next
+    held: tuple[str, ...] = ()  # slots of a pass whose values count as given where a frozen stream is followed
 
     def __init__(self, cfg: LoopedConfig):
         self.cfg = cfg
@@ -176,6 +177,16 @@ class Repeat:
     def changes(self) -> str | None:
         """Why one loop is not the same map of the state as the next; None if it is."""
         return "every loop has weights of its own" if self.cfg.own_layers else None
+
+    @property
+    def fixed(self) -> str | None:
+        """Why no other number of loops has a meaning, nor an answer after an earlier one; None if they have."""
+        return None
+
+    @property
+    def partial(self) -> str | None:
+        """Why a loop does not run every position; None if it does."""
+        return None
 
     def begin(self, parts: Parts, x: Tensor, initial: Initial) -> dict[str, Tensor]:
         """What is carried before the first pass.

@@ -91,6 +91,8 @@ def patch_between_loops(
     places = select_places(model, site, loops, layer, stack)
     if site == "out":
         require(model, "equal passes", "a patch of states leaving one pass into another")
+    if layer is not None:
+        require(model, "every position", "a patch of what a layer computes in one loop into another")
     hooks = [place.hook for place in places]
     targets = select_places(model, site, "all", layer, stack) if onwards else places
     patcher = Patcher(model, tokens, metric, [place.hook for place in targets], initial_state, inputs, max_batch)
