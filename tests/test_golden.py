@@ -117,7 +117,9 @@ def test_every_reference_activation(family: str) -> None:
                 value = cache[hook].unsqueeze(-1) if what.startswith("gate_logit") else cache[hook]
                 value = value[:, -1] if what.startswith("halt_logit") else value
                 value = value[:, 0] if what.split("/")[0] in CONDITIONS else value.view_as(expected)
-                torch.testing.assert_close(value, expected.to(value.dtype), atol=ATOL, rtol=0, msg=lambda m, at=f"{run}/{what}": f"{at}: {m}")
+                torch.testing.assert_close(
+                    value, expected.to(value.dtype), atol=ATOL, rtol=0, msg=lambda m, at=f"{run}/{what}": f"{at}: {m}"
+                )
                 checked += 1
     assert checked >= 15
 

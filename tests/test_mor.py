@@ -7,18 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from family_checks import check_attribution, check_family, close, random_model
-from safetensors.torch import load_file
+from family_checks import check_attribution, check_family, close
 from torch import Tensor
-from zoo import GOLDEN, golden_tensors, with_config
+from zoo import GOLDEN
 
-from tl_looped import LoopedBridge, LoopedConfig, LoopedError
+from tl_looped import LoopedBridge, LoopedError
 from tl_looped.analysis import attention_distances, fixed_points, step_geometry
-from tl_looped.attribution import path_patch
-from tl_looped.checkpoints import MemoryCheckpoint, load_model, open_checkpoint
+from tl_looped.checkpoints import MemoryCheckpoint, load_model
 from tl_looped.errors import CheckpointError
 from tl_looped.exits import StateChange
-from tl_looped.families import mor
 from tl_looped.interventions import share_kv
 from tl_looped.lenses import logit_lens
 from tl_looped.patching import patch_between_loops
@@ -38,7 +35,11 @@ def config_of(kind: str) -> dict[str, Any]:
     given = dict(KINDS[kind])
     recursive = {"enable": True, "num_recursion": given["n_loops"], "sharing": given["sharing"], "ln_share": True}
     n_ends = 2 if given["sharing"] == "middle_cycle" else 0
-    recipe = {"mor": {"enable": True, "token": {}, "expert": {}, **given}, "recursive": recursive, "kv_sharing": {"enable": False}}
+    recipe = {
+        "mor": {"enable": True, "token": {}, "expert": {}, **given},
+        "recursive": recursive,
+        "kv_sharing": {"enable": False},
+    }
     return {**LLAMA, "num_hidden_layers": n_ends + given["n_loops"] * given["n_core"], "config.yaml": recipe}
 
 
@@ -54,7 +55,11 @@ def stored_tensors(kind: str) -> dict[str, Tensor]:
         found = {f"{name}_proj.weight": drawn(*shape) / shape[1] ** 0.5 for name, shape in shapes.items()}
         return found | {f"{name}_layernorm.weight": 1 + 0.2 * drawn(24) for name in ("input", "post_attention")}
 
-    tensors = {"model.embed_tokens.weight": drawn(31, 24), "lm_head.weight": drawn(31, 24) / 5, "model.norm.weight": 1 + 0.2 * drawn(24)}
+    tensors = {
+        "model.embed_tokens.weight": drawn(31, 24),
+        "lm_head.weight": drawn(31, 24) / 5,
+        "model.norm.weight": 1 + 0.2 * drawn(24),
+    }
     first = 1 if given["sharing"] == "middle_cycle" else 0
     for i in (0, 2) if first else ():
         tensors |= {f"model.layers.{i}.{name}": tensor for name, tensor in layer().items()}
@@ -207,6 +212,7 @@ def test_states_patched_between_loops_equal_patches_by_hand() -> None:
 
     found = patch_between_loops(bridge, other, metric, source_tokens=TOKENS, site="state", positions=[4, 19], verbose=False)
     for source, target in ((0, 1), (2, 1), (1, 2), (1, 0)):
+
         def patch(x: Tensor, hook: Any, source: int = source) -> Tensor:
             x[:, [4, 19]] = cache[f"loops.{source}.hook_state"][:, [4, 19]]
             return x

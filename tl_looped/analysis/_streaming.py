@@ -117,7 +117,9 @@ def visit(
     passes = [*map(model.schedule.pass_prefix, model.schedule.passes)] if isinstance(model, Looped) else []
     if isinstance(model, Looped) and not hooks.keys().isdisjoint(f"{prefix}.hook_out" for prefix in passes):
         require(model, "equal passes", "an analysis of the states leaving the loops")
-    if isinstance(model, Looped) and any("blocks." in name and model.schedule.names.loop_of(name) is not None for name in hooks):
+    if isinstance(model, Looped) and any(
+        "blocks." in name and model.schedule.names.loop_of(name) is not None for name in hooks
+    ):
         require(model, "every position", "an analysis of what the layers of every loop compute")
 
     def reader(name: str, key: Key) -> Callable[..., None]:

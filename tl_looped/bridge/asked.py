@@ -67,8 +67,8 @@ class AskedBridge(RunningBridge):
             )
         if ability == "every position" and (why := self.plain.loop.partial) is not None:
             return (
-                f"in this {cfg.family} model {why}: at the others its layers compute nothing. Read hook_state and hook_out of the "
-                "loops, which every position has."
+                f"in this {cfg.family} model {why}: at the others its layers compute nothing. Read hook_state and hook_out of "
+                "the loops, which every position has."
             )
         if ability == "other depths" and (why := self.plain.loop.fixed) is not None:
             return f"this {cfg.family} model cannot stop after an earlier loop or loop further: {why}."

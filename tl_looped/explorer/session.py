@@ -153,7 +153,9 @@ class Session:
             "d_vocab": model.cfg.d_vocab,
             "has_tokenizer": model.tokenizer is not None,
             "prompts": list(prompts),
-            "lenses": [{"lens": lens, "title": lenses[lens], "why": unread if lens == "readout" else undecodable} for lens in LENSES],
+            "lenses": [
+                {"lens": lens, "title": lenses[lens], "why": unread if lens == "readout" else undecodable} for lens in LENSES
+            ],
             "sites": list(SITES),
             "edits": offered(model),
             "policies": policies(model),

@@ -32,7 +32,7 @@ from ..model.routing import ACTIVE, Remembered, RoutedBlock
 from ..model.slots import observe
 from ..schedule import Pass
 from ._common import LLAMA_BLOCK, Computed, Shapes, Source, decoder_fields, layers, modules, readout
-from ._read import Recorded, get, need, only
+from ._read import get, need, only
 
 TIED = ("model.embed_tokens.weight", "lm_head.weight")
 IGNORED = ("*.rotary_emb.inv_freq",)
@@ -104,8 +104,8 @@ class TokenChoice(Repeat):
         trained = count()("options['n_recursions']", cfg.options.get("n_recursions"))
         if cfg.n_loops != trained:
             raise LoopedError(
-                f"{cfg.n_loops} loops were asked, but this {cfg.family} model routes tokens through {trained} recursions, and was "
-                f"trained for that number: fewer or more have no meaning. Leave it at {trained}."
+                f"{cfg.n_loops} loops were asked, but this {cfg.family} model routes tokens through {trained} recursions, and "
+                f"was trained for that number: fewer or more have no meaning. Leave it at {trained}."
             )
 
     @property
@@ -193,7 +193,8 @@ def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
                                       (mor, "rand_router", False)):  # fmt: skip
         if get(part, option, implemented, flag) != implemented:
             raise CheckpointError(
-                f"{RECIPE} has {option}={shown(part[option])}, which is not implemented; only {implemented} is. Load another model."
+                f"{RECIPE} has {option}={shown(part[option])}, which is not implemented; only {implemented} is. "
+                "Load another model."
             )
     n_loops = need(recursive, "num_recursion", count())
     n_layers = need(config, "num_hidden_layers", count())
@@ -223,8 +224,8 @@ def _recipe(config: Mapping[str, Any]) -> Mapping[str, Any]:
     recipe = get(config, RECIPE, None, table)
     if recipe is None:
         raise CheckpointError(
-            f"this checkpoint has the routers of a Mixture-of-Recursions, but no {RECIPE} beside config.json, which says how it "
-            "recurs. Put the recipe that it was trained with there."
+            f"this checkpoint has the routers of a Mixture-of-Recursions, but no {RECIPE} beside config.json, which says how "
+            "it recurs. Put the recipe that it was trained with there."
         )
     return recipe
 
@@ -237,8 +238,8 @@ def _token_options(mor: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     gating = get(token, "gating", "weighted", text)
     if gating != "weighted":
         raise CheckpointError(
-            f"{RECIPE} has mor.token.gating={shown(gating)}, which is not implemented; only 'weighted' is. Load a model that was "
-            "trained so."
+            f"{RECIPE} has mor.token.gating={shown(gating)}, which is not implemented; only 'weighted' is. Load a model that "
+            "was trained so."
         )
     return {
         "router_func": get(token, "router_func", "softmax", choice("softmax", "sigmoid")),

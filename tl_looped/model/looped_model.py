@@ -243,8 +243,8 @@ class LoopedModel(nn.Module):
         schedule = self.cfg.schedule
         if self.loop.fixed is not None and (early_exit or on_loop or loop not in (None, schedule.n_loops - 1)):
             raise LoopedError(
-                f"an answer before the last loop was asked of this {self.cfg.family} model, but {self.loop.fixed}. Run it to its "
-                "end, and read the states of its loops (hook_out)."
+                f"an answer before the last loop was asked of this {self.cfg.family} model, but {self.loop.fixed}. Run it to "
+                "its end, and read the states of its loops (hook_out)."
             )
         if early_exit is not None:
             if not (loop is start is stop is injection is on_loop is on_layer is None):
