@@ -26,6 +26,7 @@ HOMES = (
     "attribution",
     "bridge.logit_attribution",
     "lenses",
+    "paper",
     "patching",
     "runs",
 )  # of the classes of results
