@@ -59,7 +59,7 @@ def test_the_numbers_are_those_of_the_analyses(tmp_path: Path) -> None:
     assert torch.equal(torch.tensor(frame["norm"]), alone["fixed_points"].norm.values.flatten())
 
 
-@pytest.mark.parametrize("name", ["ouro", "retrofit_llama", "hrm_text", "loopcoder_v2"])
+@pytest.mark.parametrize("name", ["ouro", "retrofit_llama", "hrm_text", "loopus"])
 def test_every_row_has_a_finding_or_a_reason(name: str, tmp_path: Path) -> None:
     found = paper(random_bridge(name), PROMPTS, out=tmp_path, n_loops=4, **QUIET)
     assert all(bool(row.here) != bool(row.not_done) for row in found.rows), found.rows

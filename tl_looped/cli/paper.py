@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._files import prompts_in, read_prompt
+from ._files import read_prompt
 from ._parser import add_command
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ def add(commands: Commands) -> None:
     help = "every figure and table of arXiv 2604.11791 on one model, as a page and as tables"
     parser = add_command(commands, "paper", run, help, EXAMPLE)
     parser.add_argument("checkpoint", metavar="MODEL", help="a Hub id, a directory with config.json and tensors, or a toy")
-    parser.add_argument("--prompts", metavar="FILE", required=True, help="a file with a prompt in every line")
+    source = "a file with a prompt in every line, FILE.jsonl[:column], or a data set ID[:split[:column]]"
+    parser.add_argument("--prompts", metavar="FILE|ID", required=True, help=source)
     parser.add_argument("--n", metavar="N", type=int, default=256, help="how many prompts (default: 256)")
     parser.add_argument("--loops", metavar="N", type=int, default=128, help="how far to loop (default: 128)")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="a directory for page, tables and results")
@@ -35,12 +36,13 @@ def run(args: argparse.Namespace) -> int:
     from ..bridge.looped_bridge import LoopedBridge
     from ..paper import paper
     from ..paper.writing import check_directory
+    from ..runs import read_prompts
 
-    texts = prompts_in(args.prompts)[: args.n]
     check_directory(args.out)
+    given = read_prompts(args.prompts, n=args.n)
     model = LoopedBridge.from_pretrained(args.checkpoint, revision=args.revision, device=args.device)
     twin = None if args.feed_forward is None else LoopedBridge.from_pretrained(args.feed_forward, device=args.device)
-    prompts = [read_prompt(model, text) for text in texts]
+    prompts = [read_prompt(model, one) if isinstance(one, str) else one for one in given]
     found = paper(model, prompts, out=args.out, n_loops=args.loops, feed_forward=twin)
     print(found.page.resolve())
     for row in found.rows:

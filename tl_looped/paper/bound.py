@@ -28,8 +28,8 @@ class AttentionBound:
     def plan(self, model: Looped) -> Plan[Estimate]:
         """The run of one batch that it takes."""
         check_applies(model)
-        schedule, parts = model.schedule, Any
-        parts = model  # weights, which no other tool asks for
+        schedule = model.schedule
+        parts: Any = model  # weights, which no other tool asks for
         passes = schedule.passes_of("all", self.stack)
         if len(passes) < 2:
             raise LoopedError("proposition 4.2 compares two loops, and there is one")

@@ -22,8 +22,10 @@ class Findings(Result):
     refused: dict[str, dict[str, int]]
     n_prompts: int
 
-    def __add__(self, other: Findings) -> Findings:
+    def __add__(self, other: Any) -> Any:
         """Add results of the same name, and the numbers of prompts."""
+        if not isinstance(other, Findings):
+            return NotImplemented
         parts = dict(self.parts)
         for name, part in other.parts.items():
             parts[name] = parts[name] + part if name in parts else part
