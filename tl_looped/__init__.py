@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .explorer import explore
     from .model.config import LoopedConfig
     from .results import load_result
-    from .runs import run
+    from .runs import analyze, run
     from .schedule import Schedule
 
     __version__: str
@@ -42,6 +42,7 @@ __all__ = [
     "LoopedError",
     "Schedule",
     "analysis",
+    "analyze",
     "attribution",
     "checkpoints",
     "compare",
@@ -69,6 +70,7 @@ _HOMES = {
     "LoopedError": "errors",
     "explore": "explorer",
     "load_result": "results",
+    "analyze": "runs",
     "run": "runs",
     "Schedule": "schedule",
     "compare": "analysis.side_by_side",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from glob import escape
 from hashlib import sha256
@@ -19,7 +20,21 @@ def write_text(file: str | Path, text: str) -> Path:
     return write_bytes(file, text.encode("utf-8"))
 
 
-def write_bytes(file: str | Path, content: bytes) -> Path:
+def write_first(file: str | Path, text: str) -> None:
+    """Write a text file in one step unless there is one, of this or of another process; as `write_bytes`."""
+    write_bytes(file, text.encode("utf-8"), put=_link)
+
+
+def _link(draft: Path, place: Path) -> None:
+    try:
+        os.link(draft, place)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(draft, place)
+
+
+def write_bytes(file: str | Path, content: bytes, *, put: Callable[[Path, Path], object] | None = None) -> Path:
     """Write a file in one step, so that a reader never meets half of it; a LoopedError where that cannot be.
 
     An earlier file is replaced and its permissions are kept; a symbolic link stays, and what it points to is replaced.
@@ -35,7 +50,7 @@ def write_bytes(file: str | Path, content: bytes) -> Path:
                 os.fsync(out.fileno())
             if mode is not None:
                 draft.chmod(mode)
-            os.replace(draft, place)
+            (put or os.replace)(draft, place)
         finally:
             draft.unlink(missing_ok=True)
     except OSError as error:

@@ -18,6 +18,10 @@ class OutOfRangeError(LoopedError, IndexError):
     """A loop or layer that this run does not have."""
 
 
+class NoPromptsError(LoopedError):
+    """No prompts were given to an analysis, whose settings are all right."""
+
+
 class RunningSumError(LoopedError, RuntimeError):
     """A tool takes the residual stream for one running sum where it is not one."""
 

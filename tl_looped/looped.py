@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Float, Int
@@ -15,6 +16,8 @@ from .record import InitialState, Run
 from .running import first_hooked
 from .schedule import Schedule, check_count, check_index
 
+# The unrolls that `unrolls_kept` keeps, with their models, whose ids would else be given anew.
+_unrolls: ContextVar[dict[tuple[int, int, bool], tuple[Any, Any]] | None] = ContextVar("unrolls", default=None)
 Ability = Literal[
     "causal attention",
     "early readouts",
@@ -363,7 +366,23 @@ def at_depth(model: AnyLooped, n_loops: int | None, cut: bool = False) -> AnyLoo
             f"{n_loops} loops were asked of a model of {model.n_loops} that has hooks, such as at {hooked}; they would not act "
             f"on that run. Hook other = model.unroll({n_loops}) and ask that."
         )
-    return model.unroll(n_loops, cut=cut)
+    unrolls = _unrolls.get()
+    if unrolls is None:
+        return model.unroll(n_loops, cut=cut)
+    key = (id(model), n_loops, cut)
+    if key not in unrolls:
+        unrolls[key] = (model, model.unroll(n_loops, cut=cut))
+    return unrolls[key][1]
+
+
+@contextmanager
+def unrolls_kept() -> Generator[None, None, None]:
+    """While this lasts, `at_depth` unrolls a model to a depth once: 128 loops of 24 layers take seconds and half a gigabyte."""
+    token = _unrolls.set({})
+    try:
+        yield
+    finally:
+        _unrolls.reset(token)
 
 
 def stopping(model: AnyLooped, at_loop: int | None, n_loops: int | None) -> AnyLooped:

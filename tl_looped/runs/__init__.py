@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .analyze import analyze, merge
 from .reading import read_prompts
-from .store import Run, run
+from .store import Asked, Run, run
 
-__all__ = ["Run", "read_prompts", "run"]
+__all__ = ["Asked", "Run", "analyze", "merge", "read_prompts", "run"]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -71,7 +72,7 @@ def totals(
     result, failed = begun.result, begun.failed
     for index, batch in enumerate(batches, begun.done):
         try:
-            found = measure(model, batch)
+            found = measured(measure, model, batch)
             either: Any = result  # results add up, which their types do not say in one word
             result = found if result is None else either + found
         except Exception as error:
@@ -87,6 +88,58 @@ def totals(
                     "the call and run again."
                 ) from error
         yield Total(result, failed, index + 1)
+
+
+def measured(measure: Measure[R], model: Any, batch: Any) -> R:
+    """What is found in a batch, or where its rows do not fit into memory together, in one half of them and then the other.
+
+    Args:
+        measure: what is asked.
+        model: the model, or the models that are compared.
+        batch: tokens, or these and what belongs to them.
+
+    Raises:
+        LoopedError: a single row does not fit.
+    """
+    try:
+        return measure(model, batch)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        halves = () if _has_rows_of_its_own(measure) else _halves(batch)
+        if not halves:
+            what = f" of {tuple(batch.shape)} tokens" if isinstance(batch, Tensor) else ""
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise LoopedError(
+                f"one prompt{what} does not fit into memory: {reason}. Shorten it, or run fewer loops."
+            ) from error
+    if torch.cuda.is_available():  # what the run held is free by now
+        torch.cuda.empty_cache()
+    first, second = (measured(measure, model, half) for half in halves)
+    either: Any = first
+    return either + second
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    says = ("can't allocate memory", "not enough memory", "ALLOC_FAILED")  # of the CPU's allocator and of cuBLAS
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in says)
+
+
+def _has_rows_of_its_own(measure: object) -> bool:
+    """Whether a measure has settings that belong to the rows of one batch, which are not those of its halves."""
+    settings = getattr(measure, "settings", None) or vars(measure)
+    return any(isinstance(value, (Tensor, torch.Generator)) for value in settings.values())
+
+
+def _halves(batch: Any) -> tuple[Any, ...]:
+    """The first and the second half of the rows of tokens, and of all that belongs to them; nothing of what has one row."""
+    if isinstance(batch, Tensor):
+        middle = len(batch) // 2 if batch.ndim > 1 else 0
+        return (batch[:middle], batch[middle:]) if middle else ()
+    if not isinstance(batch, tuple):
+        return ()
+    parts = [(None, None) if part is None else _halves(part) for part in batch]
+    return tuple(zip(*parts, strict=True)) if all(parts) else ()
 
 
 def over(

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..errors import LoopedError
+from ..errors import LoopedError, NoPromptsError
 from ..tokens import check_tokens, refuse_unmarked_padding
 
 Prompt = str | Int[Tensor, "..."]  # [pos] or [batch, pos]; lengths may differ from prompt to prompt
@@ -26,8 +26,8 @@ def token_batches(model: Any, prompts: Prompts, *, what: str) -> Iterator[Int[Te
         what: the name of the analysis, for errors.
 
     Raises:
-        LoopedError: no prompts; an empty prompt; text without a tokenizer; tokens outside the vocabulary; rows that look
-            padded.
+        NoPromptsError: no prompts.
+        LoopedError: an empty prompt; text without a tokenizer; tokens outside the vocabulary; rows that look padded.
     """
     one = isinstance(prompts, (str, Tensor))
     if not one and not isinstance(prompts, Iterable):
@@ -46,4 +46,4 @@ def token_batches(model: Any, prompts: Prompts, *, what: str) -> Iterator[Int[Te
         refuse_unmarked_padding(model.tokenizer, tokens, what)
         yield tokens.to(model.cfg.device)
     if n_prompts < 0:
-        raise LoopedError(f"{what} was asked of no prompts; pass at least one.")
+        raise NoPromptsError(f"{what} was asked of no prompts; pass at least one.")

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._old_names import NAMES
 from .._writing import remove_drafts
 from ..errors import LoopedError
 from ..looped import Looped, check_model
@@ -34,6 +35,7 @@ class Run(Result):
         done: how many prompts were tried, from the first on.
         n_prompts: how many there are.
         asked: what was asked: the analysis, its settings and a digest of the prompts.
+        order: the prompts in the order in which they were added; empty for their own order.
     """
 
     result: Any
@@ -41,6 +43,7 @@ class Run(Result):
     done: int
     n_prompts: int
     asked: dict[str, str]
+    order: tuple[int, ...] = ()
 
     def to_dataframe(self) -> Any:
         """The table of the result."""
@@ -196,7 +199,16 @@ def _begun(out: str | Path, wanted: Run, model: Looped) -> Run:
         raise LoopedError(f"{str(out)!r} is a {type(found).__name__} and no unfinished run; choose another file.")
     for name in {**found.asked, **wanted.asked}:
         before, now = found.asked.get(name), wanted.asked.get(name)
-        if before != now:
+        if before != now and not (name == "analysis" and _same_analysis(before, now)):
             what = "of other prompts" if name == "prompts" else f"with {name}={before}, not {now}"
             raise LoopedError(f"{str(out)!r} is a run {what}; choose another file, or remove this one to begin anew.")
     return found
+
+
+def _same_analysis(before: str | None, now: str | None) -> bool:
+    """Whether two names are of one function of this package, which once lay in another file of it."""
+    parts = [str(name).split(".") for name in (before, now)]
+    if not all(part[0] == __name__.partition(".")[0] for part in parts):
+        return False
+    old, new = (f"analysis.{part[-1]}" for part in parts)
+    return NAMES.get(old, old) == NAMES.get(new, new)

@@ -1,0 +1,272 @@
+"""Many processes: their shares add up to the numbers of one process, whatever was killed, lost or asked at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_results import same
+
+from tl_looped import LoopedBridge, LoopedConfig, analyze
+from tl_looped.analysis import fixed_points
+from tl_looped.analysis.by_name import ANALYSES
+from tl_looped.errors import LoopedError
+from tl_looped.results import Estimate, load_result
+from tl_looped.runs import Asked, merge
+from tl_looped.runs.progress import Progress
+from tl_looped.runs.shares import ARRAY, RANKS, Share
+from tl_looped.runs.units import cut, share_of
+
+CFG: dict[str, Any] = {"d_model": 8, "n_heads": 2, "d_vocab": 11, "n_core": 2, "n_loops": 3, "n_ctx": 16}
+ASKED: dict[str, Any] = {"fixed_points": {"n_loops": 4}, "limiting_behaviour": {"n_loops": 24}}
+QUIET: dict[str, Any] = {"verbose": False}
+
+
+def prompts(n: int) -> list[torch.Tensor]:
+    """Of different lengths."""
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randint(11, (2 + k % 7,), generator=draw) for k in range(n)]
+
+
+@pytest.fixture(scope="module")
+def model() -> LoopedBridge:
+    return LoopedBridge.from_config(LoopedConfig(**CFG), seed=0)
+
+
+@pytest.fixture(autouse=True)
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in {*ARRAY, *(name for names in RANKS for name in names)}:
+        monkeypatch.delenv(name, raising=False)
+
+
+def whole(model: LoopedBridge, folder: Path, **settings: Any) -> dict[str, Any]:
+    found = analyze(ASKED, model, prompts(9), out=folder, **QUIET, **settings)
+    assert found is not None
+    return found
+
+
+def test_shares_of_any_number_add_up_to_the_bits_of_one_process(model: LoopedBridge, tmp_path: Path) -> None:
+    one = whole(model, tmp_path / "one")
+    alone = fixed_points(model, prompts(9), n_loops=4, **QUIET)
+    assert same(one["fixed_points"].result, alone) and one["fixed_points"].done == one["fixed_points"].n_prompts == 9
+    assert [example.labels.shape[1] for example in one["limiting_behaviour"].result.examples] == [len(p) for p in prompts(9)]
+    out = tmp_path / "many"
+    for shard in ("3/3", "1/3"):
+        assert analyze(ASKED, model, prompts(9), out=out, shard=shard, **QUIET) is None
+    with pytest.raises(LoopedError, match=r"of 9 parts of fixed_points in .* are not done, .*same command"):
+        merge(out)
+    for shard in ("1/4", "2/4", "3/4"):
+        analyze(ASKED, model, prompts(9), out=out, shard=shard, **QUIET)
+    found = analyze(ASKED, model, prompts(9), out=out, shard="4/4", **QUIET)
+    assert found is not None and merge(out).keys() == found.keys()
+    for name, run in one.items():
+        assert same(found[name], run) and same(load_result(out / f"{name}.safetensors", model), run)
+
+
+def test_every_prompt_is_in_one_share_and_their_work_is_alike(model: LoopedBridge) -> None:
+    asked = prompts(40)
+    for size in (1, 3):
+        units = cut(model, asked, size)
+        assert sorted(p for unit in units for p in unit.prompts) == list(range(40))
+        for of in (1, 2, 5):
+            shares = [share_of(units, Share(k, of)) for k in range(of)]
+            assert sorted(unit.index for share in shares for unit in share) == list(range(len(units)))
+            loads = [sum(unit.weight for unit in share) for share in shares]
+            assert max(loads) - min(loads) <= max(unit.weight for unit in units)
+    half = share_of(cut(model, asked, 1), Share(0, 2))
+    first = sum(unit.weight for unit in half[:5]) / 5
+    assert abs(first / (sum(unit.weight for unit in half) / len(half)) - 1) < 0.2  # the first few are like all
+
+
+def test_what_is_lost_or_damaged_is_measured_again(model: LoopedBridge, tmp_path: Path) -> None:
+    found = whole(model, tmp_path)
+    shutil.rmtree(tmp_path / "fixed_points")
+    part = tmp_path / "limiting_behaviour" / "00003.safetensors"
+    content = part.read_bytes()
+    part.unlink()  # what was read from it is still mapped
+    part.write_bytes(content[:-5])
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "limiting_behaviour").glob("0*")}
+    again = whole(model, tmp_path)
+    assert all(same(again[name], found[name]) for name in ASKED)
+    assert [file for file, then in kept.items() if file.stat().st_mtime_ns != then] == [part]
+
+
+def test_what_is_removed_meanwhile_is_measured_again(model: LoopedBridge, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def asked(model: Any, prompt: torch.Tensor) -> Estimate:
+        calls.append(len(prompt))
+        if len(calls) == 6:
+            shutil.rmtree(tmp_path / "run")
+        return Estimate.of(torch.ones(1), (), {}, "prompts")
+
+    found = analyze({"mine": asked}, model, prompts(7), out=tmp_path / "run", **QUIET)
+    assert found is not None and found["mine"].result.count == 7 and 7 < len(calls) <= 7 + 6
+
+
+def test_another_run_is_refused_and_more_analyses_are_not(model: LoopedBridge, tmp_path: Path) -> None:
+    whole(model, tmp_path)
+    other = LoopedBridge.from_config(LoopedConfig(**CFG), seed=1)
+
+    def ask(analyses: Any = ASKED, model: Any = model, n: int = 9, **settings: Any) -> Any:
+        return analyze(analyses, model, prompts(n), out=tmp_path, **QUIET, **settings)
+
+    for call, says in (
+        (lambda: ask(n=8), "of other prompts"),
+        (lambda: ask(model=other), "of other weights"),
+        (lambda: ask(model=model.unroll(5)), "with loops of the model=3, not 5"),
+        (lambda: ask({"fixed_points": {"n_loops": 5}}), "of 'fixed_points' with n_loops=4, not 5"),
+        (lambda: ask(batch_size=2), "with batch_size=1, not 2"),
+    ):
+        with pytest.raises(LoopedError, match=says):
+            call()
+    asked = json.loads((tmp_path / "asked.json").read_text())
+    (tmp_path / "asked.json").write_text(json.dumps(asked | {"torch": "1.0"}))
+    with pytest.raises(LoopedError, match=r"with torch=1\.0, not"):
+        ask()
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    more = ask({"inference_stages": {}})
+    assert more["inference_stages"].asked["tau"] == "0.3" and merge(tmp_path).keys() == {*ASKED, "inference_stages"}
+
+
+@pytest.mark.parametrize(
+    ("env", "index", "of"),
+    [
+        ({}, 0, 1),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, 1, 4),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "3"}, 2, 3),
+        (dict(zip(ARRAY, ("7", "1", "2", "4"), strict=True)), 3, 4),
+        ({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2", "RANK": "1", "WORLD_SIZE": "2"}, 3, 4),
+    ],
+)  # fmt: skip
+def test_a_share_is_what_started_the_process_says(env: dict[str, str], index: int, of: int, monkeypatch: Any) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    share = Share.read(None)
+    assert (share.index, share.of) == (index, of)
+    assert (Share.read("2/5").index, Share.read("2/5").of) == (1, 5)  # by hand goes first
+
+
+def test_what_is_no_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("0/8", "9/8", "3", "a/b", "3/8/2"):
+        with pytest.raises(LoopedError, match="counted from 1/8"):
+            Share.read(text)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LoopedError, match="RANK=2 and WORLD_SIZE=2"):
+        Share.read(None)
+    monkeypatch.setenv("RANK", "1")
+    for name, value in zip(ARRAY, ("9", "1", "1", "3"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LoopedError, match="with gaps"):
+        Share.read(None)
+
+
+def test_prompts_of_one_length_go_together_and_the_order_is_told(model: LoopedBridge, tmp_path: Path) -> None:
+    found = whole(model, tmp_path, batch_size=2)
+    one = fixed_points(model, prompts(9), n_loops=4, **QUIET)
+    torch.testing.assert_close(found["fixed_points"].result.norm.values, one.norm.values)
+    order = found["limiting_behaviour"].order
+    assert sorted(order) == list(range(9)) and order != tuple(range(9))
+    lengths = [example.labels.shape[1] for example in found["limiting_behaviour"].result.examples]
+    assert lengths == [len(prompts(9)[k]) for k in order]
+
+
+def test_a_prompt_that_fails_is_left_out_and_told(
+    model: LoopedBridge, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = prompts(6)
+    asked[4] = torch.zeros(17, dtype=torch.long)  # longer than the context
+    found = analyze({"fixed_points": {"n_loops": 4}}, model, asked, out=tmp_path / "skip", batch_size=2)
+    assert found is not None and found["fixed_points"].failed[0][0] == 4 and "n_ctx=16" in found["fixed_points"].failed[0][1]
+    assert "prompt 4 is left out" in capsys.readouterr().err
+    good = fixed_points(model, asked[:4] + asked[5:], n_loops=4, **QUIET)
+    assert found["fixed_points"].result.norm.count == 5 and found["fixed_points"].done == 6
+    torch.testing.assert_close(found["fixed_points"].result.norm.values, good.norm.values)
+    with pytest.raises(LoopedError, match=r"of prompt 4 failed: .*n_ctx=16.* What is done is kept"):
+        analyze({"fixed_points": {"n_loops": 4}}, model, asked, out=tmp_path / "raise", on_error="raise", **QUIET)
+
+
+def test_a_batch_out_of_memory_is_halved(model: LoopedBridge, tmp_path: Path) -> None:
+    rows: list[int] = []
+
+    def hungry(model: Any, prompt: torch.Tensor) -> Any:
+        rows.append(len(prompt) if prompt.ndim > 1 else 1)
+        if rows[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return fixed_points(model, prompt, n_loops=4, **QUIET)
+
+    asked = [*torch.arange(21).view(7, 3) % 11]
+    found = analyze({"mine": Asked(hungry, {})}, model, asked, out=tmp_path / "run", batch_size=7, **QUIET)
+    assert found is not None and found["mine"].result.norm.count == 7 and found["mine"].failed == ()
+    assert rows == [7, 3, 1, 2, 4, 2, 2] and found["mine"].order == tuple(range(7))
+    whole = fixed_points(model, torch.stack(asked), n_loops=4, **QUIET)
+    torch.testing.assert_close(found["mine"].result.norm.values, whole.norm.values)
+
+
+def test_one_prompt_out_of_memory_is_left_out(model: LoopedBridge, tmp_path: Path) -> None:
+    def hungry(model: Any, prompt: torch.Tensor) -> Any:
+        if len(prompt) > 4:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+        return fixed_points(model, prompt, n_loops=4, **QUIET)
+
+    found = analyze({"mine": hungry}, model, prompts(4), out=tmp_path / "run", **QUIET)
+    assert found is not None and [index for index, _ in found["mine"].failed] == [3]
+    assert "(5,) tokens does not fit into memory" in found["mine"].failed[0][1]
+
+
+def test_calls_that_no_prompt_can_mend_are_refused_before_the_first(model: LoopedBridge, tmp_path: Path) -> None:
+    for asked, says in (
+        ("fixed_point", "did you mean fixed_points. There are .*trajectories"),
+        ({"fixed_points": {"n_lops": 3}}, "unexpected keyword argument 'n_lops'"),
+        ({"limiting_behaviour": {"n_loops": 8}}, "window=24"),
+        ({"injection_effect": {"from_loop": 1}}, "injection_effect was asked"),
+        ({"more_loops": {"answers": [1, 2]}}, "answers, which belong to all prompts"),
+        ({"a/b": fixed_points}, "names of results become files"),
+        ([], "of no analysis"),
+    ):
+        with pytest.raises(LoopedError, match=says):
+            analyze(asked, model, prompts(2), out=tmp_path / "run", **QUIET)
+    assert not (tmp_path / "run").exists() and {"fixed_points", "inference_stages"} <= ANALYSES.keys()
+
+
+def test_the_minutes_left_are_learned_from_the_first_tenth() -> None:
+    seconds = {"a": 0.3, "b": 0.02}  # of a token
+    draw = torch.Generator().manual_seed(1)
+    lengths = torch.randint(5, 200, (40,), generator=draw).tolist()
+    weights = {(name, unit): length for unit, length in enumerate(lengths) for name in seconds}
+    work, now = sum(length * seconds[name] for (name, _), length in weights.items()), [0.0]
+    order = [(name, unit) for unit in torch.randperm(40, generator=draw).tolist() for name in seconds]
+    progress = Progress(weights, weights, "", verbose=False, clock=lambda: now[0])
+    for done, (name, unit) in enumerate(order):
+        progress.begin()
+        now[0] += weights[name, unit] * seconds[name] * (3 if done < 2 else 1)  # the first of each is slower
+        progress.done((name, unit))
+        left = sum(weights[key] * seconds[key[0]] for key in progress.left)
+        if left < 0.9 * work:
+            assert abs(progress.seconds() - left) <= 0.01 * left + 1e-6
+
+
+def test_a_full_disk_keeps_what_is_done(model: LoopedBridge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    written, fsync = [0], os.fsync
+
+    def full(fd: int) -> None:
+        written[0] += 1
+        if written[0] > 8:
+            raise OSError(28, "No space left on device")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LoopedError, match="No space left on device"):
+        whole(model, tmp_path)
+    files = sorted(file.name for file in tmp_path.rglob("*") if file.is_file())
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert len(files) == 8 and not any(name.startswith(".") for name in files)
+    other = analyze(ASKED, model, prompts(9), out=tmp_path.parent / f"{tmp_path.name}-other", **QUIET)
+    assert other is not None and all(same(run, other[name]) for name, run in whole(model, tmp_path).items())

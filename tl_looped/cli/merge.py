@@ -1,0 +1,28 @@
+"""`tl-looped merge`: the results of what the processes of `tl-looped analyze` found."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ._parser import add_command
+from .analyze import written
+
+if TYPE_CHECKING:
+    from ._parser import Commands
+
+EXAMPLE = "tl-looped merge run"
+
+
+def add(commands: Commands) -> None:
+    """Declare the command."""
+    parser = add_command(commands, "merge", run, "add up what the processes of analyze found, and write the results", EXAMPLE)
+    parser.add_argument("out", metavar="DIR", type=Path, help="the --out of analyze")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the results of all shares."""
+    from ..runs import merge
+
+    return written(args.out, merge(args.out))

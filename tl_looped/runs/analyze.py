@@ -1,0 +1,246 @@
+"""`analyze`: several analyses over many prompts, by one process or many."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from torch import Tensor, nn
+
+from .._words import counted
+from ..errors import LoopedError, NoPromptsError
+from ..looped import Hooked, Looped, check_model, unrolls_kept
+from ..results.saving import versions
+from ..schedule import check_count
+from .asked import described, digest, hooks_of
+from .driver import MISTAKES, measured
+from .folder import Folder
+from .progress import Progress
+from .shares import Share
+from .store import Asked, OnError, Run
+from .units import Batch, Unit, cut, share_of
+
+Analyses = str | Sequence[str] | Mapping[str, Mapping[str, Any] | Callable[..., Any] | Asked]
+
+
+def analyze(
+    analyses: Analyses,
+    model: Hooked,
+    prompts: Iterable[Any],
+    *,
+    out: str | Path,
+    shard: str | None = None,
+    batch_size: int = 1,
+    on_error: OnError = "skip",
+    verbose: bool = True,
+) -> dict[str, Run] | None:
+    """Run analyses over prompts into a directory, as one process or as one of many that share the work.
+
+    Every process makes the same call. Each measures its share of the prompts, in units that do not depend on how many processes
+    there are, and writes a file for every unit. Whoever finds all units there adds them up in their order: the results are
+    those of one process, bit for bit where machines and numbers of threads are alike. Whatever was killed, lost or removed, the
+    same call measures what is missing, with any number of processes. More analyses may be added to a directory later.
+
+    Args:
+        analyses: names of analyses, as a list or as one text with commas (`tl_looped.analysis.by_name.ANALYSES` has them); or a
+            dict from the names that the results get to settings of the analysis of that name, to a function, called as
+            `function(model, prompt)`, or to `Asked(function, settings)`. What functions return must add up.
+        model: the model; hooks on it act.
+        prompts: texts, tokens, or whatever the analyses take, one by one.
+        out: the directory. One of other prompts, settings, weights or versions is refused, not replaced.
+        shard: the share of this process, such as "3/8"; None for what torchrun, accelerate or Slurm say, or else all.
+        batch_size: measure at most so many prompts of equally many tokens together. Their rows may differ from those of a
+            prompt alone in the last bits. What does not fit into memory is measured in halves.
+        on_error: "skip" lists a prompt that fails in `failed` and goes on; "raise" stops. Mistakes in the call stop either way.
+        verbose: show a line with the minutes that are left, and say which prompts fail.
+
+    Returns:
+        By name, the run with its `result`; None while units of other shares are missing. `merge(out)` adds up later.
+
+    Raises:
+        LoopedError: an unknown analysis; settings that an analysis refuses; a directory of another run, or one that cannot be
+            written (what is done is kept); no prompts.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from tl_looped import LoopedBridge, LoopedConfig, analyze
+        >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
+        >>> prompts = list(torch.arange(12).view(4, 3) % 10)
+        >>> asked = {"fixed_points": {"n_loops": 4}, "inference_stages": {}}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     first = analyze(asked, model, prompts, out=folder, shard="1/2", verbose=False)
+        ...     both = analyze(asked, model, prompts, out=folder, shard="2/2", verbose=False)
+        >>> first, both["fixed_points"].result.norm.count
+        (None, 4)
+    """
+    if on_error not in get_args(OnError):
+        raise LoopedError(f'on_error={on_error!r} was given; choose "raise" or "skip".')
+    if not isinstance(model, Hooked) or isinstance(model, type):
+        check_model(model)
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (str, Tensor)):
+        raise LoopedError(f"analyze was asked of one {type(prompts).__name__}; pass a list of prompts.")
+    measures, given = asked_of(analyses), list(prompts)
+    if not given:
+        raise LoopedError("analyze was asked of no prompts; pass at least one.")
+    share, folder = Share.read(shard), Folder(out)
+    with unrolls_kept():
+        for measure in measures.values():
+            _check(measure, model, given[0])
+        units = cut(model, given, check_count("batch_size", batch_size))
+        shared = {"model": str(getattr(model.cfg, "model_name", "")), "loops of the model": str(getattr(model, "n_loops", 1))}
+        shared |= {"weights": _weights(model), "hooks": hooks_of(cast(Looped, model)), "prompts": digest(given)}
+        shared |= {"n_prompts": str(len(given)), "batch_size": str(batch_size), "units": str(len(units)), **versions()}
+        claim = partial(folder.claim, shared, {name: _settings(measure) for name, measure in measures.items()})
+        claim()
+        if isinstance(model, Looped):
+            folder.keep_weights(model.fingerprint())
+        mine = {unit.index: unit for unit in share_of(units, share)}
+        keys = [(name, index) for index in mine for name in measures]  # all analyses of a unit, so that each is soon known
+        weights = {(name, index): mine[index].weight for name, index in keys}
+        what = ", ".join(measures) + (f" ({share}, told by {share.told_by})" if share.of > 1 else "")
+        while left := folder.left(keys):  # again what somebody removed meanwhile
+            progress = Progress(weights, left, what, verbose=verbose)
+            for name, index in left:
+                if folder.left([(name, index)]):
+                    progress.begin()
+                    folder.keep(name, index, _found(name, measures[name], model, mine[index], on_error == "skip", verbose))
+                progress.done((name, index))
+            claim()
+    every = [(name, unit.index) for name in measures for unit in units]
+    if missing := folder.left(every):
+        if verbose:
+            parts = f"{len(missing)} of {counted(len(every), 'part')}"
+            print(
+                f"{share} is done. {parts} of other shares are not there yet; who finishes last writes the results, "
+                "as tl-looped merge does.",
+                file=sys.stderr,
+            )
+        return None
+    return _written(folder, measures)
+
+
+def merge(out: str | Path) -> dict[str, Run]:
+    """Add up what the processes of `analyze` have found, and write the results into its directory.
+
+    Args:
+        out: the directory.
+
+    Returns:
+        By name, the run with its `result`.
+
+    Raises:
+        LoopedError: it is no directory of `analyze`; a part of it is not done.
+    """
+    folder = Folder(out)
+    return _written(folder, folder.names())
+
+
+def _written(folder: Folder, names: Iterable[str]) -> dict[str, Run]:
+    found = {name: folder.merge(name) for name in names}
+    for name, run in found.items():
+        folder.write(name, run)
+    return found
+
+
+def asked_of(analyses: Analyses) -> dict[str, Asked]:
+    """What is measured, by the names of the results.
+
+    Args:
+        analyses: as in `analyze`.
+
+    Raises:
+        LoopedError: an unknown analysis; a name that is no name of a file.
+    """
+    from ..analysis.by_name import analysis_of
+
+    if isinstance(analyses, str):
+        analyses = [name.strip() for name in analyses.split(",") if name.strip()]
+    if not isinstance(analyses, Mapping):
+        analyses = {name: {} for name in analyses}
+    if not analyses:
+        raise LoopedError("analyze was asked of no analysis; name at least one.")
+    found: dict[str, Asked] = {}
+    for name, asked in analyses.items():
+        if not isinstance(name, str) or not name.replace("_", "a").replace("-", "a").isalnum():
+            raise LoopedError(f"the name {name!r} was given; names of results become files, so use letters, digits, _ and -.")
+        if isinstance(asked, Asked):
+            found[name] = asked
+        elif isinstance(asked, Mapping):
+            found[name] = Asked(analysis_of(name), dict(asked))
+        elif callable(asked):
+            found[name] = Asked(asked, {})
+        else:
+            raise LoopedError(f"{name}={asked!r} was given; pass a dict of settings or a function.")
+    return found
+
+
+def _check(measure: Asked, model: Hooked, prompt: Any) -> None:
+    """Refuse a call that fails on every prompt, before the first."""
+    name = described(measure.analysis)
+    try:
+        inspect.signature(measure.analysis).bind(model, prompt, **measure.arguments)
+    except TypeError as error:
+        raise LoopedError(f"{name} was asked with {', '.join(measure.settings) or 'no settings'}: {error}.") from error
+    if not getattr(measure.analysis, "__module__", "").startswith(f"{__name__.partition('.')[0]}.analysis."):
+        return
+    if measure.settings.get("answers") is not None:
+        raise LoopedError(f"{name} was asked with answers, which belong to all prompts together; call it, or use `run`.")
+    try:
+        measure.analysis(model, [], **measure.arguments)
+    except NoPromptsError:  # it looks at its settings first
+        pass
+
+
+def _settings(measure: Asked) -> dict[str, str]:
+    """The settings of an analysis as text, with those that were left as they are."""
+    parameters = inspect.signature(measure.analysis).parameters.values()
+    settings = {p.name: p.default for p in parameters if p.default is not p.empty and p.name != "verbose"} | measure.settings
+    return {"analysis": described(measure.analysis), **{name: described(value) for name, value in settings.items()}}
+
+
+def _weights(model: Hooked) -> str:
+    """A digest of the weights."""
+    if isinstance(model, Looped):
+        return digest([described(value) for value in vars(model.fingerprint()).values()])
+    module: Any = model
+    named = module.named_parameters() if isinstance(module, nn.Module) else ()
+    return digest([[name, parameter.detach()] for name, parameter in named])
+
+
+def _found(name: str, measure: Asked, model: Hooked, unit: Unit, skip: bool, verbose: bool) -> Run:
+    """What an analysis finds in a unit."""
+    result: Any = None
+    order: list[int] = []
+    failed: list[tuple[int, str]] = []
+    todo = [*unit.batches]
+    while todo:
+        batch = todo.pop(0)
+        try:
+            found = measured(measure, model, batch.value)
+        except MISTAKES as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise LoopedError(
+                f"{name} failed: {reason}. This is no matter of a prompt; mend the call and run again."
+            ) from error
+        except Exception as error:
+            if len(batch.prompts) > 1:  # one of them may be to blame
+                rows = zip(batch.prompts, batch.value.split(1), strict=True)
+                todo[:0] = [Batch((index,), row, row.numel()) for index, row in rows]
+                continue
+            index = batch.prompts[0]
+            if not skip:
+                raise LoopedError(
+                    f"{name} of prompt {index} failed: {error} What is done is kept. Mend the cause and run again, which goes "
+                    'on there, or leave such prompts out with on_error="skip".'
+                ) from error
+            if verbose:
+                print(f"{name}: prompt {index} is left out: {error}", file=sys.stderr)
+            failed.append((index, f"{type(error).__name__}: {error}"))
+        else:
+            result = found if result is None else result + found
+            order += batch.prompts
+    return Run(result, tuple(failed), len(unit.prompts), len(unit.prompts), {}, tuple(order))

@@ -1,0 +1,208 @@
+"""The directory of a run of many processes: what was asked, a file for every unit that is done, and the results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._words import counted
+from .._writing import remove_drafts, write_first
+from ..errors import LoopedError
+from ..results import load_result
+from ..results.saving import save_result
+from .asked import digest
+
+if TYPE_CHECKING:
+    from .store import Run
+
+ASKED = "asked.json"
+MODEL = "model.safetensors"
+TOLD = "model"  # by which name the model was loaded; its weights tell whether it is another
+Key = tuple[str, int]  # an analysis and a unit
+
+
+class Folder:
+    """A directory of a run.
+
+    `asked.json` has what all analyses share, `NAME/asked.json` the settings of one, `NAME/00012.safetensors` what it found in
+    one unit, and `NAME.safetensors` the sum of all. Every file is written in one step, and a unit's says which run it is of: so
+    a file is there or not, whatever was killed when, and two processes that measure the same unit write the same file.
+
+    Args:
+        path: the directory.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path: Path = Path(path)
+        self._marks: dict[str, str] = {}
+
+    def claim(self, shared: dict[str, str], settings: dict[str, dict[str, str]]) -> None:
+        """Say what is asked, or refuse a directory in which something else was.
+
+        Args:
+            shared: what is true of all analyses.
+            settings: of each analysis.
+
+        Raises:
+            LoopedError: it is of another run, and the message has the difference; it cannot be written.
+        """
+        for place, asked in (("", shared), *settings.items()):
+            file = self.path / place / ASKED
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise LoopedError(f"{str(file.parent)!r} cannot be made: {error.strerror or error}.") from error
+            remove_drafts(file)
+            if not file.exists():
+                write_first(file, json.dumps(asked, indent=1))
+            before = self._asked(place)
+            for name in {**before, **asked}:
+                if name != TOLD and before.get(name) != asked.get(name):
+                    what = f"with {name}={before.get(name)}, not {asked.get(name)}"
+                    if name in ("prompts", "weights"):
+                        what = f"of other {name}"
+                    raise LoopedError(
+                        f"{str(self.path)!r} is of a run {f'of {place!r} ' * bool(place)}{what}; choose another directory, or "
+                        "remove this one to begin anew."
+                    )
+        self._marks = {name: _mark(shared | asked) for name, asked in settings.items()}
+
+    def names(self) -> list[str]:
+        """The analyses that were asked.
+
+        Raises:
+            LoopedError: it is no directory of a run.
+        """
+        found = sorted(file.parent.name for file in self.path.glob(f"*/{ASKED}"))
+        if not found or not (self.path / ASKED).is_file():
+            raise LoopedError(f"{str(self.path)!r} is no directory of tl-looped analyze: it has no {ASKED}, or no analysis.")
+        return found
+
+    def _asked(self, place: str = "") -> dict[str, str]:
+        file = self.path / place / ASKED
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            return {str(name): str(value) for name, value in found.items()}
+        except (OSError, ValueError, AttributeError) as error:
+            raise LoopedError(f"{str(file)!r} cannot be read ({error}); remove {str(self.path)!r} to begin anew.") from error
+
+    def asked(self, name: str) -> dict[str, str]:
+        """All that was asked of one analysis.
+
+        Args:
+            name: which.
+        """
+        return self._asked() | self._asked(name)
+
+    def left(self, keys: Iterable[Key]) -> list[Key]:
+        """The units that are not there.
+
+        Args:
+            keys: those that are looked for.
+        """
+        keys = list(keys)
+        return [key for key in keys if not _is_there(self._file(*key), self._mark(key[0]))]
+
+    def keep(self, name: str, unit: int, found: Run) -> None:
+        """Write what was found in a unit.
+
+        Args:
+            name: of the analysis.
+            unit: which.
+            found: in it.
+        """
+        file = self._file(name, unit)
+        with suppress(OSError):  # somebody may have removed it meanwhile; if it cannot be made, writing says so
+            file.parent.mkdir(parents=True, exist_ok=True)
+        remove_drafts(file)
+        save_result(replace(found, asked={"run": self._mark(name)}), file)
+
+    def merge(self, name: str) -> Run:
+        """The sum of all units of an analysis, in their order.
+
+        Args:
+            name: which.
+
+        Raises:
+            LoopedError: not all of them are there.
+        """
+        asked = self.asked(name)
+        keys = [(name, unit) for unit in range(int(asked["units"]))]
+        if missing := self.left(keys):
+            raise LoopedError(
+                f"{len(missing)} of {counted(len(keys), 'part')} of {name} in {str(self.path)!r} are not done, such as "
+                f"{self._file(*missing[0]).name}. Run the same command again: it measures what is missing, with any number of "
+                "processes."
+            )
+        return _added(asked, (load_result(self._file(*key)) for key in keys))
+
+    def write(self, name: str, run: Run) -> Path:
+        """Write the result of an analysis.
+
+        Args:
+            name: which.
+            run: its sum.
+        """
+        weights: Any = None
+        with suppress(LoopedError):  # a model that does not loop has none
+            weights = _Weights(load_result(self.path / MODEL))
+        return save_result(run, self.path / f"{name}.safetensors", weights)
+
+    def keep_weights(self, fingerprint: Any) -> None:
+        """Keep what tells the weights of the model from others, for results to be compared with.
+
+        Args:
+            fingerprint: of the model.
+        """
+        if not (self.path / MODEL).exists():
+            save_result(fingerprint, self.path / MODEL)
+
+    def _file(self, name: str, unit: int) -> Path:
+        return self.path / name / f"{unit:05d}.safetensors"
+
+    def _mark(self, name: str) -> str:
+        """What the files of an analysis say that they are of."""
+        if name not in self._marks:
+            self._marks[name] = _mark(self.asked(name))
+        return self._marks[name]
+
+
+def _mark(asked: dict[str, str]) -> str:
+    return digest([[key, value] for key, value in sorted(asked.items()) if key != TOLD])
+
+
+class _Weights:
+    """A model, as far as saving a result asks."""
+
+    def __init__(self, fingerprint: Any):
+        self._fingerprint = fingerprint
+
+    def fingerprint(self) -> Any:
+        """What was kept."""
+        return self._fingerprint
+
+
+def _is_there(file: Path, mark: str) -> bool:
+    """Whether a unit's file is whole and of this run; one that is not is as good as none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as held:
+            return mark in (held.metadata() or {}).get("tl_looped", "")
+    except (OSError, SafetensorError):
+        return False
+
+
+def _added(asked: dict[str, str], parts: Iterator[Any]) -> Run:
+    from .store import Run
+
+    result, failed, order, done = None, (), (), 0
+    for part in parts:
+        if part.result is not None:
+            result = part.result if result is None else result + part.result
+        failed, order, done = failed + part.failed, order + part.order, done + part.done
+    return Run(result, tuple(sorted(failed)), done, done, asked, order)
