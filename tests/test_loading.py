@@ -178,7 +178,7 @@ UNREADABLE = {
     "truncated": (truncate, r"model.safetensors is truncated"),
     "empty": (replace_file("model.safetensors", b""), r"model.safetensors is truncated or not"),
     "not safetensors": (replace_file("model.safetensors", b"x" * 99), r"model.safetensors is truncated or not"),
-    "8 bits": (eight_bits, r"lm_head.weight as F8_E4M3"),
+    "8 bits": (eight_bits, r"unknown way: lm_head.weight \(torch.float8_e4m3fn\)"),
     "lost shard": (lose_shard, r"lacks 1 of the 2 files.*model-00002-of-00002.safetensors"),
     "lost tensor": (promise_too_much, r"extra.weight in model-00001"),
     "bad index": (lambda p: (shard(p), (p / "model.safetensors.index.json").write_text("{}")), r"no weight_map"),

@@ -18,6 +18,7 @@ from .model import LoopedModel
 from .model.config import LoopedConfig
 from .model.facts import facts
 from .model.loops import loop_of
+from .model.sizes import sizes
 from .schedule import Pass, virtual_layer
 from .sites import KINDS
 from .toys import TOYS
@@ -109,7 +110,11 @@ def checkpoint_text(name_or_dir: str | Path, revision: str | None = None, width:
     """
     checkpoint = open_checkpoint(name_or_dir, revision)
     _, cfg, sources = make_plan(checkpoint)
-    rows = [[name, text] for name, text in facts(cfg, stored_dtype(checkpoint, sources)).items()]
+    dtype = stored_dtype(checkpoint, sources)
+    told = facts(cfg, dtype)
+    if checkpoint.quantised is not None:
+        told["stored"] = checkpoint.quantised.told(sizes(cfg).n_parameters * dtype.itemsize, dtype)
+    rows = [[name, text] for name, text in told.items()]
     lines = [str(name_or_dir), *aligned(rows), ""]
     if lacks := lacking(cfg):
         lines += ["it lacks", *(line for ability, why in lacks.items() for line in _beside(f"  {ability}", [why], width)), ""]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -60,6 +61,8 @@ def load_model(
         if isinstance(source, Source) and checkpoint.dtypes[source.name] != dtype
     }
     total = sum(math.prod(shape) * dtype.itemsize for _, shape in empty.values())
+    if checkpoint.quantised is not None:
+        warnings.warn(f"{checkpoint} {checkpoint.quantised.told(total, dtype)}.", stacklevel=2)
     broken: list[str] = []
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading", disable=total < _SHOW_PROGRESS_FROM) as bar:
         for name, (source, shape) in empty.items():

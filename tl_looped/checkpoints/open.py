@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .files import InMemory, InPickle, InSafetensors, pickle_header, safetensors_header
+from .quantised import Quantised, dequantised
 
 SAVE = "save_id"  # in config.json and in the metadata of weights: which save they are of
 _TOYS = Path(__file__).parents[1] / "toys" / "checkpoints"
@@ -27,6 +28,12 @@ class Checkpoint:
         stored: the tensors.
         path: the directory they lie in, if any.
         save_id: which save they are of, if that is known.
+
+    Attributes:
+        quantised: what is stored in few bits and dequantised when it is read; None if nothing is.
+
+    Raises:
+        CheckpointError: tensors are quantised in a way that is not implemented.
     """
 
     def __init__(
@@ -36,13 +43,14 @@ class Checkpoint:
         path: Path | None = None,
         save_id: object = None,
     ):
-        self.config: dict[str, Any] = config
         self.path: Path | None = path
         self.save_id: object = save_id
-        self._stored = stored
-        self.shapes: dict[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in stored.items()}
-        self.dtypes: dict[str, torch.dtype] = {name: tensor.dtype for name, tensor in stored.items()}
-        self.devices: dict[str, torch.device] = {name: tensor.device for name, tensor in stored.items()}
+        self.config: dict[str, Any]
+        self.quantised: Quantised | None
+        self.config, self._stored, self.quantised = dequantised(config, stored, self)
+        self.shapes: dict[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in self._stored.items()}
+        self.dtypes: dict[str, torch.dtype] = {name: tensor.dtype for name, tensor in self._stored.items()}
+        self.devices: dict[str, torch.device] = {name: tensor.device for name, tensor in self._stored.items()}
 
     def read(self, name: str, start: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
         """One tensor, or the part of it that holds `shape` elements from element `start` on.
@@ -122,6 +130,9 @@ def open_checkpoint(name_or_dir: str | Path, revision: str | None = None) -> Che
     stored: dict[str, InSafetensors | InPickle] = {}
     files, index, saves = _weight_files(path)
     save_id = config.pop(SAVE, None)
+    if "quantization_config" not in config and (path / "hf_quant_config.json").is_file():
+        said = _read_json(path / "hf_quant_config.json").get("quantization")
+        config["quantization_config"] = {"quant_method": "modelopt", **(said if isinstance(said, dict) else {})}
     saves["config.json"] = save_id
     for file in files:
         held, metadata = safetensors_header(file) if file.suffix == ".safetensors" else (pickle_header(file), {})

@@ -170,9 +170,7 @@ def _check_tensors(checkpoint: Checkpoint, plan: Plan, also: Collection[str]) ->
             follows = ", ".join(f"{field}={getattr(cfg, field)}" for field in fields)
             problems.append(f"wrong shape: {name} should be {list(shape)} from {follows}, but is {list(found)}")
         elif name in expected and not checkpoint.dtypes[name].is_floating_point:
-            problems.append(
-                f"not floating point: {name} is {checkpoint.dtypes[name]}; quantised checkpoints are not implemented"
-            )
+            problems.append(f"not floating point: {name} is {checkpoint.dtypes[name]}; so stored, it cannot be read as numbers")
     if problems:
         more = f"\n  and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
         raise CheckpointError(
