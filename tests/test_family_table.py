@@ -95,5 +95,5 @@ def test_what_no_family_knows_names_them_all() -> None:
 
 def test_abilities_are_explained() -> None:
     page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
-    explained = page.partition("| ability |")[2]
+    explained = page.partition("| ability |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| ([a-z ]+) \|", explained, flags=re.MULTILINE) == list(ABILITIES)
