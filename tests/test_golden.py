@@ -31,6 +31,15 @@ LAYER_HOOKS = {
     "attn_gate": "attn.hook_source_gate",
     "attn_global": "attn.hook_first_z",
     "attn_local": "attn.hook_own_z",
+    **{f"{reader}_in": f"hook_{reader}_in" for reader in "qkv"},
+    **{f"{reader}_gated": f"{reader}_message.hook_out" for reader in ("q", "k", "v", "mlp")},
+    **{f"{reader}_{part}": f"{reader}_message.hook_{part}" for reader in ("v", "mlp") for part in ("forget", "gain")},
+    "messages": "message.hook_out",
+    "attn_mix": "attn_mix.hook_out",
+    "mlp_mix": "mlp_mix.hook_out",
+    "attn_out_conv": "hook_attn_out",
+    "mlp_out_conv": "hook_mlp_out",
+    "expert_weights": "mlp.hook_expert_weights",
     "attn_out_normed": "hook_attn_out",
     "mlp_out_normed": "hook_mlp_out",
 }
@@ -48,6 +57,7 @@ PASS_HOOKS = {
     "dt_embed": "conditioning.hook_step",
     "shifted_state": "shift.hook_shifted",
     "conditioning": "conditioning.hook_out",
+    "message_sources": "hook_sources",
 }
 OTHER_HOOKS = {
     "embed": "hook_embed",
@@ -61,6 +71,8 @@ OTHER_HOOKS = {
     "final_norm_in": "ln_final.hook_in",
     "router_logit": "loops.0.router.hook_logit",
     "depth": "loops.0.router.hook_depth",
+    "final_sources": "final_mix.hook_sources",
+    "final_mix": "final_mix.hook_out",
 }
 CONDITIONS = ("modulation", "time_embed", "dt_embed", "conditioning")  # the same at every position
 # What a pass of one family holds elsewhere: Dory norms the state on its way in, LoopUS gates what the layers return.
@@ -127,7 +139,7 @@ def test_every_reference_activation(family: str) -> None:
 @pytest.mark.parametrize("family", CHECKPOINTS)
 def test_no_reference_activation_is_left_out(family: str) -> None:
     data = load_file(GOLDEN / family / "golden.safetensors")
-    readings = r"logits\w*|\w*logits[\w.]*|leftpad_\w+|prefix_\w+|exit_pdf|latent_states|\w+_unscaled|cache_[kv]/.*"
+    readings = r"logits\w*|\w*logits[\w.]*|leftpad_\w+|prefix_\w+|exit_pdf|latent_states|\w+_unscaled|cache_(k|v|conv\d)/.*"
     readings += r"|grad_\w+|gate_low/.*|gate_delta_logit/.*|steps"
     left = [key for key in data if "/" in key and hook_of(family, key.split("/", 1)[1]) is None]
     assert [key for key in left if not re.fullmatch(readings, key.split("/", 1)[1])] == []

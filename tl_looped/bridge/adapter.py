@@ -15,10 +15,12 @@ from transformer_lens.model_bridge.types import ComponentMapping
 
 from ..model import LoopedModel
 from ..model.config import LoopedConfig
+from ..model.experts import Experts
 from ..model.norms import RMSNorm
 from .components import (
     InputProjection,
     LoopedAttention,
+    LoopedExperts,
     LoopedGatedMLP,
     LoopedLinear,
     LoopedMLP,
@@ -31,6 +33,7 @@ from .components import (
 from .processing import LoopedEmbedding, StreamBlock
 
 ARCHITECTURE = "TLLoopedForCausalLM"
+_OF_MODEL = frozenset("embed blocks passes prelude_norm value_embeds after_loop ln_final unembed rotary noise".split())
 _USUAL = frozenset("ln1 attn ln1_post ln1_stream ln2 mlp ln2_post ln2_stream".split())  # what every block may have
 
 
@@ -82,13 +85,15 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
                 if looped.after_loop == "linear"
                 else self._norms(model, "after_loop")
             ),
+            **self._parts([model], _OF_MODEL),
             "ln_final": LoopedNorm(name="ln_final", config=self.cfg),
             "unembed": LoopedUnembedding(name="unembed", config=self.cfg),
         }
 
     def _norms(self, parent: nn.Module, *names: str) -> dict[str, GeneralizedComponent]:
-        kinds = {name: LoopedNorm if isinstance(getattr(parent, name), RMSNorm) else LoopedPart for name in names}
-        return {name: kinds[name](name=name, config=self.cfg) for name in names if getattr(parent, name) is not None}
+        found = {name: part for name in names if (part := getattr(parent, name, None)) is not None}
+        kinds = {name: LoopedNorm if isinstance(part, RMSNorm) else LoopedPart for name, part in found.items()}
+        return {name: kind(name=name, config=self.cfg) for name, kind in kinds.items()}
 
     def _parts(self, owners: Iterable[nn.Module], known: Container[str] = ()) -> dict[str, GeneralizedComponent]:
         """What else some modules have hook points in; one of them may lack a part."""
@@ -108,20 +113,31 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
             attention["gate"] = LoopedLinear(name="gate")
         if looped.qk_norm != "none":
             attention |= self._norms(block.attn, "q_norm", "k_norm")
-        attention |= self._norms(block.attn, "inner_norm")
+        attention |= self._norms(block.attn, "inner_norm", "k_conv", "v_conv")
+        if isinstance(block.mlp, Experts):
+            return self._around(model, block, attention, LoopedExperts(name="mlp", config=self.cfg))
         mlp: dict[str, GeneralizedComponent] = {"in": LoopedLinear(name="up"), "out": LoopedLinear(name="down")}
         if looped.mlp == "gated":
             mlp["gate"] = LoopedLinear(name="gate")
         mlp |= self._norms(block.mlp, "inner_norm")
+        kind = LoopedGatedMLP if "gate" in mlp else LoopedMLP
+        return self._around(model, block, attention, kind(name="mlp", config=self.cfg, submodules=mlp))
+
+    def _around(
+        self, model: LoopedModel, block: nn.Module, attention: dict[str, GeneralizedComponent], mlp: GeneralizedComponent
+    ) -> StreamBlock:
+        """A block around its attention and its MLP."""
+        outputs = {f"hook_{branch}_out": f"{branch}_conv.hook_out" for branch in ("attn", "mlp")}
         return StreamBlock(
-            looped,
+            model.cfg,
+            {alias: at for alias, at in outputs.items() if hasattr(block, at.partition(".")[0])},
             name="blocks",
             config=self.cfg,
             submodules={
                 **self._norms(block, "ln1"),
                 "attn": LoopedAttention(name="attn", config=self.cfg, submodules=attention),
                 **self._norms(block, "ln1_post", "ln1_stream", "ln2"),
-                "mlp": (LoopedGatedMLP if "gate" in mlp else LoopedMLP)(name="mlp", config=self.cfg, submodules=mlp),
+                "mlp": mlp,
                 **self._norms(block, "ln2_post", "ln2_stream"),
                 **self._parts(model.blocks, _USUAL),
             },

@@ -107,6 +107,10 @@ class LoopedMLP(Around, MLPBridge):
     """An MLP without gate."""
 
 
+class LoopedExperts(Around):
+    """A mixture of experts, which has no neurons that all positions go through."""
+
+
 class LoopedPart(Around):
     """A module around the layers that has hook points of its own, and no others."""
 
@@ -178,6 +182,10 @@ class LoopedAttention(Around, AttentionBridge):
         del self._modules["hook_hidden_states"], self._hook_registry["hook_hidden_states"]  # it would never fire
 
     def set_original_component(self, original_component: nn.Module) -> None:
+        if (shape := getattr(original_component, "shape", None)) is not None:  # its own, not that of all layers
+            self.config = copy(self.config)
+            self.config.n_heads, self.config.n_key_value_heads = shape.n_heads, shape.n_kv_heads
+            self.config.d_head = shape.d_head
         for name in ("hook_rot_q", "hook_rot_k"):
             if name not in original_component._modules:  # nothing is rotated
                 self._modules.pop(name, None)

@@ -8,7 +8,7 @@ sends vectors along it, one row per component; `Decomposition.pull_back` sends o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..errors import LoopedError, UnknownNameError
 from ..model import LoopedModel
+from ..model.crossings import crossings
 from ..model.frozen import frozen
-from ..model.loops import Apply, Parts, Stream, crossings
-from ..model.residuals import Interpolate
+from ..model.loops import Apply, Parts, Stream
 from ..schedule import virtual_layer
 
 FINAL = "ln_final.hook_in"
@@ -113,20 +113,25 @@ def walk(
         if i == schedule.n_layers:
             continue
         block: Any = model.blocks[i]
-        for branch, place, before, after in (("attn", "pre", "ln1", "ln1_stream"), ("mlp", "mid", "ln2", "ln2_stream")):
-            x = stream.x
-            yield f"blocks.{i}.hook_resid_{place}", x
-            at = Write(schedule.name(i, f"{branch}_out"), f"blocks.{i}.hook_{branch}_out", i)
-            residual = getattr(block, f"{branch}_write")
-            if isinstance(residual, Interpolate):
-                norm = getattr(block, before)
-                read = x if norm is None else apply(norm, f"blocks.{i}.{before}", (x,))
-                x = residual.kept(read) + residual.added(write(None, at))
-            else:
-                x = write(x, at)
-            norm = getattr(block, after)
-            stream.x = x if norm is None else apply(norm, f"blocks.{i}.{after}", (x,))
+
+        def here(module: Any, name: str, x: Tensor, i: int = i) -> Tensor:
+            return apply(module, f"blocks.{i}.{name}", (x,))
+
+        def written(x: Tensor | None, branch: str, i: int = i) -> Tensor:
+            return write(x, Write(schedule.name(i, f"{branch}_out"), f"blocks.{i}.hook_{branch}_out", i))
+
+        stream.x = yield from _named(f"blocks.{i}.hook_resid_", block.follow(stream.x, stream.carried, here, written))
     yield FINAL, stream.x
+
+
+def _named(place: str, layer: Generator[tuple[str, Tensor], None, Tensor]) -> Generator[tuple[str, Tensor], None, Tensor]:
+    """The streams of a layer by the names of their hooks; what leaves it is returned."""
+    while True:
+        try:
+            at, x = next(layer)
+        except StopIteration as end:
+            return end.value
+        yield f"{place}{at}", x
 
 
 def check_sum(total: Tensor, of_run: Tensor, what: str) -> None:
@@ -173,12 +178,15 @@ class Reader:
 
     def get(self, name: str, dim: int = -2) -> Tensor:
         """A cached tensor at the positions asked for, in fp32 or wider, without gradient."""
+        return self.positions.apply(self._everywhere(name, dim), dim=dim)
+
+    def _everywhere(self, name: str, dim: int) -> Tensor:
+        """A cached tensor at all positions, in fp32 or wider, without gradient."""
         value = self.cache[name].detach()
         if behind := self.behind(name):  # by the position that reads it in the end
             edge = value.narrow(dim, 0, min(behind, value.shape[dim]))
             edge = torch.ones_like(edge) if name.endswith("hook_scale") else torch.zeros_like(edge)
             value = torch.cat((edge, value.narrow(dim, 0, value.shape[dim] - edge.shape[dim])), dim)
-        value = self.positions.apply(value, dim=dim)
         return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
     def behind(self, name: str) -> int:
@@ -187,15 +195,25 @@ class Reader:
 
     def heads(self, layer: int) -> Fan:
         """The heads of a layer; their sum is what the attention writes, without the bias of o."""
-        result = f"blocks.{layer}.attn.hook_result"
-        attention = self.bridge.blocks[layer].attn
-        gain = self._gain(layer, "ln1_post")
+        result, gain = f"blocks.{layer}.attn.hook_result", self._gain(layer, "ln1_post")
         if result in self.cache:  # where it may have been edited
-            vectors = self.get(result, -3)
-            one = torch.eye(vectors.shape[-1], dtype=vectors.dtype, device=vectors.device)
-            return Fan(vectors, one.expand(vectors.shape[-2], -1, -1), gain)
-        z = self.get(f"blocks.{layer}.attn.hook_z", -3)
-        return Fan(z, attention.W_O.detach().to(z.device, z.dtype), gain)
+            z = self._everywhere(result, -3)
+            weight = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device).expand(z.shape[-2], -1, -1)
+        else:
+            z = self._everywhere(f"blocks.{layer}.attn.hook_z", -3)
+            weight = self.bridge.blocks[layer].attn.W_O.detach().to(z.device, z.dtype)
+        block: Any = self.model.blocks[layer]
+        coefficients, rows = block.heads_written(z, weight, self.cache.padding())
+        fan = Fan(self.positions.apply(coefficients, dim=-3), rows, gain)
+        if rows is not weight:
+            total = torch.einsum("...ki,kid->...d", fan.coefficients, rows)
+            check_sum(
+                total,
+                self.get(f"blocks.{layer}.hook_attn_out"),
+                f"what the heads of layer {layer} write (which reads "
+                "earlier positions, so that a cache of some positions cannot be split)",
+            )
+        return fan
 
     def neurons(self, layer: int, chosen: Any) -> Fan:
         """The chosen neurons of a layer (a `Slice` that keeps the axis)."""

@@ -240,9 +240,10 @@ def has_output_bias(model: LoopedModel) -> bool:
 class StreamBlock(LoopedBlock):
     """A virtual layer that tells TransformerLens's tools when they may not take the residual stream for one running sum."""
 
-    def __init__(self, looped: LoopedConfig, **kwargs: Any):
+    def __init__(self, looped: LoopedConfig, aliases: Mapping[str, str], **kwargs: Any):
         super().__init__(**kwargs)
         self.looped = looped
+        self.hook_aliases = {**self.hook_aliases, **aliases}
 
     @property
     def residual_contribution_scale(self) -> float:

@@ -18,6 +18,7 @@ from . import (
     dory,
     hrm_text,
     huginn,
+    inkling2_loop,
     llama,
     llama_rrt,
     loopcoder,
@@ -113,6 +114,13 @@ TABLE: tuple[Row, ...] = (
         fields={"norm": "sandwich", "norm_kind": "l2", "norm_weight": False, "residual": "interpolate", "injection": "add",
                 "prelude_norm": True, "entry_norm": True},
         refused={"hybrid_layer_pattern": "S-*-"},
+    ),
+    Row(
+        "inkling2_loop", "Inkling-2 loop", "`thinkingmachines/Inkling-2-Mini`",
+        "passes that start again from the prelude and read messages of the one before; attention over depth", inkling2_loop,
+        transformers="5.24", fields={"n_prelude": 1, "windows": (None, 2), "attn_gate": True, "rope_layout": "none",
+                                     "loop": "from_prelude", "options": inkling2_loop.SMALL},
+        refused={"scoring_func": "softmax"},
     ),
     Row(
         "loopus", "LoopUS", "`Thrillcrazyer/*LoopUS*`",

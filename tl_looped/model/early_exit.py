@@ -74,9 +74,11 @@ class EarlyExit:
         for key, value in (("input_ids", input_ids), ("token_type_ids", token_type_ids)):
             if value is not None:
                 self._grow(key, value)
+        inputs = self._inputs_from(past)
+        inputs.carried = carried = {}
         for i in range(schedule.n_prelude):
-            x = model.blocks[i](x, self._inputs_from(past))
-        carried = model.begin(x, initial_state, self._kept["positions"][:, past:])
+            x = model.blocks[i](x, inputs)
+        carried |= model.begin(x, initial_state, self._kept["positions"][:, past:])
         for name, value in carried.items():
             self._grow(name, value)
         self.n_full += x.shape[0] * x.shape[1] * len(schedule.passes)
@@ -136,16 +138,18 @@ class EarlyExit:
         p = model.cfg.schedule.pass_of_loop(loop)
         kept = {name: key for name, key in self._after[p.index].items() if not model.loop.is_whole(name)}
         carried = {name: self._kept[key][:, start:] for name, key in kept.items()}
-        x = model.loop.finish(Parts(model, None, run_part), p, carried)
+        parts = Parts(model, None, run_part)
+        x = model.loop.finish(parts, p, carried)
         if coda:
             inputs = self._inputs_from(start)
+            inputs.carried = carried
             if self.key_values is not None:  # every readout has keys and values of its own
                 self._n_read[loop] = self._length("positions")
                 inputs = replace(inputs, cache=_Shifted(self.key_values, loop * len(coda)))
                 inputs.enter()
             for i in coda:
                 x = model.blocks[i](x, inputs)
-        return model._logits(x[:, -1:])[:, 0]
+        return model._logits(model.loop.read(parts, x, carried)[:, -1:])[:, 0]
 
     def _inputs_from(self, start: int) -> Inputs:
         """What the layers read beside the stream, for the positions from `start` on."""
@@ -159,6 +163,7 @@ class EarlyExit:
                 value_embeds=model._value_embeds(None if input_ids is None else input_ids[:, start:]),
                 past=start,
                 real=None if self._attention_mask is None else self._attention_mask != 0,
+                positions=positions,
             )
         self._inputs[start].enter()
         return self._inputs[start]

@@ -7,12 +7,12 @@ to trust.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..running import Running, is_observed
@@ -33,6 +33,7 @@ class Inputs(Running):
     masks: dict[int | None, Bool[Tensor, "#batch 1 query key"] | None]
     value_embeds: dict[int, Float[Tensor, "batch pos kv_width"]] = field(default_factory=dict)
     carried: dict[str, Tensor] = field(default_factory=dict)  # beside the stream, see `Stream`; layers may read and write it
+    positions: Int[Tensor, "#batch pos"] | None = None  # of the tokens that are run
 
 
 def rotate(
@@ -226,6 +227,48 @@ class Block(nn.Module):
         out = self.mlp(read)
         x = self.mlp_write(x, read, out if self.ln2_post is None else self.ln2_post(out))
         return x if self.ln2_stream is None else self.ln2_stream(x)
+
+    def follow(
+        self,
+        x: Tensor,
+        carried: dict[str, Tensor],
+        apply: Callable[[nn.Module, str, Tensor], Tensor],
+        write: Callable[[Tensor | None, str], Tensor],
+    ) -> Generator[tuple[str, Tensor], None, Tensor]:
+        """Go the way of the stream through the layer, without attention and MLP; what leaves the layer is returned.
+
+        Args:
+            x: the stream entering the layer.
+            carried: what lies beside it, see `Stream`; changed in place.
+            apply: runs a norm on the way, which is given with its name.
+            write: adds to a stream what "attn" or "mlp" writes, or begins one with it.
+
+        Yields:
+            The stream before each branch, with the place in the layer, "pre" or "mid".
+        """
+        for branch, place, before, after in (("attn", "pre", "ln1", "ln1_stream"), ("mlp", "mid", "ln2", "ln2_stream")):
+            yield place, x
+            residual, norm = getattr(self, f"{branch}_write"), getattr(self, before)
+            if isinstance(residual, Interpolate):
+                read = x if norm is None else apply(norm, before, x)
+                x = residual.kept(read) + residual.added(write(None, branch))
+            else:
+                x = write(x, branch)
+            norm = getattr(self, after)
+            x = x if norm is None else apply(norm, after, x)
+        return x
+
+    def heads_written(
+        self, z: Float[Tensor, "*batch pos head d_head"], weight: Float[Tensor, "head d_head d_model"], real: Tensor | None
+    ) -> tuple[Float[Tensor, ...], Float[Tensor, ...]]:
+        """What every head writes, as coefficients [..., head, i] of rows of a weight [head, i, d_model].
+
+        Args:
+            z: what the heads read.
+            weight: of the output projection.
+            real: which positions are no padding, [batch, pos]; None for all.
+        """
+        return z, weight
 
 
 def each_module(*roots: nn.Module) -> Iterator[nn.Module]:

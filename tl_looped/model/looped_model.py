@@ -15,11 +15,12 @@ from ..running import KeyValueCache
 from ..schedule import Pass, Site, check_count
 from ..tokens import check_tokens
 from .config import LoopedConfig
+from .crossings import Begin, crossings
 from .early_exit import EarlyExit
 from .initial_state import NoiseTable, initial_state
 from .inputs import Part, masks_of, positions_of
 from .layers import Block, Inputs, each_module
-from .loops import Begin, Parts, Repeat, Stream, crossings, loop_of, run_part
+from .loops import Parts, Repeat, Stream, loop_of, run_part
 from .norms import RMSNorm, norm_of
 from .passes import PASS_NAMES, PassEnds
 from .rotary import Rotary
@@ -105,6 +106,8 @@ class LoopedModel(nn.Module):
             self.after_loop = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
         elif cfg.after_loop == "final_norm":
             self.after_loop = norm_of(cfg)
+        for name, part in self.loop.model_parts().items():
+            setattr(self, name, part)
         self.ln_final: RMSNorm = norm_of(cfg)
         self.unembed: nn.Linear = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
         self.rotary: Rotary = Rotary(cfg)
@@ -146,6 +149,8 @@ class LoopedModel(nn.Module):
             holders.setdefault("pass_norm", []).append(self.ln_final)
         else:
             holders["ln_final"] = [self.ln_final]
+        for name in self.loop.model_parts():
+            holders[name] = [getattr(self, name)]
         if self.after_loop is not None:
             holders.setdefault("ln_final" if self.cfg.after_loop == "final_norm" else "after_loop", []).append(self.after_loop)
         holders.setdefault("embed" if self.cfg.tied else "unembed", []).append(self.unembed)
@@ -212,6 +217,7 @@ class LoopedModel(nn.Module):
         start: int | None = None,
         stop: int | None = None,
         injection: Float[Tensor, "batch pos d_model"] | None = None,
+        carried: dict[str, Tensor] | None = None,
         on_loop: OnLoop | None = None,
         on_layer: OnLayer | None = None,
         early_exit: EarlyExit | None = None,
@@ -232,6 +238,7 @@ class LoopedModel(nn.Module):
             start: first virtual layer to run.
             stop: run up to this virtual layer, exclusive, and return its input.
             injection: with `start`, what is injected in the pass of that layer, for families that inject.
+            carried: with `start`, what lies beside the stream there (`Stream.carried`, which `on_layer` is given).
             on_loop: called with (loop, logits) after every loop, with what the model would answer if it stopped there.
             on_layer: called with (layer, stream, inputs) before a virtual layer runs, and with `n_layers` after the last one;
                 first with -1, when the stream is the embedding. It may read them, or change them.
@@ -286,10 +293,16 @@ class LoopedModel(nn.Module):
             value_embeds=self._value_embeds(input_ids),
             past=past,
             real=None if attention_mask is None else attention_mask != 0,
+            positions=positions,
         )
 
-        stream = Stream(x)
-        if entry is not None:
+        stream = Stream(x, dict(carried or {}))
+        if part.first and carried is None and (why := self.loop.mixes) is not None:
+            raise LoopedError(
+                f"start={part.first} was asked, but in this {self.cfg.family} model {why}, which the residual stream does not "
+                "hold; start at 0, or pass carried=, as on_layer= is given it."
+            )
+        if entry is not None and carried is None:
             stream.carried = self.loop.resume(Parts(self, entry, run_part), entry, last, x, injection)
         layers = [i for i in (*range(last.layers.stop), *self._coda) if i >= part.first]
         if on_layer is not None:
@@ -300,10 +313,11 @@ class LoopedModel(nn.Module):
             if i == part.stop:
                 return LoopedOutput(stream.x, inputs.cache)
             if on_loop is not None and (p := self._pass_before(i)) is not None and p.stack == last.stack:
-                x = self.loop.finish(Parts(self, None, run_part), p, stream.carried)
+                inputs.carried, parts = dict(stream.carried), Parts(self, None, run_part)  # the coda may write to it
+                x = self.loop.finish(parts, p, inputs.carried)
                 for j in self._coda:
                     x = self.blocks[j](x, inputs)
-                on_loop(p.loop, self._logits(x))
+                on_loop(p.loop, self._logits(self.loop.read(parts, x, inputs.carried)))
         x = self._logits(stream.x)
         if on_loop is not None:
             on_loop(last.loop, x)
@@ -376,7 +390,7 @@ class LoopedModel(nn.Module):
         return any(getattr(*holders[0]).requires_grad for holders in self.parameter_slots.values())
 
     def _logits(self, x: Tensor) -> Tensor:
-        logits = self.unembed(x if self.cfg.pass_norm_is_final else self.ln_final(x))
+        logits = self.unembed((x if self.cfg.pass_norm_is_final else self.ln_final(x)).to(self.unembed.weight.dtype))
         cap = self.cfg.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -431,7 +445,7 @@ def initialise(model: LoopedModel, seed: int, std: float = 0.02) -> LoopedModel:
     generator = torch.Generator("cpu").manual_seed(seed)
     for name, parameter in sorted(model.canonical_parameters().items()):
         value = torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")
-        if parameter.ndim == 2:
+        if parameter.ndim >= 2:
             value.normal_(0, std, generator=generator)
         elif name.endswith(".weight"):
             value.fill_(1)

@@ -7,7 +7,7 @@ policy, the native lens, runs that enter in the middle and exact attribution rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,6 @@ from .passes import INJECTIONS
 from .slots import observe
 
 Initial = Callable[[Tensor | None, Tensor], Tensor]  # of its default, if it has one, and of a tensor like it
-Begin = Callable[[Tensor], dict[str, Tensor]]
 Apply = Callable[[nn.Module, str, tuple[Tensor, ...]], Tensor]
 OF_MODEL = ("prelude_norm", "after_loop")  # parts that the whole model has once
 OPTIONAL = (*OF_MODEL, "entry_norm", "norm")  # and that a model may lack
@@ -68,9 +67,9 @@ class Parts:
             LoopedError: no model has a part of this name.
         """
         schedule, prefix, module = self.model.cfg.schedule, "", None
-        if name in OF_MODEL:
-            module = getattr(self.model, name)
-        elif self.p is not None:
+        if self.p is None or name in OF_MODEL:
+            module = getattr(self.model, name, None)
+        else:
             module, prefix = getattr(self.model.passes[self.p.index], name, None), f"{schedule.pass_prefix(self.p)}."
             if module is None and name == "norm" and self.model.cfg.pass_norm_is_final:  # of the last pass
                 module, prefix, name = self.model.ln_final, "", "ln_final"
@@ -112,6 +111,10 @@ class Repeat:
         if cfg.exit_gate:
             parts["exit_gate"] = nn.Linear(cfg.d_model, 1)
         return parts
+
+    def model_parts(self) -> dict[str, nn.Module]:
+        """The modules that the whole model has once, beside those of a pass; `read` may call them."""
+        return {}
 
     def block(self, physical: int) -> Block:
         """One layer.
@@ -157,6 +160,11 @@ class Repeat:
             name: under which it is carried.
         """
         return False
+
+    @property
+    def mixes(self) -> str | None:
+        """Why what a layer reads is not the stream that enters it alone; None if it is."""
+        return None
 
     @property
     def scaled(self) -> str | None:
@@ -273,6 +281,16 @@ class Repeat:
         if "anchor" in carried:
             state = self.cfg.beta * carried["anchor"] + (1 - self.cfg.beta) * state
         return parts("after_loop", state)
+
+    def read(self, parts: Parts, x: Tensor, carried: dict[str, Tensor]) -> Tensor:
+        """What the last norm reads.
+
+        Args:
+            parts: the modules around the layers.
+            x: the output of the last layer, or of the loop.
+            carried: what is carried.
+        """
+        return x
 
     def resume(self, parts: Parts, p: Pass, last: Pass, x: Tensor, injection: Tensor | None) -> dict[str, Tensor]:
         """What is carried into a run that starts inside a pass, from the residual stream there.
@@ -403,44 +421,3 @@ def loop_of(cfg: LoopedConfig) -> Repeat:
     if cfg.loop not in _KINDS:
         raise LoopedError(f"loop={cfg.loop!r} was asked, which is no loop kind; known are {', '.join(_KINDS)}.")
     return _KINDS[cfg.loop](cfg)
-
-
-def crossings(
-    model: Any, stream: Stream, layers: Sequence[int], apply: Apply, begin: Begin, is_restart: bool = False, gates: bool = True
-) -> Iterator[int]:
-    """Do what lies between layers, and leave the layers to whoever iterates.
-
-    Before a layer its index is yielded and `stream.x` is its input, to be replaced by its output. Then `n_layers` is yielded,
-    with the output of the last layer, and in the end `stream.x` is what the last norm reads.
-
-    Args:
-        model: a `LoopedModel`.
-        stream: what the first of the layers reads; changed in place.
-        layers: which ones, in the order of the run.
-        apply: runs the modules around the layers.
-        begin: from the prelude's output to what is carried before the first pass.
-        is_restart: whether `stream.x` is the input of the first layer already.
-        gates: whether exit gates read the states, for whoever has hooks there.
-    """
-    schedule, ended = model.cfg.schedule, None
-    for i in (*layers, None):
-        started = None if i is None else model.pass_starting.get(i)
-        if i is None:
-            yield schedule.n_layers
-        if is_restart:
-            is_restart = False
-        else:
-            if ended is not None:
-                parts = Parts(model, ended, apply)
-                model.loop.leave(parts, ended, stream.x, stream.carried)
-                if gates:
-                    model.loop.exit_logit(parts, ended, stream.carried)
-            if started is not None:
-                if started.index == 0:
-                    stream.carried.update(begin(stream.x))
-                stream.x = model.loop.enter(Parts(model, started, apply), started, stream.carried)
-            elif ended is not None:
-                stream.x = model.loop.finish(Parts(model, None, apply), ended, stream.carried)
-        if i is not None:
-            yield i
-            ended = model.pass_ending.get(i)

@@ -32,6 +32,7 @@ def parameter_shapes(cfg: LoopedConfig) -> Iterator[tuple[str, Shape]]:
     with torch.device("meta"):
         loop, blocks = loop_of(cfg), dict[object, list[tuple[str, Shape]]]()
         around: dict[str, nn.Module] = {PASS_NAMES.get(n, n): part for n, part in loop.pass_parts(is_last=False).items()}
+        around |= loop.model_parts()
         around["pass_norm" if cfg.pass_norm_is_final else "ln_final"] = norm_of(cfg)
         if cfg.prelude_norm:
             around["prelude_norm"] = norm_of(cfg)

@@ -123,6 +123,7 @@ def _set_inputs(inputs: Inputs, recording: Recording, copies: int, start: int) -
     masks = {window: _mask(mask, recording, start) for window, mask in whole.masks.items()}
     inputs.masks = {window: None if mask is None else rows(mask) for window, mask in masks.items()}
     inputs.value_embeds = {i: _copied(t[:, start:], copies) for i, t in whole.value_embeds.items()}
+    inputs.positions = None if whole.positions is None else rows(whole.positions[:, start:])
     inputs.past = start
     inputs.cache = KeysBefore(cast(RecordedKeys, recording.cache), start, copies) if start else None
 

@@ -41,6 +41,7 @@ class StepMap:
                 rope=twin.rotary(positions),
                 masks=masks_of(twin.cfg, x, None, None, 0),
                 value_embeds=twin._value_embeds(tokens),
+                positions=positions,
             )
             for i in range(schedule.n_prelude):
                 x = twin.blocks[i](x, self.inputs)
