@@ -44,11 +44,11 @@ def check_sums(cache: LoopedCache, tolerance: float) -> None:
     stacks = [
         cache.decompose_resid(),
         cache.stack_head_results(incl_remainder=True),
-        cache.stack_neuron_results(-1, incl_remainder=True),
-        cache.get_full_resid_decomposition(),
         cache.get_full_resid_decomposition(expand_neurons=False),
         cache.accumulated_resid().diff(dim=0, prepend=torch.zeros_like(stream)[None]),
     ]
+    if cache.model.lacks("neurons") is None:
+        stacks += [cache.stack_neuron_results(-1, incl_remainder=True), cache.get_full_resid_decomposition()]
     if cache.model.looped_cfg.injection != "none":
         stacks.append(cache.decompose_resid(injections=True))
     for stack in stacks:

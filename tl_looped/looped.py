@@ -26,8 +26,10 @@ Ability = Literal[
     "every position",
     "exit gate",
     "injection",
+    "neurons",
     "one embedding",
     "one pattern",
+    "one stream",
     "other depths",
     "shared weights",
 ]

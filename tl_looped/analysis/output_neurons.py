@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoopedError
-from ..looped import Hooked, Looped
+from ..looped import Hooked, Looped, require
 from ..results import Grid
 from ._streaming import check_bridge
 
@@ -35,6 +35,7 @@ def output_neurons(model: Hooked, *, kurtosis: float = 10.0) -> Grid:
         raise LoopedError(f"kurtosis={kurtosis!r} was asked; pass a number.")
     parts: Any = model  # weights, which no other tool asks for
     if isinstance(model, Looped):
+        require(model, "neurons", "the share of neurons")
         layers: dict[str, int] = {}
         for i, site in enumerate(model.schedule.sites):
             layers.setdefault(parts.plain.layer_name(site), i)

@@ -74,6 +74,10 @@ class AskedBridge(RunningBridge):
             return f"this {cfg.family} model cannot stop after an earlier loop or loop further: {why}."
         if ability == "one pattern" and (why := self.plain.loop.patterns) is not None:
             return f"in this {cfg.family} model {why}."
+        if ability == "one stream" and (why := self.plain.loop.mixes) is not None:
+            return f"in this {cfg.family} model {why}. Patch activations, or decompose a cache, which follows the mixtures."
+        if ability == "neurons" and (why := self.plain.loop.no_neurons) is not None:
+            return f"in this {cfg.family} model {why}. Read or patch mlp.hook_expert_weights, or the whole hook_mlp_out."
         if ability == "shared weights" and cfg.own_layers:
             return f"the loops of this {cfg.family} model do not share their weights; take their gradients by autograd."
         if ability == "exit gate" and not cfg.exit_gate:
@@ -162,6 +166,7 @@ class AskedBridge(RunningBridge):
             layers: the virtual layers whose heads change.
             norms: those that are asked for, by virtual layer (None: before the unembedding) and name in the layer.
         """
+        require(self, "one stream", "paths between components")
         return DirectPaths.needs(self, layers, norms)
 
     def direct_paths(self, activations: Mapping[str, Tensor], to_first_order: bool) -> DirectPaths:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import LoopedError, UnknownNameError
+from ..looped import require
 from ..model import LoopedModel
 from ..model.crossings import crossings
 from ..model.frozen import frozen
@@ -217,6 +218,7 @@ class Reader:
 
     def neurons(self, layer: int, chosen: Any) -> Fan:
         """The chosen neurons of a layer (a `Slice` that keeps the axis)."""
+        require(self.bridge, "neurons", "contributions of neurons")
         post = chosen.apply(self.get(f"blocks.{layer}.mlp.hook_post"), dim=-1)
         weight = chosen.apply(self.bridge.blocks[layer].mlp.W_out.detach(), dim=0).to(post.device, post.dtype)
         return Fan(post.unsqueeze(-1), weight.unsqueeze(-2), self._gain(layer, "ln2_post"))

@@ -17,6 +17,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from .. import checkpoints, families
 from .._old_calls import accepts_old
 from ..errors import LoopedError
+from ..looped import require
 from ..model import LoopedModel
 from ..model.config import LoopedConfig
 from ..model.looped_model import initialise
@@ -326,7 +327,8 @@ class LoopedBridge(InMemory, AskedBridge):
         return ask(model, prompts, loops=loops, top_k=top_k, targets=targets, attention_mask=attention_mask, **inputs)
 
     def _validate_attention_fork_supported(self, flag_name: str) -> None:
-        """Every looped family has the forks; what tools make of them is another matter."""
+        """The forks of a branch's input by head; what tools make of them is another matter."""
+        require(self, "one stream", flag_name)
         if flag_name == "use_attn_in":
             check_attn_in(self.cfg)
         if flag_name == "use_split_qkv_input" and not self._warned_of_paths:

@@ -55,7 +55,8 @@ def process_weights(
     """
     schedule = model.cfg.schedule
     for layer in [at for stack, n in schedule.stacks.items() for j in range(n) for at in model.cfg.layer_names(stack, j)]:
-        if fold_ln and model.cfg.residual == "add":  # else the stream itself goes through these norms
+        # Elsewhere the stream itself goes through these norms, or each of the readers has its own.
+        if fold_ln and model.cfg.residual == "add" and model.loop.mixes is None:
             _fold_norm(model, f"{layer}.ln1.weight", [f"{layer}.{reader}.weight" for reader in READS_LN1])
             _fold_norm(model, f"{layer}.ln2.weight", [f"{layer}.{reader}.weight" for reader in READS_LN2])
         if fold_value_biases:
@@ -265,6 +266,11 @@ class StreamBlock(LoopedBlock):
             LoopedError: it is not.
         """
         cfg = self.looped
+        if (why := loop_of(cfg).mixes) is not None:
+            raise RunningSumError(
+                f"a readout of the residual stream was asked, but in this {cfg.family} model {why}, and so does the last norm; "
+                'use tl_looped.lenses.logit_lens(..., lens="native"), or cache.attribute_logits for contributions.'
+            )
         if not cfg.n_coda and loop_of(cfg).between(cfg.schedule.passes[-1]) is not None:
             raise RunningSumError(
                 f"a readout of the residual stream was asked, but between the last layer of this {cfg.family} model and its "

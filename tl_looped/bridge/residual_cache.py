@@ -12,6 +12,7 @@ from torch import Tensor
 from transformer_lens.utilities.slice import Slice
 
 from ..errors import LoopedError
+from ..looped import require
 from .decomposition import FINAL, REMAINDER, Decomposition, Reader, Write, branch_inputs, check_activations
 from .named_cache import NamedCache, as_slice
 
@@ -112,6 +113,8 @@ class ResidualCache(NamedCache):
         self.check_weights("accumulated_resid")
         if carried is None:
             carried = not apply_ln and layer is not None
+        if apply_ln and not carried:
+            require(self.model, "one stream", "a lens on the streams as they are")
         asked = Asked(layer, mlp_input, pos_slice, apply_ln, return_labels)
         positions, point = as_slice(pos_slice), self._point(asked)
         self.check_real(positions)
@@ -285,6 +288,8 @@ class ResidualCache(NamedCache):
         self, asked: Asked, stack: Stack, batch_slice: Any = None, has_batch_dim: bool | None = None, recompute_ln: bool = False
     ) -> Stack:
         check_activations(self)
+        if self._point(asked) != FINAL:
+            require(self.model, "one stream", f"what the norm of layer {asked.layer} makes of a stream")
         point, has_batch_dim = self._point(asked), self.has_batch_dim if has_batch_dim is None else has_batch_dim
         if recompute_ln:
             if point != FINAL:
@@ -357,6 +362,8 @@ class ResidualCache(NamedCache):
     ) -> Stack | tuple[Stack, list[str]]:
         """Contributions of heads, of neurons or MLPs, of embeddings, and under the label `rest` of everything else."""
         model, schedule = self.model.plain, self.model.schedule
+        if neurons is not None:
+            require(self.model, "neurons", "contributions of neurons")
         inner = branch_inputs(model, self, heads, neurons is not None)
         decomposition = self._decomposition(asked, also=inner)
         numbers = [] if neurons is None else neurons.apply(torch.arange(model.cfg.d_mlp, device="cpu")).tolist()

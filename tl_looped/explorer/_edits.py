@@ -90,6 +90,8 @@ NEEDS: dict[str, tuple[Ability, ...]] = {
     "freeze_injection": ("injection",),
     "freeze_attention": ("one pattern", "every position"),
     "repeat_loop": ("early readouts", "equal loops"),
+    "skip_layer": ("one stream",),
+    "skip_loop": ("one stream",),
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._old_calls import accepts_old
 from ..errors import LoopedError
-from ..looped import Cache, Looped, check_model
+from ..looped import Cache, Looped, check_model, require
 from ..schedule import Indices, LoopSelector, select_indices
 from ..sites import select_layers
 from ..tokens import real_mean
@@ -102,6 +102,8 @@ def ablate(
     if (cache is None) != (mode == "zero"):
         wants = "no cache=" if mode == "zero" else "cache= of another run, such as run_with_cache(other_tokens)[1]"
         raise LoopedError(f"mode={mode!r} needs {wants}.")
+    if part == "neuron":
+        require(model, "neurons", "an ablation of neurons")
     mask = None
     for name, units, own, n in (
         ("heads", heads, "head", model.cfg.n_heads),

@@ -40,6 +40,7 @@ def skip_layer(model: Looped, *, loops: LoopSelector = "all", layers: Indices = 
         ['loops.2.blocks.0.hook_resid_pre', 'loops.2.blocks.0.hook_resid_post']
     """
     check_model(model)
+    require(model, "one stream", "a layer that is left out")
     name = model.schedule.name
     pairs = [
         (name(i, "hook_resid_pre"), name(i, "hook_resid_post")) for i in select_layers(model.schedule, loops, layers, stack)
@@ -72,6 +73,7 @@ def skip_loop(model: Looped, loops: LoopSelector, *, stack: str | None = None) -
         True
     """
     check_model(model)
+    require(model, "one stream", "a loop that is left out")
     schedule = model.schedule
     chosen = schedule.passes_of(loops, stack)
     if schedule.passes[-1] in chosen:

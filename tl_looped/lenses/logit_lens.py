@@ -110,6 +110,8 @@ def logit_lens(
     check_model(model)
     for ability in ("early readouts", "every position"):
         require(model, ability, "a lens")
+    if lens == "logit":
+        require(model, "one stream", "the logit lens")
     d_vocab = model.cfg.d_vocab
     if check_count("top_k", top_k) > d_vocab:
         raise LoopedError(f"top_k={top_k} was asked; the vocabulary has {d_vocab} tokens.")

@@ -226,6 +226,11 @@ class FromPrelude(Repeat):
         return "every branch reads a mixture of the sums of all blocks up to there"
 
     @property
+    def no_neurons(self) -> str | None:
+        """Why an MLP has no neurons that all positions go through."""
+        return "the MLPs are mixtures of experts, of which a position goes through a few"
+
+    @property
     def scaled(self) -> str | None:
         """Nothing is added to what all later layers read."""
         return f"the stream is the sum of one block, and {self.mixes}"
@@ -259,6 +264,8 @@ class FromPrelude(Repeat):
             past = torch.stack([*of_pass[1:], carried[p.stack]], dim=-2)  # the first is what the pass began with
             carried |= {f"past.{j}": value for j, value in enumerate(parts("hook_sources", past).unbind(-2))}
         state = parts("hook_state", carried["begun"])
+        if p.loop == 0:
+            carried["begun"] = state  # a hook may have changed what all passes begin with
         carried["entered"] = state
         return parts("hook_in", state)
 

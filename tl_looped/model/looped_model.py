@@ -17,6 +17,7 @@ from ..tokens import check_tokens
 from .config import LoopedConfig
 from .crossings import Begin, crossings
 from .early_exit import EarlyExit
+from .embedding import Embedding
 from .initial_state import NoiseTable, initial_state
 from .inputs import Part, masks_of, positions_of
 from .layers import Block, Inputs, each_module
@@ -43,26 +44,6 @@ class LoopedOutput(NamedTuple):
 
     logits: Tensor
     past_key_values: KeyValueCache | None = None
-
-
-class Embedding(nn.Embedding):
-    """Token embedding times the family's scale, plus that of the position where the family has one."""
-
-    def __init__(self, cfg: LoopedConfig):
-        super().__init__(cfg.d_vocab, cfg.d_model)
-        self.scale: float = cfg.embed_scale
-        self.positions: nn.Parameter | None = None
-        if cfg.learned_positions:
-            self.positions = nn.Parameter(torch.zeros(cfg.n_ctx, cfg.d_model))
-
-    def forward(
-        self, input: Int[Tensor, "batch pos"], position_ids: Int[Tensor, "*rows pos"] | None = None
-    ) -> Float[Tensor, "batch pos d_model"]:
-        embed = super().forward(input)
-        embed = embed if self.scale == 1.0 else embed * self.scale
-        if self.positions is None:
-            return embed
-        return embed + self.positions[position_ids]
 
 
 class LoopedModel(nn.Module):

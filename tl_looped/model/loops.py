@@ -167,6 +167,11 @@ class Repeat:
         return None
 
     @property
+    def no_neurons(self) -> str | None:
+        """Why an MLP has no neurons that all positions go through; None if it has."""
+        return None
+
+    @property
     def scaled(self) -> str | None:
         """What happens to the output of a branch before it is added to the stream; None for nothing but a norm."""
         return None
