@@ -8,17 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from family_checks import check_attribution, check_family, close
+from safetensors.torch import load_file
 from torch import Tensor
 from zoo import GOLDEN
 
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.analysis import attention_distances, fixed_points, step_geometry
+from tl_looped.attribution import path_patch
 from tl_looped.checkpoints import MemoryCheckpoint, load_model
 from tl_looped.errors import CheckpointError
 from tl_looped.exits import StateChange
 from tl_looped.interventions import share_kv
 from tl_looped.lenses import logit_lens
-from tl_looped.patching import patch_between_loops
+from tl_looped.patching import patch_between_loops, patch_sweep
 
 LLAMA = {"model_type": "llama", "hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 6, "num_key_value_heads": 3,
          "head_dim": 4, "vocab_size": 31, "rms_norm_eps": 1e-5, "max_position_embeddings": 24, "rope_theta": 700.0}  # fmt: skip
@@ -26,8 +28,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "token": {"type": "token", "sharing": "middle_cycle", "n_loops": 3, "n_core": 2},
     "token, mlp and bias": {"type": "token", "sharing": "cycle", "n_loops": 4, "n_core": 2, "router_type": "mlp",
                             "token": {"router_func": "sigmoid", "alpha": 0.7, "balancing": "loss_free"}},
+    "expert": {"type": "expert", "sharing": "middle_cycle", "n_loops": 3, "n_core": 2,
+               "expert": {"router_func": "sigmoid", "alpha": 0.3}},
+    "expert, mlp and tanh": {"type": "expert", "sharing": "cycle", "n_loops": 2, "n_core": 2, "router_type": "mlp", "temp": 0.5,
+                             "capacity": "0.77,0.31", "expert": {"router_func": "tanh", "alpha": 0.6}},
+    "expert, no weights": {"type": "expert", "sharing": "cycle", "n_loops": 3, "n_core": 2, "capacity": [0.9, 0.5, 0.02],
+                           "expert": {"router_func": None, "gating": "none"}},
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("kind", KINDS)
+EXPERT = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("expert")])
 
 
 def config_of(kind: str) -> dict[str, Any]:
@@ -60,15 +69,25 @@ def stored_tensors(kind: str) -> dict[str, Tensor]:
         "lm_head.weight": drawn(31, 24) / 5,
         "model.norm.weight": 1 + 0.2 * drawn(24),
     }
-    first = 1 if given["sharing"] == "middle_cycle" else 0
-    for i in (0, 2) if first else ():
+    first, by_token = 1 if given["sharing"] == "middle_cycle" else 0, given["type"] == "token"
+    for i in (0, 2 if by_token else given["n_loops"] + 1) if first else ():
         tensors |= {f"model.layers.{i}.{name}": tensor for name, tensor in layer().items()}
     for j in range(given["n_core"]):
         shared = layer()
         for t in range(given["n_loops"]):
-            tensors |= {f"model.layers.{first}.block_list.{t}.{j}.{name}": tensor for name, tensor in shared.items()}
+            at = f"model.layers.{first}.block_list.{t}.{j}" if by_token else f"model.layers.{first + t}.block.{j}"
+            own = {} if by_token else {name: tensor for name, tensor in layer().items() if "self_attn" in name}
+            tensors |= {f"{at}.{name}": tensor for name, tensor in {**shared, **own}.items()}
+    for t in () if by_token else range(given["n_loops"]):
+        router = f"model.layers.{first + t}.mor_router.router"
+        if given.get("router_type") == "mlp":
+            tensors |= {f"{router}.0.weight": drawn(48, 24) / 3, f"{router}.2.weight": drawn(1, 48) / 3}
+        else:
+            tensors[f"{router}.weight"] = drawn(1, 24) / 5
     router = f"model.layers.{first}.mor_router.router"
-    if given.get("router_type") == "mlp":
+    if not by_token:
+        pass
+    elif given.get("router_type") == "mlp":
         tensors |= {f"{router}.0.weight": drawn(48, 24) / 3, f"{router}.2.weight": drawn(given["n_loops"], 48) / 3}
     else:
         tensors[f"{router}.weight"] = drawn(given["n_loops"], 24) / 5
@@ -125,6 +144,24 @@ def token_choice(p: dict[str, Tensor], x: Tensor, given: dict[str, Any], first: 
     return out
 
 
+def expert_choice(p: dict[str, Tensor], x: Tensor, given: dict[str, Any], first: int) -> Tensor:
+    """The recursions of one row, [pos, d]."""
+    h, alive, n_loops = x.clone(), torch.arange(len(x)), given["n_loops"]
+    shares = given.get("capacity", [(n_loops - t) / n_loops for t in range(n_loops)])
+    shares = [float(share) for share in shares.split(",")] if isinstance(shares, str) else shares
+    for t in range(n_loops):
+        z = router_of(p, f"model.layers.{first + t}.mor_router.router", h[alive] / given.get("temp", 1.0))[:, 0]
+        func, alpha = given["expert"]["router_func"], given["expert"].get("alpha", 1.0)
+        weight = z if func is None else alpha * (z.sigmoid() if func == "sigmoid" else z.tanh())
+        kept = weight.topk(max(1, int(shares[t] * len(x)))).indices.sort().values
+        alive, weight = alive[kept], weight[kept]
+        v = h[alive]
+        for j in range(given["n_core"]):
+            v = layer_of(p, f"model.layers.{first + t}.block.{j}.", v, alive)
+        h[alive] += v if given["expert"].get("gating") == "none" else weight[:, None] * v
+    return h
+
+
 def reference(p: dict[str, Tensor], tokens: Tensor, kind: str) -> Tensor:
     given, rows = KINDS[kind], list[Tensor]()
     first = 1 if given["sharing"] == "middle_cycle" else 0
@@ -132,9 +169,9 @@ def reference(p: dict[str, Tensor], tokens: Tensor, kind: str) -> Tensor:
         x, positions = p["model.embed_tokens.weight"][row], torch.arange(len(row))
         if first:
             x = layer_of(p, "model.layers.0.", x, positions)
-        x = token_choice(p, x, given, first)
+        x = (token_choice if given["type"] == "token" else expert_choice)(p, x, given, first)
         if first:
-            x = layer_of(p, "model.layers.2.", x, positions)
+            x = layer_of(p, f"model.layers.{2 if given['type'] == 'token' else given['n_loops'] + 1}.", x, positions)
         x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * p["model.norm.weight"]
         rows.append(x @ p["lm_head.weight"].T)
     return torch.stack(rows)
@@ -278,3 +315,114 @@ def test_checkpoints_that_are_refused() -> None:
     tensors["model.layers.1.block_list.2.0.mlp.up_proj.weight"] = torch.zeros(20, 24, dtype=torch.float64)
     with pytest.raises(CheckpointError, match=r"block_list.0.0.mlp.up_proj.weight and .*block_list.2.0.mlp.*differ"):
         load()
+
+
+@torch.no_grad()
+def test_every_choice_of_the_reference_and_its_prefix() -> None:
+    data, bridge = load_file(GOLDEN / "mor_expert" / "golden.safetensors"), LoopedBridge.from_pretrained(GOLDEN / "mor_expert")
+    _, cache = bridge.run_with_cache(data["input_ids"])
+    candidates = torch.arange(12).expand(2, -1)
+    for t in range(3):
+        logit = cache[f"loops.{t}.router.hook_logit"]
+        torch.testing.assert_close(logit.gather(1, candidates), data[f"R3/router_logit/loop{t}"], atol=2e-4, rtol=0)
+        candidates = cache[f"loops.{t}.hook_active"][..., 0].nonzero()[:, 1].view(2, -1)
+        assert torch.equal(candidates, data[f"R3/selected_tokens/loop{t}"])
+        torch.testing.assert_close(cache[f"loops.{t}.router.hook_weight"], 0.1 * logit.sigmoid())
+    for name in ("mor_expert", "mor_token"):
+        data, bridge = load_file(GOLDEN / name / "golden.safetensors"), LoopedBridge.from_pretrained(GOLDEN / name)
+        torch.testing.assert_close(bridge(data["input_ids"][:, :7]), data["prefix7/logits"], atol=2e-4, rtol=0)
+
+
+@EXPERT
+@torch.no_grad()
+def test_what_looks_at_the_whole_text_is_refused_where_it_must_be_causal(kind: str) -> None:
+    bridge = bridge_of(kind)
+    assert (bridge(TOKENS)[:, :12] - bridge(TOKENS[:, :12])).abs().max() > 1e-3
+    with pytest.raises(LoopedError, match=r"depends on the whole text.*use_past_kv_cache=False"):
+        bridge.generate(TOKENS, 2, verbose=False, stop_at_eos=False)
+    with pytest.raises(LoopedError, match="depends on the whole text"):
+        bridge(TOKENS, return_type="logits_and_cache")
+    with pytest.raises(LoopedError, match="depends on the whole text"):
+        bridge.record(TOKENS, [], None, True, {})
+    with pytest.raises(LoopedError, match="start=3"):
+        bridge.record(TOKENS, [], None, False, {}).again([2], 3, [])
+    text = TOKENS[:, :4]
+    for _ in range(3):
+        text = torch.cat((text, bridge(text)[:, -1:].argmax(-1)), 1)
+    written = bridge.generate(TOKENS[:, :4], 3, do_sample=False, verbose=False, stop_at_eos=False, use_past_kv_cache=False)
+    assert torch.equal(written, text)
+
+
+@torch.no_grad()
+def test_a_late_patch_reaches_early_positions() -> None:
+    """A sweep that left out the first positions of its copies would miss that other tokens are kept there."""
+    bridge, other, late = bridge_of("expert"), TOKENS.flip(1), [15, 17, 19]
+    _, cache = bridge.run_with_cache(TOKENS)
+
+    def metric(logits: Tensor) -> Tensor:
+        return logits[:, 2:13].square().sum()
+
+    found = patch_sweep(
+        bridge, other, cache, metric, site="state", axes=("loop", "pos"), loops=[1], positions=late, verbose=False
+    )
+    for i, pos in enumerate(late):
+
+        def patch(x: Tensor, hook: Any, pos: int = pos) -> Tensor:
+            x[:, pos] = cache["loops.1.hook_state"][:, pos]
+            return x
+
+        close(found.values[0, i], metric(bridge.run_with_hooks(other, fwd_hooks=[("loops.1.hook_state", patch)])))
+    assert (found.values - metric(bridge(other))).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_what_recursions_share() -> None:
+    model = bridge_of("expert").plain
+    for i in (1, 3):
+        first, later = model.blocks[i], model.blocks[i + 2 if i == 1 else i + 2]
+        assert first.mlp.down.weight is later.mlp.down.weight and first.ln1.weight is later.ln1.weight
+        assert not torch.equal(first.attn.q.weight, later.attn.q.weight)
+    assert not torch.equal(model.passes[0].router.map[0].weight, model.passes[1].router.map[0].weight)
+    token = bridge_of("token").plain
+    assert token.blocks[1].attn.q.weight is token.blocks[5].attn.q.weight
+
+
+@EVERY
+@torch.no_grad()
+def test_processed_weights_compute_the_same(kind: str, tmp_path: Any) -> None:
+    bridge = bridge_of(kind)
+    logits = bridge(TOKENS).log_softmax(-1)
+    bridge.save_pretrained(tmp_path)
+    assert torch.equal(LoopedBridge.from_pretrained(tmp_path)(TOKENS), bridge(TOKENS))
+    bridge.enable_compatibility_mode()
+    close(bridge(TOKENS).log_softmax(-1), logits)
+    for block in bridge.plain.blocks:
+        assert bool((block.ln1.weight == 1).all() and (block.ln2.weight == 1).all())
+
+
+@EXPERT
+@torch.no_grad()
+def test_contributions_with_padding(kind: str) -> None:
+    bridge = bridge_of(kind)
+    alone = bridge.run_with_cache(TOKENS[:1, 3:])[1].attribute_logits(tokens=7)
+    mask = torch.ones_like(TOKENS)
+    mask[0, :3] = 0
+    both = bridge.run_with_cache(TOKENS, attention_mask=mask)[1].attribute_logits(tokens=7)
+    close(both.values[:, :1], alone.values)
+
+
+@torch.no_grad()
+def test_a_path_holds_the_routing_of_the_run() -> None:
+    """What a head writes in the first recursion reaches the logits times the weight with which its token leaves the loop."""
+    bridge, clean = bridge_of("token"), TOKENS[:1]
+    other = clean.flip(1)
+    (_, cache), (_, corrupted) = bridge.run_with_cache(clean), bridge.run_with_cache(other)
+    place = "loops.0.blocks.1.attn.hook_z"
+    change = (cache[place] - corrupted[place])[:, :, 2] @ bridge.blocks[2].attn.W_O[2]
+    reached = corrupted["loops.0.router.hook_weight"][..., None] * change
+    moved = corrupted["ln_final.hook_in"] + reached
+    expected = bridge.plain.unembed(bridge.last_norm(moved))[0, -1, 4]
+    found = path_patch(
+        bridge, other, cache, lambda logits: logits[0, -1, 4], sources="loops.0.blocks.1.head.2", receivers="logits"
+    )
+    close(found.values.squeeze(), expected - bridge(other)[0, -1, 4])

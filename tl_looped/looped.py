@@ -20,6 +20,7 @@ from .schedule import Schedule, check_count, check_index
 _unrolls: ContextVar[dict[tuple[int, int, bool], tuple[Any, Any]] | None] = ContextVar("unrolls", default=None)
 Ability = Literal[
     "causal attention",
+    "causal runs",
     "early readouts",
     "equal loops",
     "equal passes",

@@ -84,6 +84,8 @@ class AskedBridge(RunningBridge):
             return f"this {cfg.family} model has no exit gate; use a policy without one, such as exits.KL()."
         if ability == "injection" and (why := self.plain.loop.not_injected) is not None:
             return f"in this {cfg.family} model {why}. Hook the state instead: steer, set_initial_state."
+        if ability in ("causal attention", "causal runs") and (why := self.plain.loop.sees_ahead) is not None:
+            return f"in this {cfg.family} model {why}."
         if ability == "causal attention" and cfg.prefix_lm:
             return f"the tokens of a prefix see each other in this {cfg.family} model."
         if ability == "one embedding" and cfg.value_embed_layers:

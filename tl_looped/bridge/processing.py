@@ -53,14 +53,16 @@ def process_weights(
         center_unembed: subtract the mean over the vocabulary from the unembedding, if it is not tied and there is no softcap.
         fold_value_biases: move the biases of v into the biases of o.
     """
-    schedule = model.cfg.schedule
-    for layer in [at for stack, n in schedule.stacks.items() for j in range(n) for at in model.cfg.layer_names(stack, j)]:
-        # Elsewhere the stream itself goes through these norms, or each of the readers has its own.
-        if fold_ln and model.cfg.residual == "add" and model.loop.mixes is None:
-            _fold_norm(model, f"{layer}.ln1.weight", [f"{layer}.{reader}.weight" for reader in READS_LN1])
-            _fold_norm(model, f"{layer}.ln2.weight", [f"{layer}.{reader}.weight" for reader in READS_LN2])
+    cfg, readers = model.cfg, dict[str, dict[str, None]]()  # of every norm; loops may share either
+    for layer in [at for stack, n in cfg.schedule.stacks.items() for j in range(n) for at in cfg.layer_names(stack, j)]:
+        for norm, parts in (("ln1", READS_LN1), ("ln2", READS_LN2)):
+            read = [cfg.shared_name(f"{layer}.{part}.weight") for part in parts]
+            readers.setdefault(cfg.shared_name(f"{layer}.{norm}.weight"), {}).update(dict.fromkeys(read))
         if fold_value_biases:
             _fold_value_bias(model, layer)
+    # Elsewhere the stream itself goes through these norms, or each of the readers has its own.
+    for norm, names in readers.items() if fold_ln and cfg.residual == "add" and model.loop.mixes is None else ():
+        _fold_norm(model, norm, list(names))
     if fold_ln:
         _fold_final_norm(model)
     if center_unembed and (model.cfg.tied or model.cfg.logit_softcap is not None):

@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..model.rerun import Recording, rerun
+from ..errors import LoopedError
+from ..looped import require
 from ..record import InitialState
 from .cache import LoopedCache
 
@@ -36,6 +38,9 @@ class Recorded:
         inputs: dict[str, Any],
     ):
         self.model: Any = model
+        self.is_causal: bool = is_causal
+        if is_causal:
+            require(model, "causal runs", "copies of a run without its first positions")
         self._recording: Recording = Recording(initial_state, keys=is_causal)
         logits, cache = model.run_with_cache(
             input, names_filter=list(hooks), on_layer=self._recording, initial_state=initial_state, **inputs
@@ -57,6 +62,8 @@ class Recorded:
         Returns:
             What `read` reads, from position `start` on.
         """
+        if start and not self.is_causal:
+            raise LoopedError(f"start={start} was asked of a run that was recorded without its keys; begin at position 0.")
         with self.model.hooks(fwd_hooks=fwd_hooks):
             return rerun(self.model.plain, self._recording, entries, start)
 

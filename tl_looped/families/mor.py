@@ -1,13 +1,21 @@
 """Mixture-of-Recursions (arXiv 2507.10524): a router decides how deep every token goes.
 
-With token choice the router assigns a depth to every token before the first recursion. A recursion runs the tokens that go at
+With token choice a router assigns a depth to every token before the first recursion. A recursion runs the tokens that go at
 least as deep, attention is among them, and at its own depth a token leaves: the state before the recursions plus what the
 layers return, scaled by the router's weight. It waits there for the others.
 
+With expert choice every recursion has a router of its own, which keeps the best tokens of those that the one before kept: a
+share of the text, as `options["capacity"]` says. A token that is kept has what the layers return added to its state, scaled by
+the router's weight. Recursions share their MLPs and norms, but not their attention. Which tokens are kept depends on the whole
+text, later positions included: a text cannot be run piece by piece with a key-value cache (generate with
+`use_past_kv_cache=False`, which runs the text anew for every token), and the logits of a prefix are others than those of
+the same positions in a longer text. Padding is never kept, and does not count in the share.
+
 `loops.{t}.hook_active` is 1 where recursion `t` runs a token; elsewhere the activations of its layers are zero (see
 `tl_looped.model.routing`). `hook_mix` holds how the state is made that leaves: the shares of what the layers return, of the
-state before the recursions, and of the state that entered. `router.hook_logit`, `router.hook_depth` (the last recursion of
-every token) and `router.hook_weight` are those of the router, in loop 0. An edit of any of them acts on what follows.
+state before the recursions (token choice alone), and of the state that entered. `router.hook_logit`, `router.hook_weight` and
+with token choice `router.hook_depth` (the last recursion of every token) are those of a router: in loop 0, or with expert
+choice in every loop, where logits are zero at tokens that are out already. An edit of any of them acts on what follows.
 
 Only all recursions have a meaning: how tokens are routed was learned for that number.
 
@@ -24,12 +32,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, LoopedError
-from ..kinds import choice, count, flag, number, shown, table, text
+from ..kinds import choice, count, flag, number, several, shown, table, text
 from ..model.config import LoopedConfig
 from ..model.layers import Block
-from ..model.loops import Parts, Repeat, register_loop
+from ..model.loops import Initial, Parts, Repeat, register_loop
 from ..model.routing import ACTIVE, Remembered, RoutedBlock
 from ..model.slots import observe
+from ..running import running
 from ..schedule import Pass
 from ._common import LLAMA_BLOCK, Computed, Shapes, Source, decoder_fields, layers, modules, readout
 from ._read import get, need, only
@@ -170,7 +179,90 @@ def mixed(parts: Parts, shares: tuple[Tensor, ...], states: tuple[Tensor, ...]) 
     return found
 
 
+class KeepRouter(nn.Module):
+    """Which tokens a recursion keeps, and the weight of what it returns for them (expert choice).
+
+    Args:
+        cfg: the structure; its options are "router", "temp", "router_func" and "alpha".
+    """
+
+    BESIDE: bool = True  # no part of the stream goes through it
+
+    def __init__(self, cfg: LoopedConfig):
+        super().__init__()
+        self.map: Router = Router(cfg, 1)
+        self.temp: float = number(above=True)("options['temp']", cfg.options.get("temp"))
+        self.func: str = choice("sigmoid", "tanh", "none")("options['router_func']", cfg.options.get("router_func"))
+        self.alpha: float = number()("options['alpha']", cfg.options.get("alpha")) if self.func != "none" else 1.0
+        self.share: float = 1.0  # of the text that is kept
+        self.hook_logit: nn.Module = nn.Identity()
+        self.hook_weight: nn.Module = nn.Identity()
+
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], alive: Float[Tensor, "batch pos one"]
+    ) -> Float[Tensor, "batch pos 2"]:
+        """Which are kept, and the weights."""
+        run = running()
+        real = None if run is None or run.real is None else run.real.to(x.device).repeat(len(x) // len(run.real), 1)
+        logit = observe(self.hook_logit, (self.map(x / self.temp) * alive).squeeze(-1))
+        weight = observe(self.hook_weight, self.alpha * FUNCTIONS[self.func](logit))
+        candidates = alive.squeeze(-1) != 0 if real is None else (alive.squeeze(-1) != 0) & real
+        n_real = [x.shape[1]] * len(x) if real is None else real.sum(-1).tolist()
+        n_kept = torch.tensor([max(1, int(self.share * n)) for n in n_real], device=x.device)
+        order = logit.masked_fill(~candidates, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        kept = (order.argsort(-1) < n_kept[:, None]) & candidates
+        return torch.stack((kept.to(x.dtype), weight), dim=-1)
+
+
+class ExpertChoice(TokenChoice):
+    """Recursions that keep the best tokens of those that the recursion before kept."""
+
+    own_ends: tuple[str, ...] = ("router",)
+
+    def __init__(self, cfg: LoopedConfig):
+        super().__init__(cfg)
+        self.capacity: tuple[float, ...] = several(number(0.0, 1.0))("options['capacity']", cfg.options.get("capacity"))
+        if len(self.capacity) != cfg.n_loops:
+            raise LoopedError(
+                f"options['capacity']={[*self.capacity]} was asked with {cfg.n_loops} recursions; name what each keeps."
+            )
+        self.is_weighted: bool = flag("options['weighted']", cfg.options.get("weighted"))
+
+    @property
+    def sees_ahead(self) -> str | None:
+        """Why a position depends on later ones."""
+        return "which tokens a recursion keeps depends on the whole text, later positions included"
+
+    def pass_parts(self, is_last: bool) -> dict[str, nn.Module]:
+        """The modules of one pass."""
+        slots: dict[str, nn.Module] = {name: nn.Identity() for name in self.held}
+        return {**Repeat.pass_parts(self, is_last), "router": KeepRouter(self.cfg), **slots}
+
+    def place(self, ends: nn.Module, p: Pass) -> None:
+        """Tell the modules of a pass which one it is."""
+        router: Any = ends.router
+        router.share = self.capacity[p.loop]
+
+    def begin(self, parts: Parts, x: Tensor, initial: Initial) -> dict[str, Tensor]:
+        """What is carried before the first pass: all are in."""
+        return {**super().begin(parts, x, initial), "alive": torch.ones_like(x[..., :1])}
+
+    def enter(self, parts: Parts, p: Pass, carried: dict[str, Tensor]) -> Tensor:
+        """The input of the first layer of a pass: zero where it does not run."""
+        carried["entered"] = state = parts("hook_state", carried[p.stack])
+        carried["route"] = parts("router", state, carried["alive"])
+        carried["alive"] = carried[ACTIVE] = active = parts("hook_active", carried["route"][..., :1])
+        return parts("hook_in", active * state)
+
+    def leave(self, parts: Parts, p: Pass, x: Tensor, carried: dict[str, Tensor]) -> None:
+        """Keep the state that leaves a pass."""
+        kept, weight = carried.pop(ACTIVE), carried.pop("route")[..., 1:]
+        shares = (kept * weight if self.is_weighted else kept, torch.ones_like(kept))
+        carried[p.stack] = parts("hook_out", mixed(parts, shares, (x, carried.pop("entered"))))
+
+
 register_loop("token_choice", TokenChoice)
+register_loop("expert_choice", ExpertChoice)
 
 
 def matches(config: Mapping[str, Any], shapes: Shapes) -> bool:
@@ -206,7 +298,12 @@ def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
             f"{' and one before and after them' if ends else ''}, but cannot be divided so; restore the published files."
         )
     kind = need(mor, "type", choice("expert", "token"))
-    options = _token_options(mor, shapes)
+    fields: dict[str, Any]
+    if kind == "token":
+        fields = {"options": _token_options(mor)}
+    else:
+        fields = {"options": _expert_options(mor, n_loops), "own_layers": True, "own_parts": ("attn",)}
+    fields["options"] |= {"n_recursions": n_loops, "router": get(mor, "router_type", "linear", choice(*ROUTERS))}
     return LoopedConfig(
         family=f"mor_{kind}",
         n_prelude=ends,
@@ -214,7 +311,7 @@ def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
         n_coda=ends,
         n_loops=n_loops,
         loop=f"{kind}_choice",
-        options={"n_recursions": n_loops, "router": get(mor, "router_type", "linear", choice(*ROUTERS)), **options},
+        **fields,
         **decoder_fields(config, default_theta=10000.0),
     )
 
@@ -230,7 +327,7 @@ def _recipe(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return recipe
 
 
-def _token_options(mor: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+def _token_options(mor: Mapping[str, Any]) -> dict[str, Any]:
     """What the router of token choice computes."""
     token = need(mor, "token", table)
     if (temp := get(mor, "temp", 1.0, number())) != 1:
@@ -248,25 +345,48 @@ def _token_options(mor: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def _expert_options(mor: Mapping[str, Any], n_loops: int) -> dict[str, Any]:
+    """What the routers of expert choice compute."""
+    expert, capacity = need(mor, "expert", table), mor.get("capacity")
+    if isinstance(capacity, str):
+        try:
+            capacity = [float(part) for part in capacity.split(",")]
+        except ValueError as error:
+            raise CheckpointError(f"{RECIPE} has mor.capacity={shown(capacity)}, which is no list of numbers.") from error
+    if capacity is None:
+        capacity = [(n_loops - t) / n_loops for t in range(n_loops)]
+    func = expert.get("router_func", "sigmoid")
+    return {
+        "temp": get(mor, "temp", 1.0, number(above=True)),
+        "router_func": choice("sigmoid", "tanh", "none")("mor.expert.router_func", "none" if func is None else func),
+        "alpha": get(expert, "alpha", 1.0, number()),
+        "capacity": list(several(number(0.0, 1.0))("mor.capacity", capacity)),
+        "weighted": get(expert, "gating", "weighted", text) == "weighted",
+    }
+
+
 def sources(cfg: LoopedConfig, shapes: Shapes) -> dict[str, Source | Computed]:
     """Where every parameter is stored: those of the recursions once for each of them, though they share them."""
     found: dict[str, Source | Computed] = {}
     found |= modules(cfg, {**readout(cfg, shapes, "model.embed_tokens", "lm_head"), "ln_final": "model.norm"})
-    at_router = f"model.layers.{cfg.n_prelude}"
-    router = ("",) if cfg.options["router"] == "linear" else ("0.", "2.")
-    for i, stored in zip((0, 2), router, strict=False):
-        found[f"router.map.{i}.weight"] = Source(f"{at_router}.mor_router.router.{stored}weight")
-    if cfg.options["bias"]:
-        found["router.bias"] = Source(f"{at_router}.router_bias")
-    shapes_of = _layer_shapes(cfg)
+    first, by_token = cfg.n_prelude, cfg.loop == "token_choice"
+    routers = {"router": first} if by_token else {f"router.loops.{t}": first + t for t in range(cfg.n_loops)}
+    for ours, layer in routers.items():
+        for i, stored in ((0, "0."), (2, "2.")) if cfg.options["router"] == "mlp" else ((0, ""),):
+            found[f"{ours}.map.{i}.weight"] = Source(f"model.layers.{layer}.mor_router.router.{stored}weight")
+    if cfg.options.get("bias"):
+        found["router.bias"] = Source(f"model.layers.{first}.router_bias")
+    recursions = [f"{first}.block_list.{t}" if by_token else f"{first + t}.block" for t in range(cfg.n_loops)]
+    coda, shapes_of = first + (1 if by_token else cfg.n_loops), _layer_shapes(cfg)
     for at, stack, j, _ in layers(cfg):
         for ours, theirs in LLAMA_BLOCK.items():
-            if stack == "core":
-                copies = [f"{at_router}.block_list.{t}.{j}.{theirs}.weight" for t in range(cfg.n_loops)]
-                found[f"{at}.{ours}.weight"] = Computed(_the_same(copies), dict.fromkeys(copies, shapes_of[ours]))
+            copies = [f"model.layers.{recursion}.{j}.{theirs}.weight" for recursion in recursions]
+            if stack != "core":
+                found[f"{at}.{ours}.weight"] = Source(f"model.layers.{0 if stack == 'prelude' else coda}.{theirs}.weight")
+            elif ours.split(".")[0] in cfg.own_parts:
+                found |= {f"{at}.loops.{t}.{ours}.weight": Source(name) for t, name in enumerate(copies)}
             else:
-                number = 0 if stack == "prelude" else cfg.n_prelude + 1
-                found[f"{at}.{ours}.weight"] = Source(f"model.layers.{number}.{theirs}.weight")
+                found[f"{at}.{ours}.weight"] = Computed(_the_same(copies), dict.fromkeys(copies, shapes_of[ours]))
     return found
 
 

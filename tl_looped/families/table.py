@@ -162,6 +162,14 @@ TABLE: tuple[Row, ...] = (
         refused={"attention_bias": True, "mlp_bias": True},
     ),
     Row(
+        "mor_expert", "MoR, expert choice", "of `raymin0223/mixture_of_recursions`",
+        "every recursion keeps the best tokens of those that the one before kept, and has attention of its own", mor,
+        fields={"loop": "expert_choice", "own_layers": True, "own_parts": ("attn",),
+                "options": {"n_recursions": 2, "router": "linear", "router_func": "sigmoid", "alpha": 0.1, "temp": 1.0,
+                            "capacity": [1.0, 0.5], "weighted": True}},
+        refused={"attention_bias": True, "mlp_bias": True},
+    ),
+    Row(
         "tl_looped", "tl_looped", "what `save_pretrained` writes", "that of the model that was saved", canonical,
     ),
     Row(

@@ -117,6 +117,8 @@ class LoopedConfig:
         noise_std: standard deviation of the noise.
         noise_scale: factor on the noise.
         own_layers: every loop has layers with weights of its own, instead of sharing them.
+        own_parts: with `own_layers`, the parts of a layer that are a loop's own, such as "attn"; the others are shared. Empty:
+            all are its own.
         loop: the loop kind: "repeat", where every pass continues the stream of the one before, or a name given to
             `tl_looped.model.register_loop`.
         options: what a registered loop kind or a family needs to know beside these fields, by name.
@@ -186,6 +188,7 @@ class LoopedConfig:
     noise_std: float = 1.0
     noise_scale: float = 1.0
     own_layers: bool = False
+    own_parts: tuple[str, ...] = ()
     loop: str = "repeat"
     options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     entry_norm: bool = False
@@ -229,6 +232,8 @@ class LoopedConfig:
             self._refuse("two stacks (l_cycles) go with pass_norm and without prelude, prelude_norm and coda")
         if two_stacks and self.own_layers:
             self._refuse("own_layers goes with one looped stack")
+        if self.own_parts and not self.own_layers:
+            self._refuse("own_parts goes with own_layers")
         if self.initial_state == "noise" and self.injection == "none":
             self._refuse("a random initial state without injection would ignore the prompt")
         if self.strategy == "anchored" and (self.injection != "none" or self.pass_norm):
@@ -271,6 +276,22 @@ class LoopedConfig:
         if not self.own_layers or stack not in self.schedule.core_stacks:
             return [f"{stack}.{layer}"]
         return [f"{stack}.{layer}.loops.{t}" for t in range(self.schedule.n_loops_of(stack))]
+
+    def shared_name(self, name: str) -> str:
+        """What a parameter of a layer is called: without its loop, if it is of a part that all loops share.
+
+        Args:
+            name: its name with that of `layer_names` before it.
+
+        Example:
+            >>> cfg = LoopedConfig(d_model=8, n_heads=2, d_vocab=9, n_core=1, n_loops=2, own_layers=True, own_parts=("attn",))
+            >>> cfg.shared_name("core.0.loops.1.attn.q.weight"), cfg.shared_name("core.0.loops.1.ln1.weight")
+            ('core.0.loops.1.attn.q.weight', 'core.0.ln1.weight')
+        """
+        stack, layer, *rest = name.split(".")
+        if not self.own_parts or rest[:1] != ["loops"] or rest[2] in self.own_parts:
+            return name
+        return ".".join((stack, layer, *rest[2:]))
 
     def rope_base(self, physical: int) -> float:
         """The base of the rotary frequencies of a physical layer."""
@@ -343,6 +364,7 @@ _FIELDS: dict[str, Kind[Any]] = {
     "family": text,
     "loop": text,
     "options": json_table,
+    "own_parts": several(text),
     "rope_theta_windowed": optional(number(1.0, above=True)),
     "l_cycles": optional(count()),
     "qk_norm_eps": optional(number()),

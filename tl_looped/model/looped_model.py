@@ -70,7 +70,10 @@ class LoopedModel(nn.Module):
             blocks[-1].place(slot, site.loop)
         self.blocks: nn.ModuleList = nn.ModuleList(blocks)
         ends, last = (PassEnds(cfg, self.loop.pass_parts(is_last)) for is_last in (False, True))
-        self.passes: nn.ModuleList = nn.ModuleList([*(_share(ends) for _ in schedule.passes[:-1]), last])
+        made = [
+            PassEnds(cfg, self.loop.pass_parts(False)) if self.loop.own_ends else _share(ends) for _ in schedule.passes[:-1]
+        ]
+        self.passes: nn.ModuleList = nn.ModuleList([*made, last])
         for p, ends in zip(schedule.passes, self.passes, strict=True):
             self.loop.place(ends, p)
         self.prelude_norm: RMSNorm | None = None
@@ -119,10 +122,11 @@ class LoopedModel(nn.Module):
         holders: dict[str, list[nn.Module]] = {"embed": [self.embed]}
         for site, block in zip(schedule.sites, self.blocks, strict=True):
             holders.setdefault(self.layer_name(site), []).append(block)
-        for ends in self.passes:
+        for p, ends in zip(schedule.passes, self.passes, strict=True):
             for part, module in ends.named_children():
                 if not part.startswith("hook_"):
-                    holders.setdefault(PASS_NAMES.get(part, part), []).append(module)
+                    name = PASS_NAMES.get(part, part)
+                    holders.setdefault(f"{name}.loops.{p.loop}" if name in self.loop.own_ends else name, []).append(module)
         if self.prelude_norm is not None:
             holders["prelude_norm"] = [self.prelude_norm]
         holders["value_embeds"] = [self.value_embeds]
@@ -141,7 +145,7 @@ class LoopedModel(nn.Module):
                 for path, owner in module.named_modules():
                     for attribute in owner._parameters:
                         if owner._parameters[attribute] is not None:
-                            name = ".".join(filter(None, (prefix, path, attribute)))
+                            name = self.cfg.shared_name(".".join(filter(None, (prefix, path, attribute))))
                             slots.setdefault(name, []).append((owner, attribute))
         if self.learned_state is not None:
             slots["learned_state"] = [(self, "learned_state")]
@@ -233,6 +237,11 @@ class LoopedModel(nn.Module):
             raise LoopedError(
                 f"an answer before the last loop was asked of this {self.cfg.family} model, but {self.loop.fixed}. Run it to "
                 "its end, and read the states of its loops (hook_out)."
+            )
+        if self.loop.sees_ahead is not None and (use_cache or past_key_values is not None):
+            raise LoopedError(
+                f"a key-value cache was asked of this {self.cfg.family} model, but {self.loop.sees_ahead}: a text cannot be "
+                "run piece by piece. Run the whole text; generate(use_past_kv_cache=False) does."
             )
         if early_exit is not None:
             if not (loop is start is stop is injection is on_loop is on_layer is None):

@@ -89,6 +89,7 @@ class Repeat:
     """
 
     lag: int = 0  # how many positions further on what a pass leaves is read by the next
+    own_ends: tuple[str, ...] = ()  # parts of a pass of which every loop has parameters of its own
     held: tuple[str, ...] = ()  # slots of a pass whose values count as given where a frozen stream is followed
 
     def __init__(self, cfg: LoopedConfig):
@@ -199,6 +200,11 @@ class Repeat:
     @property
     def partial(self) -> str | None:
         """Why a loop does not run every position; None if it does."""
+        return None
+
+    @property
+    def sees_ahead(self) -> str | None:
+        """Why a position depends on later ones, whatever the attention; None if it does not."""
         return None
 
     def begin(self, parts: Parts, x: Tensor, initial: Initial) -> dict[str, Tensor]:

@@ -46,15 +46,18 @@ def parameter_shapes(cfg: LoopedConfig) -> Iterator[tuple[str, Shape]]:
     if cfg.initial_state == "learned":
         yield "learned_state", (cfg.d_model,)
     for name, part in around.items():
-        yield from _named(name, _shapes(part))
+        for at in [f"{name}.loops.{t}" for t in range(cfg.n_loops)] if name in loop.own_ends else [name]:
+            yield from _named(at, _shapes(part))
     physical = 0
     for stack, n_layers in cfg.schedule.stacks.items():
         for j in range(n_layers):
             if (kind := loop.alike(physical)) not in blocks:
                 with torch.device("meta"):
                     blocks[kind] = _shapes(loop.block(physical))
-            for at in cfg.layer_names(stack, j):
-                yield from _named(at, blocks[kind])
+            for t, at in enumerate(cfg.layer_names(stack, j)):
+                for name, shape in _named(at, blocks[kind]):
+                    if not t or cfg.shared_name(name) == name:
+                        yield cfg.shared_name(name), shape
             if physical in cfg.value_embed_layers:
                 yield f"value_embeds.{physical}.weight", (cfg.d_vocab, cfg.n_kv_heads * cfg.d_head)
             physical += 1

@@ -38,7 +38,7 @@ def sizes(cfg: LoopedConfig) -> Sizes:
         counts[part] += n
         if len(shape) < 2 or part == "embed":
             continue
-        if part in runs and cfg.own_layers and name.split(".")[3] != "0":
+        if (of_loop := name.partition(".loops.")[2]) and not of_loop.startswith("0."):
             continue  # of another loop
         if part in runs:
             per_loop += runs[part] * n

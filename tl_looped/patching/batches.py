@@ -80,7 +80,9 @@ class Patcher:
         self.max_batch: int | None = max_batch if max_batch is None else check_count("max_batch", max_batch)
         self.one_by_one: bool = first_hooked(model) is not None
         # A bidirectional prefix lets early positions see late ones.
-        self.is_causal: bool = inputs.get("token_type_ids") is None and not self.one_by_one
+        self.is_causal: bool = (
+            inputs.get("token_type_ids") is None and not self.one_by_one and model.lacks("causal runs") is None
+        )
         self.recorded: Recorded = model.record(tokens, hooks, initial_state, self.is_causal, inputs)
         self.logits: Tensor = self.recorded.logits
         self.base: Any = self.recorded.cache

@@ -47,7 +47,8 @@ def ask(
     own = model.n_loops
     if at_loop is not None:
         check_count("at_loop", at_loop, 0)
-    n_loops = max(16, 2 * own, (at_loop or 0) + 1) if n_loops is None else check_count("n_loops", n_loops, 2)
+    usual = max(16, 2 * own, (at_loop or 0) + 1) if model.lacks("other depths") is None else own
+    n_loops = usual if n_loops is None else check_count("n_loops", n_loops, 2)
     at_loop = min(own, n_loops) - 1 if at_loop is None else at_loop
     if at_loop >= n_loops:
         raise LoopedError(f"at_loop={at_loop} was asked of {counted(n_loops, 'loop')}; the last is loop {n_loops - 1}.")
