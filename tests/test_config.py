@@ -143,7 +143,7 @@ ACCEPTED = {
     **dict.fromkeys("n_prelude n_coda n_kv_heads d_head d_mlp value_gate_width".split(), (0,)),
     **dict.fromkeys("noise_std noise_scale embed_scale".split(), (0, 1.5)),
     "norm_eps": [None, 0, 1.5],
-    **dict.fromkeys("biases windows value_embed_layers".split(), ([],)),
+    **dict.fromkeys("biases windows value_embed_layers own_parts".split(), ([],)),
     "qk_norm_eps": [None, 0, 1.5],
     "logit_softcap": [None, 1.5],
     "rope_theta": [1.5],

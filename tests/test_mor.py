@@ -379,7 +379,7 @@ def test_a_late_patch_reaches_early_positions() -> None:
 def test_what_recursions_share() -> None:
     model = bridge_of("expert").plain
     for i in (1, 3):
-        first, later = model.blocks[i], model.blocks[i + 2 if i == 1 else i + 2]
+        first, later = model.blocks[i], model.blocks[i + 2]
         assert first.mlp.down.weight is later.mlp.down.weight and first.ln1.weight is later.ln1.weight
         assert not torch.equal(first.attn.q.weight, later.attn.q.weight)
     assert not torch.equal(model.passes[0].router.map[0].weight, model.passes[1].router.map[0].weight)

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..model.rerun import Recording, rerun
 from ..errors import LoopedError
 from ..looped import require
+from ..model.rerun import Recording, rerun
 from ..record import InitialState
 from .cache import LoopedCache
 
