@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "tl_looped"
 FILES = {path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")}
 N_LINES = 450
 TOOLS = (
+    "activations",
     "analysis",
     "attribution",
     "figures",

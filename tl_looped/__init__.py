@@ -8,6 +8,7 @@ from ._old_names import accept, moved
 
 if TYPE_CHECKING:
     from . import (
+        activations,
         analysis,
         attribution,
         checkpoints,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         results,
         toys,
     )
+    from .activations import collect, load_activations
     from .analysis.side_by_side import compare
     from .bridge.cache import LoopedCache
     from .bridge.looped_bridge import LoopedBridge
@@ -41,10 +43,12 @@ __all__ = [
     "LoopedConfig",
     "LoopedError",
     "Schedule",
+    "activations",
     "analysis",
     "analyze",
     "attribution",
     "checkpoints",
+    "collect",
     "compare",
     "exits",
     "explore",
@@ -53,6 +57,7 @@ __all__ = [
     "figures",
     "interventions",
     "lenses",
+    "load_activations",
     "load_result",
     "metrics",
     "patching",
@@ -68,7 +73,9 @@ _HOMES = {
     "LoopedCache": "bridge.cache",
     "LoopedConfig": "model.config",
     "LoopedError": "errors",
+    "collect": "activations",
     "explore": "explorer",
+    "load_activations": "activations",
     "load_result": "results",
     "analyze": "runs",
     "run": "runs",

@@ -40,7 +40,7 @@ def write_bytes(file: str | Path, content: bytes, *, put: Callable[[Path, Path],
     An earlier file is replaced and its permissions are kept; a symbolic link stays, and what it points to is replaced.
     """
     place = checked_place(file)
-    draft = place.with_name(f"{_draft_of(place)}{os.getpid()}.{uuid4().hex[:8]}")
+    draft = draft_of(place)
     try:
         mode = stat.S_IMODE(place.stat().st_mode) if place.exists() else None
         try:
@@ -61,7 +61,7 @@ def write_bytes(file: str | Path, content: bytes, *, put: Callable[[Path, Path],
 def remove_drafts(file: str | Path) -> None:
     """Remove what processes of this machine left of a file when they were killed while they wrote it."""
     place = Path(file).resolve()
-    begin = _draft_of(place)
+    begin = _beginning(place)
     for draft in place.parent.glob(f"{escape(begin)}*") if os.name == "posix" else ():
         pid = draft.name.removeprefix(begin).partition(".")[0]
         if pid.isdigit() and not _is_alive(int(pid)):
@@ -69,7 +69,12 @@ def remove_drafts(file: str | Path) -> None:
                 draft.unlink()
 
 
-def _draft_of(place: Path) -> str:
+def draft_of(place: Path) -> Path:
+    """A new name for a file while it is written, beside its place; `remove_drafts` knows it."""
+    return place.with_name(f"{_beginning(place)}{os.getpid()}.{uuid4().hex[:8]}")
+
+
+def _beginning(place: Path) -> str:
     """How the names of drafts begin: with the machine, whose processes alone can be asked for."""
     return f".{place.name}.{sha256(socket.gethostname().encode()).hexdigest()[:6]}."
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 KEY = "tl_looped"  # in the metadata of the file
 HOMES = (
+    "activations.record",
     "analysis",
     "analysis.side_by_side",
     "attribution",

@@ -34,16 +34,31 @@ def token_batches(model: Any, prompts: Prompts, *, what: str) -> Iterator[Int[Te
         raise LoopedError(f"{what} was asked of a {type(prompts).__name__}; pass texts or tensors of token ids.")
     n_prompts = -1
     for n_prompts, prompt in enumerate([prompts] if one else prompts):
-        if isinstance(prompt, str):
-            tokens = model.to_tokens(prompt) if prompt else torch.empty(1, 0, dtype=torch.long, device="cpu")
-        elif isinstance(prompt, Tensor):
-            tokens = prompt[None] if prompt.ndim == 1 else prompt
-        else:
-            raise LoopedError(f"prompt {n_prompts} of {what} is a {type(prompt).__name__}; pass texts or tensors of token ids.")
-        if not tokens.numel():
-            raise LoopedError(f"prompt {n_prompts} of {what} is empty; leave it out.")
-        check_tokens(tokens, model.cfg.d_vocab)
-        refuse_unmarked_padding(model.tokenizer, tokens, what)
-        yield tokens.to(model.cfg.device)
+        yield read_prompt(model, prompt, n_prompts, what)
     if n_prompts < 0:
         raise NoPromptsError(f"{what} was asked of no prompts; pass at least one.")
+
+
+def read_prompt(model: Any, prompt: Any, number: int, what: str) -> Int[Tensor, "batch pos"]:
+    """The tokens of one prompt, where the model is.
+
+    Args:
+        model: whose tokenizer, vocabulary and device count.
+        prompt: a text, or tokens [pos] or [batch, pos].
+        number: which prompt it is, for errors.
+        what: the name of the analysis, for errors.
+
+    Raises:
+        LoopedError: as in `token_batches`.
+    """
+    if isinstance(prompt, str):
+        tokens = model.to_tokens(prompt) if prompt else torch.empty(1, 0, dtype=torch.long, device="cpu")
+    elif isinstance(prompt, Tensor):
+        tokens = prompt[None] if prompt.ndim == 1 else prompt
+    else:
+        raise LoopedError(f"prompt {number} of {what} is a {type(prompt).__name__}; pass texts or tensors of token ids.")
+    if not tokens.numel():
+        raise LoopedError(f"prompt {number} of {what} is empty; leave it out.")
+    check_tokens(tokens, model.cfg.d_vocab)
+    refuse_unmarked_padding(model.tokenizer, tokens, what)
+    return tokens.to(model.cfg.device)

@@ -1,0 +1,99 @@
+"""What a store was made of: its directory says it, and takes no other collection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import LoopedError
+from ..looped import Looped
+from ..panels import Panel
+from ..results import Result, load_result
+from ..runs.asked import digest
+from ..schedule import Schedule
+from .places import where
+
+RECORD = "collection.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Collection(Result):
+    """What was collected, of which run.
+
+    Args:
+        names: of the activations, loop-indexed.
+        shapes: of a row of each.
+        dtype: in which they are kept.
+        schedule: of the model.
+        rows_per_shard: how many positions a shard has at most, unless one prompt has more.
+        stop: how many virtual layers were run; None for the whole model.
+        asked: the other settings, as text.
+    """
+
+    names: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+    schedule: Schedule
+    rows_per_shard: int
+    stop: int | None
+    asked: dict[str, str]
+
+    @property
+    def mark(self) -> str:
+        """What a shard says of the collection that it is of."""
+        settings = [f"{name}={value}" for name, value in sorted(self.asked.items())]
+        shapes = [f"{name} {self.shapes[name]}" for name in self.names]
+        return digest([*shapes, str(self.dtype), str(self.rows_per_shard), *settings])
+
+    def to_dataframe(self) -> Any:
+        """One row for each activation: where it is, and the shape of what a token has of it."""
+        import pandas as pd
+
+        rows = [(name, *where(self.schedule, name)[:4], str(self.shapes[name])) for name in self.names]
+        return pd.DataFrame(rows, columns=["name", "site", "stack", "loop", "layer", "shape"])
+
+    def panels(self) -> list[Panel]:
+        """Nothing: a record has no numbers to draw."""
+        return []
+
+
+def check_same(out: Path, wanted: Collection, model: Looped) -> Collection | None:
+    """The record of a directory, if it has one and it is of this collection.
+
+    Args:
+        out: the directory.
+        wanted: what is asked now; where it has no shapes, those of the record are not compared.
+        model: refuse what is of another one.
+
+    Raises:
+        LoopedError: it is of another collection; the message has the difference.
+    """
+    file = out / RECORD
+    if not file.exists():
+        if out.is_dir() and any(out.glob("shard-*.safetensors")):
+            raise LoopedError(f"{str(out)!r} has shards and no {RECORD}, which says what they are; choose another directory.")
+        return None
+    found = load_result(file, model)
+    if not isinstance(found, Collection):
+        raise LoopedError(f"{str(file)!r} is a {type(found).__name__} and no collection; choose another directory.")
+    before: dict[str, Any] = {**found.asked, **{f.name: getattr(found, f.name) for f in fields(found) if f.name != "asked"}}
+    now: dict[str, Any] = {**wanted.asked, **{f.name: getattr(wanted, f.name) for f in fields(wanted) if f.name != "asked"}}
+    for name in (*found.asked, *wanted.asked, "names", "dtype", "schedule"):
+        if before.get(name) != now.get(name):
+            was, is_now = (_without(before[name], now[name])) if name == "names" else (before.get(name), now.get(name))
+            raise LoopedError(
+                f"{str(out)!r} is a collection with {name}={was}, not {is_now}; choose another directory, or remove this one."
+            )
+    return found
+
+
+def _without(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, str]:
+    """What the names of two collections have that the other has not, in a few letters."""
+
+    def few(names: list[str]) -> str:
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "no others"
+
+    return few([name for name in a if name not in set(b)]), few([name for name in b if name not in set(a)])
