@@ -13,7 +13,7 @@ import torch
 from helpers import word_tokenizer
 from zoo import GOLDEN, random_bridge
 
-from tl_looped import LoopedBridge
+from tl_looped import LoopedBridge, load_activations
 from tl_looped.cli import main
 
 
@@ -68,6 +68,19 @@ def test_lens_of_a_file_of_prompts(tmp_path: Path, capsys: pytest.CaptureFixture
     ids.write_text("5,17,3\n4\n")
     assert main(["lens", str(GOLDEN / "ouro"), "--prompts", str(ids)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("4 ")
+
+
+def test_collect_writes_a_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"ids": [3, 4, 5]}\n{"ids": [6, 7, 8, 9]}\n')
+    out = tmp_path / "store"
+    asked = ["collect", str(GOLDEN / "huginn"), "--prompts", str(prompts), "--sites", "mlp_out,loops.*.hook_out"]
+    assert main([*asked, "--n-loops", "3", "--loops", "0:2", "--dtype", "bf16", "--positions=-1", "--out", str(out)]) == 0
+    store = load_activations(out)
+    assert {where.split(".")[1] for where in store.names} == {"0", "1"} and store.dtype == torch.bfloat16
+    assert store.to_dataframe()["position"].tolist() == [2, 3] and "2 prompts, 2 tokens" in capsys.readouterr().out
+    assert main([*asked, "--loops", "0:x", "--out", str(out)]) == 1
+    assert "write indices such as 3, 0,2 or 1:4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

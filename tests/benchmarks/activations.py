@@ -13,19 +13,19 @@ from pathlib import Path
 
 import torch
 
-from tl_looped import LoopedBridge, LoopedConfig, collect
+from tl_looped import LoopedBridge, LoopedConfig, collect, load_activations
 from tl_looped.activations import ActivationStore
 
 CASES = {
-    "d_model 768, 24 virtual layers, 4 activations a token": (
-        LoopedConfig(768, 12, 1000, n_core=6, n_loops=4, n_ctx=512), {"sites": "resid_post", "layers": -1}, 48,
+    "d_model 512, 24 virtual layers, 4 activations a token": (
+        LoopedConfig(512, 8, 1000, n_core=6, n_loops=4, n_ctx=512), {"sites": "resid_post", "layers": -1}, 32,
     ),
-    "d_model 512, 256 virtual layers (128 loops), 128 activations a token": (
-        LoopedConfig(512, 8, 1000, n_core=2, n_loops=128, n_ctx=512), {"sites": "out"}, 12,
+    "d_model 512, 128 loops of 1 layer, 128 activations a token": (
+        LoopedConfig(512, 8, 1000, n_core=1, n_loops=128, n_ctx=512), {"sites": "resid_post"}, 16,
     ),
-    "d_model 256, 8 virtual layers, 56 activations a token": (
-        LoopedConfig(256, 4, 1000, n_core=2, n_loops=4, n_ctx=512),
-        {"sites": ["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "q", "z"]}, 192,
+    "d_model 128, 8 virtual layers, 40 activations a token": (
+        LoopedConfig(128, 4, 1000, n_core=2, n_loops=4, n_ctx=512),
+        {"sites": ["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"]}, 128,
     ),
 }  # fmt: skip
 LENGTH, BATCH = 128, 8
@@ -55,13 +55,11 @@ def disk(path: Path, n_bytes: int) -> None:
 
 
 def copied(store: ActivationStore) -> None:
-    """Every number once, in the order of the files, into the same memory."""
-    rows = 4096
-    into = torch.empty(rows, *next(iter(store.collection.shapes.values())), dtype=store.dtype)
+    """Every number once, in the order of the files, in pieces of 4096 rows."""
     for shard in store.shards:
         for name in store.names:
-            for piece in shard.rows(name).split(rows):
-                into[: len(piece)].copy_(piece)
+            for piece in shard.rows(name).split(4096):
+                piece.clone()
 
 
 def read(store: ActivationStore, shuffle: bool) -> None:
@@ -73,42 +71,41 @@ def read(store: ActivationStore, shuffle: bool) -> None:
             pass
 
 
-def measured(case: str, rounds: int) -> dict[str, float]:
+def measured(case: str, folder: Path) -> dict[str, float]:
+    """The times of one round, in seconds."""
     cfg, asked, n_prompts = CASES[case]
     model = LoopedBridge.from_config(cfg, seed=0)
     tokens = torch.randint(0, 1000, (n_prompts, LENGTH), generator=torch.Generator().manual_seed(0))
     forward(model, tokens[:BATCH])
-    found: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            settings = {**asked, "dtype": torch.bfloat16, "batch_tokens": BATCH * LENGTH, "verbose": False}
-            stores: list[ActivationStore] = []
-            times = {"collect": seconds(lambda: stores.append(collect(model, tokens, out=f"{folder}/store", **settings)))}
-            store = stores[0]
-            n_bytes = sum(path.stat().st_size for path in Path(folder, "store").iterdir())
-            times["forward"] = seconds(lambda: forward(model, tokens))
-            times["disk"] = seconds(lambda: disk(Path(folder, "bare"), n_bytes))
-            same = [name for name in store.names if len(store.collection.shapes[name]) == 1]
-            for what, action in (
-                ("copy", lambda: copied(store) if len(same) == len(store.names) else None),
-                ("in order", lambda: read(store, shuffle=False)),
-                ("shuffled", lambda: read(store, shuffle=True)),
-            ):
-                times[what] = seconds(action)
-            times["MB"] = n_bytes / 1e6
-        for name, value in times.items():
-            found.setdefault(name, []).append(value)
-    middle = {name: statistics.median(values) for name, values in found.items()}
-    slower = [max(f, d) / c for f, d, c in zip(found["forward"], found["disk"], found["collect"], strict=True)]
-    return {
-        **{name: round(value, 3) for name, value in middle.items()},
-        "share of the slower of forward and disk": round(statistics.median(slower), 2),
-        "MB/s collected": round(middle["MB"] / middle["collect"]),
-        "MB/s shuffled": round(middle["MB"] / middle["shuffled"]),
-        "MB/s in order": round(middle["MB"] / middle["in order"]),
+    settings = {**asked, "dtype": torch.bfloat16, "batch_tokens": BATCH * LENGTH, "verbose": False}
+    times = {"collect": seconds(lambda: collect(model, tokens, out=folder / "store", **settings))}
+    n_bytes = sum(path.stat().st_size for path in (folder / "store").iterdir())
+    store = load_activations(folder / "store")
+    times["forward"] = seconds(lambda: forward(model, tokens))
+    times["disk"] = seconds(lambda: disk(folder / "bare", n_bytes))
+    times["copy"] = seconds(lambda: copied(store))
+    times["in order"] = seconds(lambda: read(store, shuffle=False))
+    times["shuffled"] = seconds(lambda: read(store, shuffle=True))
+    return {**times, "MB": n_bytes / 1e6}
+
+
+def summary(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Medians; shares are taken round by round, so that a drifting machine cancels out."""
+    found = {name: round(statistics.median(times[name] for times in rounds), 3) for name in rounds[0]}
+    shares = {
+        "written, of what the slower of forward and disk allows": lambda t: max(t["forward"], t["disk"]) / t["collect"],
+        "read in order, of a copy of the mapped files": lambda t: t["copy"] / t["in order"],
+        "read shuffled, of a copy of the mapped files": lambda t: t["copy"] / t["shuffled"],
+        "MB/s read shuffled": lambda t: t["MB"] / t["shuffled"],
     }
+    return found | {name: round(statistics.median(map(share, rounds)), 2) for name, share in shares.items()}
 
 
 if __name__ == "__main__":
     n_rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    print(json.dumps({case: measured(case, n_rounds) for case in CASES}, indent=1))
+    for name in CASES:
+        all_rounds = list[dict[str, float]]()
+        for _ in range(n_rounds):
+            with tempfile.TemporaryDirectory() as place:
+                all_rounds.append(measured(name, Path(place)))
+        print(json.dumps({name: summary(all_rounds)}, indent=1), flush=True)

@@ -52,10 +52,10 @@ def _run(argv: Sequence[str]) -> int:
 
 def parser() -> Parser:
     """What reads the command line."""
-    from . import analyze, compare, explore, info, lens, merge, paper, report, sweep_init
+    from . import analyze, collect, compare, explore, info, lens, merge, paper, report, sweep_init
     from ._parser import Parser, Version
 
-    commands = (lens, explore, compare, report, paper, analyze, merge, sweep_init, info)
+    commands = (lens, explore, compare, report, paper, analyze, merge, collect, sweep_init, info)
     examples = "\n".join(f"  {command.EXAMPLE}" for command in commands)
     whole = Parser(
         prog="tl-looped",
