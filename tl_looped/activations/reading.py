@@ -163,7 +163,7 @@ class Activations(Dataset[Batch]):
         seed: int = 0,
         epochs: int | None = None,
         dtype: torch.dtype | None = None,
-    ) -> Iterator[Float[Tensor, sample * row]]:
+    ) -> Iterator[Float[Tensor, "sample ..."]]:
         """The values of `batches` alone, [batch, d_in], without end: what the trainers of SAELens and dictionary_learning take.
 
         Args:

@@ -187,7 +187,7 @@ class ActivationStore:
     def _known(self) -> set[str]:
         return set(self.names)
 
-    def of_prompt(self, name: str, prompt: int) -> Float[Tensor, pos * row]:
+    def of_prompt(self, name: str, prompt: int) -> Float[Tensor, "pos ..."]:
         """An activation at every position of one prompt that has it.
 
         Args:
