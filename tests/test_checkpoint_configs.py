@@ -144,6 +144,15 @@ def test_an_adapter_beside_the_weights_is_refused(file: str, tmp_path: Path) -> 
             load(tmp_path)
 
 
+def test_think_at_hard_is_not_read_as_the_decoder_of_its_first_iteration(tmp_path: Path) -> None:
+    """Its config.json and weights are those of a plain Qwen3."""
+    shutil.copytree(GOLDEN / "ouro", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tah_config.json").write_text("{}")
+    for load in (LoopedBridge.from_pretrained, checkpoint_text):
+        with pytest.raises(CheckpointError, match=r"a Think-at-Hard model \(tah_config.json\).*first iteration alone.*trace"):
+            load(tmp_path)
+
+
 WRONG_KINDS = [
     ("nanbeige", "skip_loop_final_norm", ["false", 0, 1]),
     ("nanbeige", "loop_loss_weights", [3, ["a"], {}]),

@@ -15,7 +15,7 @@ from zoo import GOLDEN
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.analysis import attention_distances, fixed_points, step_geometry
 from tl_looped.attribution import path_patch
-from tl_looped.checkpoints import MemoryCheckpoint, load_model
+from tl_looped.checkpoints import MemoryCheckpoint, load_model, make_plan
 from tl_looped.errors import CheckpointError
 from tl_looped.exits import StateChange
 from tl_looped.interventions import share_kv
@@ -426,3 +426,11 @@ def test_a_path_holds_the_routing_of_the_run() -> None:
         bridge, other, cache, lambda logits: logits[0, -1, 4], sources="loops.0.blocks.1.head.2", receivers="logits"
     )
     close(found.values.squeeze(), expected - bridge(other)[0, -1, 4])
+
+
+def test_null_options_of_a_recipe() -> None:
+    """`gating: null` is not weighted, and `router_func: null` is the logit itself."""
+    config = config_of("expert")
+    config["config.yaml"]["mor"]["expert"] = {"router_func": None, "gating": None}
+    options = make_plan(MemoryCheckpoint(config, stored_tensors("expert"))).cfg.options
+    assert (options["router_func"], options["weighted"], options["capacity"]) == ("none", False, [1.0, 2 / 3, 1 / 3])

@@ -126,6 +126,7 @@ def open_checkpoint(name_or_dir: str | Path, revision: str | None = None) -> Che
             f"revision={revision!r} was asked of the local directory {path}; revisions belong to Hub ids. Leave it out."
         )
     _refuse_adapters(path)
+    _refuse_think_at_hard(path)
     config = _read_json(path / "config.json")
     stored: dict[str, InSafetensors | InPickle] = {}
     files, index, saves = _weight_files(path)
@@ -198,6 +199,16 @@ def _refuse_adapters(path: Path) -> None:
             f"{path} holds an adapter ({', '.join(found)}), which is not read: the weights beside it alone are another model. "
             "Merge it (PEFT: merge_and_unload(), then save_pretrained) and load the result, or move the adapter away to load "
             "the model without it."
+        )
+
+
+def _refuse_think_at_hard(path: Path) -> None:
+    """Refuse a Think-at-Hard model, whose config.json and weights are those of the plain decoder of its first iteration."""
+    if (path / "tah_config.json").is_file():
+        raise CheckpointError(
+            f"{path} holds a Think-at-Hard model (tah_config.json). What its config.json describes is its first iteration alone; "
+            "the adapter, the decider and the way from logits back to embeddings are not read. Load it with its own code, and "
+            "trace that model: LoopedBridge.trace."
         )
 
 

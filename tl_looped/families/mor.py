@@ -361,7 +361,7 @@ def _expert_options(mor: Mapping[str, Any], n_loops: int) -> dict[str, Any]:
         "router_func": choice("sigmoid", "tanh", "none")("mor.expert.router_func", "none" if func is None else func),
         "alpha": get(expert, "alpha", 1.0, number()),
         "capacity": list(several(number(0.0, 1.0))("mor.capacity", capacity)),
-        "weighted": get(expert, "gating", "weighted", text) == "weighted",
+        "weighted": expert.get("gating", "weighted") == "weighted",
     }
 
 

@@ -170,6 +170,10 @@ TABLE: tuple[Row, ...] = (
         refused={"attention_bias": True, "mlp_bias": True},
     ),
     Row(
+        "tah", "Think-at-Hard", "`nics-efc/TaH-plus-1.7B`",
+        "tokens that need it go through a Qwen3 again, from an embedding made of what it would say, with an adapter",
+    ),
+    Row(
         "tl_looped", "tl_looped", "what `save_pretrained` writes", "that of the model that was saved", canonical,
     ),
     Row(
