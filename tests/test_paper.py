@@ -20,10 +20,23 @@ from tl_looped.paper.findings import Findings
 from tl_looped.paper.measures import OfPrompt
 from tl_looped.paper.published import PUBLISHED, SECTIONS
 from tl_looped.results import load_result
+from tl_looped.runs.shares import ARRAY, RANKS
 
 pytest.importorskip("pyarrow")
 PROMPTS = [random_tokens(1, n, seed=n)[0] for n in (5, 4, 6)]
 QUIET: dict[str, Any] = {"verbose": False}
+
+
+def made(bridge: LoopedBridge, prompts: list[Any], **settings: Any) -> Paper:
+    found = paper(bridge, prompts, **settings)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(autouse=True)
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in {*ARRAY, *(name for names in RANKS for name in names)}:
+        monkeypatch.delenv(name, raising=False)
 
 
 def here(found: Paper) -> dict[str, str]:
@@ -36,7 +49,7 @@ def why(found: Paper, figure: str) -> str:
 
 def test_the_numbers_are_those_of_the_analyses(tmp_path: Path) -> None:
     bridge = random_bridge("huginn", torch.float64, n_core=1)
-    found = paper(bridge, PROMPTS, out=tmp_path, n_loops=24, **QUIET)
+    found = made(bridge, PROMPTS, out=tmp_path, n_loops=24, **QUIET)
     parts = found.findings.parts
     assert found.findings.n_prompts == 3 and found.failed == ()
     alone = {
@@ -61,7 +74,7 @@ def test_the_numbers_are_those_of_the_analyses(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ouro", "retrofit_llama", "hrm_text", "loopus"])
 def test_every_row_has_a_finding_or_a_reason(name: str, tmp_path: Path) -> None:
-    found = paper(random_bridge(name), PROMPTS, out=tmp_path, n_loops=4, **QUIET)
+    found = made(random_bridge(name), PROMPTS, out=tmp_path, n_loops=4, **QUIET)
     assert all(bool(row.here) != bool(row.not_done) for row in found.rows), found.rows
     done = {figure for figure, text in here(found).items() if text}
     assert {"Figure 2", "Figure 3", "Figure 4", "Figure 7", "Figure 19", "Figure 41"} <= done
@@ -77,7 +90,7 @@ def test_every_row_has_a_finding_or_a_reason(name: str, tmp_path: Path) -> None:
 
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bridge, call = random_bridge("ouro"), OfPrompt.__call__
-    whole = paper(bridge, PROMPTS, out=tmp_path / "whole", n_loops=4, **QUIET)
+    whole = made(bridge, PROMPTS, out=tmp_path / "whole", n_loops=4, **QUIET)
     seen = list[int]()
 
     def stops(self: OfPrompt, model: Any, prompt: torch.Tensor) -> Findings:
@@ -90,17 +103,28 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             paper(bridge, PROMPTS, out=tmp_path / "stopped", n_loops=4, **QUIET)
-    stopped = paper(bridge, PROMPTS, out=tmp_path / "stopped", n_loops=4, **QUIET)
-    assert seen == [5, 4, 4, 6, 6] and same(stopped.findings, whole.findings)
-    assert stopped.page.read_text() == whole.page.read_text()
-    with pytest.raises(LoopedError, match="n_loops=5"):
+    stopped = made(bridge, PROMPTS, out=tmp_path / "stopped", n_loops=4, **QUIET)
+    assert len(seen) == 5 and {*seen} == {4, 5, 6}  # two were begun twice
+    assert same(stopped.findings, whole.findings) and stopped.page.read_text() == whole.page.read_text()
+    with pytest.raises(LoopedError, match="n_loops=4, not 5"):
         paper(bridge, PROMPTS, out=tmp_path / "stopped", n_loops=5, **QUIET)
+
+
+def test_two_processes_make_the_page_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bridge, out = random_bridge("retrofit_llama"), tmp_path / "two"
+    whole = made(bridge, PROMPTS, out=tmp_path / "one", n_loops=4, **QUIET)
+    assert paper(bridge, PROMPTS, out=out, n_loops=4, shard="1/2", **QUIET) is None
+    assert main(["merge", str(out)]) == 1 and "not done" in capsys.readouterr().err
+    both = made(bridge, PROMPTS, out=out, n_loops=4, shard="2/2", **QUIET)
+    assert same(both.findings, whole.findings) and both.page.read_text() == whole.page.read_text()
+    both.page.unlink()
+    assert main(["merge", str(out)]) == 0 and both.page.read_text() == whole.page.read_text()
 
 
 def test_prompts_that_cannot_be_measured_are_named(tmp_path: Path) -> None:
     bridge = random_bridge("ouro")
     prompts = [torch.tensor([3]), torch.zeros(SMALL["n_ctx"] + 1, dtype=torch.long), *PROMPTS]
-    found = paper(bridge, prompts, out=tmp_path, n_loops=4, **QUIET)
+    found = made(bridge, prompts, out=tmp_path, n_loops=4, **QUIET)
     assert [index for index, _ in found.failed] == [1] and found.findings.parts["stages"].colsum.count == 3
     assert found.findings.parts["fixed_points"].norm.count == 4  # one token has states
     assert "one token" in next(iter(found.findings.refused["stages"]))
@@ -112,7 +136,7 @@ def test_prompts_that_cannot_be_measured_are_named(tmp_path: Path) -> None:
 def test_proposition_4_2_holds_without_positions(tmp_path: Path) -> None:
     cfg = LoopedConfig(**SMALL, n_core=2, n_loops=3, rope_layout="none", n_kv_heads=1)
     bridge = LoopedBridge.from_config(cfg, seed=0).to(torch.float64)
-    found = paper(bridge, PROMPTS, out=tmp_path, n_loops=4, **QUIET).findings.parts["bound"]
+    found = made(bridge, PROMPTS, out=tmp_path, n_loops=4, **QUIET).findings.parts["bound"]
     assert found.labels["loop"] == [1, 2, 3] and 0 < float(found.values.max()) <= 1
     with torch.no_grad():
         _, cache = bridge.unroll(4).run_with_cache(PROMPTS[0][None])
@@ -126,9 +150,8 @@ def test_proposition_4_2_holds_without_positions(tmp_path: Path) -> None:
 
 def test_layouts_are_drawn_from_their_sweep() -> None:
     sweep = analysis.random_init_sweep(n_layers=2, d_model=8, n_loops=4, seeds=1, verbose=False)
-    bridge = random_bridge("ouro")
     parts = {f"init_{n}": sweep for n in (12, 4, 16)}
-    said, figures = DRAWN["6"](About(Findings(parts, {}, 0), bridge.schedule, 64, ("core",), {}))
+    said, figures = DRAWN["6"](About(Findings(parts, {}, 0), 64, ("core",), {}))
     assert "pre-norm, injection" in said and len(figures) == 6
     assert DRAWN.keys() == PUBLISHED.keys() == {key for _, keys in SECTIONS.values() for key in keys}
 
@@ -146,5 +169,5 @@ def test_the_command_writes_a_directory(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_texts_of_the_paper_are_followed_where_there_are_words(tmp_path: Path) -> None:
-    found = paper(with_words("huginn"), ["a b c"], out=tmp_path, n_loops=4, **QUIET)
+    found = made(with_words("huginn"), ["a b c"], out=tmp_path, n_loops=4, **QUIET)
     assert {"path_0", "path_1", "path_2"} <= {*found.findings.parts, *found.findings.refused}

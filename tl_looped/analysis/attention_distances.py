@@ -66,10 +66,11 @@ def attention_distances(
 
 @dataclass(frozen=True)
 class AttentionDistancesMeasure:
-    """What `attention_distances` measures of a batch."""
+    """What `attention_distances` measures of a batch, between all virtual layers or between some."""
 
     per_head: bool
     initial_state: InitialState
+    layers: tuple[int, ...] | None = None
 
     def __call__(self, model: Looped, tokens: Int[Tensor, "batch pos"]) -> Estimate:
         """Measure one batch."""
@@ -78,7 +79,7 @@ class AttentionDistancesMeasure:
     def plan(self, model: Looped, tokens: Int[Tensor, "batch pos"]) -> Plan[Estimate]:
         """The runs of one batch that it takes."""
         schedule, cfg = model.schedule, model.cfg
-        names = [schedule.layer_name(i) for i in range(schedule.n_layers)]
+        names = [schedule.layer_name(i) for i in (range(schedule.n_layers) if self.layers is None else self.layers)]
         hooks = {f"{name}.attn.hook_pattern": i for i, name in enumerate(names)}
         causal = not any(is_observed(hook) for hook in model.hook_dict.values())  # hooks may let a query look ahead
         batch, pos = tokens.shape
@@ -86,7 +87,7 @@ class AttentionDistancesMeasure:
         cells = (square.tril() if causal else square).flatten().nonzero()[:, 0]  # of a head's pattern
         n_cells, n_heads = cfg.n_heads * len(cells), cfg.n_heads if self.per_head else 1
         per_loop = sum(schedule.stacks.values()) * (8 * pos * cfg.d_model + 2 * cfg.n_heads * pos**2)  # numbers of an example
-        chunk = min(n_cells, max(1, per_loop // schedule.n_layers))
+        chunk = min(n_cells, max(1, per_loop // len(names)))
         gram = torch.zeros(batch, n_heads, len(names), len(names), dtype=torch.float64, device="cpu")
         held = torch.empty(batch, len(names), chunk, dtype=model.cfg.dtype, device=tokens.device)
         for first in range(0, n_cells, chunk):

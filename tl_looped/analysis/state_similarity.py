@@ -61,9 +61,10 @@ def state_similarity(
 
 @dataclass(frozen=True)
 class StateSimilarityMeasure:
-    """What `state_similarity` measures of a batch."""
+    """What `state_similarity` measures of a batch, between all virtual layers or between some."""
 
     initial_state: InitialState
+    layers: tuple[int, ...] | None = None
 
     def __call__(self, model: Looped, tokens: Int[Tensor, "batch pos"]) -> Estimate:
         """Measure one batch."""
@@ -72,7 +73,8 @@ class StateSimilarityMeasure:
     def plan(self, model: Looped, tokens: Int[Tensor, "batch pos"]) -> Plan[Estimate]:
         """The runs of one batch that it takes."""
         schedule, (batch, n_pos) = model.schedule, tokens.shape
-        n, names = schedule.n_layers, [schedule.layer_name(i) for i in range(schedule.n_layers)]
+        names = [schedule.layer_name(i) for i in (range(schedule.n_layers) if self.layers is None else self.layers)]
+        n = len(names)
         hooks = {f"{name}.hook_resid_post": i for i, name in enumerate(names)}
         width = min(n_pos, max(1, LOOPS_HELD * sum(schedule.stacks.values()) * n_pos // n))
         held = torch.empty(batch, n, width, model.cfg.d_model, dtype=model.cfg.dtype, device=tokens.device)
@@ -84,7 +86,7 @@ class StateSimilarityMeasure:
                 held[:, i, : here.stop - here.start] = state[:, here]
 
             last = here.stop == n_pos
-            yield Look(hooks, keep, n, self.initial_state if last else rehearsal(self.initial_state))
+            yield Look(hooks, keep, schedule.n_layers, self.initial_state if last else rehearsal(self.initial_state))
             for k in range(here.stop - here.start):
                 x = wide(held[:, :, k])
                 size = x.norm(dim=-1, keepdim=True)

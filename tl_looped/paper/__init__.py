@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .._words import counted
 from .._writing import write_text
 from ..errors import LoopedError
-from ..looped import Looped, check_model
-from ..results.saving import versions
-from ..runs import run
+from ..looped import Hooked, Looped, check_model
+from ..results import load_result
+from ..results.saving import save_result, versions
+from ..runs import Run, analyze, merge
+from ..runs.folder import Weights
 from ..schedule import check_count
 from .drawn import About
 from .findings import Findings
-from .measures import N_INIT, OfPrompt, OfTwin, Once, once
+from .measures import INIT_LAYERS, INIT_SEEDS, N_INIT, PATH, OfPath, OfPrompt, OfSeed, OfTwin, followed
 from .pages import Row, html, numbers, rows_and_sections
 from .writing import check_directory, tables_of, write_json, write_parquet
 
-__all__ = ["Findings", "Paper", "Row", "paper"]
+__all__ = ["Findings", "Paper", "Row", "finish", "paper"]
 
+ASKED = "paper.asked.json"
 LONGEST = 400  # letters of the first prompt on the page
 
 
@@ -42,21 +46,49 @@ class Paper:
     failed: tuple[tuple[int, str], ...]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the page says of the model and the prompts, which a later process finds in the directory.
+
+    Args:
+        model: its name.
+        described: what runs in it.
+        stacks: its looped stacks.
+        n_loops: how far it is looped.
+        has_words: whether it has a tokenizer.
+        beside: whether a feed-forward model is measured too.
+        prompt: the first prompt.
+        notes: what a reader has to know.
+    """
+
+    model: str
+    described: str
+    stacks: list[str]
+    n_loops: int
+    has_words: bool
+    beside: bool
+    prompt: str
+    notes: list[str]
+
+
 def paper(
     model: Looped,
     prompts: Iterable[Any],
     *,
     out: str | Path,
     n_loops: int = 128,
-    feed_forward: Any = None,
+    feed_forward: Hooked | None = None,
+    shard: str | None = None,
+    batch_size: int = 1,
     verbose: bool = True,
-) -> Paper:
+) -> Paper | None:
     """Repeat every figure and table of arXiv 2604.11791 that a model and prompts allow.
 
     Measures share their runs of the model: two with `n_loops` loops for each prompt, and a few with 8, with 32 and with the
     model's own number. No cache is held: one loop of the residual streams and patterns, and for all pairs of layers as much as
-    `attention_distances` and `state_similarity` say. Prompts that are done are kept in the directory, and the same call goes on
-    with the next.
+    `attention_distances` and `state_similarity` say; of more than 200 executed layers, pairs are of every second, third, ...
+    layer of the block. The work is shared and kept as `analyze` does: the same call, in one process or many, goes on with what
+    is missing, and the numbers are those of one process.
 
     Args:
         model: the model.
@@ -65,7 +97,12 @@ def paper(
             measure, and `paper.json` with what the paper says and what was found.
         n_loops: how far to loop, and where X* is taken from.
         feed_forward: a feed-forward model to compare the stages with, such as the one that this model was made from.
-        verbose: show progress bars.
+        shard: the share of this process, such as "3/8"; None for what torchrun, accelerate or Slurm say, or else all.
+        batch_size: measure so many prompts of equally many tokens together.
+        verbose: show a line with the minutes that are left.
+
+    Returns:
+        What was made; None while parts of other shares are missing. Who finishes last makes the page, as `finish(out)` does.
 
     Raises:
         LoopedError: no prompts; a directory that cannot be written, or holds a run over other prompts, of another model or with
@@ -82,78 +119,126 @@ def paper(
         ['Figure 3', 'Figure 4', 'Figure 22']
     """
     check_model(model)
-    n_loops, asked, place = check_count("n_loops", n_loops, 2), list(prompts), Path(out)
-    if not asked:
+    n_loops, given, place = check_count("n_loops", n_loops, 2), list(prompts), Path(out)
+    if not given:
         raise LoopedError("paper was asked of no prompts; pass at least one.")
     check_directory(place)
-    kept = place / "unfinished"
-    kept.mkdir(exist_ok=True)
+    if model.lacks("other depths") is not None:
+        n_loops = model.n_loops  # the page says so
+    _claim(place, _asked(model, given, n_loops, feed_forward is not None))
 
-    def over(measure: Any, of: Any, items: list[Any], name: str) -> Any:
-        return run(measure, of, items, out=kept / f"{name}.safetensors", on_error="skip", verbose=verbose)
+    def over(name: str, measure: Any, of: Hooked, items: list[Any], size: int = 1) -> None:
+        analyze({name: measure}, of, items, out=place / "parts" / name, shard=shard, batch_size=size, verbose=verbose)
 
-    done = over(OfPrompt(n_loops), model, asked, "prompts")
-    if done.result is None:
-        raise LoopedError(
-            f"none of {counted(len(asked), 'prompt')} could be measured; prompt {done.failed[0][0]}: {done.failed[0][1]}"
-        )
-    findings = done.result + over(Once(n_loops), model, once(model, asked, n_loops), "once").result
+    over("prompts", OfPrompt(n_loops), model, given, batch_size)
+    over("paths", OfPath(min(PATH, n_loops)), model, followed(model, given))
+    if n_loops >= N_INIT:
+        over("layouts", OfSeed(n_loops), model, [*INIT_SEEDS])
     if feed_forward is not None:
-        findings += over(OfTwin(), feed_forward, asked, "feed_forward").result
-    return written(place, model, findings, n_loops, asked, done.failed)
+        over("feed_forward", OfTwin(), feed_forward, given, batch_size)
+    try:
+        return finish(place)
+    except _Unfinished:
+        return None
 
 
-def written(
-    place: Path, model: Looped, findings: Findings, n_loops: int, prompts: list[Any], failed: tuple[tuple[int, str], ...]
-) -> Paper:
-    """Write what was found, and return it.
+class _Unfinished(LoopedError):
+    """Parts of other shares are missing."""
+
+
+def finish(out: str | Path) -> Paper:
+    """Write the page, the tables and the results of what the processes of `paper` have found.
 
     Args:
-        place: the directory.
-        model: the model.
-        findings: what was measured.
-        n_loops: how far it was looped.
-        prompts: all prompts.
-        failed: those that failed.
+        out: the directory.
+
+    Raises:
+        LoopedError: it is no directory of `paper`; a part is not done; no prompt could be measured.
     """
-    about = _about(model, findings, n_loops)
-    rows, sections = rows_and_sections(about)
+    place = Path(out)
+    asked = _begun(place)
+    runs: dict[str, Run] = {}
+    parts = {"prompts": True, "paths": True, "layouts": asked.n_loops >= N_INIT, "feed_forward": asked.beside}
+    for name in (name for name, is_asked in parts.items() if is_asked):
+        try:
+            runs |= merge(place / "parts" / name)
+        except LoopedError as error:
+            raise _Unfinished(str(error)) from error
+    failed = runs["prompts"].failed
+    if runs["prompts"].result is None:
+        why = f"prompt {failed[0][0]}: {failed[0][1]}"
+        raise LoopedError(f"none of {counted(runs['prompts'].n_prompts, 'prompt')} could be measured; {why}")
+    findings: Any = sum(run.result for run in runs.values() if run.result is not None)
+    return _written(place, findings, asked, failed)
+
+
+def _begun(place: Path) -> Asked:
+    """What was asked in a directory."""
+    try:
+        return Asked(**json.loads((place / ASKED).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise LoopedError(f"{str(place)!r} is no directory of tl-looped paper, or a damaged one ({error}).") from error
+
+
+def _claim(place: Path, asked: Asked) -> None:
+    """Say what is asked, the same from every process, or refuse a directory in which something else was."""
+    if (place / ASKED).exists():
+        before = _begun(place)
+        for name in ("described", "n_loops", "prompt"):
+            if getattr(before, name) != getattr(asked, name):
+                was, now = getattr(before, name), getattr(asked, name)
+                raise LoopedError(
+                    f"{str(place)!r} is of a run with {name}={was}, not {now}; choose another directory, or remove this one to "
+                    "begin anew."
+                )
+    write_json(place / ASKED, asdict(asked))
+
+
+def _written(place: Path, findings: Findings, asked: Asked, failed: tuple[tuple[int, str], ...]) -> Paper:
+    rows, sections = rows_and_sections(_about(findings, asked))
+    weights: Any = Weights(load_result(place / "parts" / "prompts" / "model.safetensors"))
     for name, part in findings.parts.items():
-        part.save(place / f"{name}.safetensors", model)
+        save_result(part, place / f"{name}.safetensors", weights)
     for name, frame in tables_of(findings).items():
         write_parquet(place / f"{name}.parquet", frame)
     import pandas as pd
 
     write_parquet(place / "figures.parquet", pd.DataFrame(numbers(rows)))
-    name = str(model.cfg.model_name)
-    settings = {"model": name, "n_loops": n_loops, "n_prompts": findings.n_prompts, "versions": versions()}
-    write_json(place / "paper.json", {**settings, "figures": numbers(rows), "failed": failed, "refused": findings.refused})
-    title = f"arXiv 2604.11791 on {Path(name).name if Path(name).is_dir() else name}"
-    lead = f"{model.schedule.describe()}, looped {n_loops} times over {counted(findings.n_prompts, 'prompt')}."
-    page = write_text(place / "index.html", html(title, lead, _shown(prompts[0]), rows, sections, _notes(model, failed)))
+    settings = asdict(asked) | {"n_prompts": findings.n_prompts, "versions": versions()}
+    write_json(place / "paper.json", settings | {"figures": numbers(rows), "failed": failed, "refused": findings.refused})
+    title = f"arXiv 2604.11791 on {Path(asked.model).name if Path(asked.model).is_dir() else asked.model}"
+    lead = f"{asked.described}, looped {asked.n_loops} times over {counted(findings.n_prompts, 'prompt')}."
+    notes = list(asked.notes)
+    if failed:
+        notes.append(f"{counted(len(failed), 'prompt')} left out; prompt {failed[0][0]}: {failed[0][1]}")
+    page = write_text(place / "index.html", html(title, lead, asked.prompt, rows, sections, notes))
     return Paper(findings, rows, page, failed)
 
 
-def _about(model: Looped, findings: Findings, n_loops: int) -> About:
-    missing = {"stages_feed_forward": "; pass --feed-forward MODEL for one"}
-    if n_loops < N_INIT:
-        why = f"layouts show what they do in {N_INIT} loops or more, and {n_loops} were asked; pass --loops 128"
-        missing |= {f"init_{n}": why for n in (12, 4, 16)}
-    if model.tokenizer is None:
-        missing["texts"] = "no tokenizer"
-    return About(findings, model.schedule, n_loops, tuple(model.schedule.core_stacks), missing)
-
-
-def _notes(model: Looped, failed: tuple[tuple[int, str], ...]) -> list[str]:
-    """What a reader has to know before the figures."""
-    notes = list[str]()
+def _asked(model: Looped, prompts: list[Any], n_loops: int, beside: bool) -> Asked:
+    first, notes = prompts[0], list[str]()
+    text = first if isinstance(first, str) else ", ".join(map(str, first.flatten().tolist()))
     if (why := model.lacks("equal loops")) is not None:
         notes.append(f"Fixed points are those of one map applied again, but {why}")
-    if failed:
-        notes.append(f"{counted(len(failed), 'prompt')} left out; prompt {failed[0][0]}: {failed[0][1]}")
-    return notes
+    if (why := model.lacks("other depths")) is not None:
+        notes.append(f"All numbers of loops are the model's own: {why}")
+    return Asked(
+        str(model.cfg.model_name),
+        model.schedule.describe(),
+        list(model.schedule.core_stacks),
+        n_loops,
+        model.tokenizer is not None,
+        beside,
+        text if len(text) <= LONGEST else f"{text[:LONGEST]}…",
+        notes,
+    )
 
 
-def _shown(prompt: Any) -> str:
-    text = prompt if isinstance(prompt, str) else ", ".join(map(str, prompt.flatten().tolist()))
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+def _about(findings: Findings, asked: Asked) -> About:
+    missing = {"stages_feed_forward": "; pass --feed-forward MODEL for one"}
+    if asked.n_loops < N_INIT:
+        why = f"layouts show what they do in {N_INIT} loops or more, and {asked.n_loops} were asked; pass --loops 128"
+        missing |= {f"init_{n}": why for n in INIT_LAYERS}
+    if not asked.has_words:
+        missing["texts"] = "no tokenizer"
+    return About(findings, asked.n_loops, tuple(asked.stacks), missing)

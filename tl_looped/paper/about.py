@@ -9,7 +9,6 @@ from typing import Any
 from ..errors import LoopedError
 from ..names import stack_prefix
 from ..report.section import Figure
-from ..schedule import Schedule
 from .findings import Findings
 
 
@@ -23,14 +22,12 @@ class About:
 
     Args:
         findings: what was measured.
-        schedule: of the model with its own loops.
         n_loops: how far it was looped.
         stacks: the looped stacks.
         missing: why a part is not there, beside what the findings say.
     """
 
     findings: Findings
-    schedule: Schedule
     n_loops: int
     stacks: tuple[str, ...]
     missing: dict[str, str]

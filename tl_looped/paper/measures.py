@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..analysis import random_init_sweep, trajectories
@@ -17,15 +17,17 @@ from ..errors import LoopedError
 from ..interventions import ablate
 from ..looped import Hooked, Looped, at_depth
 from ..runs.prompts import token_batches
+from ..schedule import Schedule
 from .bound import AttentionBound
 from .findings import Findings
 
 PAIRS = (8, 32)  # loops in which all pairs of layers are compared
+MOST_COMPARED = 200  # layers run, of which all pairs are compared: their squares are kept for every prompt
 PATH = 32  # loops of the paths in a plane
 PERIOD, WINDOW, SETTLE = 6, 24, 0.1  # as in `limiting_behaviour`
 STAGES = InferenceStagesMeasure(0.3, False, "nats", None, None)
 TEXTS = ("Hello! I've been well. I hope that you're doing well.", "The square root of 16 is")  # the paper's own
-N_INIT, INIT_LAYERS, INIT_SEEDS = 64, (12, 4, 16), (0, 1, 2)  # loops that a layout needs to show what it does
+N_INIT, INIT_LAYERS, INIT_SEEDS = 64, (12, 4, 16), ((0,), (1,), (2,))  # loops that a layout needs to show what it does
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,6 @@ class OfPrompt:
     """
 
     n_loops: int
-    _deep: dict[int, Any] = field(default_factory=dict[int, Any], repr=False, compare=False)  # to unroll takes long
-
-    def __reduce__(self) -> Any:
-        return OfPrompt, (self.n_loops,)  # another process unrolls its own model
 
     def __call__(self, model: Looped, prompt: Any) -> Findings:
         """Measure one prompt.
@@ -61,11 +59,16 @@ class OfPrompt:
             parts.update(found)
             refused.update({name: {str(error): 1} for name, error in why.items()})
 
-        deep = self._at(model, self.n_loops)
+        deep = at_depth(model, self.n_loops)
         see(deep, dict(self._of_all_loops(deep, tokens)))
         for n in pairs_of(self.n_loops):
-            some = self._at(model, n)
-            patterns, states = AttentionDistancesMeasure(False, None), StateSimilarityMeasure(None)
+            try:
+                some = at_depth(model, n)
+            except LoopedError as error:
+                refused |= {f"patterns_{n}": {str(error): 1}, f"states_{n}": {str(error): 1}}
+                continue
+            layers = compared_layers(some.schedule)
+            patterns, states = AttentionDistancesMeasure(False, None, layers), StateSimilarityMeasure(None, layers)
             see(some, {f"patterns_{n}": patterns.plan(some, tokens), f"states_{n}": states.plan(some, tokens)})
         see(model, {"stages": STAGES.plan(model, tokens)})
         try:
@@ -77,15 +80,6 @@ class OfPrompt:
             raise LoopedError(next(iter(refused["stages"])))
         return Findings(parts, refused, len(tokens))
 
-    def _at(self, model: Looped, n: int) -> Looped:
-        """The model with so many loops; its own number where it cannot have another."""
-        if n not in self._deep:
-            try:
-                self._deep[n] = at_depth(model, n)
-            except LoopedError:
-                self._deep[n] = model
-        return self._deep[n]
-
     def _of_all_loops(self, deep: Looped, tokens: Any) -> Iterable[tuple[str, Plan[Any]]]:
         yield "stages_deep", STAGES.plan(deep, tokens)
         for stack in deep.schedule.core_stacks:
@@ -93,6 +87,18 @@ class OfPrompt:
             yield f"fixed_points{end}", _fixed_points(deep, stack, n)
             yield f"behaviour{end}", _behaviour(deep, tokens, stack)
             yield f"bound{end}", AttentionBound(stack).plan(deep)
+
+
+def compared_layers(schedule: Schedule) -> tuple[int, ...] | None:
+    """The layers whose pairs are compared: all (None), or of a long run every so manieth of the block in every loop.
+
+    Args:
+        schedule: what runs.
+    """
+    step = -(-schedule.n_layers // MOST_COMPARED)
+    if step == 1:
+        return None
+    return tuple(i for i, site in enumerate(schedule.sites) if site.loop is None or site.layer % step == 0)
 
 
 def _fixed_points(deep: Looped, stack: str, n: int) -> Plan[Any]:
@@ -159,8 +165,8 @@ class OfTwin:
 
 
 @dataclass(frozen=True)
-class Once:
-    """What is measured once: paths of single prompts, and layouts at random initialisation, which are of no model.
+class OfPath:
+    """The path of the last token of single prompts.
 
     Args:
         n_loops: how far to loop.
@@ -169,34 +175,47 @@ class Once:
     n_loops: int
 
     def __call__(self, model: Looped, asked: tuple[str, Any]) -> Findings:
-        """Measure one thing.
+        """Follow one prompt.
 
         Args:
             model: the model.
-            asked: ("path of ...", a prompt), or ("init_12", a seed).
+            asked: the name of the part, and the prompt.
         """
-        name, about = asked
-        if name.startswith("init_"):
-            n_layers = int(name.removeprefix("init_"))
-            sweep = random_init_sweep(n_layers=n_layers, n_loops=self.n_loops, seeds=[about], verbose=False)
-            return Findings({name: sweep}, {}, 0)
+        name, prompt = asked
         try:
-            n_loops = min(PATH, self.n_loops)
-            return Findings({name: trajectories(model, about, n_components=2, n_loops=n_loops, verbose=False)}, {}, 0)
+            found = trajectories(model, prompt, n_components=2, n_loops=self.n_loops, verbose=False)
         except LoopedError as error:
             return Findings({}, {name: {str(error): 1}}, 0)
+        return Findings({name: found}, {}, 0)
 
 
-def once(model: Looped, prompts: list[Any], n_loops: int) -> list[tuple[str, Any]]:
-    """What is measured once.
+def followed(model: Looped, prompts: list[Any]) -> list[tuple[str, Any]]:
+    """The prompts that are followed: the first one and the paper's two, or without a tokenizer the first three.
 
     Args:
         model: the model.
-        prompts: the prompts, of which the first one or, without a tokenizer, three are followed.
+        prompts: all of them.
+    """
+    chosen = prompts[:3] if model.tokenizer is None else [prompts[0], *TEXTS]
+    return [(f"path_{k}", prompt) for k, prompt in enumerate(chosen)]
+
+
+@dataclass(frozen=True)
+class OfSeed:
+    """Layouts at random initialisation, which are of no model.
+
+    Args:
         n_loops: how far to loop.
     """
-    has_tokenizer = model.tokenizer is not None
-    chosen = [prompts[0], *TEXTS] if has_tokenizer else prompts[:3]
-    seeds = INIT_SEEDS if n_loops >= N_INIT else ()
-    paths = [(f"path_{k}", prompt) for k, prompt in enumerate(chosen)]
-    return [*paths, *((f"init_{n}", seed) for seed in seeds for n in INIT_LAYERS)]
+
+    n_loops: int
+
+    def __call__(self, model: Looped, seed: tuple[int]) -> Findings:
+        """Draw one initialisation of every layout.
+
+        Args:
+            model: not looked at.
+            seed: of the weights and of the initial noise.
+        """
+        settings: dict[str, Any] = {"n_loops": self.n_loops, "seeds": [*seed], "verbose": False}
+        return Findings({f"init_{n}": random_init_sweep(n_layers=n, **settings) for n in INIT_LAYERS}, {}, 0)

@@ -110,7 +110,7 @@ def halves(about: About) -> Drawn:
     """
     found, said, figures = about.part("stages"), list[str](), list[Figure]()
     for stack in about.stacks:
-        n = about.schedule.stacks[stack]
+        n = found.schedule.stacks[stack]
         if n < 4 or n % 2:
             raise Missing(f"a block of {n} layers has no two halves of two layers or more")
         each = list[str]()
@@ -163,7 +163,7 @@ def without_mlp(about: About) -> Drawn:
         about: what was measured.
     """
     before, after = about.part("stages"), about.part("stages_without_mlp")
-    where, said, figures = about.schedule.layer_name(1), list[str](), list[Figure]()
+    where, said, figures = before.schedule.layer_name(1), list[str](), list[Figure]()
     for metric in ("norm", "sink_rate", "entropy"):
         a, b = (getattr(found, metric).values for found in (before, after))
         said.append(f"highest {metric} {number(a.max())}, without {number(b.max())}")

@@ -15,7 +15,6 @@ from ..schedule import Site
 from .about import About, Drawn, Draws, Missing
 
 NEAR = 0.01  # of the norm of X*: there; our choice
-MOST_ROWS = 256  # of a heat map on the page; tables have them all
 
 
 def fixed(quantity: Quantity, metric: Metric, title: str) -> Draws:
@@ -165,13 +164,10 @@ def _resemblance(grid: Estimate, is_cosine: bool) -> str:
 
 
 def _pair_map(grid: Estimate, title: str) -> Figure:
-    n, names = len(grid.values), grid.labels["layer"]
-    some = sorted({round(k * (n - 1) / (MOST_ROWS - 1)) for k in range(MOST_ROWS)}) if n > MOST_ROWS else list(range(n))
-    panel = heat_map(grid[some, some])
-    short = [names[k].replace("loops.", "").replace(".blocks.", "·") for k in some]
+    panel = heat_map(grid)
+    short = [name.replace("loops.", "").replace(".blocks.", "·") for name in grid.labels["layer"]]
     panel = replace(panel, roles=panel.roles | {"x": Axis("layer", short), "y": Axis("layer", short)})
-    drawn = f" Every {n / len(some):.1f}th layer is drawn; the table has all." if len(some) < n else ""
-    return Figure(f"{title}: {grid.name.replace('_', ' ')}.{drawn}", [panel], width=480)
+    return Figure(f"{title}: {grid.name.replace('_', ' ')}, rows are loop·layer.", [panel], width=480)
 
 
 def paths(about: About) -> Drawn:

@@ -149,7 +149,7 @@ class Folder:
         """
         weights: Any = None
         with suppress(LoopedError):  # a model that does not loop has none
-            weights = _Weights(load_result(self.path / MODEL))
+            weights = Weights(load_result(self.path / MODEL))
         return save_result(run, self.path / f"{name}.safetensors", weights)
 
     def keep_weights(self, fingerprint: Any) -> None:
@@ -175,11 +175,15 @@ def _mark(asked: dict[str, str]) -> str:
     return digest([[key, value] for key, value in sorted(asked.items()) if key != TOLD])
 
 
-class _Weights:
-    """A model, as far as saving a result asks."""
+class Weights:
+    """A model, as far as saving a result asks.
+
+    Args:
+        fingerprint: what was kept of it.
+    """
 
     def __init__(self, fingerprint: Any):
-        self._fingerprint = fingerprint
+        self._fingerprint: Any = fingerprint
 
     def fingerprint(self) -> Any:
         """What was kept."""
