@@ -207,8 +207,8 @@ def _refuse_think_at_hard(path: Path) -> None:
     if (path / "tah_config.json").is_file():
         raise CheckpointError(
             f"{path} holds a Think-at-Hard model (tah_config.json). What its config.json describes is its first iteration "
-            "alone; the adapter, the decider and the way from logits back to embeddings are not read. Load it with its own code, and "
-            "trace that model: LoopedBridge.trace."
+            "alone; the adapter, the decider and the way from logits back to embeddings are not read. Load it with its own "
+            "code, and trace that model: LoopedBridge.trace."
         )
 
 
