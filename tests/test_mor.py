@@ -45,7 +45,7 @@ def config_of(kind: str) -> dict[str, Any]:
     recursive = {"enable": True, "num_recursion": given["n_loops"], "sharing": given["sharing"], "ln_share": True}
     n_ends = 2 if given["sharing"] == "middle_cycle" else 0
     recipe = {
-        "mor": {"enable": True, "token": {}, "expert": {}, **given},
+        "mor": {"enable": True, "token": {"router_func": "softmax", "alpha": 1.0}, **given},
         "recursive": recursive,
         "kv_sharing": {"enable": False},
     }
@@ -300,6 +300,8 @@ def test_checkpoints_that_are_refused() -> None:
         "kv_sharing.enable": {"kv_sharing": {"enable": True}},
         "relaxation.enable": {"relaxation": {"enable": True}},
         "gating='gated'": {"mor": {"token": {"gating": "gated"}}},
+        "gating=None": {"mor": {"token": {"gating": None}}},
+        "router_func": {"mor": {"token": {"alpha": 1.0}}},
         "ln_share": {"recursive": {"ln_share": False}},
         "temp": {"mor": {"temp": 0.5}},
         "rand_router": {"mor": {"rand_router": True}},
@@ -434,3 +436,16 @@ def test_null_options_of_a_recipe() -> None:
     config["config.yaml"]["mor"]["expert"] = {"router_func": None, "gating": None}
     options = make_plan(MemoryCheckpoint(config, stored_tensors("expert"))).cfg.options
     assert (options["router_func"], options["weighted"], options["capacity"]) == ("none", False, [1.0, 2 / 3, 1 / 3])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["token", "token, mlp and bias"])
+def test_generation_with_a_cache_is_that_of_the_whole_text(kind: str) -> None:
+    bridge = bridge_of(kind)
+    options: dict[str, Any] = {"do_sample": False, "verbose": False, "stop_at_eos": False}
+    plain = bridge.generate(TOKENS[:, :5], 8, use_past_kv_cache=False, **options)
+    assert torch.equal(bridge.generate(TOKENS[:, :5], 8, **options), plain)
+    mask = torch.ones_like(TOKENS[:, :5])
+    mask[0, :2] = 0
+    padded = bridge.generate(TOKENS[:, :5], 8, attention_mask=mask, **options)
+    assert torch.equal(padded[:1, 2:], bridge.generate(TOKENS[:1, 2:5], 8, **options))

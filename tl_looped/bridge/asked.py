@@ -79,7 +79,8 @@ class AskedBridge(RunningBridge):
         if ability == "neurons" and (why := self.plain.loop.no_neurons) is not None:
             return f"in this {cfg.family} model {why}. Read or patch mlp.hook_expert_weights, or the whole hook_mlp_out."
         if ability == "shared weights" and cfg.own_layers:
-            return f"the loops of this {cfg.family} model do not share their weights; take their gradients by autograd."
+            which = f"all their weights (their own: {', '.join(cfg.own_parts)})" if cfg.own_parts else "their weights"
+            return f"the loops of this {cfg.family} model do not share {which}; take their gradients by autograd."
         if ability == "exit gate" and not cfg.exit_gate:
             return f"this {cfg.family} model has no exit gate; use a policy without one, such as exits.KL()."
         if ability == "injection" and (why := self.plain.loop.not_injected) is not None:

@@ -32,7 +32,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, LoopedError
-from ..kinds import choice, count, flag, number, several, shown, table, text
+from ..kinds import Kind, choice, count, flag, number, several, shown, table, text
 from ..model.config import LoopedConfig
 from ..model.layers import Block
 from ..model.loops import Initial, Parts, Repeat, register_loop
@@ -274,7 +274,7 @@ def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
     """What the checkpoint computes."""
     recipe = _recipe(config)
     only(config, attention_bias=False, mlp_bias=False)
-    recursive, mor = (need(recipe, part, table) for part in ("recursive", "mor"))
+    recursive, mor = (_needed(recipe, part, table) for part in ("recursive", "mor"))
     for part in ("kv_sharing", "relaxation"):
         if get(get(recipe, part, {}, table), "enable", False, flag):
             raise CheckpointError(
@@ -288,16 +288,16 @@ def looped_config(config: Mapping[str, Any], shapes: Shapes) -> LoopedConfig:
                 f"{RECIPE} has {option}={shown(part[option])}, which is not implemented; only {implemented} is. "
                 "Load another model."
             )
-    n_loops = need(recursive, "num_recursion", count())
+    n_loops = _needed(recursive, "num_recursion", count(), "recursive")
     n_layers = need(config, "num_hidden_layers", count())
-    sharing = need(recursive, "sharing", choice("cycle", "middle_cycle"))
+    sharing = _needed(recursive, "sharing", choice("cycle", "middle_cycle"), "recursive")
     ends = 1 if sharing == "middle_cycle" else 0
     if (n_layers - 2 * ends) % n_loops or n_layers <= 2 * ends:
         raise CheckpointError(
             f"config.json has num_hidden_layers={n_layers}, which counts the layers of all {n_loops} recursions"
             f"{' and one before and after them' if ends else ''}, but cannot be divided so; restore the published files."
         )
-    kind = need(mor, "type", choice("expert", "token"))
+    kind = _needed(mor, "type", choice("expert", "token"), "mor")
     fields: dict[str, Any]
     if kind == "token":
         fields = {"options": _token_options(mor)}
@@ -327,27 +327,37 @@ def _recipe(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return recipe
 
 
+def _needed(values: Mapping[str, Any], key: str, kind: Kind[Any], part: str = "") -> Any:
+    """The value of a key that the recipe must have, in a part of it."""
+    name = f"{part}.{key}" if part else key
+    if values.get(key) is None:
+        raise CheckpointError(
+            f"{RECIPE} has no {name}, which a Mixture-of-Recursions needs; restore the recipe of its training."
+        )
+    return kind(name, values[key])
+
+
 def _token_options(mor: Mapping[str, Any]) -> dict[str, Any]:
     """What the router of token choice computes."""
-    token = need(mor, "token", table)
+    token = _needed(mor, "token", table, "mor")
     if (temp := get(mor, "temp", 1.0, number())) != 1:
         raise CheckpointError(f"{RECIPE} has mor.temp={temp}, which is not implemented for token choice; only 1 is.")
-    gating = get(token, "gating", "weighted", text)
+    gating = token.get("gating", "weighted")
     if gating != "weighted":
         raise CheckpointError(
             f"{RECIPE} has mor.token.gating={shown(gating)}, which is not implemented; only 'weighted' is. Load a model that "
             "was trained so."
         )
     return {
-        "router_func": get(token, "router_func", "softmax", choice("softmax", "sigmoid")),
-        "alpha": get(token, "alpha", 1.0, number()),
+        "router_func": _needed(token, "router_func", choice("softmax", "sigmoid"), "mor.token"),
+        "alpha": _needed(token, "alpha", number(), "mor.token"),
         "bias": get(token, "balancing", "loss", text) == "loss_free",
     }
 
 
 def _expert_options(mor: Mapping[str, Any], n_loops: int) -> dict[str, Any]:
     """What the routers of expert choice compute."""
-    expert, capacity = need(mor, "expert", table), mor.get("capacity")
+    expert, capacity = _needed(mor, "expert", table, "mor"), mor.get("capacity")
     if isinstance(capacity, str):
         try:
             capacity = [float(part) for part in capacity.split(",")]
@@ -355,12 +365,17 @@ def _expert_options(mor: Mapping[str, Any], n_loops: int) -> dict[str, Any]:
             raise CheckpointError(f"{RECIPE} has mor.capacity={shown(capacity)}, which is no list of numbers.") from error
     if capacity is None:
         capacity = [(n_loops - t) / n_loops for t in range(n_loops)]
-    func = expert.get("router_func", "sigmoid")
+    capacity = several(number(0.0, 1.0))("mor.capacity", capacity)
+    if len(capacity) != n_loops:
+        raise CheckpointError(
+            f"{RECIPE} has mor.capacity={[*capacity]} for {n_loops} recursions; restore the recipe of its training."
+        )
+    func = _needed(expert, "router_func", text, "mor.expert") if "router_func" not in expert else expert["router_func"]
     return {
         "temp": get(mor, "temp", 1.0, number(above=True)),
         "router_func": choice("sigmoid", "tanh", "none")("mor.expert.router_func", "none" if func is None else func),
-        "alpha": get(expert, "alpha", 1.0, number()),
-        "capacity": list(several(number(0.0, 1.0))("mor.capacity", capacity)),
+        "alpha": 1.0 if func is None else _needed(expert, "alpha", number(), "mor.expert"),
+        "capacity": list(capacity),
         "weighted": expert.get("gating", "weighted") == "weighted",
     }
 
