@@ -449,3 +449,18 @@ def test_generation_with_a_cache_is_that_of_the_whole_text(kind: str) -> None:
     mask[0, :2] = 0
     padded = bridge.generate(TOKENS[:, :5], 8, attention_mask=mask, **options)
     assert torch.equal(padded[:1, 2:], bridge.generate(TOKENS[:1, 2:5], 8, **options))
+
+
+@EVERY
+@torch.no_grad()
+def test_contributions_carried_into_the_loops(kind: str) -> None:
+    """They sum to the stream anywhere, which is zero where a recursion does not run."""
+    bridge = bridge_of(kind)
+    _, cache = bridge.run_with_cache(TOKENS)
+    for layer in range(bridge.cfg.n_layers):
+        found: Any = cache.decompose_resid(layer=layer)
+        close(found.sum(0), cache["resid_pre", layer])
+    close(cache.decompose_resid().sum(0), cache["ln_final.hook_in"])
+    before = cache["unembed.hook_in"] @ bridge.W_U[:, 7]
+    for positions, expected in ((-1, before[:, -1]), ([3, 9], before[:, [3, 9]])):
+        close(cache.attribute_logits(tokens=7, unit="head", positions=positions).values.sum(0), expected)

@@ -103,6 +103,16 @@ class DepthRouter(nn.Module):
         return torch.stack((depth, weight), dim=-1)
 
 
+class SideBySide(nn.Module):
+    """Several values of every position, [batch, pos, value]."""
+
+    BESIDE: bool = True  # no part of the stream goes through it
+
+    def forward(self, *values: Float[Tensor, "batch pos one"]) -> Float[Tensor, "batch pos value"]:
+        """The values side by side."""
+        return torch.cat(values, dim=-1)
+
+
 class TokenChoice(Repeat):
     """Recursions that every token leaves at a depth of its own."""
 
@@ -138,8 +148,11 @@ class TokenChoice(Repeat):
 
     def pass_parts(self, is_last: bool) -> dict[str, nn.Module]:
         """The modules of one pass."""
+        return {**self._slots(is_last), "router": DepthRouter(self.cfg), "remembered": Remembered()}
+
+    def _slots(self, is_last: bool) -> dict[str, nn.Module]:
         slots: dict[str, nn.Module] = {name: nn.Identity() for name in self.held}
-        return {**super().pass_parts(is_last), "router": DepthRouter(self.cfg), "remembered": Remembered(), **slots}
+        return {**super().pass_parts(is_last), **slots, "side_by_side": SideBySide()}
 
     def place(self, ends: nn.Module, p: Pass) -> None:
         """Tell the modules of a pass which one it is; tokens are routed before the first."""
@@ -172,7 +185,7 @@ class TokenChoice(Repeat):
 
 def mixed(parts: Parts, shares: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> Tensor:
     """The sum of states, each times its share of every position, [batch, pos, 1], which hooks see side by side."""
-    mix = parts("hook_mix", torch.cat(shares, dim=-1))
+    mix = parts("hook_mix", parts("side_by_side", *shares))
     found = torch.zeros_like(states[0])
     for share, state in zip(mix.expand(*mix.shape[:-1], len(states)).split(1, dim=-1), states, strict=True):
         found = found + share * state
@@ -235,8 +248,7 @@ class ExpertChoice(TokenChoice):
 
     def pass_parts(self, is_last: bool) -> dict[str, nn.Module]:
         """The modules of one pass."""
-        slots: dict[str, nn.Module] = {name: nn.Identity() for name in self.held}
-        return {**Repeat.pass_parts(self, is_last), "router": KeepRouter(self.cfg), **slots}
+        return {**self._slots(is_last), "router": KeepRouter(self.cfg)}
 
     def place(self, ends: nn.Module, p: Pass) -> None:
         """Tell the modules of a pass which one it is."""
