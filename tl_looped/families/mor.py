@@ -9,7 +9,8 @@ share of the text, as `options["capacity"]` says. A token that is kept has what 
 the router's weight. Recursions share their MLPs and norms, but not their attention. Which tokens are kept depends on the whole
 text, later positions included: a text cannot be run piece by piece with a key-value cache (generate with
 `use_past_kv_cache=False`, which runs the text anew for every token), and the logits of a prefix are others than those of
-the same positions in a longer text. Padding is never kept, and does not count in the share.
+the same positions in a longer text. The loss of a text is that of the training: what is kept depends on the tokens that are to
+be predicted, too. Padding is never kept, and does not count in the share.
 
 `loops.{t}.hook_active` is 1 where recursion `t` runs a token; elsewhere the activations of its layers are zero (see
 `tl_looped.model.routing`). `hook_mix` holds how the state is made that leaves: the shares of what the layers return, of the
