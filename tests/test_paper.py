@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import with_words
 from test_results import same
-from zoo import SMALL, random_bridge, random_tokens
+from zoo import GOLDEN, SMALL, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError, analysis
 from tl_looped.cli import main
@@ -108,6 +108,13 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert same(stopped.findings, whole.findings) and stopped.page.read_text() == whole.page.read_text()
     with pytest.raises(LoopedError, match="n_loops=4, not 5"):
         paper(bridge, PROMPTS, out=tmp_path / "stopped", n_loops=5, **QUIET)
+
+
+def test_a_model_that_cannot_loop_farther_is_looped_as_far_as_it_can(tmp_path: Path) -> None:
+    bridge = LoopedBridge.from_pretrained(GOLDEN / "llama_rrt", device="cpu")
+    found = made(bridge, [prompt % bridge.cfg.d_vocab for prompt in PROMPTS], out=tmp_path, n_loops=9, **QUIET)
+    assert found.findings.parts["fixed_points"].reference == bridge.n_loops - 1
+    assert f"Looped {bridge.n_loops} times and not 9: " in found.page.read_text()
 
 
 def test_two_processes_make_the_page_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,9 +123,8 @@ def paper(
     if not given:
         raise LoopedError("paper was asked of no prompts; pass at least one.")
     check_directory(place)
-    if model.lacks("other depths") is not None:
-        n_loops = model.n_loops  # the page says so
-    _claim(place, _asked(model, given, n_loops, feed_forward is not None))
+    n_loops, notes = _depth(model, n_loops)
+    _claim(place, _asked(model, given, n_loops, feed_forward is not None, notes))
 
     def over(name: str, measure: Any, of: Hooked, items: list[Any], size: int = 1) -> None:
         analyze({name: measure}, of, items, out=place / "parts" / name, shard=shard, batch_size=size, verbose=verbose)
@@ -215,13 +214,22 @@ def _written(place: Path, findings: Findings, asked: Asked, failed: tuple[tuple[
     return Paper(findings, rows, page, failed)
 
 
-def _asked(model: Looped, prompts: list[Any], n_loops: int, beside: bool) -> Asked:
-    first, notes = prompts[0], list[str]()
+def _depth(model: Looped, n_loops: int) -> tuple[int, list[str]]:
+    """How far a model can be looped, and why no farther."""
+    if n_loops <= model.n_loops:
+        return n_loops, []
+    try:
+        model.unroll(model.n_loops + 1)  # what one loop more is refused for, all are
+    except LoopedError as error:
+        return model.n_loops, [f"Looped {model.n_loops} times and not {n_loops}: {error}"]
+    return n_loops, []
+
+
+def _asked(model: Looped, prompts: list[Any], n_loops: int, beside: bool, notes: list[str]) -> Asked:
+    first = prompts[0]
     text = first if isinstance(first, str) else ", ".join(map(str, first.flatten().tolist()))
     if (why := model.lacks("equal loops")) is not None:
         notes.append(f"Fixed points are those of one map applied again, but {why}")
-    if (why := model.lacks("other depths")) is not None:
-        notes.append(f"All numbers of loops are the model's own: {why}")
     return Asked(
         str(model.cfg.model_name),
         model.schedule.describe(),
