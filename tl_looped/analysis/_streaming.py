@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._together import stacked
 from ..errors import LoopedError
 from ..looped import Hooked, Looped, check_model, require
 from ..record import InitialState, rehearsal
@@ -188,7 +189,7 @@ def check_finite(values: Float[Tensor, ...], name: str) -> None:
 def by_layer(cells: Mapping[tuple[int, int], Tensor], name: str, *axes: str) -> Estimate:
     """Numbers [batch, ...] of every (loop, layer) as one estimate; `axes` are those after the batch."""
     loops, layers = (sorted({at[k] for at in cells}) for k in range(2))
-    values = torch.stack([torch.stack([cells[t, j] for j in layers], 1) for t in loops], 1)
+    values = stacked((stacked((cells[t, j] for j in layers), 1) for t in loops), 1)
     labels = {"loop": loops, "layer": layers} | {a: list(range(n)) for a, n in zip(axes, values.shape[3:], strict=True)}
     return Estimate.of(values.cpu(), tuple(labels), labels, name)
 

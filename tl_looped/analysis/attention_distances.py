@@ -95,7 +95,7 @@ class AttentionDistancesMeasure:
 
             def keep(i: int, pattern: Tensor, parts: list[tuple[int, slice, slice]] = parts) -> None:
                 for head, there, here in parts:
-                    held[:, i, here] = pattern[:, head].flatten(1)[:, cells[there]]
+                    held[:, i, here] = pattern[:, head].flatten(1).to(held.device)[:, cells[there]]
 
             state = self.initial_state if first + chunk >= n_cells else rehearsal(self.initial_state)
             yield Look(hooks, keep, schedule.n_layers, state)

@@ -206,7 +206,7 @@ class ExitStepsMeasure:
                 "loss": -log_probs.gather(-1, wanted[..., None])[..., 0].double(),
             }
             for k, policy in enumerate(self.policies.values()):
-                leaves = torch.ones_like(tokens, dtype=torch.bool) if loop == n_loops - 1 else policy(history)
+                leaves = torch.ones_like(tokens, dtype=torch.bool) if loop == n_loops - 1 else policy(history).to(passes.device)
                 leaves = leaves & (passes[k] == 0)
                 passes[k] = passes[k].masked_fill(leaves, loop + 1)
                 for name in names:

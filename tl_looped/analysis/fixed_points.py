@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._old_calls import accepts_old
 from .._precision import wide
+from .._together import stacked
 from ..errors import LoopedError
 from ..looped import Looped, at_depth, check_model
 from ..panels import GroupBy, Panel, grouped
@@ -197,7 +198,7 @@ class FixedPointsMeasure:
         found = yield from compare_loops(model, passes[-1], shown, self.initial_state, compare)
         resid, pattern = found[RESID], found.get(PATTERN)
         layers, states = list(range(shown[0].n_layers)), resid.reference.values()
-        between = torch.stack([self._compare(a, b)["cosine"] for a in states for b in states], 1)
+        between = stacked((self._compare(a, b.to(a.device))["cosine"] for a in states for b in states), 1)
         between = between.unflatten(1, (len(layers), len(layers))).cpu()
         others = between.masked_fill(torch.eye(len(layers), dtype=torch.bool, device="cpu"), torch.inf)
         lowest = torch.stack([others[:, 0].amin(-1), others.amin((-2, -1))], 1)

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._precision import wide
+from .._together import stacked
 from ..errors import LoopedError
 from ..looped import Looped, at_depth, check_model
 from ..panels import Panel
@@ -304,7 +305,7 @@ class LimitingBehaviourMeasure:
         def step(hook: str, at: At, before: Tensor, value: Tensor) -> None:
             loop, layer = at
             short = (wide(value) - wide(before)).norm(dim=-1) < self.settle
-            settled[layer] = settled[layer].where(settled[layer].isfinite() | ~short, float(loop))
+            settled[layer] = settled[layer].where(settled[layer].isfinite() | ~short.to(settled.device), float(loop))
 
         def measure(hook: str, at: At, value: Tensor, end: Tensor) -> None:
             also(at, value)
@@ -317,7 +318,7 @@ class LimitingBehaviourMeasure:
         yield from run_twice(model, ["hook_resid_post"], passes, passes[-1], self.initial_state, step, measure)
         cosines, settled = signal.cpu(), settled.cpu()
         labels = torch.stack([self.rule.classify(cosines[:, layer]) for layer in range(n_layers)])
-        power = torch.stack([waves[j].share() for j in range(n_layers)]).cpu()
+        power = stacked(waves[j].share() for j in range(n_layers)).cpu()
         kept = cosines if self.keep_signal else None
         return [
             TokenBehaviour(labels[:, b], power[:, b], settled[:, b], None if kept is None else kept[:, :, b])

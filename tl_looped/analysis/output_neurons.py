@@ -49,7 +49,7 @@ def output_neurons(model: Hooked, *, kurtosis: float = 10.0) -> Grid:
     for i in layers.values():
         block = parts.blocks[i]
         writes = block.mlp.W_out.detach().float()
-        writes = writes * _weight(block, "ln2_post", writes)
+        writes = (writes * _weight(block, "ln2_post", writes)).to(unembed.device)
         prediction = suppression = 0
         for some in writes.split(256):  # [neuron, d_model]; a block of neurons at a time has all the vocabulary
             x = some @ unembed
@@ -67,4 +67,4 @@ def output_neurons(model: Hooked, *, kurtosis: float = 10.0) -> Grid:
 def _weight(owner: Any, norm: str, like: Tensor) -> Tensor:
     """The weight of a norm, or 1 for every direction."""
     weight = getattr(getattr(owner, norm, None), "weight", None)
-    return like.new_ones(1) if not isinstance(weight, Tensor) else weight.detach().float()
+    return like.new_ones(1) if not isinstance(weight, Tensor) else weight.detach().to(like.device).float()

@@ -291,7 +291,7 @@ class Paths:
         """The gradient of the metric by a stream, through each receiver that reads it, [receiver, batch, pos, d_model]."""
         rows = []
         for receiver in [r for r in self.receivers.values() if r.stream == at.stream]:
-            gradient = self.gradients[receiver.hook]
+            gradient = self.gradients[receiver.hook].to(self.like.device)
             if receiver.head is not None:
                 gradient = gradient[..., receiver.head, :] @ self._weight(receiver)
             rows.append(self._norm(receiver, at.of_run).pull_back(gradient))
@@ -301,12 +301,12 @@ class Paths:
         """The hook that adds a change of the stream to what a receiver reads."""
         change = self._norm(receiver, at.of_run).exactly(change)
         if receiver.head is None:
-            return receiver.hook, lambda x, hook: (wide(x) + change).to(x.dtype)
+            return receiver.hook, lambda x, hook: (wide(x) + change.to(x.device)).to(x.dtype)
         change = change @ self._weight(receiver).T
 
         def add(x: Tensor, hook: Any) -> Tensor:
             x = x.clone()
-            x[..., receiver.head, :] = (wide(x[..., receiver.head, :]) + change).to(x.dtype)
+            x[..., receiver.head, :] = (wide(x[..., receiver.head, :]) + change.to(x.device)).to(x.dtype)
             return x
 
         return receiver.hook, add

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from .._old_calls import accepts_old
 from .._precision import wide
+from .._together import stacked
 from ..errors import LoopedError
 from ..looped import Cache, Looped
 from ..patching.clean_run import Comparison, Metric, clean_at
@@ -100,7 +100,7 @@ def attribution_sweep(
         score = _summed((pair.clean(n, corrupted[n]) - wide(corrupted[n])) * gradients[n], dims, kept)
         cells[key] = cells[key] + score if key in cells else score
     swept = tuple(axis for axis in outer if axis in axes)
-    values, labels = laid_out(torch.stack(list(cells.values())), list(cells), swept)
+    values, labels = laid_out(stacked(cells.values()), list(cells), swept)
     wanted = tuple(axes) + (("example",) if pair.per_example else ())
     values = values.permute([(*swept, *kept).index(axis) for axis in wanted])
     sizes = dict(zip(wanted, values.shape, strict=True))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .._old_calls import accepts_old
+from .._together import joined
 from ..errors import LoopedError
 from ..looped import Looped, check_model, require, stopping
 from ..metrics import RowMetric
@@ -154,7 +155,7 @@ def influence(
     def by_loop(tokens: Tensor) -> Float[Tensor, "loop weight"]:
         metric = None if loss_fn is None else partial(_loss_of, loss_fn, tokens)
         gradients = weight_gradients_by_pass(model, tokens, metric)
-        return torch.cat([g.flatten(1) for name, g in gradients.items() if name.startswith(kept)], dim=1)
+        return joined((g.flatten(1) for name, g in gradients.items() if name.startswith(kept)), dim=1)
 
     queries = [by_loop(row[None])[chosen] for row in query_tokens]
     rows = []

@@ -124,7 +124,9 @@ class LoopedCache(ResidualCache):
         rows = as_slice(batch_slice)
         if has_batch_dim and residual_stack.ndim == 4 and rows.mode != "int":
             _check_which_axis(tokens, rows.apply(residual_stack, dim=1).shape[1], residual_stack.shape[2])
-        return super().logit_attrs(residual_stack, tokens, incorrect_tokens, pos_slice, batch_slice, has_batch_dim)
+        stack = residual_stack.to(self.model.plain.unembed.weight.device)
+        found = super().logit_attrs(stack, tokens, incorrect_tokens, pos_slice, batch_slice, has_batch_dim)
+        return found.to(residual_stack.device)
 
     @accepts_old("unit", "positions", "injections", pos="positions")
     def attribute_logits(

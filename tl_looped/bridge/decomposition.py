@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .._together import joined
 from ..errors import LoopedError, UnknownNameError
 from ..looped import require
 from ..model import LoopedModel
@@ -63,7 +64,7 @@ class Fan:
 def has_own_state(model: LoopedModel, cache: Any) -> bool:
     """Whether the first pass of a run starts from a state that is not the embedding."""
     state, before = model.loop.state_before
-    return model.cfg.initial_state != "embedding" or not torch.equal(cache[state], cache[before])
+    return model.cfg.initial_state != "embedding" or not torch.equal(cache[state], cache[before].to(cache[state].device))
 
 
 def walk(
@@ -152,7 +153,7 @@ def check_activations(cache: Any) -> None:
     if cache.cache_dict and all(name.endswith("_grad") for name in cache.cache_dict):
         raise gradients_instead(", ".join(list(cache.cache_dict)[:3]))
     scales = [value.flatten() for name, value in cache.cache_dict.items() if name.endswith("hook_scale")]
-    if scales and bool((torch.cat(scales) <= 0).any()):
+    if scales and bool((joined(scales) <= 0).any()):
         raise gradients_instead("norms with scales that are not positive")
 
 
@@ -175,6 +176,7 @@ class Reader:
         self.positions: Any = positions
         self.bridge: Any = cache.model
         self.model: LoopedModel = self.bridge.plain
+        self.device: Any = cache["hook_embed"].device if "hook_embed" in cache else None  # where layers' activations meet
         cache.check_weights("a decomposition")
 
     def get(self, name: str, dim: int = -2) -> Tensor:
@@ -183,7 +185,7 @@ class Reader:
 
     def _everywhere(self, name: str, dim: int) -> Tensor:
         """A cached tensor at all positions, in fp32 or wider, without gradient."""
-        value = self.cache[name].detach()
+        value = self.cache[name].detach().to(self.device)
         if behind := self.behind(name):  # by the position that reads it in the end
             edge = value.narrow(dim, 0, min(behind, value.shape[dim]))
             edge = torch.ones_like(edge) if name.endswith("hook_scale") else torch.zeros_like(edge)
@@ -316,7 +318,7 @@ class Decomposition(Reader):
         if self.point not in self.cache:
             return
         try:
-            check_sum(total, self.positions.apply(self.cache[self.point].detach(), dim=-2), self.point)
+            check_sum(total, self.positions.apply(self.cache[self.point].detach().to(total.device), dim=-2), self.point)
         except LoopedError as error:
             if not self.model.loop.lag:
                 raise

@@ -119,7 +119,7 @@ class DirectPaths:
 
     def check(self, hook: str, total: Tensor) -> None:
         """Refuse a run in which the input of a component, after its norm, is no sum of what components wrote."""
-        check_sum(total, self.cache[hook], f"the input of {self.model.schedule.loop_name(hook)}")
+        check_sum(total, self.cache[hook].to(total.device), f"the input of {self.model.schedule.loop_name(hook)}")
 
     def projection(self, layer: int, letter: str, head: int) -> Float[Tensor, "d_head d_model"]:
         """The weights by which one head reads.

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .._together import stacked
 from ..errors import LoopedError
 from ..model import LoopedModel
 from ..model.config import LoopedConfig
@@ -38,7 +39,7 @@ class Fingerprint:
     def of(cls, model: LoopedModel) -> Fingerprint:
         """The fingerprint of the weights that a model has now."""
         parameters = model.canonical_parameters()
-        sums = torch.stack([_weighted_sum(parameter.detach()) for parameter in parameters.values()])
+        sums = stacked(_weighted_sum(parameter.detach()) for parameter in parameters.values())
         return cls(model.cfg, {name: parameter.dtype for name, parameter in parameters.items()}, sums)
 
     def difference(self, other: Fingerprint) -> str | None:

@@ -65,6 +65,7 @@ class LoopedBridge(InMemory, AskedBridge):
         cfg = bridge_config(model.cfg, model_name)
         parameter = model.embed.weight
         cfg.dtype, cfg.device = parameter.dtype, str(parameter.device)
+        cfg.n_devices = len(set(model.device_map.values()))
         adapter = LoopedArchitectureAdapter(cfg, model)
         self.__dict__["looped_cfg"] = model.cfg
         self.__dict__["_hook_dict"] = (None, {})
@@ -81,6 +82,8 @@ class LoopedBridge(InMemory, AskedBridge):
         revision: str | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        device_map: checkpoints.DeviceMap | None = None,
+        max_memory: checkpoints.MaxMemory | None = None,
         tokenizer: Any = None,
     ) -> LoopedBridge:
         """Load a looped checkpoint.
@@ -93,10 +96,17 @@ class LoopedBridge(InMemory, AskedBridge):
             revision: branch, tag or commit on the Hub.
             device: None for CUDA where there is one, else the CPU.
             dtype: None for the one the checkpoint is stored in.
+            device_map: instead of `device`, for a model on several: "auto" or "balanced" spreads it over the accelerators, and
+                over the CPU what they cannot hold; or the device of every part, as in {"": 0, "core": 1}, whose names
+                `model.device_map` has. Tokens go to the device of the embedding, `cfg.device`, and logits come back to it;
+                activations lie where their layer does.
+            max_memory: what each device may hold of a plan, as in {0: "20GiB", 1: "20GiB", "cpu": "60GiB"}; None for what is
+                free, nearly all of which weights may then take.
             tokenizer: None for the checkpoint's own, if it has one.
 
         Raises:
             CheckpointError: not found, not a looped checkpoint, or tensors and config that do not fit.
+            LoopedError: devices that cannot be used, or cannot hold the model.
 
         Example:
             >>> from tl_looped import LoopedBridge
@@ -105,8 +115,10 @@ class LoopedBridge(InMemory, AskedBridge):
             'c'
         """
         checkpoint = checkpoints.open_checkpoint(name_or_dir, revision)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = checkpoints.load_model(checkpoint, device=device, dtype=dtype, n_loops=n_loops, l_cycles=l_cycles)
+        if device is None and device_map is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        where: dict[str, Any] = {"device": device, "device_map": device_map, "max_memory": max_memory}
+        model = checkpoints.load_model(checkpoint, dtype=dtype, n_loops=n_loops, l_cycles=l_cycles, **where)
         if tokenizer is None and checkpoint.path is not None:
             tokenizer = checkpoints.load_tokenizer(checkpoint.path)
             checkpoint.check_unchanged()
@@ -116,7 +128,14 @@ class LoopedBridge(InMemory, AskedBridge):
 
     @classmethod
     def from_hf(
-        cls, hf_model: nn.Module, *, tokenizer: Any = None, n_loops: int | None = None, l_cycles: int | None = None
+        cls,
+        hf_model: nn.Module,
+        *,
+        tokenizer: Any = None,
+        n_loops: int | None = None,
+        l_cycles: int | None = None,
+        device_map: checkpoints.DeviceMap | None = None,
+        max_memory: checkpoints.MaxMemory | None = None,
     ) -> LoopedBridge:
         """Make a bridge from an instantiated looped model: its config and its weights, whose memory is shared.
 
@@ -125,10 +144,13 @@ class LoopedBridge(InMemory, AskedBridge):
             tokenizer: its tokenizer.
             n_loops: how often to loop; None for what the config says.
             l_cycles: L cycles per H cycle (HRM-Text).
+            device_map: as in `from_pretrained`; None to leave every tensor where it is, which may be on several devices too.
+            max_memory: as in `from_pretrained`.
 
         Raises:
             CheckpointError: the model is of no known looped family.
-            LoopedError: it has no config, or a TransformerBridge has wrapped it.
+            LoopedError: it has no config, or a TransformerBridge has wrapped it; it is offloaded; a layer of it lies on several
+                devices.
 
         Example:
             >>> from transformers import HrmTextConfig, HrmTextForCausalLM
@@ -140,7 +162,8 @@ class LoopedBridge(InMemory, AskedBridge):
             '2 loops over stacks L (3 x per loop) and H of 1 layer, 0 prelude and 0 coda layers: 8 virtual layers'
         """
         checkpoint = _in_memory(hf_model)
-        model = checkpoints.load_model(checkpoint, n_loops=n_loops, l_cycles=l_cycles)
+        where: dict[str, Any] = {"device_map": device_map, "max_memory": max_memory}
+        model = checkpoints.load_model(checkpoint, n_loops=n_loops, l_cycles=l_cycles, **where)
         bridge = cls(model, tokenizer, type(hf_model).__name__)
         bridge.made_for = model.cfg.n_loops if n_loops is None else checkpoints.make_plan(checkpoint).cfg.n_loops
         return bridge
@@ -363,4 +386,10 @@ def _in_memory(hf_model: nn.Module) -> checkpoints.MemoryCheckpoint:
         raise LoopedError(
             f"a {type(hf_model).__name__} without a config was given; pass a model that has one, as in transformers."
         )
-    return checkpoints.MemoryCheckpoint({"_class_name": type(config).__name__, **values}, hf_model.state_dict())
+    tensors = hf_model.state_dict()
+    if away := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise LoopedError(
+            f"a {type(hf_model).__name__} was given that has no values here for {away[0]}: it is offloaded, or was made on the "
+            "meta device. Load it without offloading, or its checkpoint with LoopedBridge.from_pretrained(device_map=)."
+        )
+    return checkpoints.MemoryCheckpoint({"_class_name": type(config).__name__, **values}, tensors)

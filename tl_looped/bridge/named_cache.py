@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens import ActivationCache
@@ -13,6 +12,7 @@ from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
 
 from .._old_calls import accepts_old
+from .._together import stacked
 from ..errors import LoopedError, UnknownNameError
 from ..kinds import plain
 from ..record import Run
@@ -152,13 +152,13 @@ class NamedCache(ActivationCache):
         chosen = schedule.select_loops(loops, looped)
         a_pass = schedule.pass_prefix(schedule.passes_of(0, looped)[0])
         if layer is None and f"{a_pass}.{_hook(name)}" in self.model.hook_dict:
-            return torch.stack([self.at(loop=loop, stack=looped)[name] for loop in chosen])
+            return stacked(self.at(loop=loop, stack=looped)[name] for loop in chosen)
         layers = range(schedule.stacks[looped]) if layer is None else [layer]
         rows = []
         for loop in chosen:
             cells = [self.at(loop, j, stack=looped)[name] for j in layers]
-            rows.append(cells[0] if layer is not None else torch.stack(cells))
-        return torch.stack(rows)
+            rows.append(cells[0] if layer is not None else stacked(cells))
+        return stacked(rows)
 
     def check_weights(self, what: str, model: Any = None) -> None:
         """Refuse to use weights beside these activations if others made them: those of the model, or of another."""

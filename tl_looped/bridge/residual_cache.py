@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.utilities.slice import Slice
 
+from .._together import stacked
 from ..errors import LoopedError
 from ..looped import require
+from ..model.devices import device_of
 from .decomposition import FINAL, REMAINDER, Decomposition, Reader, Write, branch_inputs, check_activations
 from .named_cache import NamedCache, as_slice
 
@@ -132,11 +134,24 @@ class ResidualCache(NamedCache):
             layers = range(self.model.cfg.n_layers)
             every = [*(f"blocks.{i}.hook_resid_{where}" for i in layers for where in ("pre", "mid")), FINAL]
             names = [name for name in every[: every.index(point) + 1] if is_shown(name)]
-            stack = torch.stack([positions.apply(self[self._cached_stream(name)], dim=-2) for name in names])
+            stack = stacked(positions.apply(self[self._cached_stream(name)], dim=-2) for name in names)
         if not (carried or apply_ln):
             self._streams = [*(ref for ref in self._streams if ref() is not None), weakref.ref(stack)]
         labels = ["final" if name == FINAL else self.model.schedule.loop_name(name).replace("hook_", "") for name in names]
         return self._finish(asked, stack, labels, recompute_ln=not carried and point == FINAL)
+
+    def stack_activation(
+        self, activation_name: str, layer: int | None = -1, sublayer_type: str | None = None
+    ) -> Float[Tensor, "layer ..."]:
+        """One activation of the first layers, stacked, as in TransformerLens, on the device of the first.
+
+        Args:
+            activation_name: its short name.
+            layer: up to this virtual layer, exclusive; None or -1 for all.
+            sublayer_type: as in TransformerLens.
+        """
+        names = ((activation_name, i, sublayer_type) for i in range(self._layer(layer)))
+        return stacked(self[name] for name in names)
 
     def stack_head_results(
         self,
@@ -296,7 +311,9 @@ class ResidualCache(NamedCache):
                 raise LoopedError(
                     f"recompute_ln=True was asked at layer {asked.layer}, but it belongs to ln_final: pass layer=None."
                 )
-            return super().apply_ln_to_stack(stack, None, False, asked.pos_slice, batch_slice, has_batch_dim, True)
+            there = stack.to(device_of(self.model.plain.ln_final))
+            normed = super().apply_ln_to_stack(there, None, False, asked.pos_slice, batch_slice, has_batch_dim, True)
+            return normed.to(stack.device)
         rows = as_slice(batch_slice)
         stack = rows.apply(stack, dim=1) if has_batch_dim else stack
         name, owner = "ln_final", self.model.plain

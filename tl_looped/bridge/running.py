@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, TypeVar, cast, overload
@@ -319,7 +320,10 @@ class RunningBridge(GeneratingBridge):
         record = Run.of(self, input, kwargs)
         run: Any = super().run_with_cache
         arguments = (input, return_cache_object, remove_batch_dim, chosen, None, *args)
-        output, cache = without_leftovers(self, partial(run, *arguments, **kwargs))
+        with warnings.catch_warnings():
+            # It says that device= is ignored on several devices, where it acts as on one.
+            warnings.filterwarnings("ignore", r"run_with_cache\(device=.* ignored: model is dispatched")
+            output, cache = without_leftovers(self, partial(run, *arguments, **kwargs))
         if not return_cache_object:
             return output, cache
         cache.run, cache.attention_mask = record, mask

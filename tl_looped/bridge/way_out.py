@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._together import joined
 from ..looped import Lens
 from ..model import LoopedModel
+from ..model.devices import device_of
 from ..model.layers import Inputs
 from ..model.loops import Parts, Stream, run_part
 from ..record import InitialState
@@ -50,25 +52,28 @@ class WayOut:
         """
         schedule, weight = self.schedule, self.twin.unembed.weight
         shape = (len(cells), *positions.shape, self.twin.cfg.d_model)
-        hidden = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        chosen = (torch.arange(len(positions), device=weight.device)[:, None], positions.to(weight.device))
+        hidden = torch.empty(shape, dtype=weight.dtype, device=positions.device)
+        chosen = (torch.arange(len(positions), device=positions.device)[:, None], positions)
+
+        def put(row: int, x: Tensor) -> None:
+            hidden[row] = x.to(hidden.device)[chosen]
 
         waiting: list[tuple[int, Tensor]] = []  # states of many layers that take the whole coda
 
         def through_coda() -> None:
             if waiting:
-                out = self._out(torch.cat([x for _, x in waiting]), 0).split(len(self.tokens))
+                out = self._out(joined(x for _, x in waiting), 0).split(len(self.tokens))
                 for (row, _), x in zip(waiting, out, strict=True):
-                    hidden[row] = x[chosen]
+                    put(row, x)
                 waiting.clear()
 
         def decode(layer: int) -> Callable[..., None]:
             def hook(resid: Tensor, hook: object) -> None:
                 for row, (lens, i) in enumerate(cells):
                     if i == layer and lens == "logit":
-                        hidden[row] = self.twin.ln_final(resid)[chosen]
+                        put(row, self.twin.ln_final(resid.to(device_of(self.twin.ln_final))))
                     elif i == layer and schedule.site(i).stack == "coda":
-                        hidden[row] = self._out(resid, schedule.site(i).layer + 1)[chosen]
+                        put(row, self._out(resid, schedule.site(i).layer + 1))
                     elif i == layer:
                         waiting.append((row, self._into_coda(i, resid)))
                         if (len(waiting) + 1) * self.tokens.numel() > TOGETHER:
@@ -99,8 +104,8 @@ class WayOut:
         twin, cfg = self.twin, self.twin.cfg
         p = self.schedule.pass_of_layer(layer)
         # A state before the loop is read as if a pass had left it as it was.
-        carried = {"entered": resid} if p is None else dict(self.carried)
-        stack, x = cfg.schedule.core_stacks[-1] if p is None else p.stack, resid
+        carried = {"entered": resid.to(twin.home)} if p is None else dict(self.carried)
+        stack, x = cfg.schedule.core_stacks[-1] if p is None else p.stack, resid.to(twin.home)
         passes = cfg.schedule.passes
         for end in passes[cfg.schedule.passes_of("last", stack)[0].index :]:
             parts = Parts(twin, end, run_part)
@@ -112,7 +117,7 @@ class WayOut:
     def _out(self, x: Float[Tensor, "many_batches pos d_model"], first: int) -> Float[Tensor, "many_batches pos d_model"]:
         """From before layer `first` of the coda to the input of the unembedding."""
         x = self._layers(x, "coda", first)
-        return x if self.twin.cfg.pass_norm_is_final else self.twin.ln_final(x)
+        return self.twin.before_unembedding(x)
 
     def _layers(self, x: Tensor, stack: str, first: int) -> Tensor:
         """The last layers of the twin, from layer `first` of a stack on."""
@@ -132,7 +137,8 @@ class WayOut:
             start: the first token of the block.
             width: how many tokens.
         """
-        logits = F.linear(x, self.twin.unembed.weight[start : start + width])
+        weight = self.twin.unembed.weight
+        logits = F.linear(x.to(weight.device), weight[start : start + width]).to(x.device)
         cap = self.twin.cfg.logit_softcap
         logits = logits if cap is None else cap * torch.tanh(logits / cap)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -6,12 +6,13 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..errors import LoopedError
 from ..model.layers import each_module
 from ..model.undo import Snapshot, undone, whole
 from .names import NamedBridge
@@ -43,7 +44,17 @@ class WeightsBridge(NamedBridge):
             *args: as in `torch.nn.Module.to`.
             print_details: say where the model is now.
             **kwargs: as in `torch.nn.Module.to`.
+
+        Raises:
+            LoopedError: the model lies on several devices, and is to be moved to one.
         """
+        device = cast(Any, torch._C)._nn._parse_to(*args, **kwargs)[0]
+        if device is not None and self.cfg.n_devices > 1:
+            places = ", ".join(sorted({str(place) for place in self.device_map.values()}))
+            raise LoopedError(
+                f"to({str(device)!r}) was asked, but this model was loaded on several devices ({places}), where it stays; "
+                "load it with device= instead of device_map=. Its dtype can be changed: to(torch.bfloat16)."
+            )
         nn.Module.to(self, *args, **kwargs)
         if print_details:
             print(f"Model on {self.cfg.device} in {self.cfg.dtype}")
@@ -66,6 +77,18 @@ class WeightsBridge(NamedBridge):
             remove_duplicate: each once; many stand in several places.
         """
         return each_module(self) if remove_duplicate else super().modules(remove_duplicate)
+
+    @property
+    def device_map(self) -> dict[str, torch.device]:
+        """Where every part of the model lies, by its name: "embed", "core.0", "ln_final", ...
+
+        Example:
+            >>> from tl_looped import LoopedBridge, LoopedConfig
+            >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
+            >>> list(model.device_map)
+            ['embed', 'core.0', 'core.1', 'ln_final', 'unembed']
+        """
+        return self.plain.device_map
 
     @property
     def core_weights(self) -> dict[str, nn.Parameter]:

@@ -2,6 +2,7 @@
 
 from .load import load_model, stored_dtype
 from .open import Checkpoint, MemoryCheckpoint, open_checkpoint
+from .placement import DeviceMap, MaxMemory
 from .plan import Plan, make_plan
 from .save import save_model
 from .tokenizer import load_tokenizer
@@ -10,6 +11,8 @@ __all__ = [
     "Checkpoint",
     "MemoryCheckpoint",
     "open_checkpoint",
+    "DeviceMap",
+    "MaxMemory",
     "Plan",
     "make_plan",
     "load_model",

@@ -15,6 +15,7 @@ from ..families import Computed, Source
 from ..model import LoopedModel
 from ..model.config import LoopedConfig
 from .open import Checkpoint
+from .placement import DeviceMap, MaxMemory, place, usable
 from .plan import check_depth, make_plan, stored
 
 _SHOW_PROGRESS_FROM = 1_000_000_000  # bytes
@@ -29,6 +30,8 @@ def load_model(
     n_loops: int | None = None,
     l_cycles: int | None = None,
     cfg: LoopedConfig | None = None,
+    device_map: DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
 ) -> LoopedModel:
     """Build the model of a checkpoint and read its parameters, one after the other, straight to where they belong.
 
@@ -39,12 +42,18 @@ def load_model(
         n_loops: how often the looped stack runs, instead of what the checkpoint says.
         l_cycles: runs of the L stack per loop (HRM-Text).
         cfg: what the checkpoint computes, where its config.json does not say it (looped layers of an ordinary decoder).
+        device_map: "auto" or "balanced", or the device of every part, instead of one device for all.
+        max_memory: what every device may hold under such a plan, as accelerate takes it.
 
     Raises:
         CheckpointError: config.json, names, shapes or values that do not fit together.
-        LoopedError: `n_loops`, `l_cycles` or `dtype` that this model cannot have.
+        LoopedError: `n_loops`, `l_cycles` or `dtype` that this model cannot have; devices that cannot be used.
     """
-    device, is_given = _usable(device), cfg is not None
+    if device is not None and device_map is not None:
+        raise LoopedError(f"device={device!r} and device_map={device_map!r} were given; each says where everything goes.")
+    if max_memory is not None and device_map is None:
+        raise LoopedError('max_memory was given without a plan that it limits; pass device_map="auto" too.')
+    one, is_given = None if device is None else usable(device, f"device={device!r}"), cfg is not None
     family, cfg, sources = make_plan(checkpoint, n_loops=n_loops, l_cycles=l_cycles, cfg=cfg)
     if not is_given:
         check_depth(checkpoint, cfg, n_loops, l_cycles)
@@ -54,9 +63,11 @@ def load_model(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise LoopedError(f"dtype={dtype!r} was asked; pass a floating-point torch.dtype such as torch.bfloat16.")
     empty = {name: (sources[name], tuple(parameter.shape)) for name, parameter in model.canonical_parameters().items()}
+    shapes = {name: shape for name, (_, shape) in empty.items()}
+    places = dict.fromkeys(shapes, one) if device_map is None else place(cfg, shapes, device_map, dtype, max_memory)
     # All memory for tensors to convert is taken before the first is read: taken in between, it would leave gaps in the heap.
     converted = {
-        name: torch.empty(shape, dtype=dtype, device=device or checkpoint.devices[source.name])
+        name: torch.empty(shape, dtype=dtype, device=places[name] or checkpoint.devices[source.name])
         for name, (source, shape) in empty.items()
         if isinstance(source, Source) and checkpoint.dtypes[source.name] != dtype
     }
@@ -67,11 +78,11 @@ def load_model(
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading", disable=total < _SHOW_PROGRESS_FROM) as bar:
         for name, (source, shape) in empty.items():
             if isinstance(source, Computed):
-                tensor = _compute(checkpoint, source, name, shape, device, dtype)
+                tensor = _compute(checkpoint, source, name, shape, places[name], dtype)
             elif name in converted:
                 tensor = _convert(checkpoint, source.name, source.first * math.prod(shape[1:]), converted.pop(name))
             else:
-                tensor = checkpoint.read(source.name, source.first * math.prod(shape[1:]), shape).to(device)
+                tensor = checkpoint.read(source.name, source.first * math.prod(shape[1:]), shape).to(places[name])
             if not all(bool(end.isfinite()) for end in tensor.aminmax()):
                 broken += stored(source)
             model.set_parameter(name, nn.Parameter(tensor))
@@ -83,6 +94,7 @@ def load_model(
         )
     if cfg.tied:
         _check_tied_copies(checkpoint, family.TIED)
+    _ = model.device_map  # refuses a layer that lies on several devices
     return model.eval()
 
 
@@ -106,6 +118,7 @@ def _compute(
     dtype: torch.dtype,
 ) -> Tensor:
     """A parameter that is computed from stored tensors, converted first: a reference computes in the dtype it runs in."""
+    device = device or checkpoint.devices[next(iter(source.stored))]
     tensor = source.compute(*(checkpoint.read(name).to(device, dtype) for name in source.stored)).contiguous()
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise CheckpointError(
@@ -121,20 +134,6 @@ def _convert(checkpoint: Checkpoint, name: str, start: int, out: Tensor) -> Tens
         count = min(_BUFFER, out.numel() - at)
         out.view(-1)[at : at + count] = checkpoint.read(name, start + at, (count,))
     return out
-
-
-def _usable(device: torch.device | str | None) -> torch.device | None:
-    """The device to load to; CUDA where there is one is the bridge's choice, not this function's."""
-    if device is None:
-        return None
-    try:
-        asked = torch.device(device)
-        torch.empty(0, device=asked)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise LoopedError(f"device={device!r} was asked, which cannot be used here ({error}). Choose another.") from error
-    if asked.type == "meta":
-        raise LoopedError("device='meta' holds no values; choose a device to compute on.")
-    return asked
 
 
 def _check_tied_copies(checkpoint: Checkpoint, copies: tuple[str, str]) -> None:

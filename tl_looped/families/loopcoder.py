@@ -168,7 +168,8 @@ class Shifted(nn.Module):
         before = F.pad(text, (0, 0, 1, 0))[:, -1 - n_new : -1]
         kept = torch.arange(past, past + n_new, device=state.device)[None, :, None] > 0
         if real is not None:
-            kept = kept & F.pad(real, (1, 0))[:, past : past + n_new, None].repeat(len(state) // len(real), 1, 1)
+            before_is_real = F.pad(real.to(state.device), (1, 0))[:, past : past + n_new, None]
+            kept = kept & before_is_real.repeat(len(state) // len(real), 1, 1)
         kept = observe(self.hook_kept, kept.to(state.dtype).expand(*state.shape[:2], 1))
         embed_scale, state_scale = self.scales
         return embed_scale * embed + state_scale * observe(self.hook_shifted, kept * before)

@@ -20,6 +20,7 @@ from ..errors import LoopedError
 from ..exits import ExitPolicy, LoopHistory
 from ..record import InitialState
 from ..schedule import Pass
+from .devices import Carried
 from .inputs import masks_of, positions_of
 from .layers import Inputs
 from .loops import Parts, run_part
@@ -75,18 +76,19 @@ class EarlyExit:
             if value is not None:
                 self._grow(key, value)
         inputs = self._inputs_from(past)
-        inputs.carried = carried = {}
+        inputs.carried = carried = Carried()
         for i in range(schedule.n_prelude):
-            x = model.blocks[i](x, inputs)
+            x = model.layer(i, x, inputs)
         carried |= model.begin(x, initial_state, self._kept["positions"][:, past:])
         for name, value in carried.items():
             self._grow(name, value)
         self.n_full += x.shape[0] * x.shape[1] * len(schedule.passes)
 
         history = LoopHistory([], [], cache(lambda loop: self._readout(loop, history.loop)))
-        waiting = torch.ones(len(x), dtype=torch.bool, device=x.device) if self.alive is None else self.alive.clone()
-        passes = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        logits = x.new_zeros(len(x), model.cfg.d_vocab)
+        at = self._kept["positions"].device
+        waiting = torch.ones(len(x), dtype=torch.bool, device=at) if self.alive is None else self.alive.to(at, copy=True)
+        passes = torch.zeros(len(x), dtype=torch.long, device=at)
+        logits = x.new_zeros(len(x), model.cfg.d_vocab, device=at)
         latest: dict[str, Any] = {name: name for name in carried}  # under which keys what is carried now is kept
         for p in schedule.passes:
             entered, exit_logit = self._run_pass(p, latest)
@@ -97,7 +99,7 @@ class EarlyExit:
             history.states.append(self._kept[latest[p.stack]][:, -1])
             if exit_logit is not None:
                 history.exit_logits.append(exit_logit[:, -1])
-            leaving = waiting if schedule.is_last(p) else waiting & self.policy(history).to(x.device)
+            leaving = waiting if schedule.is_last(p) else waiting & self.policy(history).to(at)
             if bool(leaving.any()):
                 logits = torch.where(leaving[:, None], history.readout(p.loop), logits)
                 passes = passes.masked_fill(leaving, p.loop + 1)
@@ -113,11 +115,11 @@ class EarlyExit:
         parts, inputs = Parts(model, p, run_part), self._inputs_from(start)
         whole = model.loop.is_whole
         before = {name: self._kept[key] if whole(name) else self._kept[key][:, start:] for name, key in latest.items()}
-        inputs.carried = carried = dict(before)
+        inputs.carried = carried = Carried(before, model.home)
         x = model.loop.enter(parts, p, carried)
         entered = carried["entered"]
         for i in p.layers:
-            x = model.blocks[i](x, inputs)
+            x = model.layer(i, x, inputs)
         self.n_computed += x.shape[0] * x.shape[1]
         model.loop.leave(parts, p, x, carried)
         for name, value in carried.items():
@@ -137,7 +139,7 @@ class EarlyExit:
         start = self._n_read.get(loop, 0) if coda else self._length("positions") - 1
         p = model.cfg.schedule.pass_of_loop(loop)
         kept = {name: key for name, key in self._after[p.index].items() if not model.loop.is_whole(name)}
-        carried = {name: self._kept[key][:, start:] for name, key in kept.items()}
+        carried = Carried({name: self._kept[key][:, start:] for name, key in kept.items()}, model.home)
         parts = Parts(model, None, run_part)
         x = model.loop.finish(parts, p, carried)
         if coda:
@@ -148,7 +150,7 @@ class EarlyExit:
                 inputs = replace(inputs, cache=_Shifted(self.key_values, loop * len(coda)))
                 inputs.enter()
             for i in coda:
-                x = model.blocks[i](x, inputs)
+                x = model.layer(i, x, inputs)
         return model._logits(model.loop.read(parts, x, carried)[:, -1:])[:, 0]
 
     def _inputs_from(self, start: int) -> Inputs:

@@ -91,4 +91,4 @@ def initial_state(
         if noise.cfg.noise == "truncated":  # the published code of these families draws twice
             torch.randn(like.shape, generator=asked, dtype=like.dtype, device=like.device)
         return random_normal(torch.empty_like(like), noise.cfg, asked)
-    return noise(DEFAULT_SEED if asked is None else asked, position_ids).to(like.dtype)
+    return noise(DEFAULT_SEED if asked is None else asked, position_ids).to(like.device, like.dtype)

@@ -57,7 +57,7 @@ def positions_of(cfg: LoopedConfig, x: Tensor, position_ids: Tensor | None, atte
             )
         positions = position_ids.expand(batch, n_new).to(x.device)
     elif attention_mask is not None:
-        positions = ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        positions = ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, past:].to(x.device)
     else:
         positions = torch.arange(past, past + n_new, device=x.device).expand(batch, n_new)
     n_ctx = cfg.n_ctx

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..running import Running, is_observed
 from .config import LoopedConfig
+from .devices import Carried
 from .mlps import MLP
 from .norms import NORMS, Gain, RMSNorm, norm_of
 from .residuals import Add, Interpolate, residual_write
@@ -32,8 +33,23 @@ class Inputs(Running):
     # Attention masks by window (None: no window), True where a query may look; None means plain causal.
     masks: dict[int | None, Bool[Tensor, "#batch 1 query key"] | None]
     value_embeds: dict[int, Float[Tensor, "batch pos kv_width"]] = field(default_factory=dict)
-    carried: dict[str, Tensor] = field(default_factory=dict)  # beside the stream, see `Stream`; layers may read and write it
+    carried: Carried = field(default_factory=Carried)  # beside the stream, see `Stream`; layers may read and write it
     positions: Int[Tensor, "#batch pos"] | None = None  # of the tokens that are run
+    device: torch.device | None = None  # of the layer that reads next; None before the first
+
+    def move(self, device: torch.device) -> None:
+        """Bring everything to the device of the layer that reads next.
+
+        Args:
+            device: where that layer lies.
+        """
+        self.carried.device = device
+        if device != self.device:
+            self.rope = {base: (cos.to(device), sin.to(device)) for base, (cos, sin) in self.rope.items()}
+            self.masks = {window: None if mask is None else mask.to(device) for window, mask in self.masks.items()}
+            self.value_embeds = {i: embed.to(device) for i, embed in self.value_embeds.items()}
+            self.positions = None if self.positions is None else self.positions.to(device)
+            self.device = device
 
 
 def rotate(

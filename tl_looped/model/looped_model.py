@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..errors import LoopedError
 from ..record import InitialState
 from ..running import KeyValueCache
-from ..schedule import Pass, Site, check_count
+from ..schedule import Pass, check_count
 from ..tokens import check_tokens
 from .config import LoopedConfig
 from .crossings import Begin, crossings
+from .devices import Carried, device_of
 from .early_exit import EarlyExit
 from .embedding import Embedding
 from .initial_state import NoiseTable, initial_state
@@ -24,6 +25,7 @@ from .layers import Block, Inputs, each_module
 from .loops import Parts, Repeat, Stream, loop_of, run_part
 from .norms import RMSNorm, norm_of
 from .passes import PASS_NAMES, PassEnds
+from .placed import PlacedModel
 from .rotary import Rotary
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -46,7 +48,7 @@ class LoopedOutput(NamedTuple):
     past_key_values: KeyValueCache | None = None
 
 
-class LoopedModel(nn.Module):
+class LoopedModel(PlacedModel):
     """A looped language model in plain PyTorch.
 
     `blocks[i]` is virtual layer `i`; the blocks of one physical layer, and the ends of all passes, hold the same `Parameter`
@@ -58,7 +60,7 @@ class LoopedModel(nn.Module):
 
     def __init__(self, cfg: LoopedConfig):
         super().__init__()
-        self.cfg = cfg
+        self.cfg: LoopedConfig = cfg
         schedule = cfg.schedule
         self.embed: Embedding = Embedding(cfg)
         self.loop: Repeat = loop_of(cfg)
@@ -101,6 +103,7 @@ class LoopedModel(nn.Module):
         self.parameter_slots: dict[str, list[tuple[nn.Module, str]]] = self._find_parameter_slots()
         for name, parameter in [(n, getattr(*holders[0])) for n, holders in self.parameter_slots.items()]:
             self.set_parameter(name, parameter)
+        self.find_layers()
 
     def get_input_embeddings(self) -> nn.Module:
         """The scaled token embedding, under the name that TransformerLens asks for when it generates from embeddings."""
@@ -150,20 +153,6 @@ class LoopedModel(nn.Module):
         if self.learned_state is not None:
             slots["learned_state"] = [(self, "learned_state")]
         return slots
-
-    def layer_name(self, site: Site) -> str:
-        """What the parameters of the layer at a site are called by."""
-        names = self.cfg.layer_names(site.stack, site.layer)
-        return names[site.loop if len(names) > 1 and site.loop is not None else 0]
-
-    def set_parameter(self, name: str, parameter: nn.Parameter) -> None:
-        """Put one parameter wherever its canonical name stands."""
-        for owner, attribute in self.parameter_slots[name]:
-            setattr(owner, attribute, parameter)
-
-    def canonical_parameters(self) -> dict[str, nn.Parameter]:
-        """Every distinct parameter once, by canonical name."""
-        return {name: getattr(*holders[0]) for name, holders in self.parameter_slots.items()}
 
     def unrolled(self, n_loops: int, cut: bool = False) -> LoopedModel:
         """The same model with another number of loops, holding the same parameters.
@@ -286,14 +275,15 @@ class LoopedModel(nn.Module):
             positions=positions,
         )
 
-        stream = Stream(x, dict(carried or {}))
+        stream = Stream(x, Carried(carried))
         if part.first and carried is None and (why := self.loop.mixes) is not None:
             raise LoopedError(
                 f"start={part.first} was asked, but in this {self.cfg.family} model {why}, which the residual stream does not "
                 "hold; start at 0, or pass carried=, as on_layer= is given it."
             )
         if entry is not None and carried is None:
-            stream.carried = self.loop.resume(Parts(self, entry, run_part), entry, last, x, injection)
+            x, injection = x.to(self.home), None if injection is None else injection.to(self.home)
+            stream.carried.update(self.loop.resume(Parts(self, entry, run_part), entry, last, x, injection))
         layers = [i for i in (*range(last.layers.stop), *self._coda) if i >= part.first]
         if on_layer is not None:
             on_layer(-1, stream, inputs)
@@ -303,10 +293,11 @@ class LoopedModel(nn.Module):
             if i == part.stop:
                 return LoopedOutput(stream.x, inputs.cache)
             if on_loop is not None and (p := self._pass_before(i)) is not None and p.stack == last.stack:
-                inputs.carried, parts = dict(stream.carried), Parts(self, None, run_part)  # the coda may write to it
+                parts = Parts(self, None, run_part)
+                inputs.carried = Carried(stream.carried, self.home)  # a copy, to which the coda may write
                 x = self.loop.finish(parts, p, inputs.carried)
                 for j in self._coda:
-                    x = self.blocks[j](x, inputs)
+                    x = self.layer(j, x, inputs)
                 on_loop(p.loop, self._logits(self.loop.read(parts, x, inputs.carried)))
         x = self._logits(stream.x)
         if on_loop is not None:
@@ -333,7 +324,7 @@ class LoopedModel(nn.Module):
             yield i
             if i < self.cfg.schedule.n_layers:
                 inputs.carried = stream.carried
-                stream.x = self.blocks[i](stream.x, inputs)
+                stream.x = self.layer(i, stream.x, inputs)
                 inputs.enter()
 
     def _pass_before(self, layer: int) -> Pass | None:
@@ -349,7 +340,7 @@ class LoopedModel(nn.Module):
             asked: see `tl_looped.model.initial_state.initial_state`.
             positions: the position of every token, [batch, pos].
         """
-        parts = Parts(self, self.cfg.schedule.passes[0], run_part)
+        parts, x = Parts(self, self.cfg.schedule.passes[0], run_part), x.to(self.home)
         return self.loop.begin(parts, x, lambda default, like: self._initial_state(asked, default, like, positions))
 
     @property
@@ -370,7 +361,7 @@ class LoopedModel(nn.Module):
         return lengths.pop()
 
     def _initial_state(self, asked: InitialState, default: Tensor | None, like: Tensor, positions: Tensor) -> Tensor:
-        state = initial_state(asked, default, like, positions, self.noise)
+        state = initial_state(asked, default, like, positions, self.noise).to(like.device)
         if torch.is_grad_enabled() and not state.requires_grad and (like.requires_grad or self._is_trained()):
             return state.detach().requires_grad_()  # backward hooks on the first pass's state need a gradient to see
         return state
@@ -380,9 +371,18 @@ class LoopedModel(nn.Module):
         return any(getattr(*holders[0]).requires_grad for holders in self.parameter_slots.values())
 
     def _logits(self, x: Tensor) -> Tensor:
-        logits = self.unembed((x if self.cfg.pass_norm_is_final else self.ln_final(x)).to(self.unembed.weight.dtype))
+        logits = self.unembed(self.before_unembedding(x)).to(device_of(self.embed))
         cap = self.cfg.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def before_unembedding(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """What the unembedding reads, from the end of the residual stream.
+
+        Args:
+            x: the stream, which in some families the norm of the last pass has normed already.
+        """
+        x = x if self.cfg.pass_norm_is_final else self.ln_final(x.to(device_of(self.ln_final)))
+        return x.to(self.unembed.weight.device, self.unembed.weight.dtype)
 
     def _embed(
         self,
@@ -415,7 +415,8 @@ class LoopedModel(nn.Module):
     def _value_embeds(self, input_ids: Tensor | None) -> dict[int, Tensor]:
         if self.cfg.value_embed_layers and input_ids is None:
             raise LoopedError(f"{self.cfg.family} layers also read the token ids (value embeddings); pass input_ids too.")
-        return {i: self.value_embeds[str(i)](input_ids) for i in self.cfg.value_embed_layers}
+        tables = {i: self.value_embeds[str(i)] for i in self.cfg.value_embed_layers}
+        return {i: table(cast(Tensor, input_ids).to(device_of(table))) for i, table in tables.items()}
 
 
 def _share(module: AnyModule) -> AnyModule:

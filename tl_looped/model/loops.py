@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import LoopedError
 from ..schedule import Pass
 from .config import LoopedConfig
+from .devices import Carried, device_of
 from .layers import Block
 from .norms import norm_of
 from .passes import INJECTIONS
@@ -39,7 +40,7 @@ class Stream:
     """
 
     x: Tensor
-    carried: dict[str, Tensor] = field(default_factory=dict)
+    carried: Carried = field(default_factory=Carried)
 
 
 class Parts:
@@ -387,8 +388,14 @@ class TwoStacks(Repeat):
 
 
 def run_part(module: nn.Module, name: str, inputs: tuple[Tensor, ...]) -> Tensor:
-    """A module around the layers, as a run calls it; a hook in a slot gets a tensor of its own."""
-    return observe(module, *inputs) if name.rpartition(".")[2].startswith("hook_") else module(*inputs)
+    """A module around the layers, as a run calls it; a hook in a slot gets a tensor of its own.
+
+    It runs where its parameters lie, and what it returns goes to where its first input was.
+    """
+    home = inputs[0].device
+    at = device_of(module) or home
+    here = [x.to(at) for x in inputs]
+    return (observe(module, *here) if name.rpartition(".")[2].startswith("hook_") else module(*here)).to(home)
 
 
 _KINDS: dict[str, type[Repeat]] = {"repeat": Repeat}

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..record import InitialState
+from .devices import Carried
 from .layers import Inputs
 from .looped_model import LoopedModel
 from .loops import Stream
@@ -33,7 +34,7 @@ class Recording:
     def __call__(self, layer: int, stream: Stream, inputs: Inputs) -> None:
         inputs.cache = self.cache
         self.inputs = inputs
-        self.streams[layer] = Stream(stream.x, dict(stream.carried))
+        self.streams[layer] = Stream(stream.x, Carried(stream.carried))
 
 
 class RecordedKeys:
@@ -90,7 +91,7 @@ def rerun(model: LoopedModel, recording: Recording, entries: Sequence[int], star
     def entering(layer: int, n: int) -> Stream:
         stream, whole = recording.streams[layer], model.loop.is_whole
         carried = {name: _copied(t if whole(name) else t[:, start:], n) for name, t in stream.carried.items()}
-        return Stream(_copied(stream.x[:, start:], n), carried)
+        return Stream(_copied(stream.x[:, start:], n), Carried(carried))
 
     stream, inputs = entering(entries[0], copies), replace(recording.inputs)
     _set_inputs(inputs, recording, copies, start)
@@ -124,7 +125,7 @@ def _set_inputs(inputs: Inputs, recording: Recording, copies: int, start: int) -
     inputs.masks = {window: None if mask is None else rows(mask) for window, mask in masks.items()}
     inputs.value_embeds = {i: _copied(t[:, start:], copies) for i, t in whole.value_embeds.items()}
     inputs.positions = None if whole.positions is None else rows(whole.positions[:, start:])
-    inputs.past = start
+    inputs.past, inputs.device = start, None  # masks may be new, and lie elsewhere than the rest
     inputs.cache = KeysBefore(cast(RecordedKeys, recording.cache), start, copies) if start else None
 
 
@@ -145,4 +146,4 @@ def _copied(t: Tensor, copies: int) -> Tensor:
 def _join(stream: Stream, more: Stream) -> None:
     """Append the rows of another stream, in place."""
     stream.x = torch.cat((stream.x, more.x))
-    stream.carried = {name: torch.cat((value, more.carried[name])) for name, value in stream.carried.items()}
+    stream.carried.update({name: torch.cat((value, more.carried[name])) for name, value in list(stream.carried.items())})

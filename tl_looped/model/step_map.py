@@ -44,7 +44,7 @@ class StepMap:
                 positions=positions,
             )
             for i in range(schedule.n_prelude):
-                x = twin.blocks[i](x, self.inputs)
+                x = twin.layer(i, x, self.inputs)
             self.begun: dict[str, Tensor] = twin.begin(x, initial_state, positions)
             self.start: Float[Tensor, "stack batch pos d_model"] = torch.stack([self.begun[stack] for stack in self.stacks])
 

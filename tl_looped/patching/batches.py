@@ -102,7 +102,7 @@ class Patcher:
 
     def is_idle(self, cell: Cell) -> bool:
         """Whether the patches change nothing; what they would measure is the run itself."""
-        return not any(bool((self._differs(edit) & edit.where).any()) for edit in cell.edits)
+        return not any(bool((self._differs(edit) & edit.where.to(edit.value.device)).any()) for edit in cell.edits)
 
     def _differs(self, edit: Edit) -> Bool[Tensor, ...]:
         """Where the value of an edit differs from the run, in some row."""
@@ -143,10 +143,15 @@ class Patcher:
         if self.max_batch is not None:
             return max(1, self.max_batch // self.n_rows)
         n_pos = self.n_pos - (first.start if self.is_causal else 0)
-        size = int(MEMORY_SHARE * free_memory(self.logits.device)) // (self.n_rows * self._row_bytes(n_pos))
+        size = int(MEMORY_SHARE * self._free_memory()) // (self.n_rows * self._row_bytes(n_pos))
         if self.logits.device.type == "cpu":
             size = min(size, CPU_TOKENS // (self.n_rows * n_pos))
         return max(1, size)
+
+    def _free_memory(self) -> int:
+        """Of the device that has least, among those of the run."""
+        devices = {self.logits.device, *(activation.device for activation in self.base.values())}
+        return min(map(free_memory, devices))
 
     def _row_bytes(self, n_pos: int) -> int:
         """Upper estimate of the memory that a row needs while it runs through a layer."""
@@ -178,7 +183,7 @@ class Patcher:
             patched = activation.clone()
             for c, edit in edits:
                 axis = axes_of(edit.hook).index("pos")
-                value, where = edit.value, edit.where
+                value, where = edit.value.to(activation.device), edit.where.to(activation.device)
                 if start:
                     value = value.narrow(axis + 1, start, value.shape[axis + 1] - start)
                     where = where.narrow(axis, start, where.shape[axis] - start)
