@@ -34,7 +34,7 @@ class Part:
         prompts: Tensor | None,
         positions: Indices,
     ):
-        self.shard, self.dtype = shard, collection.dtype
+        self.shard: Shard = shard
         self.columns: Tensor = torch.stack([shard.index(f"row.{name}") for name in ("prompt", "position", "token")])
         chosen = self._chosen(prompts, positions)
         is_partial = {name for name in shard.tensors if name.startswith("index.rows.")}
@@ -84,21 +84,21 @@ class Part:
             at: which of its kind.
         """
         if len(self._kept) == 1:
-            return self._kept[0][at].long()
+            return self._kept[0].index_select(0, at).long()
         which, found = self._which[kind], torch.empty_like(at)
         for k in which.unique().tolist():
             mine = which == k
             found[mine] = self._kept[k][at[mine]].long()
         return found
 
-    def gather(self, side: int, kind: Int[Tensor, " sample"], rows: Int[Tensor, " sample"], width: int) -> Tensor:
-        """One side of samples, [sample, width].
+    def gather(self, side: int, kind: Int[Tensor, " sample"], rows: Int[Tensor, " sample"], into: Tensor) -> None:
+        """Read one side of samples.
 
         Args:
             side: which one.
             kind: which kind of sample each is.
             rows: as `rows` says.
-            width: how many numbers a row has.
+            into: where it is written, [sample, width].
         """
         at = rows
         if self._ran:
@@ -107,4 +107,4 @@ class Part:
                 if (p := self._passes[k][side]) in self._ran:
                     mine = kind == k
                     at[mine] = self._ran[p].long().cumsum(0)[rows[mine]] - 1
-        return self.shard.gather(self._starts[kind, side] + at * width, width, self.dtype)
+        self.shard.gather(self._starts[:, side][kind] + at * into.shape[1], into)

@@ -201,32 +201,14 @@ class Activations(Dataset[Batch]):
         return torch.tensor([[-1 if x.loop is None else x.loop, -1 if x.layer is None else x.layer] for x in at])
 
     def read(self, samples: Int[Tensor, " sample"]) -> Batch:
-        """Some samples.
+        """Some samples, in the order asked.
 
         Args:
             samples: which ones.
         """
-        cells = torch.searchsorted(self._ends, samples, right=True)
-        at = samples - (self._ends - self._counts)[cells]
-        shard, kind = cells // len(self.sides), cells % len(self.sides)
-        n, width = len(samples), prod(self.shape)
-        values = torch.empty(n, len(self.sides[0]), width, dtype=self.collection.dtype)
-        columns = torch.empty(3, n, dtype=torch.int32)
-        for s in shard.unique().tolist():
-            mine = (shard == s).nonzero().flatten()
-            part = self._parts[s]
-            rows = part.rows(kind[mine], at[mine])
-            columns[:, mine] = part.columns[:, rows]
-            for side in range(values.shape[1]):
-                found = part.gather(side, kind[mine], rows, width)
-                if len(mine) == n and values.shape[1] == 1:
-                    values = found[:, None]
-                else:
-                    values[mine, side] = found
-        shape = self.shape if values.shape[1] == 1 else (values.shape[1], *self.shape)
-        loop, layer = self._places[kind].unbind(1)
-        prompt, position, token = columns.unbind(0)
-        return Batch(values.view(n, *shape), prompt, position, token, loop, layer, kind)
+        ordered, order = samples.sort()  # the files are read from their beginnings to their ends
+        there = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
+        return Batch(*(column.index_select(0, there) for column in self._read(ordered)))
 
     def read_range(self, start: int, stop: int) -> Batch:
         """Samples that follow each other.
@@ -235,10 +217,33 @@ class Activations(Dataset[Batch]):
             start: the first.
             stop: the one after the last.
         """
-        return self.read(torch.arange(start, min(stop, len(self))))
+        return self._read(torch.arange(start, min(stop, len(self))))
+
+    def _read(self, samples: Tensor) -> Batch:
+        """Some samples, in ascending order."""
+        cells = torch.searchsorted(self._ends, samples, right=True)
+        at, kind = samples - (self._ends - self._counts)[cells], self._kinds[cells]
+        n, n_sides, width = len(samples), len(self.sides[0]), prod(self.shape)
+        values = torch.empty(n, n_sides, width, dtype=self.collection.dtype)
+        columns = torch.empty(3, n, dtype=torch.int32)
+        cuts = torch.searchsorted(samples, self._ends[len(self.sides) - 1 :: len(self.sides)].contiguous()).tolist()
+        for part, first, last in zip(self._parts, [0, *cuts], cuts, strict=False):
+            if first < last:
+                mine, rows = kind[first:last], part.rows(kind[first:last], at[first:last])
+                torch.index_select(part.columns, 1, rows, out=columns[:, first:last])
+                for side in range(n_sides):
+                    part.gather(side, mine, rows, values[first:last, side])
+        shape = self.shape if n_sides == 1 else (n_sides, *self.shape)
+        prompt, position, token = columns.unbind(0)
+        loop, layer = self._places.index_select(0, kind).unbind(1)
+        return Batch(values.view(n, *shape), prompt, position, token, loop, layer, kind)
+
+    @cached_property
+    def _kinds(self) -> Tensor:
+        return torch.arange(len(self.sides)).repeat(len(self.shards))
 
     def __getstate__(self) -> dict[str, object]:
-        known = ("_parts", "_counts", "_ends", "_places")
+        known = ("_parts", "_counts", "_ends", "_places", "_kinds")
         return {name: value for name, value in self.__dict__.items() if name not in known}  # another process reads its own
 
 

@@ -234,16 +234,15 @@ class Shard:
         first = (self._start + start) // dtype.itemsize
         return self._elements(dtype)[first : first + (end - start) // dtype.itemsize].view(shape)
 
-    def gather(self, starts: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-        """Rows of any activations that have one width.
+    def gather(self, starts: Tensor, into: Tensor) -> None:
+        """Read rows of any activations that have one width.
 
         Args:
             starts: where each begins, from `first`.
-            width: how many numbers a row has.
-            dtype: of the activations.
+            into: where they are written, [row, width].
         """
-        elements = self._elements(dtype)
-        return elements.as_strided((len(elements) - width + 1, width), (1, 1)).index_select(0, starts)
+        elements, width = self._elements(into.dtype), into.shape[1]
+        torch.index_select(elements.as_strided((len(elements) - width + 1, width), (1, 1)), 0, starts, out=into)
 
     def first(self, name: str) -> int:
         """Where the rows of an activation begin, in numbers from the beginning of the file."""
