@@ -20,7 +20,7 @@ from helpers import run, with_words
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
-from zoo import FAMILIES, random_tokens, shared_bridge
+from zoo import FAMILIES, GOLDEN, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError, collect, exits, load_activations
 from tl_looped.activations import ActivationStore
@@ -210,6 +210,23 @@ def test_loops_that_a_token_did_not_run_are_not_stored(tmp_path: Path) -> None:
         assert torch.equal(rows[int(batch.position[row])], batch.values[row])  # positions that ran a loop are the first ones
     with pytest.raises(LoopedError, match="runs what follows the loops once for every loop"):
         quiet(model, prompts, "resid_post", tmp_path / "coda", stack="coda", max_new_tokens=4, stop_at_eos=False)
+
+
+def test_layers_that_a_router_sends_a_token_past_are_not_stored(tmp_path: Path) -> None:
+    model = LoopedBridge.from_pretrained(GOLDEN / "mor_token")
+    prompts = [row[:n] for row, n in zip(random_tokens(4, 9), (9, 6, 9, 4), strict=True)]
+    store = quiet(model, prompts, ["mlp_out", "loops.*.hook_out"], tmp_path)
+    n_rows = Counter[int]()
+    for number, prompt in enumerate(prompts):
+        alone = run(model, prompt[None])
+        for loop in range(model.n_loops):
+            runs_here = alone[f"loops.{loop}.hook_active"][0, :, 0].bool()
+            n_rows[loop] += int(runs_here.sum())
+            name = f"loops.{loop}.blocks.0.hook_mlp_out"
+            torch.testing.assert_close(store.of_prompt(name, number), alone[name][0, runs_here], atol=1e-5, rtol=1e-4)
+            assert len(store.of_prompt(f"loops.{loop}.hook_out", number)) == len(prompt)
+    assert n_rows[model.n_loops - 1] < n_rows[0] == sum(map(len, prompts))
+    assert Counter(b for batch in store.select("mlp_out", layers=0).batches(7) for b in batch.loop.tolist()) == n_rows
 
 
 # Reading

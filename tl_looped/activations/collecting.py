@@ -357,6 +357,7 @@ class Collector:
             place, self.collection.shapes, self.collection.dtype, capacity, index_names(self.collection), metadata
         )  # fmt: skip
         self._open.append(draft)
+        self.taking.begin_shard(capacity)
         ends = list[Ended]()
         while todo:
             most = 1 if self.one_by_one else self.batch_tokens
@@ -368,7 +369,7 @@ class Collector:
                 continue
             todo = todo[len(batch) :]
             update(len(batch))
-        kept, index = finished(self.collection, block, ends, capacity, self.model.tokenizer)
+        kept, index = finished(self.collection, block, ends, self.taking.active, capacity, self.model.tokenizer)
         behind.do(lambda: self._commit(draft, kept, index))
 
     def abandon(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kinds import plain
 from ..schedule import Indices, select_indices
-from .places import pass_of
+from .places import group_of
 from .record import Collection
 from .shards import Shard
 
@@ -38,7 +38,7 @@ class Part:
         self.columns: Tensor = torch.stack([shard.index(f"row.{name}") for name in ("prompt", "position", "token")])
         chosen = self._chosen(prompts, positions)
         is_partial = {name for name in shard.tensors if name.startswith("index.rows.")}
-        passes = [[f"rows.{pass_of(collection.schedule, name)}" if is_partial else "" for name in side] for side in sides]
+        passes = [[f"rows.{group_of(collection.schedule, name)}" if is_partial else "" for name in side] for side in sides]
         self._ran: dict[str, Tensor] = {}  # by the passes that not all rows have run: whether each has
         for p in {p for side in passes for p in side if f"index.{p}" in is_partial}:
             self._ran[p] = torch.zeros(self.columns.shape[1], dtype=torch.bool).index_fill(0, shard.index(p).long(), True)

@@ -126,7 +126,12 @@ def _loops(schedule: Schedule, loops: LoopSelector, at: Where) -> list[int]:
     return pick_loops(loops, schedule.n_loops_of(at.stack), False)
 
 
-def pass_of(schedule: Schedule, name: str) -> str:
-    """The name of the pass that an activation is of, such as "loops.2"; "" for one outside the loops."""
+def group_of(schedule: Schedule, name: str) -> str:
+    """What an activation has its rows in common with: the pass that it is of, or the layers of that pass; "" outside the loops.
+
+    Example:
+        >>> [group_of(Schedule(n_core=2, n_loops=3), f"loops.1.{name}") for name in ("hook_out", "blocks.0.hook_mlp_out")]
+        ['loops.1', 'loops.1.blocks']
+    """
     at = where(schedule, name)
-    return "" if at.loop is None else f"{stack_prefix(at.stack)}loops.{at.loop}"
+    return "" if at.loop is None else f"{stack_prefix(at.stack)}loops.{at.loop}{'' if at.layer is None else '.blocks'}"

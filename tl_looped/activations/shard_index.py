@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoopedError
-from .places import pass_of
+from .places import group_of
 from .record import Collection
 from .shards import INDEX
 from .texts import Text
@@ -50,12 +50,17 @@ class Ended:
 
 def index_names(collection: Collection) -> list[str]:
     """Every tensor that the index of a shard may have."""
-    passes = dict.fromkeys(pass_of(collection.schedule, name) for name in collection.names)
-    return [INDEX + name for name in (*NAMES, *(f"rows.{p}" for p in passes))]
+    groups = dict.fromkeys(group_of(collection.schedule, name) for name in collection.names)
+    return [INDEX + name for name in (*NAMES, *(f"rows.{group}" for group in groups))]
 
 
 def finished(
-    collection: Collection, block: Sequence[Text], ends: Sequence[Ended], capacity: int, tokenizer: Any
+    collection: Collection,
+    block: Sequence[Text],
+    ends: Sequence[Ended],
+    active: Mapping[str, Tensor],
+    capacity: int,
+    tokenizer: Any,
 ) -> tuple[dict[str, Tensor | None], dict[str, Tensor]]:
     """Which rows of a draft are kept of every activation, None for all, and the index of the shard.
 
@@ -63,6 +68,7 @@ def finished(
         collection: what is collected.
         block: all its texts.
         ends: those that were run, in the order of their rows.
+        active: for groups of activations that not every position has, the rows of the draft that do.
         capacity: how many rows the draft has.
         tokenizer: what makes text of tokens; None for none.
     """
@@ -79,15 +85,16 @@ def finished(
     }
     whole = None if len(rows) == capacity else rows
     kept: dict[str, Tensor | None] = {}
-    passes: dict[str, Tensor] = {}
+    groups: dict[str, Tensor] = {}
     for name in collection.names:
         ran = torch.tensor([len(at.text.tokens) if at.filled is None else at.filled[name] for at in ends], dtype=torch.long)
-        has = positions < ran[owner]
+        has, group = positions < ran[owner], group_of(collection.schedule, name)
+        if group in active:
+            has &= active[group][rows]
         kept[name] = whole if bool(has.all()) else rows[has]
-        p = pass_of(collection.schedule, name)
-        if not torch.equal(passes.setdefault(p, has), has):
-            raise LoopedError(f"{name} has other positions than other activations of {p or 'its kind'}, which no store keeps.")
-    index |= {f"rows.{p}": has.nonzero().flatten().int() for p, has in passes.items() if not bool(has.all())}
+        if not torch.equal(groups.setdefault(group, has), has):
+            raise LoopedError(f"{name} has other positions than others of {group or 'its kind'}, which no store keeps.")
+    index |= {f"rows.{group}": has.nonzero().flatten().int() for group, has in groups.items() if not bool(has.all())}
     return kept, {INDEX + name: values for name, values in index.items()}
 
 

@@ -16,7 +16,7 @@ from ..errors import LoopedError, OutOfRangeError, UnknownNameError
 from ..looped import Looped
 from ..results import load_result
 from ..schedule import Indices, LoopSelector, Schedule
-from .places import Sites, names_of, pass_of, where
+from .places import Sites, group_of, names_of, where
 from .reading import Activations
 from .record import RECORD, Collection
 from .shards import Shard
@@ -200,7 +200,7 @@ class ActivationStore:
         (name,) = self._names(name, "all", None, None)
         shard = self._shard_of(prompt)
         has = shard.index("row.prompt") == prompt
-        if (rows := f"rows.{pass_of(self.schedule, name)}") and f"index.{rows}" in shard.tensors:
+        if (rows := f"rows.{group_of(self.schedule, name)}") and f"index.{rows}" in shard.tensors:
             has = has[shard.index(rows).long()]
         return shard.rows(name)[has].clone()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import LoopedError
 from ..looped import Looped
 from ..schedule import Indices, select_indices
+from .places import group_of
 from .shards import runs
 from .texts import Text
 
@@ -79,17 +80,36 @@ class Taking:
         self.model, self.names, self.dtype, self.put = model, list(names), dtype, put
         self.rows: Rows | None = None
         self.n_columns: dict[str, int] = {}  # how many columns every activation has been handed over of
+        groups = dict.fromkeys(group_of(model.schedule, name) for name in names)
+        marks = {group: f"{group.removesuffix('.blocks')}.hook_active" for group in groups if group.endswith(".blocks")}
+        # Where a loop runs some tokens only: the hook that says which, by the group of activations that the others lack.
+        self.marks: dict[str, str] = {group: hook for group, hook in marks.items() if hook in model.hook_dict}
+        self.active: dict[str, Tensor] = {}  # which rows of the shard have a group
 
     @contextmanager
     def hooked(self) -> Generator[None]:
         """Have the hooks on the model for a while."""
         hooks = [(name, partial(self._take, name)) for name in self.names]
+        hooks += [(hook, partial(self._mark, group)) for group, hook in self.marks.items()]
         with torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
             yield
 
+    def begin_shard(self, n_rows: int) -> None:
+        """Hand over the activations of another shard from now on."""
+        self.active = {group: torch.ones(n_rows, dtype=torch.bool, device="cpu") for group in self.marks}
+
     def begin(self, rows: Rows) -> None:
         """Hand over the activations of a batch from now on."""
-        self.rows, self.n_columns = rows, dict.fromkeys(self.names, 0)
+        self.rows, self.n_columns = rows, dict.fromkeys((*self.names, *self.marks), 0)
+
+    def _mark(self, group: str, x: Tensor, hook: Any) -> None:
+        if self.rows is not None and self.active:
+            start = self.n_columns[group]
+            self.n_columns[group] = start + x.shape[1]
+            columns, pieces = self.rows.of_columns(start, start + x.shape[1])
+            runs_here = x.detach().reshape(-1).bool().cpu()[columns]
+            for at, row, n in pieces:
+                self.active[group][row : row + n] = runs_here[at : at + n]
 
     def _take(self, name: str, x: Any, hook: Any) -> None:
         rows = self.rows
@@ -129,7 +149,7 @@ def run(taking: Taking, rows: Rows, stop: int | None, inputs: dict[str, Any]) ->
     taking.begin(rows)
     model(tokens.to(device), return_type=None, **given)
     for name, n in taking.n_columns.items():
-        if n != rows.width:
+        if n != rows.width and name in taking.names:
             raise LoopedError(f"{name} was asked, which {f'has {n} of {rows.width} positions' if n else 'did not run'}.")
 
 
