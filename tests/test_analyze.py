@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -252,8 +259,6 @@ def test_the_minutes_left_are_learned_from_the_first_tenth() -> None:
 
 
 def test_a_full_disk_keeps_what_is_done(model: LoopedBridge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     written, fsync = [0], os.fsync
 
     def full(fd: int) -> None:
@@ -270,3 +275,65 @@ def test_a_full_disk_keeps_what_is_done(model: LoopedBridge, tmp_path: Path, mon
     assert len(files) == 8 and not any(name.startswith(".") for name in files)
     other = analyze(ASKED, model, prompts(9), out=tmp_path.parent / f"{tmp_path.name}-other", **QUIET)
     assert other is not None and all(same(run, other[name]) for name, run in whole(model, tmp_path).items())
+
+
+def command(out: Path, lines: Path, *starter: str) -> list[str]:
+    asked = f"analyze toy:hop --analysis fixed_points,stages --prompts {lines} --loops 24 --out {out}"
+    return [sys.executable, *starter, "-m", "tl_looped", *asked.split()]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **more}
+
+
+def hop_prompts(n: int, file: Path) -> Path:
+    """Of different lengths."""
+    draw = random.Random(0)
+    pairs = ["A b", "B c", "C d", "D a"]
+    file.write_text("\n".join(" ".join(draw.choices(pairs, k=1 + k % 9)) + " ? A" for k in range(n)), encoding="utf-8")
+    return file
+
+
+@pytest.mark.slow  # many processes
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="processes are killed by a signal that this system does not have")
+def test_processes_that_are_killed_and_started_again_in_other_numbers_find_what_one_finds(tmp_path: Path) -> None:
+    lines, draw = hop_prompts(60, tmp_path / "prompts.txt"), random.Random(2)
+    subprocess.run(command(tmp_path / "one", lines), env=environment(), check=True)
+    out, processes = tmp_path / "killed", itertools.cycle((2, 3, 1, 2))
+    for kills in itertools.count():
+        starter = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(next(processes)))
+        before = len([*out.rglob("0*")])
+        with subprocess.Popen(command(out, lines, *starter), env=environment(), start_new_session=True) as child:
+            while child.poll() is None and len([*out.rglob("0*")]) < before + 10 + draw.randrange(15) and kills < 6:
+                time.sleep(0.01)
+            if child.poll() is None and kills < 6:
+                os.killpg(child.pid, signal.SIGKILL)
+        if child.returncode == 0:
+            break
+    assert kills >= 3
+    for name in ("fixed_points", "stages"):
+        found, whole = (load_result(folder / f"{name}.safetensors") for folder in (out, tmp_path / "one"))
+        assert same(found, whole) and found.done == 60
+
+
+@pytest.mark.slow
+def test_one_process_dies_and_the_others_go_on(tmp_path: Path) -> None:
+    lines, out = hop_prompts(30, tmp_path / "prompts.txt"), tmp_path / "run"
+    asked = {shard: [*command(out, lines), "--shard", shard] for shard in ("1/3", "2/3", "3/3")}
+    children = {shard: subprocess.Popen(asked[shard], env=environment(), stderr=subprocess.PIPE, text=True) for shard in asked}
+    while len([*out.rglob("0*")]) < 3:
+        time.sleep(0.01)
+    children["2/3"].kill()
+    said = {shard: child.communicate()[1] for shard, child in children.items()}
+    assert [child.returncode == 0 for child in children.values()] == [True, False, True]
+    assert "parts of other shares are not there yet" in said["1/3"] and not (out / "stages.safetensors").exists()
+    subprocess.run(asked["2/3"], env=environment(), check=True)
+    assert load_result(out / "stages.safetensors").done == load_result(out / "stages.safetensors").result.norm.count == 30
+
+
+def test_two_processes_on_one_share_at_once(tmp_path: Path) -> None:
+    lines, out = hop_prompts(6, tmp_path / "prompts.txt"), tmp_path / "run"
+    children = [subprocess.Popen(command(out, lines), env=environment(), stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [child.wait() for child in children] == [0, 0]
+    assert load_result(out / "stages.safetensors").result.norm.count == 6
+    assert not [file for file in out.rglob("*") if file.name.startswith(".")]
