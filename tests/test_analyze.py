@@ -268,7 +268,7 @@ def test_a_full_disk_keeps_what_is_done(model: LoopedBridge, tmp_path: Path, mon
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(LoopedError, match="No space left on device"):
+    with pytest.raises(LoopedError, match=r"No space left on device. What is done is kept"):
         whole(model, tmp_path)
     files = sorted(file.name for file in tmp_path.rglob("*") if file.is_file())
     monkeypatch.setattr(os, "fsync", fsync)
@@ -337,3 +337,19 @@ def test_two_processes_on_one_share_at_once(tmp_path: Path) -> None:
     assert [child.wait() for child in children] == [0, 0]
     assert load_result(out / "stages.safetensors").result.norm.count == 6
     assert not [file for file in out.rglob("*") if file.name.startswith(".")]
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="MKL is what splits sums among threads")
+def test_the_command_finds_the_same_with_any_number_of_threads() -> None:
+    code = """
+from tl_looped.cli._process import any_number_of_threads
+any_number_of_threads()
+import torch
+from torch.nn.functional import linear
+for rows, width, out in ((1, 64, 64), (7, 128, 384), (11, 512, 256)):
+    draw = torch.Generator().manual_seed(rows)
+    x, weight = torch.randn(rows, width, generator=draw), torch.randn(out, width, generator=draw)
+    found = [(torch.set_num_threads(n), linear(x, weight))[1] for n in (1, 2, 3)]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]), rows
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={k: v for k, v in os.environ.items() if k != "MKL_CBWR"})

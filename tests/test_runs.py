@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,18 @@ def test_a_file_of_another_run_is_refused(model: LoopedBridge, tmp_path: Path) -
     fixed_points(model, prompts(3), **SETTINGS).save(out, model)
     with pytest.raises(LoopedError, match="no unfinished run"):
         run(fixed_points, model, prompts(3), out=out, **SETTINGS)
+
+
+@pytest.mark.parametrize("former", ["tl_looped.fixed_points.fixed_points", "tl_looped.analysis.more_loops.more_loops"])
+def test_a_file_of_an_analysis_that_lay_elsewhere_is_gone_on_with(former: str, model: LoopedBridge, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    found = run(fixed_points, model, prompts(2), out=out, **SETTINGS)
+    replace(found, asked=found.asked | {"analysis": former}).save(out, model)
+    if former.endswith(".fixed_points"):
+        assert same(run(fixed_points, model, prompts(2), out=out, **SETTINGS).result, found.result)
+    else:
+        with pytest.raises(LoopedError, match=r"with analysis=.*more_loops, not"):
+            run(fixed_points, model, prompts(2), out=out, **SETTINGS)
 
 
 def test_rows_of_one_tensor_are_prompts_of_their_own(model: LoopedBridge, tmp_path: Path) -> None:

@@ -41,6 +41,14 @@ def own_process(work: Callable[[], int]) -> int:
     return status
 
 
+def any_number_of_threads() -> None:
+    """Let matrix products be the same bits with any number of threads, as torchrun gives its processes one thread each.
+
+    To be called before torch is imported. MKL otherwise splits the sums of small products among threads.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
 def _on_ctrl_c() -> None:
     signal.signal(signal.SIGINT, _interrupt)
     import socket  # only now: from here on there is no traceback

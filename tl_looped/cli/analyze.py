@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LoopedError
 from ._files import read_prompt
 from ._parser import add_command
+from ._process import any_number_of_threads
 
 if TYPE_CHECKING:
     from ..runs import Run
@@ -47,6 +48,7 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure a share; write the results if it is the last."""
+    any_number_of_threads()
     from ..analysis.by_name import settings_of
     from ..bridge.ordinary import looped_or_ordinary
     from ..runs import analyze, read_prompts

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ._files import read_prompt
 from ._parser import add_command
+from ._process import any_number_of_threads
 from .analyze import PROMPTS, own_device
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure a share; make the page if it is the last."""
+    any_number_of_threads()
     from ..bridge.looped_bridge import LoopedBridge
     from ..bridge.ordinary import looped_or_ordinary
     from ..paper import paper

@@ -119,7 +119,15 @@ class Folder:
         with suppress(OSError):  # somebody may have removed it meanwhile; if it cannot be made, writing says so
             file.parent.mkdir(parents=True, exist_ok=True)
         remove_drafts(file)
-        save_result(replace(found, asked={"run": self._mark(name)}), file)
+        try:
+            save_result(replace(found, asked={"run": self._mark(name)}), file)
+        except LoopedError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            reason = error.__cause__.strerror or error.__cause__
+            raise LoopedError(
+                f"{str(file)!r} cannot be written: {reason}. What is done is kept: mend that, and run the same command again."
+            ) from error
 
     def merge(self, name: str) -> Run:
         """The sum of all units of an analysis, in their order.
