@@ -231,7 +231,7 @@ def _found(name: str, measure: Asked, model: Hooked, unit: Unit, skip: bool, ver
                 rows = zip(batch.prompts, batch.value.split(1), strict=True)
                 todo[:0] = [Batch((index,), row, row.numel()) for index, row in rows]
                 continue
-            index = batch.prompts[0]
+            index = min(batch.prompts)
             if not skip:
                 raise LoopedError(
                     f"{name} of prompt {index} failed: {error} What is done is kept. Mend the cause and run again, which goes "
