@@ -203,7 +203,7 @@ class InferenceStages(Result):
             a, b = pair(metric)
             if min(a.shape[-1], b.shape[-1]) < 2:
                 raise LoopedError(f"{name} compares curves over layers, but one of them is over one layer and no curve.")
-            rows.append(torch.stack([_correlation(a, b), _concordance(a, b)], -1))
+            rows.append(torch.stack([correlation(a, b), _concordance(a, b)], -1))
         n_loops = self.schedule.n_loops_of(self.schedule.looped_stack(stack))
         labels = {
             "loop": list(range(first, n_loops)),
@@ -325,8 +325,13 @@ def _resample(curves: Float[Tensor, "loop layer"], n: int = 101) -> Float[Tensor
     return torch.nn.functional.interpolate(curves[:, None], n, mode="linear", align_corners=True)[:, 0]
 
 
-def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's coefficient; NaN where a curve is constant up to rounding."""
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's coefficient; NaN where a curve is constant up to rounding.
+
+    Args:
+        a: curves, [..., layer].
+        b: others.
+    """
     varies = [x.var(-1, correction=0) > (8 * torch.finfo(x.dtype).eps * x.mean(-1)).square() for x in (a, b)]
     a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
     found = (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()

@@ -58,15 +58,15 @@ def _not_here(reason: str) -> Draws:
 
 
 DRAWN: dict[str, Draws] = {
-    "3": of_states.fixed("successive", "l2", "Figure 3"),
-    "4": of_states.fixed("distance", "l2", "Figure 4"),
-    "22": of_states.fixed("distance", "cosine", "Figure 22"),
-    "24": of_states.fixed("successive", "cosine", "Figure 24"),
+    "3": of_states.fixed("successive", "l2", "Figure 3, from the loop before"),
+    "4": of_states.fixed("distance", "l2", "Figure 4, from X*"),
+    "22": of_states.fixed("distance", "cosine", "Figure 22, to X*"),
+    "24": of_states.fixed("successive", "cosine", "Figure 24, to the loop before"),
     "19": of_states.both(of_states.pairs("states", 8, "Figure 19"), of_states.pairs("states", 32, "Figure 19")),
     "2": of_states.pairs("patterns", 8, "Figure 2"),
     "21": of_states.pairs("patterns", 32, "Figure 21"),
-    "23": of_states.patterns_over_loops("pattern_distance", "Figure 23"),
-    "25": of_states.patterns_over_loops("pattern_successive", "Figure 25"),
+    "23": of_states.patterns_over_loops("pattern_distance", "Figure 23, patterns from those of the last loop"),
+    "25": of_states.patterns_over_loops("pattern_successive", "Figure 25, patterns from those of the loop before"),
     "4.2": of_states.bound,
     "5": of_states.paths,
     "6": of_states.at_init,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..analysis.inference_stages import METRICS
+from ..analysis.inference_stages import METRICS, correlation
 from ..names import stack_prefix
 from ..panels import Axis, Panel
 from ..report.section import Figure, listed, number, share
@@ -32,6 +32,11 @@ def stage(*metrics: str, by: str = "recurrence", part: str = "stages", title: st
         return f"{listed(said).capitalize()}.{_repeats(found, metrics)}", _stage_figures(about, metrics, by, part, title)
 
     return draw
+
+
+def _known(correlation: Any) -> str:
+    """A correlation, or that there is none with a curve of one number."""
+    return number(correlation) if bool(correlation == correlation) else "none (a constant)"
 
 
 def _repeats(found: Any, metrics: tuple[str, ...]) -> str:
@@ -81,7 +86,7 @@ def beside_twin(about: About) -> Drawn:
     said = list[str]()
     for stack in about.stacks:
         scores = found.compare(twin, stack).sel(score="correlation").values.nanmean(0)
-        each = [f"{m} {number(v)}" for m, v in zip(METRICS, scores, strict=True)]
+        each = [f"{m} {_known(v)}" for m, v in zip(METRICS, scores, strict=True)]
         said.append(
             f"{stack_prefix(stack, ': ')}Correlation of a pass with the feed-forward model on relative depth: {listed(each)}."
         )
@@ -116,9 +121,8 @@ def halves(about: About) -> Drawn:
         each = list[str]()
         for metric in METRICS:
             curves = found.curves(metric, stack)
-            a, b = curves[:, : n // 2], curves[:, n // 2 :]
-            a, b = (x - x.mean(-1, keepdim=True) for x in (a, b))
-            each.append(f"{metric} {number(((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).nanmean())}")
+            alike = correlation(curves[:, : n // 2], curves[:, n // 2 :]).nanmean()
+            each.append(f"{metric} {_known(alike)}")
         said.append(f"{stack_prefix(stack, ': ')}Correlation of the two halves, mean over passes: {listed(each)}.")
         last = found.curves("colsum", stack)[-1].tolist()
         lines = [

@@ -55,7 +55,9 @@ def rows_and_sections(about: About) -> tuple[list[Row], list[Section]]:
             said, not_done = "", ""
             try:
                 said, drawn = DRAWN[key](about)
-                figures += [figure for figure in drawn if figure.says_something]
+                shown = [figure for figure in drawn if figure.says_something]
+                figures += shown
+                said += " Not drawn: one number everywhere." if drawn and not shown else ""
             except LoopedError as error:
                 not_done = str(error).removesuffix(".")
             what = PUBLISHED[key]
