@@ -22,6 +22,7 @@ Ability = Literal[
     "causal attention",
     "causal runs",
     "early readouts",
+    "equal heads",
     "equal loops",
     "equal passes",
     "every position",

@@ -12,7 +12,7 @@ from .._old_calls import accepts_old
 from .._precision import wide
 from .._together import stacked
 from ..errors import LoopedError
-from ..looped import Cache, Looped
+from ..looped import Cache, Looped, require
 from ..patching.clean_run import Comparison, Metric, clean_at
 from ..results import Grid
 from ..schedule import LoopSelector, check_count
@@ -93,6 +93,8 @@ def attribution_sweep(
         corrupted, gradients = pair.gradients(names)
     else:
         corrupted, gradients = _integrated(pair, names, check_count("steps", steps))
+    if "head" in axes:
+        require(pair.model, "equal heads", "a sweep over heads")
     kept = tuple(axis for axis in dims if axis in axes or (axis == "example" and pair.per_example))
     cells: dict[tuple[str | int, ...], Tensor] = {}
     for key, place in placed:

@@ -74,6 +74,8 @@ class AskedBridge(RunningBridge):
             return f"this {cfg.family} model cannot stop after an earlier loop or loop further: {why}."
         if ability == "one pattern" and (why := self.plain.loop.patterns) is not None:
             return f"in this {cfg.family} model {why}."
+        if ability == "equal heads" and (why := self.plain.loop.heads_differ) is not None:
+            return f"in this {cfg.family} model {why}. Name layers of one kind in a patch_sweep, or hook them one by one."
         if ability == "one stream" and (why := self.plain.loop.mixes) is not None:
             return f"in this {cfg.family} model {why}. Patch activations, or decompose a cache, which follows the mixtures."
         if ability == "neurons" and (why := self.plain.loop.no_neurons) is not None:

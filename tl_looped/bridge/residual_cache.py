@@ -388,7 +388,9 @@ class ResidualCache(NamedCache):
         mlp = [at for at in decomposition.writes if at.layer is not None and at.hook.endswith("mlp_out")]
         names: dict[str, list[str]] = {}  # of the rows of every write, in the order of the rows
         if heads:
-            names |= {at.label: self._names(at.layer or 0, "head", model.cfg.n_heads) for at in attention}
+            names |= {
+                at.label: self._names(at.layer or 0, "head", len(self.model.blocks[at.layer].attn.W_O)) for at in attention
+            }
         if neurons is not None:
             names |= {at.label: self._names(at.layer or 0, "neuron", numbers) for at in mlp}
         whole = [at for at in decomposition.writes if (mlps and at in mlp) or (embeds and at.layer is None)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._together import joined
 from ..looped import Lens
 from ..model import LoopedModel
-from ..model.devices import device_of
+from ..model.devices import Carried, device_of
 from ..model.layers import Inputs
 from ..model.loops import Parts, Stream, run_part
 from ..record import InitialState
@@ -38,7 +38,7 @@ class WayOut:
         self.inputs: dict[str, Any] = inputs
         self.schedule: Schedule = schedule
         self.twin: LoopedModel = model.plain.unrolled(1)
-        self.carried: dict[str, Tensor] = {}  # into the first layer of the current pass
+        self.stream: Stream | None = None  # of the run that is decoded, as it goes on
 
     def run(
         self, cells: Sequence[tuple[Lens, int]], positions: Int[Tensor, "batch chosen"], initial_state: InitialState
@@ -58,12 +58,13 @@ class WayOut:
         def put(row: int, x: Tensor) -> None:
             hidden[row] = x.to(hidden.device)[chosen]
 
-        waiting: list[tuple[int, Tensor]] = []  # states of many layers that take the whole coda
+        waiting: list[tuple[int, Tensor, dict[str, Tensor]]] = []  # states of many layers that take the whole coda
 
         def through_coda() -> None:
             if waiting:
-                out = self._out(joined(x for _, x in waiting), 0).split(len(self.tokens))
-                for (row, _), x in zip(waiting, out, strict=True):
+                carried = {name: joined(beside[name] for *_, beside in waiting) for name in waiting[0][2]}
+                out = self._out(joined(x for _, x, _ in waiting), 0, carried).split(len(self.tokens))
+                for (row, *_), x in zip(waiting, out, strict=True):
                     put(row, x)
                 waiting.clear()
 
@@ -73,19 +74,19 @@ class WayOut:
                     if i == layer and lens == "logit":
                         put(row, self.twin.ln_final(resid.to(device_of(self.twin.ln_final))))
                     elif i == layer and schedule.site(i).stack == "coda":
-                        put(row, self._out(resid, schedule.site(i).layer + 1))
+                        put(row, self._out(resid, schedule.site(i).layer + 1, self._beside()))
                     elif i == layer:
-                        waiting.append((row, self._into_coda(i, resid)))
+                        state, carried = self._into_coda(i, resid)
+                        if waiting and waiting[0][2].keys() != carried.keys():
+                            through_coda()
+                        waiting.append((row, state, carried))
                         if (len(waiting) + 1) * self.tokens.numel() > TOGETHER:
                             through_coda()
 
             return hook
 
-        first = {p.first for p in schedule.passes}
-
         def keep(layer: int, stream: Stream, inputs: Inputs) -> None:
-            if layer in first:
-                self.carried = dict(stream.carried)
+            self.stream = stream
 
         last = max(i for _, i in cells)
         hooks: list[tuple[str, Callable[..., None]]]
@@ -99,35 +100,50 @@ class WayOut:
         through_coda()
         return hidden
 
-    def _into_coda(self, layer: int, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """The family's own way from the output of a layer before the coda to the coda."""
+    def _beside(self) -> dict[str, Tensor]:
+        """What the coda reads beside the stream where the run is now."""
+        return dict(self.stream.carried) if self.stream is not None and self.twin.loop.mixes is not None else {}
+
+    def _into_coda(
+        self, layer: int, resid: Float[Tensor, "batch pos d_model"]
+    ) -> tuple[Float[Tensor, "batch pos d_model"], dict[str, Tensor]]:
+        """The family's own way from the output of a layer before the coda to the coda; and what that reads beside it."""
         twin, cfg = self.twin, self.twin.cfg
         p = self.schedule.pass_of_layer(layer)
         # A state before the loop is read as if a pass had left it as it was.
-        carried = {"entered": resid.to(twin.home)} if p is None else dict(self.carried)
+        carried = Carried({**self._beside(), "entered": resid}, twin.home)
+        if p is not None and self.stream is not None:
+            carried = Carried(self.stream.carried, twin.home)
         stack, x = cfg.schedule.core_stacks[-1] if p is None else p.stack, resid.to(twin.home)
         passes = cfg.schedule.passes
         for end in passes[cfg.schedule.passes_of("last", stack)[0].index :]:
             parts = Parts(twin, end, run_part)
             if end.stack != stack:
-                x = self._layers(twin.loop.enter(parts, end, carried), end.stack, 0)
+                x = self._layers(twin.loop.enter(parts, end, carried), end.stack, 0, {}).x
             twin.loop.leave(parts, end, x, carried)
-        return twin.loop.finish(Parts(twin, None, run_part), passes[-1], carried)
+        state = twin.loop.finish(Parts(twin, None, run_part), passes[-1], carried)
+        return state, carried if twin.loop.mixes is not None else {}
 
-    def _out(self, x: Float[Tensor, "many_batches pos d_model"], first: int) -> Float[Tensor, "many_batches pos d_model"]:
+    def _out(
+        self, x: Float[Tensor, "many_batches pos d_model"], first: int, beside: dict[str, Tensor]
+    ) -> Float[Tensor, "many_batches pos d_model"]:
         """From before layer `first` of the coda to the input of the unembedding."""
-        x = self._layers(x, "coda", first)
-        return self.twin.before_unembedding(x)
+        stream = self._layers(x, "coda", first, beside)
+        return self.twin.before_unembedding(
+            self.twin.loop.read(Parts(self.twin, None, run_part), stream.x, Carried(stream.carried, self.twin.home))
+        )
 
-    def _layers(self, x: Tensor, stack: str, first: int) -> Tensor:
-        """The last layers of the twin, from layer `first` of a stack on."""
-        schedule = self.twin.cfg.schedule
+    def _layers(self, x: Tensor, stack: str, first: int, beside: dict[str, Tensor]) -> Stream:
+        """What leaves the last layers of the twin, from layer `first` of a stack on."""
+        schedule, ends = self.twin.cfg.schedule, list[Stream]()
         if first == schedule.stacks[stack]:
-            return x
+            return Stream(x, Carried(beside))
         start = schedule.virtual(Site(stack, None if stack == "coda" else 0, first))
         times = len(x) // len(self.tokens)
         tokens, inputs = self.tokens.repeat(times, 1), {name: value.repeat(times, 1) for name, value in self.inputs.items()}
-        return self.twin(tokens, inputs_embeds=x, start=start, stop=schedule.n_layers, **inputs).logits
+        inputs |= {"carried": beside or None, "on_layer": lambda layer, stream, inputs: ends.append(stream)}
+        self.twin(tokens, inputs_embeds=x, start=start, stop=schedule.n_layers, **inputs)
+        return ends[-1]
 
     def logits(self, x: Float[Tensor, "row d_model"], start: int, width: int) -> Float[Tensor, "row width"]:
         """The logits of one block of the vocabulary, as the model computes them, in fp32 or wider.

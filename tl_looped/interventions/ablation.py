@@ -104,6 +104,8 @@ def ablate(
         raise LoopedError(f"mode={mode!r} needs {wants}.")
     if part == "neuron":
         require(model, "neurons", "an ablation of neurons")
+    if heads is not None:
+        require(model, "equal heads", f"heads={heads!r}")
     mask = None
     for name, units, own, n in (
         ("heads", heads, "head", model.cfg.n_heads),

@@ -45,7 +45,8 @@ class DepthMix(nn.Module):
 
     def forward(self, *sources: Float[Tensor, "*shape d_model"]) -> Float[Tensor, ...]:
         """What the queries read."""
-        stack = observe(self.hook_sources, torch.stack([wide(x) for x in sources], dim=-2))
+        at = self.query.device
+        stack = observe(self.hook_sources, torch.stack([wide(x).to(at) for x in sources], dim=-2))
         scale = observe(self.hook_scale, (stack.square().mean(-1) + EPS).sqrt())
         unit, query = stack / scale[..., None], wide(self.query)
         products = unit @ (query if query.ndim == 2 else query[None]).mT * query.shape[-1] ** -0.5

@@ -44,7 +44,7 @@ def block_sums(carried: Mapping[str, Tensor], name: str = "source") -> list[Tens
 
     Args:
         carried: see `tl_looped.model.Stream`.
-        name: "source" for those of this pass, "past" for those whose messages it reads.
+        name: "source" for those of this pass; "left" for those that the pass before has left, "past" for what of them it reads.
     """
     found: list[Tensor] = []
     while (value := carried.get(f"{name}.{len(found)}")) is not None:
@@ -226,6 +226,17 @@ class FromPrelude(Repeat):
         return "every branch reads a mixture of the sums of all blocks up to there"
 
     @property
+    def heads_differ(self) -> str | None:
+        """Which layers have other heads than the rest."""
+        cfg, windowed = self.cfg, tuple(self.cfg.options["windowed_heads"])
+        if windowed == (cfg.n_heads, cfg.n_kv_heads, cfg.d_head) or len({window is None for window in cfg.windows}) == 1:
+            return None
+        return (
+            f"layers with a window have {windowed[0]} heads of {windowed[2]} entries and {windowed[1]} of keys and values, the "
+            f"others {cfg.n_heads} of {cfg.d_head} and {cfg.n_kv_heads}"
+        )
+
+    @property
     def no_neurons(self) -> str | None:
         """Why an MLP has no neurons that all positions go through."""
         return "the MLPs are mixtures of experts, of which a position goes through a few"
@@ -257,10 +268,9 @@ class FromPrelude(Repeat):
     def enter(self, parts: Parts, p: Pass, carried: dict[str, Tensor]) -> Tensor:
         """The input of the first layer of a pass."""
         if p.loop:
-            n_before = self.cfg.n_prelude // self.cfg.options["block"]
-            of_pass = block_sums(carried)[n_before:]
+            of_pass = block_sums(carried)[self._n_before :]
             for j in range(len(of_pass)):
-                del carried[f"source.{n_before + j}"]
+                carried[f"left.{j}"] = carried.pop(f"source.{self._n_before + j}")
             past = torch.stack([*of_pass[1:], carried[p.stack]], dim=-2)  # the first is what the pass began with
             carried |= {f"past.{j}": value for j, value in enumerate(parts("hook_sources", past).unbind(-2))}
         state = parts("hook_state", carried["begun"])
@@ -268,6 +278,17 @@ class FromPrelude(Repeat):
             carried["begun"] = state  # a hook may have changed what all passes begin with
         carried["entered"] = state
         return parts("hook_in", state)
+
+    @property
+    def _n_before(self) -> int:
+        """How many sums the first layer of a pass finds."""
+        return self.cfg.n_prelude // self.cfg.options["block"]
+
+    def finish(self, parts: Parts, p: Pass, carried: dict[str, Tensor]) -> Tensor:
+        """What the coda reads if the loop ends after a pass, also when the next one has been entered already."""
+        if len(block_sums(carried)) == self._n_before:
+            carried |= {f"source.{self._n_before + j}": value for j, value in enumerate(block_sums(carried, "left"))}
+        return super().finish(parts, p, carried)
 
     def read(self, parts: Parts, x: Tensor, carried: dict[str, Tensor]) -> Tensor:
         """What the last norm reads."""

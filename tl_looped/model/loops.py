@@ -169,6 +169,11 @@ class Repeat:
         return None
 
     @property
+    def heads_differ(self) -> str | None:
+        """Which layers have other heads than the rest; None if all have the same."""
+        return None
+
+    @property
     def no_neurons(self) -> str | None:
         """Why an MLP has no neurons that all positions go through; None if it has."""
         return None

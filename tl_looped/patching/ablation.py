@@ -19,7 +19,7 @@ from .._old_calls import accepts_old
 from .._precision import wide
 from ..errors import LoopedError
 from ..kinds import plain, shown
-from ..looped import Looped, stopping
+from ..looped import Looped, require, stopping
 from ..metrics import Divergence, RowMetric, metric_name
 from ..panels import Panel
 from ..record import InitialState
@@ -208,6 +208,8 @@ class _Plan:
         self.model, self.part, self.names, self.restore, self.positions = model, part, names, restore, positions
         if heads is not None and part != "head":
             raise LoopedError(f'heads={heads!r} was asked of part={part!r}; heads are those of part="head".')
+        if part == "head":
+            require(model, "equal heads", "a sweep over heads")
         self.heads = select_indices(heads, model.cfg.n_heads, "heads") if part == "head" else []
         self.places: dict[tuple[Any, ...], list[Place]] = {}
         for site in SITES[part]:

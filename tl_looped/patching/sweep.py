@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._old_calls import accepts_old
 from ..errors import LoopedError
-from ..looped import Cache, Looped
+from ..looped import Cache, Looped, require
 from ..metrics import metric_name
 from ..panels import Panel
 from ..record import InitialState, Run
@@ -167,6 +167,9 @@ def patch_sweep(
     source.check_padding(patcher.base.attention_mask)
     clean = {hook: source.read(hook, patcher.base[hook]) for hook in hooks}
     inner = inner_axes(patcher, hooks[0], positions, heads)
+    named = heads is not None or "head" in names
+    _check_heads(patcher, hooks, named)
+    everywhere = inner if named else {axis: None if axis == "head" else chosen for axis, chosen in inner.items()}
     groups: dict[tuple[str, ...], list[Place]] = {}
     for key, place in placed:
         groups.setdefault(key, []).append(place)
@@ -176,10 +179,9 @@ def patch_sweep(
     cells, points = [], list(product(*(inner[axis] for axis in swept)))
     for group in groups.values():
         for point in points:
-            at = inner | {axis: [i] for axis, i in zip(swept, point, strict=True)}
-            where = where_of(patcher.base[group[0].hook], at)
-            edits = [Edit(place.hook, clean[place.hook], where) for place in group]
-            cells.append(Cell(edits, min(place.entry for place in group), min(at["pos"])))
+            at = everywhere | {axis: [i] for axis, i in zip(swept, point, strict=True)}
+            edits = [Edit(place.hook, clean[place.hook], where_of(patcher.base[place.hook], at)) for place in group]
+            cells.append(Cell(edits, min(place.entry for place in group), min(at["pos"] or [])))
     values = patcher.run(cells, verbose, f"patching {site}")
 
     values, labels = laid_out(values.unflatten(0, (len(groups), len(points))), list(groups), outer)
@@ -242,12 +244,19 @@ def inner_axes(patcher: Patcher, hook: str, positions: Indices, heads: Indices) 
     return {axis: chosen[axis] for axis in axes if axis in chosen}
 
 
-def where_of(activation: Tensor, at: dict[str, list[int]]) -> Tensor:
-    """The mask of chosen indices; the last axis of an activation has no name, except for patterns."""
+def _check_heads(patcher: Patcher, hooks: Sequence[str], named: bool) -> None:
+    """Refuse heads that are named in layers that have other numbers of them."""
+    if named and "head" in (axes := axes_of(hooks[0])):
+        if len({patcher.base[hook].shape[1 + axes.index("head")] for hook in hooks}) > 1:
+            require(patcher.model, "equal heads", "heads of several layers")
+
+
+def where_of(activation: Tensor, at: Mapping[str, list[int] | None]) -> Tensor:
+    """The mask of chosen indices, None for all; the last axis of an activation has no name, except for patterns."""
     where = torch.ones((), dtype=torch.bool, device=activation.device)
     for size, chosen in zip(activation.shape[1:], at.values(), strict=False):
-        along = torch.zeros(size, dtype=torch.bool, device=activation.device)
-        along[chosen] = True
+        along = torch.full((size,), chosen is None, dtype=torch.bool, device=activation.device)
+        along[[] if chosen is None else chosen] = True
         where = where[..., None] & along
     return where if "src_pos" in at else where[..., None]
 
