@@ -25,7 +25,7 @@ from ..errors import CheckpointError
 from ..kinds import Kind, choice, count, number, several, shown, table
 from ..model.config import LoopedConfig
 from ..model.depth_mix import wide
-from ..model.from_prelude import READERS
+from ..model.from_prelude import READERS, FromPrelude
 from ..model.norms import RMSNorm
 from ._common import Computed, Shapes, Source, layers
 from ._read import Recorded, get, need, only, unused
@@ -82,7 +82,7 @@ def _text_config(config: Mapping[str, Any]) -> LoopedConfig:
     kinds = get(config, "layer_types", usual, several(choice("hybrid", "hybrid_sliding")))
     if len(kinds) != n_layers:
         raise CheckpointError(f"config.json has {len(kinds)} layer_types for num_hidden_layers={n_layers}; give one for each.")
-    return LoopedConfig(
+    cfg = LoopedConfig(
         family="inkling2_loop",
         d_model=_get(config, "hidden_size", 2304, count()),
         n_heads=_get(config, "num_attention_heads", 24, count()),
@@ -122,6 +122,8 @@ def _text_config(config: Mapping[str, Any]) -> LoopedConfig:
             "mlp_caps": [_get(config, "mlp_gate_softcap", 4.0, number()), _get(config, "mlp_up_softcap", 25.0, number())],
         },
     )
+    FromPrelude(cfg)  # which checks its options
+    return cfg
 
 
 def _get(config: Mapping[str, Any], key: str, default: Any, kind: Kind[Any], alias: str = "") -> Any:
@@ -180,30 +182,33 @@ def sources(cfg: LoopedConfig, shapes: Shapes) -> dict[str, Source | Computed]:
     root = "model.llm." if released else "model.language_model." if inside else "model."
     width, found = cfg.d_model, dict[str, Source | Computed]()
 
-    def stored(name: str) -> Source:
-        return Source(name, shape=shapes.get(name))
+    def padded(name: str) -> tuple[int, ...]:
+        """The shape of a matrix with a row for every token, and maybe for some that do not exist."""
+        return (max(cfg.d_vocab, *shapes.get(name, ())[:1], 0), width)
 
     embed, norm = (f"{root}{n}" for n in (("embed.weight", "embed_norm.weight") if released else
                    ("embed_tokens.weight", "embed_tokens.embed_norm.weight")))  # fmt: skip
     found["embed.weight"] = Computed(
         lambda rows, weight: _normed(rows[: cfg.d_vocab], weight, cfg.norm_eps),
-        {embed: shapes.get(embed, (cfg.d_vocab, width)), norm: (width,)},
+        {embed: padded(embed), norm: (width,)},
     )
-    found["unembed.weight"] = stored(f"{root}unembed.weight" if released else "lm_head.weight")
-    found["ln_final.weight"] = stored(f"{root}norm.weight")
-    found["final_mix.query"] = stored(f"{root}{'attn_res.output_query' if released else 'final_input.query'}")
+    unembed = f"{root}unembed.weight" if released else "lm_head.weight"
+    found["unembed.weight"] = Source(unembed, shape=padded(unembed))
+    found["ln_final.weight"] = Source(f"{root}norm.weight")
+    found["final_mix.query"] = Source(f"{root}{'attn_res.output_query' if released else 'final_input.query'}")
     for at, stack, j, i in layers(cfg):
         is_full = cfg.windows[i] is None
         layer = f"{root}layers.{i}."
+        n_heads, _, d_head = (cfg.n_heads, 0, cfg.d_head) if is_full else cfg.options["windowed_heads"]
+        flat = {"attn.q_clip.weight": (n_heads, d_head), "attn.rel_clip.weight": (n_heads, cfg.options["d_bias"])}
         for line in (_LAYER + (_FULL if is_full else _WINDOWED) + (_GATES if stack == "core" else "")).split("\n"):
             if line:
                 ours, *theirs = line.split()
-                found[f"{at}.{ours}"] = stored(layer + theirs[0 if released else 1])
+                found[f"{at}.{ours}"] = Source(layer + theirs[0 if released else 1], shape=flat.get(ours))
         if i:
-            found[f"{at}.attn_mix.query"] = stored(
-                f"{root}attn_res.attn_queries.{i - 1}" if released else f"{layer}attention_input.query"
-            )
-        found[f"{at}.mlp_mix.query"] = stored(f"{root}attn_res.mlp_queries.{i}" if released else f"{layer}mlp_input.query")
+            query = f"{root}attn_res.attn_queries.{i - 1}" if released else f"{layer}attention_input.query"
+            found[f"{at}.attn_mix.query"] = Source(query, shape=None if is_full else (width,))
+        found[f"{at}.mlp_mix.query"] = Source(f"{root}attn_res.mlp_queries.{i}" if released else f"{layer}mlp_input.query")
         if is_full:
             norms = [f"{layer}{part}_input_{'norm' if released else 'layernorm'}.weight" for part in "qkv"]
             found[f"{at}.ln1.weight"] = Computed(lambda *rows: torch.stack(rows), dict.fromkeys(norms, (width,)))

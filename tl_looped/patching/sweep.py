@@ -166,27 +166,29 @@ def patch_sweep(
     source.check_start(patcher.recorded.state)
     source.check_padding(patcher.base.attention_mask)
     clean = {hook: source.read(hook, patcher.base[hook]) for hook in hooks}
-    inner = inner_axes(patcher, hooks[0], positions, heads)
-    named = heads is not None or "head" in names
-    _check_heads(patcher, hooks, named)
-    everywhere = inner if named else {axis: None if axis == "head" else chosen for axis, chosen in inner.items()}
-    groups: dict[tuple[str, ...], list[Place]] = {}
+    groups: dict[tuple[Any, ...], list[Place]] = {}
     for key, place in placed:
         groups.setdefault(key, []).append(place)
     outer = [axis for axis in ("loop", "layer", "virtual_layer") if axis in names]
-    swept = [axis for axis in inner if axis in names]
+    swept = [axis for axis in axes_of(hooks[0]) if axis in names]
 
-    cells, points = [], list(product(*(inner[axis] for axis in swept)))
-    for group in groups.values():
-        for point in points:
-            at = everywhere | {axis: [i] for axis, i in zip(swept, point, strict=True)}
-            edits = [Edit(place.hook, clean[place.hook], where_of(patcher.base[place.hook], at)) for place in group]
-            cells.append(Cell(edits, min(place.entry for place in group), min(at["pos"] or [])))
+    cells, keys = list[Cell](), list[tuple[Any, ...]]()
+    for key, group in groups.items():
+        inner = [inner_axes(patcher, place.hook, positions, heads) for place in group]
+        if any(of[axis] != inner[0][axis] for of in inner for axis in swept):
+            require(model, "equal heads", f"{swept} of several layers together")
+        for point in product(*(inner[0][axis] for axis in swept)):
+            one = {axis: [i] for axis, i in zip(swept, point, strict=True)}
+            edits = [
+                Edit(place.hook, clean[place.hook], where_of(patcher.base[place.hook], of | one))
+                for place, of in zip(group, inner, strict=True)
+            ]
+            cells.append(Cell(edits, min(place.entry for place in group), min((inner[0] | one)["pos"])))
+            keys.append((*key, *point))
     values = patcher.run(cells, verbose, f"patching {site}")
 
-    values, labels = laid_out(values.unflatten(0, (len(groups), len(points))), list(groups), outer)
-    labels |= {axis: _inner_labels(patcher, axis, inner[axis]) for axis in swept}
-    values = values.unflatten(len(outer), [len(labels[axis]) for axis in swept]) if swept else values.squeeze(len(outer))
+    values, labels = laid_out(values, keys, [*outer, *swept])  # NaN for heads that a layer lacks beside others
+    labels |= {axis: _inner_labels(patcher, axis, [int(i) for i in labels[axis]]) for axis in swept}
     order = [(*outer, *swept).index(axis) for axis in names]
     values = values.permute(*order, *range(len(names), values.ndim))
     return result(patcher, values, names, labels, _baseline(source, patcher))
@@ -244,19 +246,12 @@ def inner_axes(patcher: Patcher, hook: str, positions: Indices, heads: Indices) 
     return {axis: chosen[axis] for axis in axes if axis in chosen}
 
 
-def _check_heads(patcher: Patcher, hooks: Sequence[str], named: bool) -> None:
-    """Refuse heads that are named in layers that have other numbers of them."""
-    if named and "head" in (axes := axes_of(hooks[0])):
-        if len({patcher.base[hook].shape[1 + axes.index("head")] for hook in hooks}) > 1:
-            require(patcher.model, "equal heads", "heads of several layers")
-
-
-def where_of(activation: Tensor, at: Mapping[str, list[int] | None]) -> Tensor:
-    """The mask of chosen indices, None for all; the last axis of an activation has no name, except for patterns."""
+def where_of(activation: Tensor, at: dict[str, list[int]]) -> Tensor:
+    """The mask of chosen indices; the last axis of an activation has no name, except for patterns."""
     where = torch.ones((), dtype=torch.bool, device=activation.device)
     for size, chosen in zip(activation.shape[1:], at.values(), strict=False):
-        along = torch.full((size,), chosen is None, dtype=torch.bool, device=activation.device)
-        along[[] if chosen is None else chosen] = True
+        along = torch.zeros(size, dtype=torch.bool, device=activation.device)
+        along[chosen] = True
         where = where[..., None] & along
     return where if "src_pos" in at else where[..., None]
 
