@@ -75,7 +75,10 @@ class AskedBridge(RunningBridge):
         if ability == "one pattern" and (why := self.plain.loop.patterns) is not None:
             return f"in this {cfg.family} model {why}."
         if ability == "equal heads" and (why := self.plain.loop.heads_differ) is not None:
-            return f"in this {cfg.family} model {why}. Use patch_sweep, which goes through the heads of every layer, or hook layers one by one."
+            return (
+                f"in this {cfg.family} model {why}. Use patch_sweep, which goes through the heads of every layer, or hook "
+                "layers one by one."
+            )
         if ability == "one stream" and (why := self.plain.loop.mixes) is not None:
             return f"in this {cfg.family} model {why}. Patch activations, or decompose a cache, which follows the mixtures."
         if ability == "neurons" and (why := self.plain.loop.no_neurons) is not None:
