@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from family_checks import check_attribution, check_family, random_model
+from family_checks import check_family, random_model
 from safetensors.torch import load_file
 from torch import Tensor
 from zoo import GOLDEN, with_config
@@ -91,7 +91,6 @@ def test_another_configuration_follows_the_formulas() -> None:
 def test_what_every_family_must_pass() -> None:
     bridge = random_model(CONFIG)
     check_family(bridge)
-    check_attribution(bridge)
 
 
 @torch.no_grad()

@@ -26,5 +26,9 @@ class RunningSumError(LoopedError, RuntimeError):
     """A tool takes the residual stream for one running sum where it is not one."""
 
 
+class NotASumError(LoopedError):
+    """The residual stream of a run is no sum of what its components wrote: a hook edited it."""
+
+
 class CheckpointError(LoopedError):
     """A checkpoint that cannot be read, or that contradicts itself."""

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._together import joined
-from ..errors import LoopedError, UnknownNameError
+from ..errors import LoopedError, NotASumError, UnknownNameError
 from ..looped import require
 from ..model import LoopedModel
 from ..model.crossings import crossings
@@ -141,7 +141,7 @@ def check_sum(total: Tensor, of_run: Tensor, what: str) -> None:
     half = of_run.dtype in (torch.float16, torch.bfloat16)
     error = (total - of_run).abs().max() / of_run.abs().max().clamp(min=1e-30)
     if not error < (HALF_TOLERANCE if half else TOLERANCE):
-        raise LoopedError(
+        raise NotASumError(
             f"the components of {what} do not sum to it (relative error {error:.2g}): the residual stream was edited in this "
             "run, so that it is no sum of components. Decompose a run without such a hook; edits of attention and MLP outputs "
             "and of the initial state are fine."
