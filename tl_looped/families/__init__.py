@@ -54,8 +54,9 @@ __all__ = [
 class Family(Protocol):
     """What a family file provides.
 
-    `TIED` names the two copies of a tied embedding; `IGNORED` are patterns of tensors that hold nothing the model reads. A family
-    may have `FILES`, the names of JSON and YAML files beside config.json whose content `config` then has under these names.
+    `TIED` names the two copies of a tied embedding; `IGNORED` are patterns of tensors that hold nothing the model reads. A
+    family may have `FILES`, the names of JSON and YAML files beside config.json whose content `config` then has under these
+    names.
     """
 
     @property
