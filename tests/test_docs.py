@@ -78,7 +78,10 @@ def test_nnsight_agrees_too(tmp_path: Path) -> None:
         torch.testing.assert_close(cell, found["sweep"].values[loop, layer, pos], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("page", ["index.md", "concepts.md", "experiments.md", "explorer.md", "datasets.md", "devices.md", "toys.md"])
+PAGES = ["index.md", "concepts.md", "experiments.md", "explorer.md", "datasets.md", "devices.md", "toys.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_pages_run(page: str, tmp_path: Path) -> None:
     assert run(page, (), tmp_path)
 
