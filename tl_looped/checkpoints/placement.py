@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import LoopedError
 from ..model.config import LoopedConfig
-from ..model.devices import part_of
+from ..model.devices import layer_parts, part_of
 from ..model.parameters import Shape
 
 PLANS = ("auto", "balanced")
@@ -171,10 +171,10 @@ class _Unit(nn.Module):
 def _units(cfg: LoopedConfig, shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
     """The parameters by what they go with, in the order of the run."""
     schedule = cfg.schedule
-    first = cfg.layer_names(schedule.core_stacks[0], 0)[0]
+    first = layer_parts(cfg, schedule.core_stacks[0], 0)[0]
     layers = [(stack, j) for stack, n in schedule.stacks.items() for j in range(n)]
-    tables = {f"value_embeds.{i}": cfg.layer_names(*layer)[0] for i, layer in enumerate(layers)}
-    in_order = [name for layer in layers for name in cfg.layer_names(*layer)]
+    tables = {f"value_embeds.{i}": layer_parts(cfg, *layer)[0] for i, layer in enumerate(layers)}
+    in_order = [name for layer in layers for name in layer_parts(cfg, *layer)]
     order = ["embed", *in_order, "after_loop", "ln_final", "unembed"]
     units: dict[str, list[str]] = {name: [] for name in order}
     for name in shapes:

@@ -72,4 +72,15 @@ def part_of(cfg: LoopedConfig, name: str) -> str:
     parts = name.split(".")
     if parts[0] not in (*cfg.schedule.stacks, _TABLES):
         return parts[0]
-    return ".".join(parts[: 4 if parts[2] == "loops" else 2])
+    return ".".join(parts[: 4 if parts[2] == "loops" and not cfg.own_parts else 2])
+
+
+def layer_parts(cfg: LoopedConfig, stack: str, layer: int) -> list[str]:
+    """The parts of a model that a physical layer is: one, or one for every loop if they share nothing of it.
+
+    Args:
+        cfg: the structure.
+        stack: its stack.
+        layer: its index in the stack.
+    """
+    return [f"{stack}.{layer}"] if cfg.own_parts else cfg.layer_names(stack, layer)
