@@ -38,7 +38,9 @@ class PlacedModel(nn.Module):
     def find_layers(self) -> None:
         """Remember one parameter of every layer, which says where it lies."""
         of_part = {part_of(self.cfg, name): holders[0] for name, holders in self.parameter_slots.items()}
-        self._in_layer: list[tuple[nn.Module, str]] = [of_part[part_of(self.cfg, f"{self.layer_name(site)}.")] for site in self.cfg.schedule.sites]
+        self._in_layer: list[tuple[nn.Module, str]] = [
+            of_part[part_of(self.cfg, f"{self.layer_name(site)}.")] for site in self.cfg.schedule.sites
+        ]
 
     def device_of_layer(self, i: int) -> torch.device:
         """Where a virtual layer lies.
