@@ -15,7 +15,6 @@ import tl_looped
 from tl_looped import LoopedBridge, LoopedCache, LoopedConfig, LoopedError
 from tl_looped.model.norms import RMSNorm
 from tl_looped.testing import FamilyError, check_family
-from tl_looped.testing.checks import CHECKS
 
 FIXED = {"mor_token", "mor_expert"}  # whose number of loops cannot be chosen
 NOT_GOLDEN = {"looped_qwen", "anchored"}
@@ -24,15 +23,13 @@ REFUSES = {
     "mor_token": {"depth"},
     "mor_expert": {"kv cache", "sharing", "depth"},
 }
-LATER = {"inkling2_loop": {"sweep"}}  # its layers differ in their heads
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_every_golden_checkpoint_is_green(checkpoint: str) -> None:
     """With few loops, which is cheaper; what is refused is known."""
     few = {} if checkpoint in FIXED else {"n_loops": 2}
-    asked = [name for name in ("parity", *CHECKS) if name not in LATER.get(checkpoint, set())]
-    report = check_family(LoopedBridge.from_pretrained(GOLDEN / checkpoint, device="cpu", **few), checks=asked)
+    report = check_family(LoopedBridge.from_pretrained(GOLDEN / checkpoint, device="cpu", **few))
     refused = {outcome.check for outcome in report.outcomes if outcome.status == "refused"}
     assert refused == {"parity"} | REFUSES.get(checkpoint, set())
 
