@@ -331,6 +331,7 @@ def test_one_process_dies_and_the_others_go_on(tmp_path: Path) -> None:
     assert load_result(out / "stages.safetensors").done == load_result(out / "stages.safetensors").result.norm.count == 30
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_share_at_once(tmp_path: Path) -> None:
     lines, out = hop_prompts(6, tmp_path / "prompts.txt"), tmp_path / "run"
     children = [subprocess.Popen(command(out, lines), env=environment(), stderr=subprocess.DEVNULL) for _ in range(2)]

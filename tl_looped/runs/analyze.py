@@ -205,7 +205,8 @@ def _settings(measure: Asked) -> dict[str, str]:
 def _weights(model: Hooked) -> str:
     """A digest of the weights."""
     if isinstance(model, Looped):
-        return digest([described(value) for value in vars(model.fingerprint()).values()])
+        found = model.fingerprint()
+        return digest([described(value) for value in getattr(found, "__dict__", {"": found}).values()])
     module: Any = model
     named = module.named_parameters() if isinstance(module, nn.Module) else ()
     return digest([[name, parameter.detach()] for name, parameter in named])

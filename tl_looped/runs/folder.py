@@ -167,7 +167,8 @@ class Folder:
             fingerprint: of the model.
         """
         if not (self.path / MODEL).exists():
-            save_result(fingerprint, self.path / MODEL)
+            with suppress(LoopedError):  # of a kind that no file keeps; a full disk is told of by what is written next
+                save_result(fingerprint, self.path / MODEL)
 
     def _file(self, name: str, unit: int) -> Path:
         return self.path / name / f"{unit:05d}.safetensors"
