@@ -26,14 +26,21 @@ Ability = Literal[
     "equal loops",
     "equal passes",
     "every position",
+    "exact decomposition",
     "exit gate",
+    "gradients",
     "injection",
+    "last readout",
+    "lens",
     "neurons",
     "one embedding",
     "one pattern",
     "one stream",
     "other depths",
+    "re-entry",
+    "rows apart",
     "shared weights",
+    "weights by pass",
 ]
 Lens = Literal["logit", "native"]
 T = TypeVar("T")

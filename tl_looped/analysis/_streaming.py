@@ -201,7 +201,7 @@ def at_positions(x: Float[Tensor, "batch pos d_model"], positions: Indices) -> F
 
 def last_norm(model: Looped, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
     """The model's last norm (in Ouro, HRM-Text and Nanbeige the norm of every pass), without firing its hooks."""
-    require(model, "early readouts", "after_norm=True")
+    require(model, "lens", "after_norm=True")
     return model.last_norm(x)
 
 

@@ -214,7 +214,9 @@ class ExitStepsMeasure:
             return torch.stack([found[name].mean(-1) for name in names])  # of everybody who stops here
 
         ends = [schedule.pass_prefix(schedule.pass_of_loop(t)) for t in range(n_loops)]
-        hooks: list[Any] = [(f"{ends[0]}.hook_state", keep_state), *((f"{end}.hook_out", keep_state) for end in ends)]
+        first = f"{ends[0]}.hook_state"
+        first = first if first in model.hook_dict else f"{ends[0]}.{model.entrance}"
+        hooks: list[Any] = [(first, keep_state), *((f"{end}.hook_out", keep_state) for end in ends)]
         if model.lacks("exit gate") is None:
             hooks += [(f"{end}.hook_exit_logit", keep_gate) for end in ends]
         with torch.no_grad():

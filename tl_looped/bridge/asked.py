@@ -31,6 +31,8 @@ T = TypeVar("T")
 class AskedBridge(RunningBridge):
     """The part of a `LoopedBridge` that tools are built on."""
 
+    cache_class: type[LoopedCache] = LoopedCache
+
     @property
     def starts_from(self) -> str:
         """The state before the first pass: the prelude's output ("embedding"), "noise", or a "learned" one."""
@@ -53,7 +55,7 @@ class AskedBridge(RunningBridge):
             'this custom model has no exit gate; use a policy without one, such as exits.KL().'
         """
         cfg = self.looped_cfg
-        if ability == "early readouts" and self._weights_processed:
+        if ability in ("early readouts", "lens") and self._weights_processed:
             return "the weights of this model were processed (compatibility mode); ask the model before that."
         if ability == "equal passes" and last_norm_is_folded(self.plain):
             return (
@@ -113,7 +115,7 @@ class AskedBridge(RunningBridge):
 
     def fingerprint(self) -> Fingerprint:
         """What tells the weights of this model from others."""
-        return Fingerprint.of(self.plain)
+        return Fingerprint.of(self.looped_cfg, self.plain.canonical_parameters())
 
     def last_norm(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """The model's last norm (in Ouro, HRM-Text and Nanbeige the norm of every pass), without firing its hooks.

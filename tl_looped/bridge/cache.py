@@ -9,12 +9,10 @@ from typing import Any, Literal, cast
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens import ActivationCache
 
 from .._old_calls import accepts_old
 from ..errors import LoopedError
 from ..kinds import plain
-from ..schedule import LoopSelector
 from ..tokens import real_positions
 from .decomposition import FINAL, REMAINDER, Decomposition, branch_inputs
 from .logit_attribution import LogitAttribution
@@ -52,38 +50,6 @@ class LoopedCache(ResidualCache):
         >>> torch.allclose(cache.logit_attrs(parts, 7).sum(0), logits[..., 7], atol=1e-5)
         True
     """
-
-    def select_loops(self, loops: LoopSelector) -> LoopedCache:
-        """A cache without the activations of other loops; the tensors are shared, not copied.
-
-        Args:
-            loops: the loops to keep, as in `stack_loops`; for HRM-Text H cycles, each with its L passes. Prelude,
-                coda and the rest are kept too.
-
-        Raises:
-            OutOfRangeError: a loop that this run does not have.
-        """
-        schedule = self.model.schedule
-        kept = {p for t in schedule.select_loops(loops, schedule.core_stacks[-1]) for p in schedule.passes_in(t)}
-        others = [p for p in schedule.passes if p not in kept]
-        dropped = tuple(f"blocks.{i}." for p in others for i in p.layers) + tuple(f"{schedule.pass_prefix(p)}." for p in others)
-        entries = {name: value for name, value in self.cache_dict.items() if not name.startswith(dropped)}
-        selected = LoopedCache(entries, self.model, self.has_batch_dim, self.weights)
-        selected.run, selected.attention_mask = self.run, self.attention_mask
-        return selected
-
-    def apply_slice_to_batch_dim(self, batch_slice: Any) -> ActivationCache:
-        """A cache of chosen rows, as in TransformerLens.
-
-        Args:
-            batch_slice: which rows, as a TransformerLens `Slice` or what one is made of.
-        """
-        sliced = super().apply_slice_to_batch_dim(batch_slice)
-        chosen = LoopedCache(sliced.cache_dict, self.model, sliced.has_batch_dim, self.weights)
-        if self.attention_mask is not None:
-            mask = as_slice(batch_slice).apply(self.attention_mask, dim=0)
-            chosen.attention_mask = mask if mask.ndim == 2 else mask[None]
-        return chosen
 
     def logit_attrs(
         self,

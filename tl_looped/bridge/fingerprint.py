@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from .._together import stacked
 from ..errors import LoopedError
-from ..model import LoopedModel
 from ..model.config import LoopedConfig
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -25,26 +25,30 @@ class Fingerprint:
     a run reads it once for every loop, and multiplies.
 
     Args:
-        cfg: the structure.
+        cfg: the structure; of a traced module a text.
         dtypes: of every parameter, by canonical name.
         sums: one number per parameter, in the same order.
     """
 
-    cfg: LoopedConfig
+    cfg: LoopedConfig | str
     dtypes: dict[str, torch.dtype]
     sums: Int[Tensor, " parameter"]
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: LoopedModel) -> Fingerprint:
-        """The fingerprint of the weights that a model has now."""
-        parameters = model.canonical_parameters()
+    def of(cls, cfg: LoopedConfig | str, parameters: Mapping[str, Tensor]) -> Fingerprint:
+        """The fingerprint of parameters as they are now.
+
+        Args:
+            cfg: the structure of the model.
+            parameters: by canonical name.
+        """
         sums = stacked(_weighted_sum(parameter.detach()) for parameter in parameters.values())
-        return cls(model.cfg, {name: parameter.dtype for name, parameter in parameters.items()}, sums)
+        return cls(cfg, {name: parameter.dtype for name, parameter in parameters.items()}, sums)
 
     def difference(self, other: Fingerprint) -> str | None:
         """How other weights differ from these; None if they do not. The number of loops does not matter."""
-        if self.cfg.replace(n_loops=1, family="") != other.cfg.replace(n_loops=1, family=""):
+        if _unlooped(self.cfg) != _unlooped(other.cfg):
             return "the model has another structure"
         if self.dtypes.keys() != other.dtypes.keys():
             return "the weights were processed (compatibility mode)"
@@ -55,15 +59,19 @@ class Fingerprint:
         names = [name for name, differs in zip(self.dtypes, changed, strict=True) if differs]
         return f"{', '.join(names[:3])}{' and others' * (len(names) > 3)} changed" if names else None
 
-    def check(self, model: LoopedModel, what: str) -> None:
+    def check(self, weights: Fingerprint, what: str) -> None:
         """Refuse to read a cache beside the weights of a model if other weights made it; `what` was asked."""
-        if (why := self.difference(Fingerprint.of(model))) is not None:
+        if (why := self.difference(weights)) is not None:
             raise LoopedError(
                 f"{what} was asked, which reads a cache together with the weights of the model, but other weights made this "
                 f"cache: {why}. It is another model's, or from before an edit, a training step, compatibility mode or a change "
                 "of dtype; run it again with run_with_cache. To take its activations for those of the model all the same, pass "
                 "LoopedCache(dict(cache.items()), model), or write them in a hook of your own."
             )
+
+
+def _unlooped(cfg: LoopedConfig | str) -> LoopedConfig | str:
+    return cfg if isinstance(cfg, str) else cfg.replace(n_loops=1, family="")
 
 
 def _weighted_sum(x: Tensor) -> Int[Tensor, ""]:

@@ -43,7 +43,7 @@ class NamedCache(ActivationCache):
     ):
         super().__init__(cache_dict, model, has_batch_dim)
         # Nothing is known of a cache that somebody makes by hand; it is taken for one of the model as it is.
-        self.weights: Fingerprint = Fingerprint.of(model.plain) if weights is None else weights
+        self.weights: Fingerprint = model.fingerprint() if weights is None else weights
 
     def __getitem__(self, key: Any) -> Tensor:
         if not isinstance(key, (str, tuple)) or not key:
@@ -160,9 +160,41 @@ class NamedCache(ActivationCache):
             rows.append(cells[0] if layer is not None else stacked(cells))
         return stacked(rows)
 
+    def select_loops(self, loops: LoopSelector) -> Any:
+        """A cache without the activations of other loops; the tensors are shared, not copied.
+
+        Args:
+            loops: the loops to keep, as in `stack_loops`; for HRM-Text H cycles, each with its L passes. Prelude,
+                coda and the rest are kept too.
+
+        Raises:
+            OutOfRangeError: a loop that this run does not have.
+        """
+        schedule = self.model.schedule
+        kept = {p for t in schedule.select_loops(loops, schedule.core_stacks[-1]) for p in schedule.passes_in(t)}
+        others = [p for p in schedule.passes if p not in kept]
+        dropped = tuple(f"blocks.{i}." for p in others for i in p.layers) + tuple(f"{schedule.pass_prefix(p)}." for p in others)
+        entries = {name: value for name, value in self.cache_dict.items() if not name.startswith(dropped)}
+        selected = type(self)(entries, self.model, self.has_batch_dim, self.weights)
+        selected.run, selected.attention_mask = self.run, self.attention_mask
+        return selected
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> ActivationCache:
+        """A cache of chosen rows, as in TransformerLens.
+
+        Args:
+            batch_slice: which rows, as a TransformerLens `Slice` or what one is made of.
+        """
+        sliced = super().apply_slice_to_batch_dim(batch_slice)
+        chosen = type(self)(sliced.cache_dict, self.model, sliced.has_batch_dim, self.weights)
+        if self.attention_mask is not None:
+            mask = as_slice(batch_slice).apply(self.attention_mask, dim=0)
+            chosen.attention_mask = mask if mask.ndim == 2 else mask[None]
+        return chosen
+
     def check_weights(self, what: str, model: Any = None) -> None:
         """Refuse to use weights beside these activations if others made them: those of the model, or of another."""
-        self.weights.check((self.model if model is None else model).plain, what)
+        self.weights.check((self.model if model is None else model).fingerprint(), what)
 
     def padding(self) -> Bool[Tensor, "batch pos"] | None:
         """Which positions are real, where some are padding; None where all are real."""

@@ -10,11 +10,9 @@ from typing import Any
 
 from transformer_lens import ActivationCache
 
-from .cache import LoopedCache
-
 
 def _new_cache(cls: type, cache_dict: Any = None, model: Any = None, *args: Any, **kwargs: Any) -> ActivationCache:
-    return object.__new__(LoopedCache if cls is ActivationCache and hasattr(model, "looped_cfg") else cls)
+    return object.__new__(getattr(model, "cache_class", cls) if cls is ActivationCache else cls)
 
 
 ActivationCache.__new__ = _new_cache  # pyright: ignore[reportAttributeAccessIssue]

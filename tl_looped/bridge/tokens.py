@@ -147,8 +147,11 @@ def check_real(positions: Slice, mask: Mask) -> None:
         )
 
 
-class ReadingBridge(StructuredBridge):
-    """The part of a `LoopedBridge` that reads text."""
+class Reading:
+    """What reads text: a model with a `cfg` of TransformerLens, and a tokenizer or None."""
+
+    cfg: Any
+    _tokenizer: Any
 
     @property
     def tokenizer(self) -> Any:
@@ -181,29 +184,6 @@ class ReadingBridge(StructuredBridge):
         """
         tokens, _ = encode(self.tokenizer, self.cfg, input, prepend_bos, padding_side, truncate)
         return tokens.to(self.cfg.device) if move_to_device else tokens
-
-    def input_to_embed(
-        self,
-        input: str | list[str] | Int[Tensor, "*batch pos"],
-        prepend_bos: bool | None = None,
-        padding_side: str | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, None, Tensor | None]:
-        """The stream entering the first layer, the tokens, None, and the mask of those that are real, as in TransformerBridge.
-
-        Args:
-            input: as in `forward`.
-            prepend_bos: as in `to_tokens`.
-            padding_side: as in `to_tokens`.
-            attention_mask: as in `forward`.
-        """
-        tokens, mask = self.read(input, prepend_bos, padding_side, attention_mask)
-        tokens = tokens[None] if tokens.ndim == 1 else tokens
-        return self.forward(tokens, attention_mask=mask, stop_at_layer=0), tokens, None, mask
-
-    def _accepts_derived_position_ids(self) -> bool:
-        """No: the model derives positions from the mask row by row, so that no row depends on the padding of its neighbours."""
-        return False
 
     def read(
         self,
@@ -239,3 +219,30 @@ class ReadingBridge(StructuredBridge):
             mask = mask if attention_mask is None else attention_mask
         at = self.cfg.device
         return None if tokens is None else tokens.to(at), None if mask is None else mask.to(at)
+
+
+class ReadingBridge(Reading, StructuredBridge):
+    """The part of a `LoopedBridge` that reads text."""
+
+    def input_to_embed(
+        self,
+        input: str | list[str] | Int[Tensor, "*batch pos"],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, None, Tensor | None]:
+        """The stream entering the first layer, the tokens, None, and the mask of those that are real, as in TransformerBridge.
+
+        Args:
+            input: as in `forward`.
+            prepend_bos: as in `to_tokens`.
+            padding_side: as in `to_tokens`.
+            attention_mask: as in `forward`.
+        """
+        tokens, mask = self.read(input, prepend_bos, padding_side, attention_mask)
+        tokens = tokens[None] if tokens.ndim == 1 else tokens
+        return self.forward(tokens, attention_mask=mask, stop_at_layer=0), tokens, None, mask
+
+    def _accepts_derived_position_ids(self) -> bool:
+        """No: the model derives positions from the mask row by row, so that no row depends on the padding of its neighbours."""
+        return False

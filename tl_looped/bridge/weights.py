@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..errors import LoopedError
 from ..model.layers import each_module
 from ..model.undo import Snapshot, undone, whole
-from .names import NamedBridge
 from .processing import check_options, check_running_sum, check_shared, has_output_bias, process_weights
+from .registry import NamedBridge
 
 T = TypeVar("T")
 Self = TypeVar("Self", bound="WeightsBridge")

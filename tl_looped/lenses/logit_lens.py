@@ -108,7 +108,7 @@ def logit_lens(
     if lens not in get_args(Lens):
         raise LoopedError(f"lens={lens!r} was asked; choose 'logit' or 'native'.")
     check_model(model)
-    for ability in ("early readouts", "every position"):
+    for ability in ("lens", "every position"):
         require(model, ability, "a lens")
     if lens == "logit":
         require(model, "one stream", "the logit lens")

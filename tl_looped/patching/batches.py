@@ -51,7 +51,8 @@ class Patcher:
     """A run to patch.
 
     Args:
-        model: the model. Hooks that are attached act in every run; each patch is then a whole run.
+        model: the model. Hooks that are attached act in every run; each patch is then a whole run, as it is in a model whose
+            rows depend on each other.
         tokens: text or tokens.
         metric: logits -> a scalar, or one number per row of the batch.
         hooks: the activations that will be patched.
@@ -78,10 +79,14 @@ class Patcher:
             raise LoopedError(f"{', '.join(wrong)} was given; patches are made in whole runs, which take {', '.join(INPUTS)}.")
         self.model: Looped = model
         self.max_batch: int | None = max_batch if max_batch is None else check_count("max_batch", max_batch)
-        self.one_by_one: bool = first_hooked(model) is not None
+        self.is_hooked: bool = first_hooked(model) is not None
+        self.one_by_one: bool = self.is_hooked or model.lacks("rows apart") is not None
         # A bidirectional prefix lets early positions see late ones.
         self.is_causal: bool = (
-            inputs.get("token_type_ids") is None and not self.one_by_one and model.lacks("causal runs") is None
+            inputs.get("token_type_ids") is None
+            and not self.one_by_one
+            and model.lacks("causal runs") is None
+            and model.lacks("re-entry") is None
         )
         self.recorded: Recorded = model.record(tokens, hooks, initial_state, self.is_causal, inputs)
         self.logits: Tensor = self.recorded.logits

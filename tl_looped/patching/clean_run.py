@@ -13,7 +13,7 @@ from torch import Tensor
 from .._precision import wide
 from .._words import counted
 from ..errors import LoopedError, UnknownNameError
-from ..looped import Cache, Looped, stopping
+from ..looped import Cache, Looped, require, stopping
 from ..metrics import bound
 from ..names import in_any_loop
 from ..record import InitialState, Run
@@ -204,10 +204,10 @@ class Comparison:
         Raises:
             LoopedError: the metric has no gradient.
         """
+        require(self.model, "gradients", "a gradient of the metric")
+        begins = [name for name in ("hook_embed", self.state) if name in self.model.hook_dict]
         with torch.inference_mode(False), torch.enable_grad():
-            value, seen = self._run(
-                [*hooks, *((name, _differentiable) for name in ("hook_embed", self.state))], [*names, *also]
-            )
+            value, seen = self._run([*hooks, *((name, _differentiable) for name in begins)], [*names, *also])
             if not value.requires_grad:
                 raise LoopedError("the metric has no gradient; compute it from its logits by differentiable steps.")
             gradients = torch.autograd.grad(value.sum(), [seen[name] for name in names], allow_unused=True)

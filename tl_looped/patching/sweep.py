@@ -196,7 +196,7 @@ def patch_sweep(
 
 def _baseline(source: CleanRun, patcher: Patcher) -> Tensor | None:
     """The metric of the clean run, if it can be repeated."""
-    if source.record is None or source.record.hooked or patcher.one_by_one:
+    if source.record is None or source.record.hooked or patcher.is_hooked:
         return None
     with torch.no_grad():
         return patcher.score(patcher.model(source.record.input, **source.record.arguments()))

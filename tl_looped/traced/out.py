@@ -1,0 +1,139 @@
+"""The way from the stream to the logits: the last norm and the unembedding of a traced module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import LoopedError
+from .calls import Call, Calls, is_same, tensor_in
+
+Map = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Out:
+    """A last norm and an unembedding.
+
+    Args:
+        norm: the norm; None where there is none, or none was found.
+        head: the unembedding; None if none was found.
+        names: what they are, for the table.
+        why_not: why the two do not give the module's logits from the stream leaving its last layer; None if they do.
+    """
+
+    norm: Map | None
+    head: Map | None
+    names: tuple[str, str]
+    why_not: str | None
+
+
+def way_out(
+    module: nn.Module,
+    run: Calls,
+    last: Call,
+    logits: Tensor,
+    norm: str | Map | None,
+    head: str | Map | None,
+) -> Out:
+    """Find the last norm and the unembedding, and see whether they give the logits.
+
+    Args:
+        module: what was run.
+        run: its calls.
+        last: the call of its last layer.
+        logits: what came out.
+        norm: the path of the norm, or a function; None to find it.
+        head: likewise.
+
+    Raises:
+        LoopedError: a path that is none.
+    """
+    n_vocab = logits.shape[-1]
+    found_head, entered = _head(module, run, logits) if head is None else (None, None)
+    to_logits, head_name = _given(module, head, "head") if head is not None else (found_head, "")
+    if isinstance(found_head, str):
+        to_logits, head_name = _cut(_map(module, found_head), n_vocab), found_head
+    elif found_head is not None:
+        head_name = "the embedding, transposed"
+    if to_logits is None:
+        return Out(None, None, ("not found", "not found"), "no module returns its logits; name norm= and head=")
+    if entered is None and isinstance(head, str):
+        calls = [c for c in run.of(head) if c.takes is not None]
+        entered = calls[-1].takes if calls else None
+    to_norm, norm_name = _given(module, norm, "norm") if norm is not None else (None, "none")
+    if norm is None and entered is not None and not is_same(entered, last.gives):
+        path = next((c.path for c in reversed(run.calls) if is_same(c.gives, entered) and not c.inner), None)
+        to_norm, norm_name = (None, "not found") if path is None else (_map(module, path), path)
+    x = last.gives
+    if x is None or x.shape[:2] != logits.shape[:2]:
+        return Out(to_norm, to_logits, (norm_name, head_name), "its last layer returns no stream [batch, pos, width]")
+    with torch.no_grad():
+        try:
+            read = to_logits(x if to_norm is None else to_norm(x))
+        except Exception as error:
+            return Out(to_norm, to_logits, (norm_name, head_name), f"its norm and unembedding do not take a stream ({error})")
+    scale = float(logits.abs().max())
+    if read.shape == logits.shape and bool((read.to(logits.dtype) - logits).abs().max() <= 1e-4 * scale + 1e-6):
+        return Out(to_norm, to_logits, (norm_name, head_name), None)
+    why = "its norm and unembedding do not give its logits from what leaves its last layer; name norm= and head="
+    return Out(to_norm, to_logits, (norm_name, head_name), why)
+
+
+def _head(module: nn.Module, run: Calls, logits: Tensor) -> tuple[str | Map | None, Tensor | None]:
+    """The module that returned the logits, or the transposed embedding; and what it was given."""
+    width = logits.shape[-1]
+    for call in reversed(run.calls):
+        gave = call.gives
+        if gave is not None and gave.ndim == 3 and gave.shape[-1] >= width and call.takes is not None and not call.inner:
+            if gave.shape[:2] == logits.shape[:2] and torch.equal(gave[..., :width].to(logits.dtype), logits):
+                return call.path, call.takes
+    tables = [m for m in module.modules() if isinstance(m, nn.Embedding)]
+    streams = [c.gives for c in run.calls[-8:] if c.gives is not None and c.gives.shape[:2] == logits.shape[:2]]
+    for table in tables:
+        for x in reversed(streams):
+            if x.shape[-1] == table.embedding_dim and x.dtype == table.weight.dtype and table.num_embeddings >= width:
+                found = F.linear(x, table.weight[:width])
+                if torch.allclose(found.to(logits.dtype), logits, rtol=1e-4, atol=1e-5):
+
+                    def unembed(x: Tensor, table: nn.Embedding = table) -> Tensor:
+                        return F.linear(x, table.weight[:width])
+
+                    return unembed, x
+    return None, None
+
+
+def _given(module: nn.Module, asked: str | Map, what: str) -> tuple[Map, str]:
+    if not isinstance(asked, str):
+        if not callable(asked):
+            raise LoopedError(f"{what}={asked!r} was given; pass the path of a submodule, or a function of the stream.")
+        return asked, getattr(asked, "__name__", type(asked).__name__)
+    try:
+        module.get_submodule(asked)
+    except AttributeError as error:
+        raise LoopedError(f"{what}={asked!r} was given, but the module has no such submodule.") from error
+    return _map(module, asked), asked
+
+
+def _map(module: nn.Module, path: str) -> Map:
+    """A submodule as a function of tensors."""
+
+    def run(x: Tensor) -> Tensor:
+        return cast(Tensor, tensor_in(module.get_submodule(path)(x)))
+
+    return run
+
+
+def _cut(head: Map, width: int) -> Map:
+    """An unembedding without what pads the vocabulary."""
+
+    def run(x: Tensor) -> Tensor:
+        found: Any = head(x)
+        return found[..., :width]
+
+    return run
