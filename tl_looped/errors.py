@@ -32,3 +32,7 @@ class NotASumError(LoopedError):
 
 class CheckpointError(LoopedError):
     """A checkpoint that cannot be read, or that contradicts itself."""
+
+
+class UnknownFamilyError(CheckpointError):
+    """A checkpoint of no family."""

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from jaxtyping import Int
@@ -16,7 +16,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from .. import checkpoints, families
 from .._old_calls import accepts_old
-from ..errors import LoopedError
+from ..errors import LoopedError, UnknownFamilyError
 from ..looped import require
 from ..model import LoopedModel
 from ..model.config import LoopedConfig
@@ -28,6 +28,7 @@ from .adapter import LoopedArchitectureAdapter, bridge_config
 from .asked import AskedBridge
 from .components import InMemory, check_attn_in
 from .processing import stream_break
+from .published import traced_checkpoint
 from .traced import TracedBridge
 from .weights import without_collections
 
@@ -89,6 +90,8 @@ class LoopedBridge(InMemory, AskedBridge):
     ) -> LoopedBridge:
         """Load a looped checkpoint.
 
+        One that no family knows, but transformers does, is traced, with a warning: see `trace`.
+
         Args:
             name_or_dir: a Hub id, a directory of the same layout, or a bundled toy such as "toy:hop". Only `config.json`,
                 tensors and tokenizer files are read; no remote code is run.
@@ -119,7 +122,14 @@ class LoopedBridge(InMemory, AskedBridge):
         if device is None and device_map is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         where: dict[str, Any] = {"device": device, "device_map": device_map, "max_memory": max_memory}
-        model = checkpoints.load_model(checkpoint, dtype=dtype, n_loops=n_loops, l_cycles=l_cycles, **where)
+        asked: dict[str, Any] = {"n_loops": n_loops, "l_cycles": l_cycles}
+        try:
+            model = checkpoints.load_model(checkpoint, dtype=dtype, **asked, **where)
+        except UnknownFamilyError as unknown:
+            given = {name: value for name, value in asked.items() if value is not None}
+            if tokenizer is None and checkpoint.path is not None:
+                tokenizer = checkpoints.load_tokenizer(checkpoint.path)
+            return cast(LoopedBridge, traced_checkpoint(checkpoint, unknown, where, dtype, given, tokenizer))
         if tokenizer is None and checkpoint.path is not None:
             tokenizer = checkpoints.load_tokenizer(checkpoint.path)
             checkpoint.check_unchanged()

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from transformer_lens.hook_points import HookPoint
 
 from ..errors import LoopedError, UnknownNameError
-from ..schedule import Schedule, virtual_layer
+from ..schedule import virtual_layer
 from .hooking import Hooked, without_leftovers
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedRootModule as Base
+    from typing import Any as Base  # one of TransformerLens's classes, which differ in what they declare
 else:
     Base = object
 
@@ -23,9 +23,6 @@ Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
 
 class Named(Base):
     """What finds the hook points of a model in either spelling; before one of TransformerLens's classes, which it calls."""
-
-    schedule: Schedule
-    hook_dict: Any  # a HookDict
 
     def expand_name(self, name: str, check: bool = True) -> list[str]:
         """The TransformerLens names of all hook points that a name or pattern in either spelling stands for.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -11,19 +11,17 @@ from torch import Tensor
 from .._old_calls import accepts_old
 from ..errors import LoopedError
 from ..record import InitialState
-from ..schedule import Indices, Schedule
+from ..schedule import Indices
 from ..tokens import counts_from_end, real_positions, refuse_unmarked_padding
 
+if TYPE_CHECKING:
+    from typing import Any as Base
+else:
+    Base = object
 
-class ReadingOut:
+
+class ReadingOut(Base):
     """What reads out loops; a model with `read`, `forward(loop=)` and `readouts`."""
-
-    schedule: Schedule
-    n_loops: int
-    tokenizer: Any
-    read: Any
-    forward: Any
-    readouts: Any
 
     @accepts_old("initial_state", "attention_mask")
     def readout(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
@@ -17,6 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import LoopedError
 from ..tokens import Mask, counts_from_end
 from .structure import StructuredBridge
+
+if TYPE_CHECKING:
+    from typing import Any as Base
+else:
+    Base = object
 
 
 def configured(tokenizer: Any, cfg: TransformerBridgeConfig) -> PreTrainedTokenizerBase:
@@ -147,11 +152,8 @@ def check_real(positions: Slice, mask: Mask) -> None:
         )
 
 
-class Reading:
+class Reading(Base):
     """What reads text: a model with a `cfg` of TransformerLens, and a tokenizer or None."""
-
-    cfg: Any
-    _tokenizer: Any
 
     @property
     def tokenizer(self) -> Any:

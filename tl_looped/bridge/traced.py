@@ -130,6 +130,8 @@ class TracedBridge(HookedTrace):
             return f"{traced}, not what it injects. Hook the state instead: steer."
         if ability == "causal attention" and not trace.is_causal:
             return f"positions of this {name} see later ones."
+        if ability == "every position" and not trace.is_whole:
+            return f"not every layer of this {name} takes every position."
         if ability == "rows apart" and not trace.rows_apart:
             return f"the rows of a batch depend on each other in this {name}."
         return None

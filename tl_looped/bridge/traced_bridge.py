@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,8 @@ from transformer_lens import HookedRootModule
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.utilities import lm_cross_entropy_loss, sample_logits
+from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
+from transformer_lens.utilities.logits_utils import sample_logits
 from transformer_lens.utilities.slice import Slice
 
 from ..errors import LoopedError, UnknownNameError
@@ -79,7 +80,9 @@ class Asked:
     seed: int | None
 
 
-class HookedTrace(Named, Reading, ReadingOut, HookedRootModule):
+class HookedTrace(  # pyright: ignore[reportIncompatibleMethodOverride]
+    Named, Reading, ReadingOut, HookedRootModule
+):
     """The part of a `TracedBridge` that runs.
 
     Args:
@@ -118,9 +121,9 @@ class HookedTrace(Named, Reading, ReadingOut, HookedRootModule):
         self.schedule: Schedule = found.schedule
         self._hooked: dict[int, Point] = {}
         hooks = {place.name: Point(place, self._hooked) for place in found.places.places}
-        self.__dict__["hook_dict"] = HookDict(hooks)
-        self.hook_dict.expand_name = self.expand_name
-        self.mod_dict: Any = self.hook_dict
+        by_name = HookDict(hooks)
+        by_name.expand_name = self.expand_name
+        self.__dict__["hook_dict"] = self.__dict__["mod_dict"] = by_name
         self.__dict__["cfg"] = _config(module, found)
         self._tokenizer: Any = None
         self.tokenizer = tokenizer
@@ -154,7 +157,7 @@ class HookedTrace(Named, Reading, ReadingOut, HookedRootModule):
         return cfg
 
     @contextmanager
-    def _at_depth(self) -> Iterator[None]:
+    def _at_depth(self) -> Generator[None]:
         """Set the number of loops for a while; one run at a time where there is something to set."""
         if self._depth is None or self.asked.set_loops is None:
             yield
@@ -276,7 +279,8 @@ class HookedTrace(Named, Reading, ReadingOut, HookedRootModule):
         Raises:
             LoopedError: layers follow the loops, or the module's way from a state to its logits is not known.
         """
-        require(self, "early readouts", "a readout after every loop")
+        model: Any = self
+        require(model, "early readouts", "a readout after every loop")
         kwargs.pop("loop", None)
         schedule, found = self.schedule, dict[int, Any]()
 
@@ -287,7 +291,8 @@ class HookedTrace(Named, Reading, ReadingOut, HookedRootModule):
             (schedule.name(schedule.pass_of_loop(t).layers[-1], "hook_resid_post"), partial(keep, t))
             for t in range(self.n_loops)
         ]
-        self.run_with_hooks(input, [*fwd_hooks, *ends], **{"return_type": None, **kwargs})
+        options: dict[str, Any] = {"return_type": None, **kwargs}
+        self.run_with_hooks(input, [*fwd_hooks, *ends], **options)
         return [found[t] for t in range(self.n_loops)]
 
     def last_norm(self, x: Tensor) -> Tensor:
@@ -424,7 +429,8 @@ class HookedTrace(Named, Reading, ReadingOut, HookedRootModule):
                 break
         if return_type == "tokens" or (return_type == "input" and not isinstance(input, (str, list))):
             return tokens
-        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+        tokenizer: Any = self.tokenizer
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
         return texts[0] if isinstance(input, str) else texts
 
 

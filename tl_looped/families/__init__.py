@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from ..errors import CheckpointError, LoopedError
+from ..errors import LoopedError, UnknownFamilyError
 from ..kinds import choice, count, flag, number, optional, several, shown, table, text
 from ..model.config import LoopedConfig
 from . import canonical, llama
@@ -138,17 +138,18 @@ def detect(config: Mapping[str, Any], shapes: Shapes) -> Family:
         shapes: the shape of every stored tensor, by its name.
 
     Raises:
-        CheckpointError: no family knows it.
+        UnknownFamilyError: no family knows it.
     """
     for family in _FAMILIES:
         if family.matches(config, shapes):
             return family
-    raise CheckpointError(
+    raise UnknownFamilyError(
         f"this checkpoint has model_type={shown(config.get('model_type'))} and "
         f"architectures={shown(config.get('architectures'))}, "
         f"which no family knows; known looped families are {', '.join(_titles())} and tl_looped's own format, and what was "
         "given to tl_looped.families.register. The layers of an ordinary decoder "
-        f"({', '.join(llama.MODEL_TYPES)}) can be looped with LoopedBridge.loop_layers."
+        f"({', '.join(llama.MODEL_TYPES)}) can be looped with LoopedBridge.loop_layers; any "
+        "other looped model in memory can be traced with LoopedBridge.trace(module, tokens)."
     )
 
 

@@ -181,4 +181,8 @@ TABLE: tuple[Row, ...] = (
         "`LoopedBridge.loop_layers(hf_model, start=10, stop=20, n_loops=4)`, naive or anchored", llama,
         fields={},
     ),
+    Row(
+        "traced", "any module that loops", "in memory, or of an architecture that transformers knows",
+        "`LoopedBridge.trace(module, tokens)`: hooks at every call of its layers",
+    ),
 )  # fmt: skip

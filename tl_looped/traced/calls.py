@@ -108,7 +108,8 @@ def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
         return new
     if isinstance(value, Mapping):
         items = {key: replaced(part, old, new) for key, part in value.items()}
-        return type(value)(**items) if hasattr(value, "to_tuple") else type(value)(items)  # transformers' outputs take fields
+        kind: Any = type(value)
+        return kind(**items) if hasattr(value, "to_tuple") else kind(items)  # transformers' outputs take fields
     if isinstance(value, (tuple, list)):
         parts = [replaced(part, old, new) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)

@@ -56,12 +56,14 @@ def way_out(
     """
     n_vocab = logits.shape[-1]
     found_head, entered = _head(module, run, logits) if head is None else (None, None)
-    to_logits, head_name = _given(module, head, "head") if head is not None else (found_head, "")
-    if isinstance(found_head, str):
+    to_logits: Map
+    if head is not None:
+        to_logits, head_name = _given(module, head, "head")
+    elif isinstance(found_head, str):
         to_logits, head_name = _cut(_map(module, found_head), n_vocab), found_head
     elif found_head is not None:
-        head_name = "the embedding, transposed"
-    if to_logits is None:
+        to_logits, head_name = found_head, "the embedding, transposed"
+    else:
         return Out(None, None, ("not found", "not found"), "no module returns its logits; name norm= and head=")
     if entered is None and isinstance(head, str):
         calls = [c for c in run.of(head) if c.takes is not None]

@@ -92,7 +92,7 @@ def places_of(
         of_path = [(c, attention.get(c.index, [])) for c in found.calls if c.path == path]
         told[path] = _parts(of_path) | {hook: _named(hook, part, *of_path[0]) for hook, part in parts.items()}
     for i, layer in enumerate(found.calls):
-        is_stream = _is_over(layer.takes, shape) and _is_over(layer.gives, shape)
+        is_stream = is_over(layer.takes, shape) and is_over(layer.gives, shape)
         names = ("hook_resid_pre", "hook_resid_post") if is_stream else ("hook_in", "hook_out")
         places += _both(f"blocks.{i}", layer, names)
         if is_stream:
@@ -105,8 +105,9 @@ def places_of(
             prefix = f"blocks.{i}.{short}" + (f".call{seen[short]}" if seen[short] else "")
             mine = {(side, heads): hook for hook, (path, side, heads) in part.items() if path == short and not seen[short]}
             for place in _both(prefix, call, ("hook_in", "hook_out")):
-                side: Side = "in" if place.side == "in" else "out"
-                if (hook := mine.pop((side, None), None)) is not None:  # TransformerLens's name, and its path as another
+                if (
+                    hook := mine.pop(("in" if place.side == "in" else "out", None), None)
+                ) is not None:  # TransformerLens's name, and its path as another
                     also[place.name] = f"blocks.{i}.{hook}"
                     place = replace(place, name=f"blocks.{i}.{hook}")
                 places.append(place)
@@ -122,7 +123,7 @@ def places_of(
     ends, entrance = _ends(run, found)
     also |= ends
     embed = next(
-        (c for c in run.calls if _is_over(c.gives, shape) and isinstance(module.get_submodule(c.path), nn.Embedding)), None
+        (c for c in run.calls if is_over(c.gives, shape) and isinstance(module.get_submodule(c.path), nn.Embedding)), None
     )
     if embed is not None:
         also["hook_embed"] = f"{embed.path}.hook_out"
@@ -139,8 +140,13 @@ def _both(prefix: str, call: Call, names: tuple[str, str]) -> Iterator[Place]:
         yield Place(f"{prefix}.{names[1]}", call.path, call.number, "out", copies=gave)
 
 
-def _is_over(x: Tensor | None, shape: Sequence[int]) -> bool:
-    """Whether a tensor has the axes [batch, pos, width] of a run."""
+def is_over(x: Tensor | None, shape: Sequence[int]) -> bool:
+    """Whether a tensor has the axes [batch, pos, width] of a run.
+
+    Args:
+        x: a tensor.
+        shape: of the tokens.
+    """
     return x is not None and x.ndim == 3 and tuple(x.shape[:2]) == tuple(shape)
 
 
@@ -238,7 +244,9 @@ def _parts_of(layer: Call, computed: list[Attention]) -> Parts:
     short = {id(call): call.inside(layer.path) for call in calls}
     first = {path: call for call in reversed(calls) for path in [short[id(call)]]}
     if (pair := _branches(layer, calls, computed)) is not None:
-        parts["hook_attn_out"], parts["hook_mlp_out"] = ((short[id(call)], "out", None) for call in pair)
+        parts |= {
+            hook: (short[id(call)], "out", None) for hook, call in zip(("hook_attn_out", "hook_mlp_out"), pair, strict=True)
+        }
     if len(computed) != 1:
         return parts
     one = computed[0]

@@ -16,7 +16,7 @@ from .attention import FUSED, PATTERN, SCORES, Attention, is_pattern
 from .calls import Call, record
 from .feed import Feed, logits_of
 from .out import Map, Out, way_out
-from .places import Place, Places, places_of
+from .places import Place, Places, is_over, places_of
 from .structure import Found, find, named
 from .watch import Watch, attention_in
 
@@ -38,6 +38,7 @@ class Trace:
         ungraded: the passes, as prefixes of names, whose entering state no gradient reaches.
         is_causal: no position sees later ones.
         rows_apart: a row does not depend on the others of its batch.
+        is_whole: every layer takes and returns every position.
         shape: of the example.
     """
 
@@ -51,6 +52,7 @@ class Trace:
     ungraded: list[str]
     is_causal: bool
     rows_apart: bool
+    is_whole: bool
     shape: tuple[int, ...]
 
     def rows(self) -> list[list[str]]:
@@ -77,6 +79,8 @@ class Trace:
             rows.append(["no gradient reaches", ", ".join(self.ungraded)])
         if not self.is_causal:
             rows.append(["causal", "no: positions see later ones"])
+        if not self.is_whole:
+            rows.append(["positions", "not every layer takes all of them: activations of others have hook_in, hook_out"])
         if not self.rows_apart:
             rows.append(["rows of a batch", "depend on each other: sweeps run one patch at a time"])
         return rows
@@ -186,6 +190,7 @@ def trace(
         ungraded=_ungraded(module, found, order, lambda: logits_of(run(tokens, own), shape)),
         is_causal=is_causal,
         rows_apart=rows_apart,
+        is_whole=all(is_over(x, shape) for call in found.calls for x in (call.takes, call.gives)),
         shape=tuple(shape),
     )
 

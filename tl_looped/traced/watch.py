@@ -84,8 +84,8 @@ class Watch:
                 handle.remove()
         if self.n_layers != len(self.order):
             raise LoopedError(
-                f"the module ran {self.n_layers} layers, but {len(self.order)} when it was traced, so that names would mean other "
-                f"loops. {OTHER_DEPTH}"
+                f"the module ran {self.n_layers} layers, but {len(self.order)} when it was traced, so that names would mean "
+                f"other loops. {OTHER_DEPTH}"
             )
         return output
 
