@@ -128,7 +128,7 @@ class TracedBridge(HookedTrace):
             return f"{traced}; it has no exit gate that is known."
         if ability == "injection":
             return f"{traced}, not what it injects. Hook the state instead: steer."
-        if ability == "causal attention" and not trace.is_causal:
+        if ability in ("causal attention", "causal runs") and not trace.is_causal:
             return f"positions of this {name} see later ones."
         if ability == "every position" and not trace.is_whole:
             return f"not every layer of this {name} takes every position."
