@@ -661,7 +661,7 @@ def test_detection(family: str):
 
 
 def test_an_unknown_family():
-    with pytest.raises(CheckpointError, match=r"'gpt2'.*ouro.*loop_layers"):
+    with pytest.raises(CheckpointError, match=r"'gpt2'.*Ouro.*loop_layers.*trace"):
         families.detect({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, {})
 
 

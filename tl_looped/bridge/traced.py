@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +15,7 @@ from ..facts import Facts, Order, Sizes, human
 from ..looped import Ability, Lens, require
 from ..record import InitialState
 from ..schedule import Schedule, check_count
+from ..traced.depth import set_loops as set_loops_of
 from ..traced.feed import feed_of
 from .fingerprint import Fingerprint
 from .traced_bridge import Asked, HookedTrace
@@ -83,9 +85,16 @@ class TracedBridge(HookedTrace):
         if weight is not None:
             tokens = tokens.to(weight.device)
         asked = Asked(tokens, own, layers, prelude, norm, head, parts, set_loops, seed)
-        found = cls(module, feed, asked, None, tokenizer)
-        if set_loops is not None and isinstance(set_loops, str):
+        found = cls(module, feed, asked, tokenizer)
+        if set_loops is not None:
             found._depth = found.n_loops
+            before = set_loops_of(module, set_loops, found.n_loops)
+            if before not in (None, found.n_loops):
+                set_loops_of(module, set_loops, before)
+                raise LoopedError(
+                    f"set_loops={set_loops!r} was given, which is {before}, but the module loops {found.n_loops} times; name "
+                    "where the number of its loops is, or pass a function of the module and the number."
+                )
         if verbose:
             print(found.trace.table())
         return found
@@ -110,7 +119,7 @@ class TracedBridge(HookedTrace):
         traced = f"{name} was traced, and of a traced module only calls are known"
         if ability == "exact decomposition":
             return f"{traced}, not what it adds up. For first-order effects use tl_looped.attribution.attribution_sweep."
-        if ability in ("equal loops", "re-entry"):
+        if ability in ("equal loops", "entry"):
             return f"{traced}; a run cannot be entered in the middle. Patch or cache the states of whole runs."
         if ability in ("weights by pass", "shared weights"):
             return f"{traced}; its weights cannot be given to one pass alone. Take their gradients by autograd."
@@ -149,10 +158,13 @@ class TracedBridge(HookedTrace):
         if check_count("n_loops", n_loops) == self.n_loops:
             cut = False
         if cut:
-            require(self, "re-entry", f"the first {n_loops} loops alone")
+            require(self, "entry", f"the first {n_loops} loops alone")
         require(self, "other depths", f"{n_loops} loops")
         try:
-            other = type(self)(self.module, self.feed, self.asked, n_loops, self.tokenizer)
+            layers = list(dict.fromkeys(self.trace.order))
+            other = type(self)(
+                self.module, self.feed, replace(self.asked, layers=layers), self.tokenizer, n_loops, self.schedule
+            )
         except LoopedError:
             raise
         except Exception as error:  # whatever the module raises
@@ -245,7 +257,7 @@ class TracedBridge(HookedTrace):
         """
         require(self, "lens", "a lens")
         if schedule != self.schedule:
-            require(self, "re-entry", "the run that stops after an earlier loop")
+            require(self, "entry", "the run that stops after an earlier loop")
         return TracedWayOut(self, tokens, inputs)
 
     def step_map(self, tokens: Tensor, initial_state: InitialState = None) -> NoReturn:
@@ -254,7 +266,7 @@ class TracedBridge(HookedTrace):
         Raises:
             LoopedError: always.
         """
-        require(self, "re-entry", "one loop as a function of the state")
+        require(self, "entry", "one loop as a function of the state")
         raise AssertionError
 
     def paths_need(self, layers: Iterable[int], norms: Iterable[tuple[int | None, str]]) -> NoReturn:
@@ -361,7 +373,7 @@ class TracedWayOut:
         model, schedule = self.model, self.model.schedule
         for lens, layer in cells:
             if lens == "native" and schedule.first_coda_layer < schedule.n_layers and layer < schedule.n_layers - 1:
-                require(model, "re-entry", "lens='native' before the last layer")
+                require(model, "entry", "lens='native' before the last layer")
             if lens == "native":
                 require(model, "last readout", "lens='native'")
         rows = torch.arange(len(self.tokens), device=self.tokens.device)[:, None]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +23,7 @@ from ..looped import require
 from ..record import Run
 from ..running import Running, is_observed
 from ..schedule import Schedule, check_count
+from ..traced.depth import looping
 from ..traced.feed import Feed, logits_of
 from ..traced.places import Place
 from ..traced.trace import Trace, check_module, trace
@@ -37,7 +35,6 @@ from .tokens import Reading, check_real
 from .traced_cache import TracedCache
 
 UNKNOWN_CONTEXT = 2**31 - 1  # positions, of a module that does not say how many it has
-_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 class Point(HookPoint):
@@ -89,8 +86,9 @@ class HookedTrace(  # pyright: ignore[reportIncompatibleMethodOverride]
         module: what is run; it is left as it is, hooks are on it only while it runs.
         feed: how it is called.
         asked: the example, and what the user said of the module.
-        n_loops: how often it is set to loop; None for as often as it does.
         tokenizer: its tokenizer.
+        n_loops: how often it is set to loop; None for as often as it does.
+        like: its schedule at another depth, if that is known.
     """
 
     to_str_tokens: Any = TransformerBridge.to_str_tokens
@@ -99,7 +97,15 @@ class HookedTrace(  # pyright: ignore[reportIncompatibleMethodOverride]
     to_single_str_token: Any = TransformerBridge.to_single_str_token
     get_token_position: Any = TransformerBridge.get_token_position
 
-    def __init__(self, module: nn.Module, feed: Feed, asked: Asked, n_loops: int | None, tokenizer: Any):
+    def __init__(
+        self,
+        module: nn.Module,
+        feed: Feed,
+        asked: Asked,
+        tokenizer: Any,
+        n_loops: int | None = None,
+        like: Schedule | None = None,
+    ):
         super().__init__()
         self.module: nn.Module = module
         self.feed: Feed = feed
@@ -113,6 +119,7 @@ class HookedTrace(  # pyright: ignore[reportIncompatibleMethodOverride]
             asked.own,
             layers=asked.layers,
             n_prelude=asked.prelude,
+            like=like,
             norm=asked.norm,
             head=asked.head,
             parts=asked.parts,
@@ -156,27 +163,13 @@ class HookedTrace(  # pyright: ignore[reportIncompatibleMethodOverride]
             cfg.dtype, cfg.device = weight.dtype, str(weight.device)
         return cfg
 
-    @contextmanager
-    def _at_depth(self) -> Generator[None]:
-        """Set the number of loops for a while; one run at a time where there is something to set."""
-        if self._depth is None or self.asked.set_loops is None:
-            yield
-            return
-        with _locks.setdefault(self.module, threading.RLock()):
-            before = set_loops(self.module, self.asked.set_loops, self._depth)
-            try:
-                yield
-            finally:
-                if before is not None:
-                    set_loops(self.module, self.asked.set_loops, before)
-
     def _run(self, tokens: Tensor, inputs: Mapping[str, Any]) -> Any:
         """Run the module once; the same run each time, also where it draws random numbers."""
         if self.asked.seed is None:
-            with self._at_depth():
+            with looping(self.module, self.asked.set_loops, self._depth):
                 return self.feed(self.module, tokens, inputs)
         devices = [tokens.device] if tokens.device.type == "cuda" else []
-        with self._at_depth(), torch.random.fork_rng(devices=devices):
+        with looping(self.module, self.asked.set_loops, self._depth), torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.asked.seed)
             return self.feed(self.module, tokens, inputs)
 
@@ -432,40 +425,6 @@ class HookedTrace(  # pyright: ignore[reportIncompatibleMethodOverride]
         tokenizer: Any = self.tokenizer
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
         return texts[0] if isinstance(input, str) else texts
-
-
-def set_loops(module: nn.Module, where: str | Callable[[nn.Module, int], object], n: int) -> int | None:
-    """Set how often a module loops.
-
-    Args:
-        module: the module.
-        where: the path of a number in it, such as "config.n_loops", or a function of the module and the number.
-        n: how often.
-
-    Returns:
-        What it was before; None where a function sets it.
-
-    Raises:
-        LoopedError: there is no such number.
-    """
-    if not isinstance(where, str):
-        where(module, n)
-        return None
-    *path, last = where.split(".")
-    holder: Any = module
-    try:
-        for word in path:
-            holder = holder[word] if isinstance(holder, dict) else getattr(holder, word)
-        before = holder[last] if isinstance(holder, dict) else getattr(holder, last)
-    except (AttributeError, KeyError) as error:
-        raise LoopedError(f"set_loops={where!r} was given, but the module has no such attribute.") from error
-    if isinstance(before, bool) or not isinstance(before, int):
-        raise LoopedError(f"set_loops={where!r} was given, which is {before!r} and no number of loops.")
-    if isinstance(holder, dict):
-        holder[last] = n
-    else:
-        setattr(holder, last, n)
-    return before
 
 
 def _config(module: nn.Module, found: Trace) -> TransformerBridgeConfig:

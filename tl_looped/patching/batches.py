@@ -86,7 +86,7 @@ class Patcher:
             inputs.get("token_type_ids") is None
             and not self.one_by_one
             and model.lacks("causal runs") is None
-            and model.lacks("re-entry") is None
+            and model.lacks("entry") is None
         )
         self.recorded: Recorded = model.record(tokens, hooks, initial_state, self.is_causal, inputs)
         self.logits: Tensor = self.recorded.logits

@@ -18,7 +18,10 @@ from .structure import Found
 
 ATTENTION = re.compile(r"(^|[._])(self_?)?(attn|attention|mixer)(\.|$)", re.IGNORECASE)
 MLP = re.compile(r"(^|[._])(mlp|ffn?|feed_?forward|moe|experts?)(\.|$)", re.IGNORECASE)
-QUERY, KEY, VALUE = (re.compile(rf"(^|[._])(to_)?(w_?)?{word}(_?proj|_?lin)?$") for word in ("q(uery)?", "k(ey)?", "v(alue)?"))
+PROJECTIONS = {
+    f"attn.hook_{word[0]}": re.compile(rf"(^|[._])(to_)?(w_?)?{word}(_?proj|_?lin)?$")
+    for word in ("q(uery)?", "k(ey)?", "v(alue)?")
+}
 
 
 Side = Literal["in", "out"]
@@ -98,7 +101,7 @@ def places_of(
         if is_stream:
             also |= {f"blocks.{i}.hook_in": f"blocks.{i}.hook_resid_pre", f"blocks.{i}.hook_out": f"blocks.{i}.hook_resid_post"}
         seen: dict[str, int] = {}
-        part = told[layer.path]
+        part = told[layer.path] if is_stream else {}
         for call in _within(layer):
             short = call.inside(layer.path)
             seen[short] = seen.get(short, -1) + 1
@@ -114,7 +117,7 @@ def places_of(
             for (side, heads), hook in mine.items():
                 copies = call.changed[side == "out"]
                 places.append(Place(f"blocks.{i}.{hook}", call.path, call.number, side, heads, copies))
-        for computed in attention.get(layer.index, [])[:1]:
+        for computed in attention.get(layer.index, []) if is_stream else []:
             if len(attention[layer.index]) == 1:
                 known = {place.name for place in places}
                 names = {hook: f"blocks.{i}.{_unrotated(hook, computed, layer)}" for hook in computed.hooks}
@@ -251,16 +254,13 @@ def _parts_of(layer: Call, computed: list[Attention]) -> Parts:
         return parts
     one = computed[0]
     inside = [c for c in calls if c in first.values()]
-    for hook, word, values, n_heads in (
-        ("attn.hook_q", QUERY, one.q, one.n_heads),
-        ("attn.hook_k", KEY, one.k, one.n_heads),
-        ("attn.hook_v", VALUE, one.v, one.n_heads),
-    ):
-        for call in inside:
-            heads = _heads(call.gives, values, one.d_head, n_heads) if word.search(short[id(call)]) else None
-            if heads is not None:
-                parts[hook] = (short[id(call)], "out", heads)
-                break
+    maps = [(hook, c) for hook, word in PROJECTIONS.items() for c in inside if word.search(short[id(c)])]
+    queries = [c.gives.shape[-1] for hook, c in maps if hook == "attn.hook_q" and c.gives is not None]
+    d_head = one.d_head or (queries[0] // one.n_heads if queries else 0)
+    for hook, call in reversed(maps):  # the first of several stays
+        heads = _heads(call.gives, d_head, one.n_heads)
+        if heads is not None:
+            parts[hook] = (short[id(call)], "out", heads)
     if (out := _last_map(calls, one)) is not None:
         parts["attn.hook_z"] = (short[id(out)], "in", one.n_heads)
     if (post := _neurons(calls, parts.get("hook_mlp_out"), short)) is not None:
@@ -310,9 +310,9 @@ def _unrotated(hook: str, computed: Attention, layer: Call) -> str:
     return hook
 
 
-def _heads(flat: Tensor | None, values: Tensor | None, d_head: int, n_heads: int) -> int | None:
+def _heads(flat: Tensor | None, d_head: int, n_heads: int) -> int | None:
     """How many heads of a width a projection has; None if it is none of this attention."""
-    if flat is None or values is None or flat.ndim != 3 or flat.shape[-1] % d_head or flat.shape[1] != values.shape[2]:
+    if flat is None or flat.ndim != 3 or not d_head or flat.shape[-1] % d_head:
         return None
     heads = flat.shape[-1] // d_head
     return heads if heads <= n_heads and n_heads % heads == 0 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from torch import nn
@@ -36,14 +36,14 @@ class Found:
         return list(dict.fromkeys(call.path for call in self.calls))
 
 
-def find(module: nn.Module, run: Calls, layers: Sequence[str] | None, n_prelude: int | None) -> Found:
+def find(run: Calls, layers: Sequence[str] | None, n_prelude: int | None, like: Schedule | None = None) -> Found:
     """Find the layers of a run and the order of their passes.
 
     Args:
-        module: what was run.
         run: its calls.
         layers: the modules that are layers, where that is known.
         n_prelude: how many layers run before the loop, where that is known.
+        like: of the same module at another depth, by which a run of one loop is understood.
 
     Raises:
         LoopedError: no layers are found; nothing runs twice; layers that the run does not call, or one inside another.
@@ -61,6 +61,8 @@ def find(module: nn.Module, run: Calls, layers: Sequence[str] | None, n_prelude:
             if outer.path in set(paths):
                 raise LoopedError(f"layers {outer.path!r} and {call.path!r} were named, but the second runs inside the first.")
             outer = outer.parent
+    if like is not None and (once := replace(like, n_loops=1)).n_layers == len(calls) and like.order is None:
+        return Found(calls, once)
     if len(calls) == len({call.path for call in calls}):
         shown = ", ".join(dict.fromkeys(call.path for call in calls[:3]))
         raise LoopedError(

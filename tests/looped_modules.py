@@ -1,0 +1,274 @@
+"""Looped modules as people write them, none of them known to the package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+D, HEADS, VOCAB = 16, 2, 20
+
+
+class Attention(nn.Module):
+    """One map for queries, keys and values, and PyTorch's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_attn, self.c_proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.c_attn(x).split(D, -1))
+        z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(z.transpose(1, 2).flatten(2))
+
+
+class EagerAttention(nn.Module):
+    """Three maps, and attention step by step; it looks both ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (m(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for m in maps)
+        pattern = torch.softmax(q @ k.transpose(-1, -2) / (D // HEADS) ** 0.5, dim=-1)
+        return self.o_proj((pattern @ v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_fc, self.act, self.c_proj = nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.act(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm layer."""
+
+    def __init__(self, attention: type[nn.Module] = Attention) -> None:
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2, self.mlp = nn.LayerNorm(D), attention(), nn.LayerNorm(D), MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class NanoLoop(nn.Module):
+    """A nanoGPT whose middle layers run several times; it returns logits and a loss that nobody asked for."""
+
+    def __init__(self, n_loops: int = 4, n_coda: int = 0) -> None:
+        super().__init__()
+        self.n_loops = n_loops
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(VOCAB, D),
+                "wpe": nn.Embedding(32, D),
+                "first": nn.ModuleList([Block()]),
+                "h": nn.ModuleList([Block() for _ in range(3)]),
+                "last": nn.ModuleList([Block() for _ in range(n_coda)]),
+                "ln_f": nn.LayerNorm(D),
+            }
+        )
+        self.lm_head = nn.Linear(D, VOCAB, bias=False)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, None]:
+        parts: Any = self.transformer
+        x = parts.wte(idx) + parts.wpe(torch.arange(idx.shape[1]))
+        for block in parts.first:
+            x = block(x)
+        for _ in range(self.n_loops):
+            for block in parts.h:
+                x = block(x)
+        for block in parts.last:
+            x = block(x)
+        return self.lm_head(parts.ln_f(x)), None
+
+
+class Universal(nn.Module):
+    """One layer that is told the time; keyword arguments only, and a dict comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = {"steps": 5}
+        self.emb, self.time, self.block = nn.Embedding(VOCAB, D), nn.Embedding(16, D), Block()
+        self.norm, self.out = nn.LayerNorm(D), nn.Linear(D, VOCAB)
+
+    def forward(self, *, tokens: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        x = self.emb(tokens) * scale
+        for t in range(self.settings["steps"]):
+            x = self.block(x + self.time.weight[t])
+        return {"state": x, "logits": self.out(self.norm(x))}
+
+
+class Halting(nn.Module):
+    """A `while` with a test of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.block, self.norm, self.out = nn.Embedding(VOCAB, D), Block(), nn.LayerNorm(D), nn.Linear(D, VOCAB)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, n = self.emb(tokens), 0
+        while n < 2 + int(tokens[0, 0]) % 4:
+            x, n = self.block(x), n + 1
+        return self.out(self.norm(x))
+
+
+class InPlaceBlock(Block):
+    """Adds to its input itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.attn(self.ln_1(x))
+        x += self.mlp(self.ln_2(x))
+        return x
+
+
+class InPlace(nn.Module):
+    """Layers and loop write to the state in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.layers = nn.Embedding(VOCAB, D), nn.ModuleList([InPlaceBlock() for _ in range(2)])
+        self.norm, self.out = nn.LayerNorm(D), nn.Linear(D, VOCAB)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.emb(tokens)
+        for _ in range(3):
+            for layer in self.layers:
+                x = self.step(layer, x)
+            x.mul_(0.9)
+        return self.out(self.norm(x))
+
+    def step(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return layer(x)
+
+
+class LooksAway(InPlace):
+    """Does not look at what layers return, but at what they do to their input."""
+
+    def step(self, layer: nn.Module, x: Tensor) -> Tensor:
+        layer(x)
+        return x
+
+
+class Level(nn.Module):
+    """A stack with an injection."""
+
+    def __init__(self, n_layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block() for _ in range(n_layers)])
+
+    def forward(self, x: Tensor, injected: Tensor) -> Tensor:
+        x = x + injected
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Hierarchical(nn.Module):
+    """Two stacks; gradients reach the last cycle only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.start, self.head = nn.Embedding(VOCAB, D), nn.Parameter(torch.randn(D)), nn.Linear(D, VOCAB)
+        self.L_level, self.H_level = Level(2), Level(1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        e = self.emb(tokens)
+        high = low = self.start.expand_as(e)
+        for cycle in range(3):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and cycle == 2):
+                for _ in range(2):
+                    low = self.L_level(low, high + e)
+                high = self.H_level(high, low)
+        return self.head(high)
+
+
+class Noisy(NanoLoop):
+    """Begins with noise."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, None]:
+        parts: Any = self.transformer
+        injected = parts.wte(idx)
+        x = torch.randn_like(injected)
+        for _ in range(self.n_loops):
+            x = x + injected
+            for block in parts.h:
+                x = block(x)
+        return self.lm_head(parts.ln_f(x)), None
+
+
+class Capped(nn.Module):
+    """An encoder in an `nn.Sequential`, with eager attention, a softcap and the embedding as unembedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.norm = nn.Embedding(VOCAB, D), nn.LayerNorm(D)
+        self.body = nn.Sequential(Block(EagerAttention), Block(EagerAttention))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.emb(tokens)
+        for _ in range(3):
+            x = self.body(x)
+        return self.unembed(self.norm(x))
+
+    def unembed(self, x: Tensor) -> Tensor:
+        return 5 * torch.tanh(F.linear(x, self.emb.weight) / 5)
+
+
+class PerToken(nn.Module):
+    """Every token has a depth of its own: later loops run some positions alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.layers = nn.Embedding(VOCAB, D), nn.ModuleList([Block() for _ in range(2)])
+        self.norm, self.out = nn.LayerNorm(D), nn.Linear(D, VOCAB)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.emb(tokens)
+        for loop in range(3):
+            kept = torch.arange(0, tokens.shape[1], loop + 1)
+            part = x[:, kept]
+            for layer in self.layers:
+                part = layer(part)
+            x = x.index_copy(1, kept, part)
+        return self.out(self.norm(x))
+
+
+class Between(nn.Module):
+    """Transformer layers of PyTorch, with a norm between the loops that a list of modules holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(VOCAB, D)
+        self.layers = nn.ModuleList([nn.TransformerEncoderLayer(D, HEADS, 2 * D, 0.0, batch_first=True) for _ in range(2)])
+        self.norms, self.out = nn.ModuleList([nn.LayerNorm(D) for _ in range(3)]), nn.Linear(D, VOCAB)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.emb(tokens)
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        for norm in self.norms:
+            for layer in self.layers:
+                x = layer(x, src_mask=mask, is_causal=True)
+            x = norm(x)
+        return self.out(x)
+
+
+class Shuffled(NanoLoop):
+    """Runs its layers forwards, then backwards."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, None]:
+        parts: Any = self.transformer
+        x = parts.wte(idx)
+        for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+            for i in order:
+                x = parts.h[i](x)
+        return self.lm_head(parts.ln_f(x)), None

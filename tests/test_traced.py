@@ -1,0 +1,468 @@
+"""Modules that the package does not know, traced: their own logits, and hooks that act where their names say."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import looped_modules
+import pytest
+import torch
+from looped_modules import VOCAB
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from zoo import GOLDEN
+
+from tl_looped import LoopedBridge, families
+from tl_looped.analysis import fixed_points, step_geometry
+from tl_looped.attribution import attribution_sweep, edge_sweep
+from tl_looped.errors import CheckpointError, LoopedError
+from tl_looped.interventions import skip_loop, steer
+from tl_looped.lenses import logit_lens
+from tl_looped.patching import ablation_sweep, patch_sweep
+
+CLEAN, CORRUPTED = torch.tensor([[2, 7, 1, 8, 4, 6]]), torch.tensor([[2, 3, 1, 8, 4, 6]])
+KEYWORDS = {"Universal"}
+SEEDED = {"Noisy": {"seed": 5}}
+ALL = ["NanoLoop", "Universal", "Halting", "InPlace", "Hierarchical", "Noisy", "Capped", "Between", "Shuffled"]
+
+
+def module_of(name: str, **kwargs: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return getattr(looped_modules, name)(**kwargs).eval()
+
+
+def traced(name: str, **kwargs: Any) -> Any:
+    example: Any = {"tokens": CLEAN} if name in KEYWORDS else CLEAN
+    return LoopedBridge.trace(module_of(name), example, verbose=False, **{**SEEDED.get(name, {}), **kwargs})
+
+
+def own_logits(model: Any, tokens: Tensor) -> Tensor:
+    """What the module returns when it is called by itself."""
+    if model.asked.seed is not None:
+        torch.manual_seed(model.asked.seed)
+    found = model.module(tokens=tokens) if type(model.module).__name__ in KEYWORDS else model.module(tokens)
+    return found["logits"] if isinstance(found, dict) else found[0] if isinstance(found, tuple) else found
+
+
+def metric(logits: Tensor) -> Tensor:
+    return logits[0, -1, 3] - logits[0, -1, 11]
+
+
+class Counting:
+    """Replaces what one call of a submodule takes or gives, counted by hand."""
+
+    def __init__(self, module: nn.Module, path: str, number: int, change: Callable[[Tensor], Tensor], side: str = "in"):
+        self.n, self.number, self.change = 0, number, change
+        submodule = module.get_submodule(path)
+        if side == "in":
+            self.handle = submodule.register_forward_pre_hook(self.before)
+        else:
+            self.handle = submodule.register_forward_hook(lambda m, args, out: self.changed(out))
+
+    def changed(self, x: Tensor) -> Tensor:
+        self.n += 1
+        return self.change(x.clone()) if self.n - 1 == self.number else x
+
+    def before(self, submodule: nn.Module, args: Any) -> Any:
+        return (self.changed(args[0]), *args[1:]) if args else None
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None:
+        self.handle.remove()
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_logits_are_the_modules_own_and_patches_act_in_one_call(name: str) -> None:
+    model = traced(name)
+    assert torch.equal(model(CLEAN), own_logits(model, CLEAN)) and torch.equal(model(CLEAN), own_logits(model, CLEAN))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
+    _, cache = model.run_with_cache(CLEAN)
+    stack = model.schedule.core_stacks[0]
+    sweep = patch_sweep(model, CORRUPTED, cache, metric, axes=("loop", "layer", "pos"), stack=stack, verbose=False)
+    loops, order = sweep.labels["loop"], model.trace.order
+    for i, loop in enumerate(loops):
+        for j in range(model.schedule.stacks[stack]):
+            layer = model.schedule.passes_of(loop, stack)[0].layers[j]
+            for pos in (1, 5):
+
+                def change(x: Tensor, at: int = pos, value: Tensor = cache["resid_pre", layer]) -> Tensor:
+                    x[:, at] = value[:, at]
+                    return x
+
+                with Counting(model.module, order[layer], order[:layer].count(order[layer]), change):
+                    expected = metric(own_logits(model, CORRUPTED))
+                assert torch.isclose(sweep.values[i, j, pos], expected, atol=1e-5), (loop, j, pos)
+
+
+def test_what_was_found_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    LoopedBridge.trace(module_of("NanoLoop"), CLEAN)
+    table = capsys.readouterr().out
+    assert "4 loops over one stack of 3 layers, 1 prelude and 0 coda layers" in table
+    assert "transformer.ln_f" in table and "lm_head" in table and "attn.c_proj (input)" in table
+
+
+@pytest.mark.parametrize(
+    ("name", "described"),
+    [
+        ("Universal", "5 loops over one stack of 1 layer, "),
+        ("Halting", "4 loops over one stack of 1 layer, "),
+        ("Hierarchical", "3 loops over stacks L (6 x 2 layers) and H (3 x 1 layer), "),
+        ("Capped", "3 loops over one stack of 2 layers, "),
+        ("PerToken", "3 loops over one stack of 2 layers, "),
+        ("Shuffled", "3 loops over stacks A (3 x 1 layer) and B (3 x 1 layer) and C (3 x 1 layer), "),
+    ],
+)
+def test_structures(name: str, described: str) -> None:
+    assert traced(name).schedule.describe().startswith(described)
+
+
+@torch.no_grad()
+def test_activations_inside_layers_are_those_of_the_modules() -> None:
+    model = traced("NanoLoop")
+    seen: dict[str, list[Tensor]] = {"attn": [], "c_proj": [], "mlp": []}
+    block = model.module.transformer.h[1]
+    handles = [
+        block.attn.register_forward_hook(lambda m, args, out: seen["attn"].append(out)),
+        block.attn.c_proj.register_forward_hook(lambda m, args, out: seen["c_proj"].append(args[0])),
+        block.mlp.register_forward_hook(lambda m, args, out: seen["mlp"].append(out)),
+    ]
+    own_logits(model, CLEAN)
+    for handle in handles:
+        handle.remove()
+    _, cache = model.run_with_cache(CLEAN)
+    for loop in range(4):
+        at = cache.at(loop, layer=1)
+        assert torch.equal(at["hook_attn_out"], seen["attn"][loop]) and torch.equal(at["hook_mlp_out"], seen["mlp"][loop])
+        assert torch.equal(at["attn.hook_z"].flatten(2), seen["c_proj"][loop])
+        mixed = torch.einsum("bhqk,bkhd->bqhd", at["attn.hook_pattern"], at["attn.hook_v"])
+        assert torch.allclose(mixed, at["attn.hook_z"], atol=1e-6)
+        scores = torch.einsum("bqhd,bkhd->bhqk", at["attn.hook_q"], at["attn.hook_k"]) / at["attn.hook_q"].shape[-1] ** 0.5
+        mask = torch.ones(6, 6, dtype=torch.bool).tril()
+        assert torch.allclose(scores.masked_fill(~mask, -torch.inf).softmax(-1), at["attn.hook_pattern"], atol=1e-6)
+    assert cache["loops.2.blocks.1.attn.hook_out"] is cache["loops.2.blocks.1.hook_attn_out"]
+    assert torch.equal(cache["loops.1.hook_state"], cache["loops.0.hook_out"])
+
+
+@pytest.mark.parametrize("name", ["NanoLoop", "Capped"])
+def test_patterns_act_and_have_gradients(name: str) -> None:
+    model = traced(name)
+    with torch.no_grad():  # all on one key: every head reads that value
+        one = torch.zeros(1, 2, 6, 6)
+        one[..., 0] = 1.0
+        hooks = [("loops.2.blocks.0.attn.hook_pattern", lambda x, hook: one)]
+        with_one, cache = {}, {}
+        model.run_with_hooks(CLEAN, [*hooks, ("loops.2.blocks.0.attn.hook_z", lambda x, hook: with_one.update(z=x))])
+        model.run_with_hooks(CLEAN, [("loops.2.blocks.0.attn.hook_v", lambda x, hook: cache.update(v=x))])
+    assert torch.allclose(with_one["z"].unflatten(-1, (-1,)), cache["v"][:, :1].expand_as(cache["v"]), atol=1e-6)
+    held: dict[str, Tensor] = {}
+
+    def see(x: Tensor, hook: Any) -> Tensor:
+        held["x"] = x
+        return x
+
+    logits = model.run_with_hooks(CLEAN, [("loops.1.blocks.1.attn.hook_pattern", see)])
+    assert torch.equal(logits, model(CLEAN))
+    (gradient,) = torch.autograd.grad(metric(logits), [held["x"]])
+
+    def nudged(size: float) -> Tensor:
+        def nudge(x: Tensor, hook: Any) -> Tensor:
+            x = x.clone()
+            x[0, 1, 4, 2] += size
+            return x
+
+        return metric(model.double_().run_with_hooks(CLEAN, [("loops.1.blocks.1.attn.hook_pattern", nudge)]))
+
+    model.double_ = lambda: model.to(torch.float64)
+    with torch.no_grad():
+        slope = (nudged(1e-4) - nudged(-1e-4)) / 2e-4
+    assert torch.isclose(gradient[0, 1, 4, 2].double(), slope, atol=1e-5)
+
+
+@torch.no_grad()
+def test_activations_that_change_in_place_are_kept_as_they_were() -> None:
+    model = traced("InPlace")
+    _, cache = model.run_with_cache(CLEAN)
+    assert torch.equal(cache["loops.0.blocks.0.hook_resid_pre"], model.module.emb(CLEAN))
+    assert torch.allclose(0.9 * cache["loops.0.blocks.1.hook_resid_post"], cache["loops.1.blocks.0.hook_resid_pre"])
+    with pytest.raises(LoopedError, match="changes tensors in place and relies on others seeing it"):
+        traced("LooksAway")
+
+
+@torch.no_grad()
+def test_readouts_and_lenses() -> None:
+    model = traced("NanoLoop", set_loops="n_loops")
+    every = model.readout(CLEAN, loop="all")
+    assert torch.allclose(every[-1], model(CLEAN), atol=1e-5)
+    for loop in range(3):
+        shorter = module_of("NanoLoop", n_loops=loop + 1)
+        assert torch.allclose(every[loop], shorter(CLEAN)[0], atol=1e-5)
+        assert torch.equal(model.unroll(loop + 1)(CLEAN), shorter(CLEAN)[0])
+    assert model.module.n_loops == 4 and torch.equal(model(CLEAN), own_logits(model, CLEAN))
+    found = logit_lens(model, CLEAN, loops=[0, 3], positions=-1, top_k=1)
+    assert found.labels[-1] == "loops.3.blocks.2" and found.top_tokens[-1, 0, 0, 0] == model(CLEAN)[0, -1].argmax()
+    with pytest.raises(LoopedError, match="layers follow the loops"):
+        LoopedBridge.trace(module_of("NanoLoop", n_coda=1), CLEAN, verbose=False).readout(CLEAN, loop=0)
+    with pytest.raises(LoopedError, match="nobody has said how Halting is told"):
+        traced("Halting").unroll(3)
+
+
+@torch.no_grad()
+def test_norm_and_head_can_be_named() -> None:
+    with pytest.raises(LoopedError, match="norm= and head="):
+        logit_lens(traced("Capped"), CLEAN)
+    module: Any = module_of("Capped")
+    model = LoopedBridge.trace(module, CLEAN, norm="norm", head=module.unembed, verbose=False)
+    assert torch.allclose(model.readout(CLEAN, loop=-1), model(CLEAN), atol=1e-5)
+    assert logit_lens(model, CLEAN, lens="native").labels[-1] == "loops.2.blocks.1"
+
+
+def test_another_number_of_loops_is_seen() -> None:
+    model = traced("Halting")  # the first token decides: 2 -> 4 loops
+    other = torch.tensor([[3, 7, 1]])
+    assert torch.equal(model(other), model.module(other))
+    hooks = [("loops.0.blocks.0.hook_resid_pre", lambda x, hook: None)]
+    with pytest.raises(LoopedError, match="after the 4 layers that it ran when it was traced"):
+        model.run_with_hooks(other, hooks)
+    with pytest.raises(LoopedError, match="ran 2 layers, but 4 when it was traced"):
+        model.run_with_hooks(torch.tensor([[4, 7, 1]]), hooks)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
+    assert model.run_with_hooks(CLEAN, hooks).shape == (1, 6, VOCAB)
+
+
+@torch.no_grad()
+def test_runs_are_counted_anew_after_errors_in_threads_and_while_writing() -> None:
+    model = traced("NanoLoop")
+
+    def fails(x: Tensor, hook: Any) -> Tensor:
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        model.run_with_hooks(CLEAN, [("loops.1.blocks.0.hook_attn_out", fails)])
+    seen: list[tuple[int, ...]] = []
+    hooks = [("loops.1.blocks.0.hook_resid_pre", lambda x, hook: seen.append(tuple(x.shape)))]
+    with model.hooks(hooks):
+        text = model.generate(CLEAN, 3, do_sample=False)
+    assert seen == [(1, 6, 16), (1, 7, 16), (1, 8, 16)] and text.shape == (1, 9)
+    assert text[0, 6] == model(CLEAN)[0, -1].argmax()
+
+    found: dict[int, Tensor] = {}
+
+    def run(k: int) -> None:
+        for _ in range(5):
+            with torch.no_grad():
+                found[k] = model.module(CLEAN + k)[0]
+
+    with torch.no_grad():
+        expected = {k: model.module(CLEAN + k)[0] for k in range(3)}
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(5):
+        zeroed = model.run_with_hooks(CLEAN, [("loops.*.blocks.*.hook_attn_out", lambda x, hook: torch.zeros_like(x))])
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[k], expected[k]) for k in range(3)) and not torch.equal(zeroed, expected[0])
+
+
+def test_random_modules_need_a_seed() -> None:
+    with pytest.raises(LoopedError, match="pass seed="):
+        LoopedBridge.trace(module_of("Noisy"), CLEAN, verbose=False)
+    model = traced("Noisy")
+    assert model.lacks("rows apart") is not None
+    before = torch.get_rng_state()
+    model(CLEAN)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_what_gradients_do_not_reach_refuses() -> None:
+    model = traced("Hierarchical")
+    assert model.trace.ungraded[0] == "L.loops.0" and "H.loops.2" not in model.trace.ungraded
+    _, cache = model.run_with_cache(CLEAN)
+    with pytest.raises(LoopedError, match=r"no gradient reaches L\.loops\.0"):
+        attribution_sweep(model, CORRUPTED, cache, metric, stack="L")
+
+
+def test_gradients_are_autograds() -> None:
+    model = traced("NanoLoop")
+    with torch.no_grad():
+        _, cache = model.run_with_cache(CLEAN)
+    found = attribution_sweep(model, CORRUPTED, cache, metric, site="resid_pre", axes=("loop", "layer", "pos"))
+    held: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        held.append(x)
+        return x
+
+    with Counting(model.module, "transformer.h.1", 2, keep):
+        (gradient,) = torch.autograd.grad(metric(own_logits(model, CORRUPTED)), held)
+    with torch.no_grad():
+        difference = cache["loops.2.blocks.1.hook_resid_pre"] - held[0]
+    at = found.labels["loop"].index(2)
+    assert torch.allclose(found.values[at, 1], (gradient * difference).sum(-1)[0], atol=1e-5)
+
+
+def test_what_needs_more_than_hooks_refuses() -> None:
+    model = traced("NanoLoop")
+    _, cache = model.run_with_cache(CLEAN)
+    for ask in (
+        cache.decompose_resid,
+        lambda: cache.logit_attrs(None, 3),
+        lambda: edge_sweep(model, CORRUPTED, cache, metric),
+        lambda: model.step_map(CLEAN),
+    ):
+        with pytest.raises(LoopedError, match="of a traced module only calls are known"):
+            ask()
+
+
+@torch.no_grad()
+def test_analyses_and_interventions() -> None:
+    model = traced("NanoLoop", set_loops="n_loops")
+    found = fixed_points(model, CLEAN, n_loops=6, patterns=True, verbose=False)
+    assert found.norm.values.shape == (6, 3)
+    _, cache = model.unroll(6).run_with_cache(CLEAN)
+    expected = cache["loops.5.blocks.2.hook_resid_post"].norm(dim=-1).mean()
+    assert torch.isclose(found.norm.values[5, 2].float(), expected, rtol=1e-5)
+    assert step_geometry(model, CLEAN, n_loops=None, verbose=False) is not None
+    skipped = model.run_with_hooks(CLEAN, skip_loop(model, 1))
+    assert torch.allclose(skipped, module_of("NanoLoop", n_loops=3)(CLEAN)[0], atol=1e-5)
+    direction = torch.ones(16)
+
+    def add(x: Tensor) -> Tensor:
+        return x + direction
+
+    with Counting(model.module, "transformer.h.0", 2, add):
+        expected = own_logits(model, CLEAN)
+    assert torch.allclose(model.run_with_hooks(CLEAN, steer(model, direction, loops=2)), expected, atol=1e-5)
+    swept = ablation_sweep(model, CLEAN, metric, part="mlp", verbose=False)
+    with Counting(model.module, "transformer.h.2.mlp", 3, torch.zeros_like, "out"):
+        expected = metric(own_logits(model, CLEAN))
+    assert torch.isclose(swept.change.values[swept.change.labels["loop"].index(3), 2] + swept.whole.values, expected.double(), atol=1e-5)
+
+
+def test_tokens_with_depths_of_their_own() -> None:
+    model = traced("PerToken")
+    assert "loops.0.blocks.0.hook_resid_pre" in model.hook_dict and "loops.1.blocks.0.hook_resid_pre" not in model.hook_dict
+    _, cache = model.run_with_cache(CLEAN)
+    assert cache["loops.2.blocks.1.hook_out"].shape == (1, 2, 16)
+    with pytest.raises(LoopedError, match=r"loops\.1\.blocks\.0\.hook_resid_pre"):
+        patch_sweep(model, CORRUPTED, cache, metric, verbose=False)
+    with pytest.raises(LoopedError, match="not every layer of this PerToken takes every position"):
+        logit_lens(model, CLEAN)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda m: 3, "a int was given"),
+        (lambda m: nn.DataParallel(m), "DataParallel, which hides the calls inside"),
+        (lambda m: torch.compile(m, backend="eager"), "OptimizedModule, which hides the calls inside"),
+        (lambda m: module_of("NanoLoop", n_loops=1), "no layer runs twice.*loop_layers"),
+        (lambda m: m.train() and Dropping(m), "call module.eval"),
+    ],
+)
+def test_what_cannot_be_traced(make: Any, says: str) -> None:
+    with pytest.raises(LoopedError, match=says):
+        LoopedBridge.trace(make(module_of("NanoLoop")), CLEAN, verbose=False)
+
+
+class Dropping(nn.Module):
+    """With dropout."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner, self.dropout = inner, nn.Dropout(0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.dropout(self.inner(tokens)[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"layers": "transformer.none"}, "no such submodule"),
+        ({"layers": ["transformer.h.0", "transformer.h.0.mlp"]}, "runs inside the first"),
+        ({"norm": "nowhere"}, "norm='nowhere' was given"),
+        ({"set_loops": "transformer"}, "no number of loops"),
+        ({"prelude": 99}, "the run has 13 layers"),
+        ({"parts": {"hook_attn_out": "nowhere"}}, "runs no 'nowhere'"),
+    ],
+)
+def test_what_a_user_says_is_checked(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(LoopedError, match=says):
+        traced("NanoLoop", **given)
+
+
+def test_layers_can_be_named() -> None:
+    module: Any = module_of("NanoLoop")
+    for layers in ("transformer.h", module.transformer.h, ["transformer.h.0", module.transformer.h[1], "transformer.h.2"]):
+        found = LoopedBridge.trace(module, CLEAN, layers=layers, verbose=False)
+        assert found.schedule.describe() == "4 loops over one stack of 3 layers, 0 prelude and 0 coda layers: 12 virtual layers"
+    named = traced("InPlace", parts={"hook_attn_out": "attn", "attn.hook_v": "attn.c_attn"})
+    assert "loops.1.blocks.0.hook_attn_out" in named.hook_dict
+
+
+@pytest.mark.parametrize("name", ["hrm_text"])
+@torch.no_grad()
+def test_native_and_traced_agree(name: str) -> None:
+    hf = AutoModelForCausalLM.from_pretrained(GOLDEN / name).eval()
+    native, model = LoopedBridge.from_hf(hf), LoopedBridge.trace(hf, CLEAN, verbose=False)
+    assert native.schedule == model.schedule
+    (logits, cache), (other, others) = native.run_with_cache(CLEAN), model.run_with_cache(CLEAN)
+    assert torch.allclose(logits, other, atol=1e-5)
+    shared = [key for key in others if key in cache.cache_dict]
+    assert {"resid_pre", "resid_post", "attn_out", "mlp_out"} <= {key.rpartition("hook_")[2] for key in shared}
+    for key in shared:
+        assert torch.allclose(cache[key], others[key], atol=1e-5), key
+    sweeps = [patch_sweep(m, CORRUPTED, c, metric, stack="H", verbose=False) for m, c in ((native, cache), (model, others))]
+    assert torch.allclose(sweeps[0].values, sweeps[1].values, atol=1e-5)
+    lenses = [logit_lens(m, CLEAN, targets=3) for m in (native, model)]
+    assert torch.allclose(lenses[0].log_probs, lenses[1].log_probs, atol=1e-5)
+
+
+@pytest.fixture
+def without_hrm_text(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    others = [family for family in families._FAMILIES if family is not families.hrm_text]
+    monkeypatch.setattr(families, "_FAMILIES", others)
+    yield
+
+
+def test_a_checkpoint_that_only_transformers_knows_is_traced(without_hrm_text: None) -> None:
+    with pytest.warns(UserWarning, match="'hrm_text'.*HrmTextForCausalLM was traced"):
+        model: Any = LoopedBridge.from_pretrained(GOLDEN / "hrm_text", device="cpu")
+    assert torch.equal(model(CLEAN), model.module(CLEAN).logits)
+    with pytest.raises(LoopedError, match=r"n_loops=5 was asked.*set_loops"), warnings.catch_warnings():
+        LoopedBridge.from_pretrained(GOLDEN / "hrm_text", n_loops=5, device="cpu")
+
+
+def test_an_ordinary_checkpoint_is_refused_as_before(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=20)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="no family knows"):
+        LoopedBridge.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "unheard_of", "auto_map": {"AutoModel": "m.M"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="no family knows"):
+        LoopedBridge.from_pretrained(tmp_path)
+    shutil.rmtree(tmp_path)
+
+
+def test_nothing_is_kept_between_runs() -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(type(x) is Tensor and x.shape == (1, 6, 16) for x in gc.get_objects())
+
+    model, seen = traced("NanoLoop"), list[int]()
+    before = alive()
+    model.run_with_hooks(CLEAN, [("loops.*.blocks.*.hook_resid_post", lambda x, hook: seen.append(x.numel()))])
+    model.run_with_cache(CLEAN)
+    assert alive() == before and len(seen) == 12
