@@ -33,7 +33,8 @@ def test_python_blocks_print_what_the_readme_shows(capsys: pytest.CaptureFixture
 
 
 def test_the_readme_is_short() -> None:
-    assert len(README.splitlines()) < 150
+    outside = re.sub(r"<!-- families.*?<!-- end -->", "", README, flags=re.DOTALL)  # a row for every family is no prose
+    assert len(outside.splitlines()) < 135
     assert len([line for line in blocks("python")[0].splitlines() if line.strip()]) <= 12
 
 

@@ -345,7 +345,9 @@ def test_analyses_and_interventions() -> None:
     swept = ablation_sweep(model, CLEAN, metric, part="mlp", verbose=False)
     with Counting(model.module, "transformer.h.2.mlp", 3, torch.zeros_like, "out"):
         expected = metric(own_logits(model, CLEAN))
-    assert torch.isclose(swept.change.values[swept.change.labels["loop"].index(3), 2] + swept.whole.values, expected.double(), atol=1e-5)
+    assert torch.isclose(
+        swept.change.values[swept.change.labels["loop"].index(3), 2] + swept.whole.values, expected.double(), atol=1e-5
+    )
 
 
 def test_tokens_with_depths_of_their_own() -> None:

@@ -31,7 +31,7 @@ T = TypeVar("T")
 class AskedBridge(RunningBridge):
     """The part of a `LoopedBridge` that tools are built on."""
 
-    cache_class: type[LoopedCache] = LoopedCache
+    _cache_class: type[LoopedCache] = LoopedCache
 
     @property
     def starts_from(self) -> str:

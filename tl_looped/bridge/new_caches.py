@@ -12,7 +12,7 @@ from transformer_lens import ActivationCache
 
 
 def _new_cache(cls: type, cache_dict: Any = None, model: Any = None, *args: Any, **kwargs: Any) -> ActivationCache:
-    return object.__new__(getattr(model, "cache_class", cls) if cls is ActivationCache else cls)
+    return object.__new__(getattr(model, "_cache_class", cls) if cls is ActivationCache else cls)
 
 
 ActivationCache.__new__ = _new_cache  # pyright: ignore[reportAttributeAccessIssue]

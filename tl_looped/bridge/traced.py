@@ -51,7 +51,7 @@ class TracedBridge(HookedTrace):
         ['blocks.1.hook_resid_post', 'blocks.3.hook_resid_post', 'blocks.5.hook_resid_post']
     """
 
-    cache_class: type[TracedCache] = TracedCache
+    _cache_class: type[TracedCache] = TracedCache
     made_for: int | None = None
     starts_from: str = "embedding"
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.config import TransformerBridgeConfig
-from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
 from transformer_lens.utilities.logits_utils import sample_logits
@@ -25,41 +24,16 @@ from ..running import Running, is_observed
 from ..schedule import Schedule, check_count
 from ..traced.depth import looping
 from ..traced.feed import Feed, logits_of
-from ..traced.places import Place
 from ..traced.trace import Trace, check_module, trace
 from ..traced.watch import Watch
 from .hooking import without_leftovers
 from .names import Hook, HookDict, Named, NamesFilter
+from .point import Point
 from .readouts import ReadingOut
 from .tokens import Reading, check_real
 from .traced_cache import TracedCache
 
 UNKNOWN_CONTEXT = 2**31 - 1  # positions, of a module that does not say how many it has
-
-
-class Point(HookPoint):
-    """A hook point that tells its model when it gets a hook, so that a run need not look at all of them.
-
-    Args:
-        place: where it acts.
-        hooked: the model's list of points that may have hooks.
-    """
-
-    def __init__(self, place: Place, hooked: dict[int, Point]):
-        super().__init__()
-        self.name: str | None = place.name
-        self.place: Place = place
-        self.hooked: dict[int, Point] = hooked
-
-    def add_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """Add a hook, as in TransformerLens.
-
-        Args:
-            *args: as there.
-            **kwargs: as there.
-        """
-        self.hooked[id(self)] = self
-        return super().add_hook(*args, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)
