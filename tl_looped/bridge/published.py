@@ -43,9 +43,7 @@ def traced_checkpoint(
         raise unknown
     device, *planned = where.pop("device"), *where.values()
     spread: dict[str, Any] = where if any(value is not None for value in planned) else {}
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path, dtype=dtype or "auto", trust_remote_code=False, **spread
-    )
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype or "auto", trust_remote_code=False, **spread)
     model = (model if device is None else model.to(device)).eval()
     tokens = torch.arange(N_EXAMPLE, device=model.device)[None] % model.get_input_embeddings().num_embeddings
     try:
