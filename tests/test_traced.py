@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import looped_modules
 import pytest
@@ -23,6 +23,7 @@ from tl_looped import LoopedBridge, families
 from tl_looped.analysis import fixed_points, step_geometry
 from tl_looped.attribution import attribution_sweep, edge_sweep
 from tl_looped.errors import CheckpointError, LoopedError
+from tl_looped.families import hrm_text
 from tl_looped.interventions import skip_loop, steer
 from tl_looped.lenses import logit_lens
 from tl_looped.patching import ablation_sweep, patch_sweep
@@ -40,7 +41,8 @@ def module_of(name: str, **kwargs: Any) -> nn.Module:
 
 def traced(name: str, **kwargs: Any) -> Any:
     example: Any = {"tokens": CLEAN} if name in KEYWORDS else CLEAN
-    return LoopedBridge.trace(module_of(name), example, verbose=False, **{**SEEDED.get(name, {}), **kwargs})
+    settings: Any = {**SEEDED.get(name, {}), **kwargs}
+    return LoopedBridge.trace(module_of(name), example, verbose=False, **settings)
 
 
 def own_logits(model: Any, tokens: Tensor) -> Tensor:
@@ -64,14 +66,14 @@ class Counting:
         if side == "in":
             self.handle = submodule.register_forward_pre_hook(self.before)
         else:
-            self.handle = submodule.register_forward_hook(lambda m, args, out: self.changed(out))
+            self.handle = submodule.register_forward_hook(lambda m, args, out: self.changed(cast(Tensor, out)))
 
     def changed(self, x: Tensor) -> Tensor:
         self.n += 1
         return self.change(x.clone()) if self.n - 1 == self.number else x
 
     def before(self, submodule: nn.Module, args: Any) -> Any:
-        return (self.changed(args[0]), *args[1:]) if args else None
+        return (self.changed(args[0]), *args[1:])
 
     def __enter__(self) -> None: ...
 
@@ -266,6 +268,7 @@ def test_runs_are_counted_anew_after_errors_in_threads_and_while_writing() -> No
     threads = [threading.Thread(target=run, args=(k,)) for k in range(3)]
     for thread in threads:
         thread.start()
+    zeroed = expected[0]
     for _ in range(5):
         zeroed = model.run_with_hooks(CLEAN, [("loops.*.blocks.*.hook_attn_out", lambda x, hook: torch.zeros_like(x))])
     for thread in threads:
@@ -432,7 +435,7 @@ def test_native_and_traced_agree(name: str) -> None:
 
 @pytest.fixture
 def without_hrm_text(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    others = [family for family in families._FAMILIES if family is not families.hrm_text]
+    others = [family for family in families._FAMILIES if family is not hrm_text]
     monkeypatch.setattr(families, "_FAMILIES", others)
     yield
 
