@@ -190,6 +190,8 @@ def _claim(place: Path, asked: Asked) -> None:
                     f"{str(place)!r} is of a run with {name}={was}, not {now}; choose another directory, or remove this one to "
                     "begin anew."
                 )
+        if before.beside == asked.beside:
+            return
     write_json(place / ASKED, asdict(asked))
 
 

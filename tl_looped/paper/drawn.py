@@ -19,8 +19,8 @@ def _behaviour(about: About) -> Drawn:
         off, anywhere = n - int(counts[-1, 0]), _anywhere(found)
         kinds = [f"{int(v)} {label}" for v, label in zip(counts[-1], found.counts.labels["label"], strict=True) if v]
         said.append(
-            f"{name}{share(off / n)} of {n} tokens after {found.n_loops} loops ({', '.join(kinds)}); in any layer "
-            f"{share(anywhere)}. The rule is a reconstruction, so shares depend on its parameters."
+            f"{name}{share(off / n)} of {n} tokens are at no fixed point after {found.n_loops} loops ({', '.join(kinds)}); in "
+            f"any layer {share(anywhere)}. The rule is a reconstruction, so shares depend on its parameters."
         )
     figures = [
         Figure(f"Limiting behaviour: {name}share of a prompt's tokens by layer.", found.panels())

@@ -156,10 +156,10 @@ def _resemblance(grid: Estimate, is_cosine: bool) -> str:
         others += [float(v) for k, v in enumerate(row) if k != me]
     if not own or not others:
         return "No layer has another one to be compared with."
-    what = "cosine" if is_cosine else "distance"
+    what, of = ("cosine", "state") if is_cosine else ("distance", "attention pattern")
     return (
-        f"In {share(same / nearest)} of the layers run, what is most alike in the next loop is the same layer. Mean {what} to "
-        f"itself there {number(sum(own) / len(own))}, to other layers {number(sum(others) / len(others))}."
+        f"In {share(same / nearest)} of the layers run, the {of} most alike in the next loop is that of the same layer. "
+        f"Mean {what} to its own there {number(sum(own) / len(own))}, to other layers' {number(sum(others) / len(others))}."
     )
 
 

@@ -100,7 +100,7 @@ def html(title: str, lead: str, prompts: str, rows: list[Row], sections: list[Se
         f"{len(done)} of {len(rows)} figures, tables and claims are repeated; where one is not, its row says why.",
         *first,
     ]
-    shown = f'<p class="prompts">{escape(prompts)}</p>'
+    shown = f'<p class="prompts">First prompt: {escape(prompts)}</p>'
     return page(title, f"{lead} {ABOUT}", shown, findings, sections, " ".join(notes))
 
 

@@ -26,8 +26,7 @@ def check_directory(out: Path) -> None:
         raise LoopedError("tables are written as parquet, which needs pyarrow; pip install 'tl-looped[all]'.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = write_text(out / ".try", "")
-        probe.unlink()
+        write_text(out / ".try", "").unlink(missing_ok=True)  # another process may try at the same time
     except OSError as error:
         raise LoopedError(f"{str(out)!r} cannot be a directory to write to: {error.strerror or error}.") from error
 
