@@ -7,6 +7,7 @@ Numbers, and refusals, are those of the same model on the CPU.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from typing import Any
 
 import pretended_device
 import torch
-from helpers import metric, word_tokenizer
+from helpers import metric, tiny_llama, word_tokenizer
 from torch import Tensor
 from zoo import GOLDEN, ZOO, random_bridge
 
@@ -321,10 +322,47 @@ def scattered(model: LoopedBridge, devices: tuple[str, ...]) -> dict[str, str]:
     return {part: devices[i % len(devices)] for i, part in enumerate(model.device_map)}
 
 
+def check_moves(there: LoopedBridge) -> None:
+    """A model on several devices stays there, in other dtypes and copies too."""
+    for move in (lambda: there.to("cpu"), there.cpu, lambda: there.to(pretended_device.NAME, torch.float64), there.cuda):
+        try:
+            move()
+        except LoopedError as error:
+            assert "was loaded on several devices (cpu, lazy:0, pretended:0), where it stays" in str(error), error
+        else:
+            raise AssertionError("it was moved")
+    copied = copy.deepcopy(there).to(torch.float64)
+    assert copied.device_map == there.device_map and copied.cfg.dtype == torch.float64
+    assert copied.unroll(2).device_map == there.device_map
+    torch.testing.assert_close(copied(CLEAN).cpu().float(), there(CLEAN).cpu(), atol=2e-4, rtol=1e-3)
+
+
+def check_models_in_memory() -> None:
+    """A model that lies on several devices is taken as it lies there, if no layer is split; ints are accelerators."""
+    llama, tokens = tiny_llama(), CLEAN
+    expected = LoopedBridge.loop_layers(llama, 1, 3, n_loops=2)(tokens)
+    for i, layer in enumerate(llama.model.layers):
+        layer.to(PLACES["several"][i % 3])
+    llama.lm_head.to(pretended_device.SECOND)
+    there = LoopedBridge.loop_layers(llama, 1, 3, n_loops=2)
+    assert there.cfg.n_devices == 3 and there.blocks[1].attn.q.weight.device.type == pretended_device.SECOND
+    torch.testing.assert_close(there(tokens).cpu(), expected)
+    llama.model.layers[2].mlp.to(pretended_device.NAME)
+    try:
+        LoopedBridge.loop_layers(llama, 1, 3, n_loops=2)
+    except LoopedError as error:
+        assert "core.1 lies on cpu and, with core.1.mlp." in str(error), error
+    else:
+        raise AssertionError("a split layer was taken")
+    placed = LoopedBridge.from_pretrained("toy:hop", device_map={"": 0, "core.1": pretended_device.SECOND})
+    assert str(placed.device_map["embed"]) == "pretended:0" and str(placed.device_map["core.1"]) == "lazy:0"
+    assert placed(tokens % 13).device.type == pretended_device.NAME
+
+
 def main(asked: list[str], only: list[str]) -> None:
     """Do it on the CPU and there, and say all that differs."""
     pretended_device.switch_on()
-    wrong: list[str] = []
+    failed = False
     for place, name in (one.split("/") for one in asked):
         model, devices = model_of(name), PLACES[place]
         with tempfile.TemporaryDirectory() as directory:
@@ -340,13 +378,16 @@ def main(asked: list[str], only: list[str]) -> None:
                 assert_same(found, expected)
             except Exception as error:
                 frames = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
-                wrong.append(f"{name}, {what}: {type(error).__name__}: {str(error)[:400]}\n    {' '.join(frames[-7:])}")
+                print(f"{name}, {what}: {type(error).__name__}: {str(error)[:400]}\n    {' '.join(frames[-7:])}", flush=True)
+                failed = True
+        if place == "several":
+            check_moves(there)
+            check_models_in_memory()
         with tempfile.TemporaryDirectory() as directory:
             there.save_pretrained(directory)
             back = LoopedBridge.from_pretrained(directory, device="cpu").plain.canonical_parameters()
         assert all(torch.equal(p, back[key]) for key, p in model.plain.canonical_parameters().items()), name
-    print("\n".join(wrong))
-    sys.exit(bool(wrong))
+    sys.exit(failed)
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
