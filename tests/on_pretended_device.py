@@ -22,7 +22,7 @@ from helpers import metric, tiny_llama, word_tokenizer
 from torch import Tensor
 from zoo import GOLDEN, ZOO, random_bridge
 
-from tl_looped import LoopedBridge, LoopedError, exits, interventions
+from tl_looped import LoopedBridge, LoopedError, collect, exits, interventions
 from tl_looped.analysis import (
     attention_distances,
     attention_stability,
@@ -36,6 +36,7 @@ from tl_looped.analysis import (
     more_loops,
     output_neurons,
     path_independence,
+    state_similarity,
     step_geometry,
     trajectories,
 )
@@ -159,6 +160,13 @@ def asked(model: LoopedBridge) -> Any:
     return found
 
 
+def collected(model: LoopedBridge) -> Any:
+    """What a store of activations holds."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = collect(model, list(tokens()), "resid_post", out=folder, **stack(model), **QUIET)
+        return [store.of_prompt(name, 0) for name in store.names]
+
+
 def trained(model: LoopedBridge) -> Any:
     """The loss after a step, and the loss before."""
     before = {name: p.detach().clone() for name, p in model.plain.canonical_parameters().items()}
@@ -276,6 +284,8 @@ WORK: dict[str, Callable[[LoopedBridge], Any]] = {
     "neurons": output_neurons,
     "paths": lambda m: path_independence(m, tokens(), **stack(m), n_loops=30, **QUIET),
     "geometry": lambda m: step_geometry(m, tokens(), **stack(m), n_loops=4, **QUIET),
+    "similarity": lambda m: state_similarity(m, tokens(), **QUIET),
+    "collected": collected,
     "trajectories": lambda m: trajectories(m, tokens(), **stack(m), n_loops=4, **QUIET),
     "compared": lambda m: compare(m, tokens(), n_loops=(2, 3), **QUIET),
     "explorer": asked,
@@ -333,7 +343,7 @@ def check_moves(there: LoopedBridge) -> None:
             raise AssertionError("it was moved")
     copied = copy.deepcopy(there).to(torch.float64)
     assert copied.device_map == there.device_map and copied.cfg.dtype == torch.float64
-    assert copied.unroll(2).device_map == there.device_map
+    assert copied.unroll(there.n_loops).device_map == there.device_map
     torch.testing.assert_close(copied(CLEAN).cpu().float(), there(CLEAN).cpu(), atol=2e-4, rtol=1e-3)
 
 

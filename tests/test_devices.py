@@ -74,7 +74,7 @@ def test_a_plan_that_needs_the_disk_is_refused() -> None:
         planned(cfg, dict(parameter_shapes(cfg)), torch.bfloat16, {0: "1GB", "cpu": "1GB"})
 
 
-@pytest.mark.parametrize("name", ["hrm_text", "llama_rrt", "parcae"])
+@pytest.mark.parametrize("name", ["hrm_text", "llama_rrt", "mor_expert", "parcae"])
 def test_a_plan_places_every_part_of_every_family(name: str) -> None:
     model = LoopedBridge.from_pretrained(GOLDEN / name, device_map="auto", max_memory={"cpu": "10GB"})
     plan = planned(model.looped_cfg, dict(parameter_shapes(model.looped_cfg)), torch.float32, {"cpu": "10GB"})
