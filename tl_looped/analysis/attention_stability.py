@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .._old_names import moved
-from ..looped import Looped, at_depth
+from ..looped import Looped, at_depth, require
 from ..panels import GroupBy, Panel, grouped
 from ..record import InitialState
 from ..results import Estimate, Result, table
@@ -93,6 +93,7 @@ def attention_stability(
     """
     deep = at_depth(model, n_loops)
     need_loops(len(deep.schedule.passes_of("all", stack)), 2, "attention_stability", "a distance between loops")
+    require(deep, "equal heads", "attention_stability")
     measure = AttentionStabilityMeasure(deep.schedule.looped_stack(stack), initial_state)
     return over_prompts(measure, deep, prompts, what="attention_stability", verbose=verbose)
 

@@ -362,7 +362,8 @@ class LoopedBridge(Tracing, InMemory, AskedBridge):
 
     def _validate_attention_fork_supported(self, flag_name: str) -> None:
         """The forks of a branch's input by head; what tools make of them is another matter."""
-        require(self, "one stream", flag_name)
+        if flag_name != "use_attn_result":
+            require(self, "one stream", flag_name)
         if flag_name == "use_attn_in":
             check_attn_in(self.cfg)
         if flag_name == "use_split_qkv_input" and not self._warned_of_paths:

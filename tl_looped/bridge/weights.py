@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import LoopedError
+from ..looped import require
 from ..model.layers import each_module
 from ..model.undo import Snapshot, undone, whole
 from .processing import check_options, check_running_sum, check_shared, has_output_bias, process_weights
@@ -89,6 +90,12 @@ class WeightsBridge(NamedBridge):
             ['embed', 'core.0', 'core.1', 'ln_final', 'unembed']
         """
         return self.plain.device_map
+
+    def _stack_block_params(self, attr_path: str, *args: Any) -> Any:
+        """The weights of all layers as one tensor, as in TransformerBridge."""
+        asked: Any = self  # what a model lacks is told by the whole bridge
+        require(asked, "equal heads" if attr_path.startswith("attn.") else "neurons", f"{attr_path} of all layers")
+        return super()._stack_block_params(attr_path, *args)
 
     @property
     def core_weights(self) -> dict[str, nn.Parameter]:

@@ -114,8 +114,10 @@ class MixingBlock(Block):
     def place(self, slot: int, loop: int | None) -> None:
         """Say where in the run this layer stands."""
         self.attn.slot = slot
-        for i, conv in enumerate((self.attn.k_conv, self.attn.v_conv, self.attn_conv, self.mlp_conv), 1):
-            conv.slot = self.stride * i + slot
+        convs = (self.attn.k_conv, self.attn.v_conv, self.attn_conv, self.mlp_conv)
+        self.slots: tuple[int, ...] = tuple(self.stride * i + slot for i in range(1, len(convs) + 1))
+        for conv, own in zip(convs, self.slots, strict=True):
+            conv.slot = own
         self.is_later = bool(loop)
         if loop:
             for name in ("message", *(f"{reader}_message" for reader in READERS)):

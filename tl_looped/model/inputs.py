@@ -56,6 +56,11 @@ def positions_of(cfg: LoopedConfig, x: Tensor, position_ids: Tensor | None, atte
                 f"position_ids of shape {tuple(position_ids.shape)} were given; this run needs [batch, pos] = {(batch, n_new)}."
             )
         positions = position_ids.expand(batch, n_new).to(x.device)
+        if attention_mask is None and loop_of(cfg).mixes is not None and bool((positions.diff(dim=-1) < 0).any()):
+            raise LoopedError(
+                "position_ids that begin again were given, as of texts packed into one row, but the convolutions and distances "
+                f"of this {cfg.family} model go on from one text to the next; give every text a row of its own, padded."
+            )
     elif attention_mask is not None:
         positions = ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, past:].to(x.device)
     else:

@@ -197,6 +197,8 @@ def causal(q: Tensor, k: Tensor) -> Bool[Tensor, "query key"]:
 class Block(nn.Module):
     """Attention and MLP around the residual stream, with the norms where the family has them."""
 
+    slots: tuple[int, ...] = ()  # of a key-value cache, where the layer keeps more than keys and values
+
     def __init__(self, cfg: LoopedConfig, physical: int):
         super().__init__()
 

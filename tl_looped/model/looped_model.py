@@ -352,7 +352,7 @@ class LoopedModel(PlacedModel):
         schedule = self.cfg.schedule
         stop = schedule.n_layers if part.stop is None else part.stop
         layers = [i for i in range(part.first, stop) if not last.layers.stop <= i < schedule.first_coda_layer]
-        lengths = {cache.get_seq_length(i) for i in layers} or {0}
+        lengths = {cache.get_seq_length(slot) for i in layers for slot in (i, *self.blocks[i].slots)} or {0}  # type: ignore[misc]
         if len(lengths) > 1:
             raise LoopedError(
                 f"past_key_values holds {sorted(lengths)} positions, depending on the layer: it was filled by a run with "
