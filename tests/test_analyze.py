@@ -16,9 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from linear import deep_loop
+from peak_memory import PeakMemory
 from test_results import same
 
 from tl_looped import LoopedBridge, LoopedConfig, analyze
+from tl_looped._writing import write_first
 from tl_looped.analysis import fixed_points
 from tl_looped.analysis.by_name import ANALYSES
 from tl_looped.errors import LoopedError
@@ -146,6 +149,8 @@ def test_another_run_is_refused_and_more_analyses_are_not(model: LoopedBridge, t
         ({}, 0, 1),
         ({"RANK": "1", "WORLD_SIZE": "4"}, 1, 4),
         ({"SLURM_PROCID": "2", "SLURM_NTASKS": "3"}, 2, 3),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"}, 1, 2),
+        ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}, 3, 4),
         (dict(zip(ARRAY, ("7", "1", "2", "4"), strict=True)), 3, 4),
         ({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2", "RANK": "1", "WORLD_SIZE": "2"}, 3, 4),
     ],
@@ -275,6 +280,24 @@ def test_a_full_disk_keeps_what_is_done(model: LoopedBridge, tmp_path: Path, mon
     assert len(files) == 8 and not any(name.startswith(".") for name in files)
     other = analyze(ASKED, model, prompts(9), out=tmp_path.parent / f"{tmp_path.name}-other", **QUIET)
     assert other is not None and all(same(run, other[name]) for name, run in whole(model, tmp_path).items())
+
+
+def test_the_first_of_two_processes_says_what_a_directory_is_of(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        write_first(tmp_path / "asked", text)
+    assert (tmp_path / "asked").read_text() == "first" and len([*tmp_path.iterdir()]) == 1
+
+
+@pytest.mark.slow  # many loops
+def test_memory_is_that_of_one_batch(tmp_path: Path) -> None:
+    deep, asked = deep_loop(), [torch.arange(k) % 11 for k in (32, 20, 9, 31, 5)]
+    analyses: dict[str, Any] = {"fixed_points": {"patterns": True}, "limiting_behaviour": {}, "inference_stages": {}}
+    with PeakMemory(deep) as one:
+        for name in analyses:
+            ANALYSES[name](deep, asked[0], **analyses[name], **QUIET)
+    with PeakMemory(deep) as all_of_them:
+        assert analyze(analyses, deep, asked, out=tmp_path / "run", **QUIET) is not None
+    assert all_of_them.nbytes <= 1.3 * one.nbytes
 
 
 def command(out: Path, lines: Path, *starter: str) -> list[str]:

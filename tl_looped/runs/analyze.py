@@ -52,7 +52,8 @@ def analyze(
         model: the model; hooks on it act.
         prompts: texts, tokens, or whatever the analyses take, one by one.
         out: the directory. One of other prompts, settings, weights or versions is refused, not replaced.
-        shard: the share of this process, such as "3/8"; None for what torchrun, accelerate or Slurm say, or else all.
+        shard: the share of this process, such as "3/8"; None for what torchrun, accelerate, Slurm or mpirun say, or else all,
+            which is "1/1".
         batch_size: measure at most so many prompts of equally many tokens together. Their rows may differ from those of a
             prompt alone in the last bits. What does not fit into memory is measured in halves.
         on_error: "skip" lists a prompt that fails in `failed` and goes on; "raise" stops. Mistakes in the call stop either way.
