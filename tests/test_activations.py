@@ -445,7 +445,12 @@ def test_what_cannot_be_stored_is_refused_in_a_sentence(tmp_path: Path, unchecke
     ):
         with pytest.raises(LoopedError, match=message):
             quiet(model, prompts, sites, tmp_path / "out", **settings)
-    for wrong, message in (([], "no prompts"), (3, "was asked of a int"), ([{"input_ids": 1}], "is a dict")):
+    for wrong, message in (
+        ([], "no prompts"),
+        (3, "was asked of a int"),
+        ([{"input_ids": 1}], "is a dict"),
+        ({"text": ["a"]}, "asked of a dict with 'text'"),
+    ):
         with pytest.raises(LoopedError, match=message):
             quiet(model, wrong, "resid_post", tmp_path / "out")
     (tmp_path / "file").write_text(json.dumps({}))

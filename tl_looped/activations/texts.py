@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import LoopedError, NoPromptsError
-from ..runs.prompts import Prompts, read_prompt
+from ..runs.prompts import Prompts, each_prompt, read_prompt
 
 
 @dataclass(eq=False)
@@ -50,10 +50,7 @@ def texts_of(model: Any, prompts: Prompts, skip: bool) -> Iterator[Text]:
         skip: whether a prompt that cannot be read is a text that failed, or an error.
     """
     number, any_given = 0, False
-    one = isinstance(prompts, (str, Tensor))
-    if not one and not isinstance(prompts, Iterable):
-        raise LoopedError(f"collect was asked of a {type(prompts).__name__}; pass texts or tensors of token ids.")
-    for prompt in [prompts] if one else prompts:
+    for prompt in each_prompt(prompts, "collect"):
         any_given = True
         try:
             rows = read_prompt(model, prompt, number, "collect").cpu()

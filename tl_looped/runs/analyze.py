@@ -20,6 +20,7 @@ from .asked import described, digest, hooks_of
 from .driver import MISTAKES, measured
 from .folder import Folder
 from .progress import Progress
+from .prompts import each_prompt
 from .shares import Share
 from .store import Asked, OnError, Run
 from .units import Batch, Unit, cut, share_of
@@ -82,9 +83,9 @@ def analyze(
         raise LoopedError(f'on_error={on_error!r} was given; choose "raise" or "skip".')
     if not isinstance(model, Hooked) or isinstance(model, type):
         check_model(model)
-    if not isinstance(prompts, Iterable) or isinstance(prompts, (str, Tensor)):
+    if isinstance(prompts, (str, Tensor)):
         raise LoopedError(f"analyze was asked of one {type(prompts).__name__}; pass a list of prompts.")
-    measures, given = asked_of(analyses), list(prompts)
+    measures, given = asked_of(analyses), list(each_prompt(prompts, "analyze"))
     if not given:
         raise LoopedError("analyze was asked of no prompts; pass at least one.")
     share, folder = Share.read(shard), Folder(out)

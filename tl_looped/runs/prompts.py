@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,14 +29,33 @@ def token_batches(model: Any, prompts: Prompts, *, what: str) -> Iterator[Int[Te
         NoPromptsError: no prompts.
         LoopedError: an empty prompt; text without a tokenizer; tokens outside the vocabulary; rows that look padded.
     """
-    one = isinstance(prompts, (str, Tensor))
-    if not one and not isinstance(prompts, Iterable):
-        raise LoopedError(f"{what} was asked of a {type(prompts).__name__}; pass texts or tensors of token ids.")
     n_prompts = -1
-    for n_prompts, prompt in enumerate([prompts] if one else prompts):
+    for n_prompts, prompt in enumerate(each_prompt(prompts, what)):
         yield read_prompt(model, prompt, n_prompts, what)
     if n_prompts < 0:
         raise NoPromptsError(f"{what} was asked of no prompts; pass at least one.")
+
+
+def each_prompt(prompts: object, what: str) -> Iterable[Any]:
+    """The prompts one by one; one alone is one of them.
+
+    Args:
+        prompts: one, or several.
+        what: the name of the analysis, for errors.
+
+    Raises:
+        LoopedError: what is no prompt and holds none; a dict, of which only the keys would be read.
+    """
+    if isinstance(prompts, (str, Tensor)):
+        return [prompts]
+    if isinstance(prompts, Mapping):
+        keys = ", ".join(repr(key) for key in list(prompts)[:3])
+        raise LoopedError(
+            f"{what} was asked of a dict with {keys or 'nothing'}; pass a list of texts, or of tensors of token ids."
+        )
+    if not isinstance(prompts, Iterable):
+        raise LoopedError(f"{what} was asked of a {type(prompts).__name__}; pass texts or tensors of token ids.")
+    return prompts
 
 
 def read_prompt(model: Any, prompt: Any, number: int, what: str) -> Int[Tensor, "batch pos"]:

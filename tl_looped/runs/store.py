@@ -21,6 +21,7 @@ from ..results import Result, load_result
 from ..schedule import check_count
 from .asked import described, digest, hooks_of
 from .driver import Total, totals
+from .prompts import each_prompt
 
 OnError = Literal["raise", "skip"]
 
@@ -111,11 +112,9 @@ def run(
     if on_error not in get_args(OnError):
         raise LoopedError(f'on_error={on_error!r} was given; choose "raise" or "skip".')
     check_model(model)
-    if not isinstance(prompts, Iterable):
-        raise LoopedError(f"run was asked of a {type(prompts).__name__}; pass a list of prompts.")
     if isinstance(prompts, (str, Tensor)):
         raise LoopedError("run was asked of one prompt; call the analysis itself, or pass a list of prompts.")
-    every, asked_for = check_count("every", every), list(prompts)
+    every, asked_for = check_count("every", every), list(each_prompt(prompts, "run"))
     if not asked_for:
         raise LoopedError("run was asked of no prompts; pass at least one.")
     measure = Asked(analysis, settings)
