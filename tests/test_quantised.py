@@ -106,6 +106,34 @@ def test_a_quantised_checkpoint_is_the_plain_one(tmp_path: Path) -> None:
         assert torch.equal(parameter, model.plain.canonical_parameters()[name].bfloat16()), name
 
 
+def blocks_of_eight_bits(weight: Tensor, seed: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Random float8 numbers in the place of a weight, a power of two for 32 of them, and their products."""
+    codes = torch.randn(weight.shape, generator=seed).mul(0.3).to(torch.float8_e4m3fn)
+    powers = torch.randint(122, 129, (*weight.shape[:-1], -(-weight.shape[-1] // 32)), generator=seed).to(torch.uint8)
+    by_entry = 2.0 ** (powers.double() - 127).repeat_interleave(32, dim=-1)[..., : weight.shape[-1]]
+    return codes, powers, (codes.double() * by_entry).float()
+
+
+def test_published_names_of_other_families(tmp_path: Path) -> None:
+    """Dory's released matrices in NVFP4, and experts of the Inkling-2 loop in MXFP8, which its family takes apart."""
+    seed = torch.Generator().manual_seed(4)
+    plain = {name: dict(golden_tensors(name)) for name in ("dory", "inkling2_loop")}
+    stored = {name: dict(tensors) for name, tensors in plain.items()}
+    for name in [n for n in plain["dory"] if n.endswith(("q_proj.weight", "gate_proj.weight"))]:
+        parts, plain["dory"][name] = modelopt(name, plain["dory"][name].shape, seed)
+        stored["dory"] |= parts
+    for name in [n for n in plain["inkling2_loop"] if n.endswith(("w13_weight", "w2_weight"))]:
+        codes, powers, plain["inkling2_loop"][name] = blocks_of_eight_bits(plain["inkling2_loop"][name], seed)
+        stored["inkling2_loop"] |= {name: codes, f"{name}_scale": powers}
+    for family, tensors in stored.items():
+        config = with_config(family).config
+        expected = load_model(MemoryCheckpoint(config, plain[family]))
+        with pytest.warns(UserWarning, match={"dory": "NVFP4", "inkling2_loop": "MXFP8"}[family]):
+            found = load_model(MemoryCheckpoint(config, tensors))
+        with torch.no_grad():
+            torch.testing.assert_close(found(TOKENS).logits, expected(TOKENS).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_what_is_saved_of_it_is_plain(tmp_path: Path) -> None:
     source, target = tmp_path / "quantised", tmp_path / "plain"
     source.mkdir()
