@@ -75,7 +75,7 @@ def moved(package: str, name: str) -> Any:
         return import_module(f".{old}", PACKAGE)
     if old in GONE:
         raise ImportError(f"{package}.{name} is no more: {GONE[old]}.")  # of an AttributeError `from` keeps no word
-    raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name)
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")  # Python adds name and module
 
 
 def _warn(old: str, new: str) -> None:
