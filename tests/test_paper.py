@@ -140,6 +140,12 @@ def test_prompts_that_cannot_be_measured_are_named(tmp_path: Path) -> None:
         paper(bridge, [], out=tmp_path / "none", **QUIET)
 
 
+def test_a_feed_forward_model_that_cannot_read_the_prompts_is_told(tmp_path: Path) -> None:
+    twin = LoopedBridge.from_config(LoopedConfig(**{**SMALL, "d_vocab": 2}, n_core=2, n_loops=1), seed=0)
+    found = made(random_bridge("ouro"), PROMPTS[:1], out=tmp_path, n_loops=2, feed_forward=twin, **QUIET)
+    assert "the feed-forward model: prompt 0: LoopedError" in here(found)["Figure 8"]
+
+
 def test_proposition_4_2_holds_without_positions(tmp_path: Path) -> None:
     cfg = LoopedConfig(**SMALL, n_core=2, n_loops=3, rope_layout="none", n_kv_heads=1)
     bridge = LoopedBridge.from_config(cfg, seed=0).to(torch.float64)

@@ -168,6 +168,11 @@ def finish(out: str | Path) -> Paper:
         why = f"prompt {failed[0][0]}: {failed[0][1]}"
         raise LoopedError(f"none of {counted(runs['prompts'].n_prompts, 'prompt')} could be measured; {why}")
     findings: Any = sum(run.result for run in runs.values() if run.result is not None)
+    twin = runs.get("feed_forward")
+    if twin is not None and twin.result is None:
+        findings.refused["stages_feed_forward"] = {
+            f"the feed-forward model: prompt {twin.failed[0][0]}: {twin.failed[0][1]}": 1
+        }
     return _written(place, findings, asked, failed)
 
 
@@ -245,7 +250,8 @@ def _asked(model: Looped, prompts: list[Any], n_loops: int, beside: bool, notes:
 
 
 def _about(findings: Findings, asked: Asked) -> About:
-    missing = {"stages_feed_forward": "; pass --feed-forward MODEL for one"}
+    alone = findings.why_not("stages_feed_forward") or "pass --feed-forward MODEL for one"
+    missing = {"stages_feed_forward": f"; {alone.removesuffix('.')}"}
     if asked.n_loops < N_INIT:
         why = f"layouts show what they do in {N_INIT} loops or more, and {asked.n_loops} were asked; pass --loops 128"
         missing |= {f"init_{n}": why for n in INIT_LAYERS}
