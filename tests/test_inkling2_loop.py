@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from family_checks import check_attribution, check_family, close
+from family_checks import check_family, close
 from safetensors.torch import load_file
 from torch import Tensor
 from zoo import GOLDEN, with_config
@@ -210,8 +210,8 @@ def test_another_configuration_follows_the_formulas(bridge: LoopedBridge) -> Non
 
 
 def test_what_every_family_must_pass(bridge: LoopedBridge) -> None:
-    check_family(bridge, sites=("resid_pre", "attn_out", "z", "k"))
-    check_attribution(bridge)
+    report = check_family(bridge)
+    assert report["attribution"].status == "passed"
 
 
 def test_earlier_passes_reach_the_logits_through_messages_alone(bridge: LoopedBridge) -> None:

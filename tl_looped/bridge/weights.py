@@ -91,11 +91,11 @@ class WeightsBridge(NamedBridge):
         """
         return self.plain.device_map
 
-    def _stack_block_params(self, attr_path: str, *args: Any) -> Any:
+    def _stack_block_params(self, attr_path: str, reshape_fn: Any = None) -> Any:
         """The weights of all layers as one tensor, as in TransformerBridge."""
         asked: Any = self  # what a model lacks is told by the whole bridge
         require(asked, "equal heads" if attr_path.startswith("attn.") else "neurons", f"{attr_path} of all layers")
-        return super()._stack_block_params(attr_path, *args)
+        return super()._stack_block_params(attr_path, reshape_fn)
 
     @property
     def core_weights(self) -> dict[str, nn.Parameter]:
