@@ -99,6 +99,8 @@ def is_same(one: Tensor | None, other: Tensor | None) -> bool:
 def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
     """What a module takes or returns, with another tensor in the place of one.
 
+    Containers without it are the ones that were given: a module may keep keys in a list that it hands on.
+
     Args:
         value: as for `tensor_in`.
         old: the tensor that is there now.
@@ -108,10 +110,14 @@ def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
         return new
     if isinstance(value, Mapping):
         items = {key: replaced(part, old, new) for key, part in value.items()}
+        if all(items[key] is part for key, part in value.items()):
+            return value
         kind: Any = type(value)
         return kind(**items) if hasattr(value, "to_tuple") else kind(items)  # transformers' outputs take fields
     if isinstance(value, (tuple, list)):
         parts = [replaced(part, old, new) for part in value]
+        if all(one is other for one, other in zip(parts, value, strict=True)):
+            return value
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
