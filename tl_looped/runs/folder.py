@@ -119,15 +119,7 @@ class Folder:
         with suppress(OSError):  # somebody may have removed it meanwhile; if it cannot be made, writing says so
             file.parent.mkdir(parents=True, exist_ok=True)
         remove_drafts(file)
-        try:
-            save_result(replace(found, asked={"run": self._mark(name)}), file)
-        except LoopedError as error:
-            if not isinstance(error.__cause__, OSError):
-                raise
-            reason = error.__cause__.strerror or error.__cause__
-            raise LoopedError(
-                f"{str(file)!r} cannot be written: {reason}. What is done is kept: mend that, and run the same command again."
-            ) from error
+        _save(replace(found, asked={"run": self._mark(name)}), file)
 
     def merge(self, name: str) -> Run:
         """The sum of all units of an analysis, in their order.
@@ -158,7 +150,7 @@ class Folder:
         weights: Any = None
         with suppress(LoopedError):  # a model that does not loop has none
             weights = Weights(load_result(self.path / MODEL))
-        return save_result(run, self.path / f"{name}.safetensors", weights)
+        return _save(run, self.path / f"{name}.safetensors", weights)
 
     def keep_weights(self, fingerprint: Any) -> None:
         """Keep what tells the weights of the model from others, for results to be compared with.
@@ -178,6 +170,18 @@ class Folder:
         if name not in self._marks:
             self._marks[name] = _mark(self.asked(name))
         return self._marks[name]
+
+
+def _save(run: Run, file: Path, weights: Any = None) -> Path:
+    try:
+        return save_result(run, file, weights)
+    except LoopedError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        reason = error.__cause__.strerror or error.__cause__
+        raise LoopedError(
+            f"{str(file)!r} cannot be written: {reason}. What is done is kept: mend that, and run the same command again."
+        ) from error
 
 
 def _mark(asked: dict[str, str]) -> str:
