@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import run, with_words
+from looped_modules import NanoLoop
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -227,6 +228,20 @@ def test_layers_that_a_router_sends_a_token_past_are_not_stored(tmp_path: Path) 
             assert len(store.of_prompt(f"loops.{loop}.hook_out", number)) == len(prompt)
     assert n_rows[model.n_loops - 1] < n_rows[0] == sum(map(len, prompts))
     assert Counter(b for batch in store.select("mlp_out", layers=0).batches(7) for b in batch.loop.tolist()) == n_rows
+
+
+def test_a_traced_module_is_collected_by_its_names(tmp_path: Path) -> None:
+    model = LoopedBridge.trace(NanoLoop().eval(), torch.arange(6)[None], verbose=False)
+    prompts = [torch.arange(n) for n in (5, 3, 5)]  # of different lengths, and the module takes no mask
+    own = "loops.2.blocks.0.mlp.c_fc.hook_out"
+    states, inner = (quiet(model, prompts, site, tmp_path / site) for site in ("resid_post", own))
+    for number, prompt in enumerate(prompts):
+        with torch.no_grad():
+            _, alone = model.run_with_cache(prompt[None])
+        for store, name in ((states, states.names[-1]), (inner, own)):
+            torch.testing.assert_close(store.of_prompt(name, number), alone[name][0], atol=1e-5, rtol=1e-4)
+    with pytest.raises(LoopedError, match="does not write on with a cache"):
+        quiet(model, prompts, "resid_post", tmp_path / "written", max_new_tokens=2)
 
 
 # Reading
