@@ -227,6 +227,38 @@ def test_norm_and_head_can_be_named() -> None:
     assert logit_lens(model, CLEAN, lens="native").labels[-1] == "loops.2.blocks.1"
 
 
+class Softcap(nn.Module):
+    """A module that is behind the unembedding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 5 * torch.tanh(x / 5)
+
+
+@torch.no_grad()
+def test_a_module_behind_the_unembedding_belongs_to_it() -> None:
+    module: Any = module_of("Between")
+    module.out = nn.Sequential(module.out, Softcap())
+    model = LoopedBridge.trace(module, CLEAN, verbose=False)
+    assert model.trace.out.names == ("norms.2", "out.0, out.1")
+    assert torch.allclose(model.readout(CLEAN, loop=-1), model(CLEAN), atol=1e-5)
+
+
+def test_an_encoder_of_transformers() -> None:
+    from transformers import AlbertConfig, AlbertForMaskedLM
+
+    sizes = {"embedding_size": 8, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    model = LoopedBridge.trace(
+        AlbertForMaskedLM(AlbertConfig(vocab_size=VOCAB, num_hidden_layers=3, max_position_embeddings=32, **sizes)).eval(),
+        CLEAN,
+        verbose=False,
+    )
+    assert model.schedule.describe().startswith("3 loops over one stack of 1 layer")
+    assert model.lacks("causal attention") is not None and "loops.1.blocks.0.attn.hook_q" in model.hook_dict
+    assert "loops.1.blocks.0.hook_attn_out" not in model.hook_dict  # a norm follows what attention adds
+    with pytest.raises(LoopedError, match="a lens was asked"):
+        logit_lens(model, CLEAN)
+
+
 def test_another_number_of_loops_is_seen() -> None:
     model = traced("Halting")  # the first token decides: 2 -> 4 loops
     other = torch.tensor([[3, 7, 1]])
@@ -360,7 +392,7 @@ def test_tokens_with_depths_of_their_own() -> None:
     assert cache["loops.2.blocks.1.hook_out"].shape == (1, 2, 16)
     with pytest.raises(LoopedError, match=r"loops\.1\.blocks\.0\.hook_resid_pre"):
         patch_sweep(model, CORRUPTED, cache, metric, verbose=False)
-    with pytest.raises(LoopedError, match="not every layer of this PerToken takes every position"):
+    with pytest.raises(LoopedError, match="a lens was asked, but in this PerToken"):
         logit_lens(model, CLEAN)
 
 

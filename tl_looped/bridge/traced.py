@@ -125,12 +125,10 @@ class TracedBridge(HookedTrace):
             return f"{traced}; its weights cannot be given to one pass alone. Take their gradients by autograd."
         if ability == "other depths" and self.asked.set_loops is None:
             return f"nobody has said how {name} is told how often to loop; trace it with set_loops=, a path or a function."
-        if ability in ("early readouts", "last readout") and trace.out.why_not is not None:
+        if ability in ("early readouts", "last readout", "lens") and trace.out.why_not is not None:
             return f"in this {name} {trace.out.why_not}."
         if ability == "early readouts" and self.schedule.n_coda:
             return f"layers follow the loops of this {name}, and {traced}; trace it with fewer loops (set_loops=, unroll)."
-        if ability == "lens" and (trace.out.head is None or trace.out.names[0] == "not found"):
-            return f"the norm before its unembedding, or that, was not found in this {name}; name norm= and head=."
         if ability == "gradients" and trace.ungraded:
             return f"no gradient reaches {trace.ungraded[0]} of this {name}, which runs it under no_grad or detaches its state."
         if ability == "exit gate":

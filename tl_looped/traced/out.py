@@ -54,15 +54,11 @@ def way_out(
     Raises:
         LoopedError: a path that is none.
     """
-    n_vocab = logits.shape[-1]
-    found_head, entered = _head(module, run, logits) if head is None else (None, None)
-    to_logits: Map
+    found, entered = None if head is not None else _head(module, run, logits), None
     if head is not None:
         to_logits, head_name = _given(module, head, "head")
-    elif isinstance(found_head, str):
-        to_logits, head_name = _cut(_map(module, found_head), n_vocab), found_head
-    elif found_head is not None:
-        to_logits, head_name = found_head, "the embedding, transposed"
+    elif found is not None:
+        head_name, to_logits, entered = found
     else:
         return Out(None, None, ("not found", "not found"), "no module returns its logits; name norm= and head=")
     if entered is None and isinstance(head, str):
@@ -87,14 +83,23 @@ def way_out(
     return Out(to_norm, to_logits, (norm_name, head_name), why)
 
 
-def _head(module: nn.Module, run: Calls, logits: Tensor) -> tuple[str | Map | None, Tensor | None]:
-    """The module that returned the logits, or the transposed embedding; and what it was given."""
+def _head(module: nn.Module, run: Calls, logits: Tensor) -> tuple[str, Map, Tensor] | None:
+    """What returned the logits from a stream: a map, what is behind it (a softcap), or the transposed embedding."""
     width = logits.shape[-1]
+    behind: list[str] = []
+    wanted = logits
     for call in reversed(run.calls):
-        gave = call.gives
-        if gave is not None and gave.ndim == 3 and gave.shape[-1] >= width and call.takes is not None and not call.inner:
-            if gave.shape[:2] == logits.shape[:2] and torch.equal(gave[..., :width].to(logits.dtype), logits):
-                return call.path, call.takes
+        gave, took = call.gives, call.takes
+        if gave is None or took is None or call.inner or gave.ndim != 3 or gave.shape[:2] != logits.shape[:2]:
+            continue
+        if gave.shape[-1] < width or not torch.equal(gave[..., :width].to(wanted.dtype), wanted[..., :width]):
+            continue
+        behind.insert(0, call.path)
+        if took.shape == gave.shape and getattr(getattr(module.get_submodule(call.path), "weight", None), "ndim", 0) != 2:
+            # of logits, not of a stream
+            wanted = took
+            continue
+        return ", ".join(behind), _cut(_chain(module, behind), width), took
     tables = [m for m in module.modules() if isinstance(m, nn.Embedding)]
     streams = [c.gives for c in run.calls[-8:] if c.gives is not None and c.gives.shape[:2] == logits.shape[:2]]
     for table in tables:
@@ -106,8 +111,8 @@ def _head(module: nn.Module, run: Calls, logits: Tensor) -> tuple[str | Map | No
                     def unembed(x: Tensor, table: nn.Embedding = table) -> Tensor:
                         return F.linear(x, table.weight[:width])
 
-                    return unembed, x
-    return None, None
+                    return "the embedding, transposed", unembed, x
+    return None
 
 
 def _given(module: nn.Module, asked: str | Map, what: str) -> tuple[Map, str]:
@@ -127,6 +132,17 @@ def _map(module: nn.Module, path: str) -> Map:
 
     def run(x: Tensor) -> Tensor:
         return cast(Tensor, tensor_in(module.get_submodule(path)(x)))
+
+    return run
+
+
+def _chain(module: nn.Module, paths: list[str]) -> Map:
+    """Submodules one after the other as a function of tensors."""
+
+    def run(x: Tensor) -> Tensor:
+        for path in paths:
+            x = _map(module, path)(x)
+        return x
 
     return run
 

@@ -90,10 +90,11 @@ def places_of(
     inside: dict[int, int] = {}  # the layer of every call inside one
     for i, layer in enumerate(found.calls):
         inside |= {id(call): i for call in _within(layer)}
+    maps = {path for path, m in module.named_modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2}
     told: dict[str, Parts] = {}
     for path in found.paths:
         of_path = [(c, attention.get(c.index, [])) for c in found.calls if c.path == path]
-        told[path] = _parts(of_path) | {hook: _named(hook, part, *of_path[0]) for hook, part in parts.items()}
+        told[path] = _parts(of_path, maps) | {hook: _named(hook, part, *of_path[0]) for hook, part in parts.items()}
     for i, layer in enumerate(found.calls):
         is_stream = is_over(layer.takes, shape) and is_over(layer.gives, shape)
         names = ("hook_resid_pre", "hook_resid_post") if is_stream else ("hook_in", "hook_out")
@@ -235,13 +236,13 @@ def _named(hook: str, path: str, layer: Call, computed: list[Attention]) -> tupl
     return path, side, x.shape[-1] // width
 
 
-def _parts(layers: list[tuple[Call, list[Attention]]]) -> Parts:
+def _parts(layers: list[tuple[Call, list[Attention]]], maps: set[str]) -> Parts:
     """What the submodules of a layer are; equal in all calls."""
-    found = [_parts_of(layer, computed) for layer, computed in layers]
+    found = [_parts_of(layer, computed, maps) for layer, computed in layers]
     return {hook: part for hook, part in found[0].items() if all(other.get(hook) == part for other in found)}
 
 
-def _parts_of(layer: Call, computed: list[Attention]) -> Parts:
+def _parts_of(layer: Call, computed: list[Attention], maps: set[str]) -> Parts:
     parts: Parts = {}
     calls = _within(layer)
     short = {id(call): call.inside(layer.path) for call in calls}
@@ -254,16 +255,16 @@ def _parts_of(layer: Call, computed: list[Attention]) -> Parts:
         return parts
     one = computed[0]
     inside = [c for c in calls if c in first.values()]
-    maps = [(hook, c) for hook, word in PROJECTIONS.items() for c in inside if word.search(short[id(c)])]
-    queries = [c.gives.shape[-1] for hook, c in maps if hook == "attn.hook_q" and c.gives is not None]
+    projected = [(hook, c) for hook, word in PROJECTIONS.items() for c in inside if word.search(short[id(c)])]
+    queries = [c.gives.shape[-1] for hook, c in projected if hook == "attn.hook_q" and c.gives is not None]
     d_head = one.d_head or (queries[0] // one.n_heads if queries else 0)
-    for hook, call in reversed(maps):  # the first of several stays
+    for hook, call in reversed(projected):  # the first of several stays
         heads = _heads(call.gives, d_head, one.n_heads)
         if heads is not None:
             parts[hook] = (short[id(call)], "out", heads)
-    if (out := _last_map(calls, one)) is not None:
+    if (out := _last_map(calls, one, maps)) is not None:
         parts["attn.hook_z"] = (short[id(out)], "in", one.n_heads)
-    if (post := _neurons(calls, parts.get("hook_mlp_out"), short)) is not None:
+    if (post := _neurons(calls, parts.get("hook_mlp_out"), short, maps)) is not None:
         parts["mlp.hook_post"] = (post, "in", None)
     return parts
 
@@ -318,22 +319,22 @@ def _heads(flat: Tensor | None, d_head: int, n_heads: int) -> int | None:
     return heads if heads <= n_heads and n_heads % heads == 0 else None
 
 
-def _last_map(calls: list[Call], one: Attention) -> Call | None:
+def _last_map(calls: list[Call], one: Attention, maps: set[str]) -> Call | None:
     """The linear map after the heads: it ends the module that attends."""
     holders = [c for c in calls if one.call is c]
     if not holders:
         return None
-    ends = [c for c in _within(holders[0]) if is_same(c.gives, holders[0].gives) and c.takes is not None and not c.inner]
+    ends = [c for c in _within(holders[0]) if is_same(c.gives, holders[0].gives) and c.takes is not None and c.path in maps]
     wide = [c for c in ends if c.takes is not None and c.takes.ndim == 3 and c.takes.shape[-1] % one.n_heads == 0]
     return wide[0] if wide else None
 
 
-def _neurons(calls: list[Call], mlp: tuple[str, str, int | None] | None, short: dict[int, str]) -> str | None:
+def _neurons(calls: list[Call], mlp: tuple[str, str, int | None] | None, short: dict[int, str], maps: set[str]) -> str | None:
     """The path of the last map of an MLP, which is given its neurons."""
     if mlp is None:
         return None
     holder = next(c for c in calls if short[id(c)] == mlp[0])
-    ends = [c for c in _within(holder) if is_same(c.gives, holder.gives) and c.takes is not None and not c.inner]
+    ends = [c for c in _within(holder) if is_same(c.gives, holder.gives) and c.takes is not None and c.path in maps]
     return short[id(ends[0])] if ends and MLP.search(short[id(holder)]) else None
 
 
