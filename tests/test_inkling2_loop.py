@@ -330,6 +330,15 @@ def test_what_takes_the_stream_for_all_that_is_read_is_refused(bridge: LoopedBri
         ablate(bridge, "head", heads=0)
 
 
+def test_what_a_token_costs_counts_the_chosen_experts_and_the_heads_of_every_layer(bridge: LoopedBridge) -> None:
+    found = bridge.facts().sizes
+    core = [range(START, STOP)[j] for j in range(STOP - START)]
+    assert found.cache_per_loop == 2 * sum(HEADS[KINDS[i]][1] * HEADS[KINDS[i]][2] for i in core)
+    experts = 3 * E * WIDTH * D * len(core)
+    matrices = sum(p.numel() for name, p in bridge.core_weights.items() if p.ndim > 1) - experts
+    assert found.flops_per_loop == 2 * (matrices + experts * TOP // E)
+
+
 def test_what_a_config_says_twice_must_agree() -> None:
     given = {"core_start": 2, "core_end": 6, "num_passes": 2, "gate_rank": 5}
     tokens = torch.tensor([[1, 2, 3]])

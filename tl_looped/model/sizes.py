@@ -40,6 +40,8 @@ def sizes(cfg: LoopedConfig) -> Sizes:
             continue
         if (of_loop := name.partition(".loops.")[2]) and not of_loop.startswith("0."):
             continue  # of another loop
+        if ".mlp." in name and len(shape) == 3:  # of experts, of which a token goes through a few
+            n = n * cfg.options["n_chosen"] // cfg.options["n_experts"]
         if part in runs:
             per_loop += runs[part] * n
         elif first in of_pass:
@@ -48,11 +50,18 @@ def sizes(cfg: LoopedConfig) -> Sizes:
             outside += n
     if cfg.tied:
         outside += math.prod(parameters["embed.weight"])
-    layers_per_loop = sum(runs[stack] * cfg.schedule.stacks[stack] for stack in runs)
+    stack_of = [stack for stack, n_layers in cfg.schedule.stacks.items() for _ in range(n_layers)]
+    heads = [(runs[stack], *_heads(cfg, i)) for i, stack in enumerate(stack_of) if stack in runs]
     return Sizes(
         {part: n for part, n in counts.items() if n},
         flops_per_loop=2 * per_loop,
         flops_outside=2 * outside,
-        attention_flops=4 * layers_per_loop * cfg.n_heads * cfg.d_head,
-        cache_per_loop=2 * layers_per_loop * cfg.n_kv_heads * cfg.d_head,
+        attention_flops=4 * sum(times * n_heads * width for times, n_heads, _, width in heads),
+        cache_per_loop=2 * sum(times * n_kv_heads * width for times, _, n_kv_heads, width in heads),
     )
+
+
+def _heads(cfg: LoopedConfig, physical: int) -> tuple[int, int, int]:
+    """Heads of a layer, those of its keys and values, and their width."""
+    windowed = cfg.options.get("windowed_heads") if cfg.windows and cfg.windows[physical] is not None else None
+    return tuple(windowed) if windowed else (cfg.n_heads, cfg.n_kv_heads, cfg.d_head)
