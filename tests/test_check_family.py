@@ -45,6 +45,18 @@ def test_a_checkpoint_that_transformers_knows_is_compared_with_its_class() -> No
     assert report["parity"].status == "passed" and "logits differ by" in report["parity"].detail
 
 
+def test_a_traced_model_passes_what_it_does_not_refuse() -> None:
+    from transformers import AutoModelForCausalLM
+
+    module: Any = AutoModelForCausalLM.from_pretrained(GOLDEN / "hrm_text").eval()
+    model = LoopedBridge.trace(module, torch.tensor([[5, 17, 3, 60, 8]]))
+    report = check_family(model, reference=lambda tokens: module(tokens).logits)
+    status = {outcome.check: outcome.status for outcome in report.outcomes}
+    refused = {"kv cache", "attribution", "sharing", "depth", "saving"}
+    assert {check for check, found in status.items() if found == "refused"} == refused
+    assert "of a traced module only calls are known" in report["attribution"].detail
+
+
 def other_loops_too(model: LoopedBridge) -> None:
     """A hook of one pass fires in all, as where layers are told apart by their number alone."""
     right = model._expand_hooks
