@@ -237,6 +237,15 @@ def test_contributions_of_padded_rows_are_those_of_the_rows_alone(bridge: Looped
     assert sum("head" in label for label in alone.labels) == sum(HEADS[KINDS[i]][0] for i in bridge.plain.cfg.schedule.physical)
 
 
+def test_contributions_in_half_precision() -> None:
+    bridge = LoopedBridge.from_pretrained(GOLDEN / "inkling2_loop", dtype=torch.bfloat16)
+    _, cache = bridge.run_with_cache(torch.tensor([[1, 2, 3, 4]]))
+    logit = (cache["unembed.hook_in"] @ bridge.W_U[:, 7])[:, -1].float()
+    for unit in ("component", "head"):
+        found = cache.attribute_logits(tokens=7, unit=unit).values.sum(0)
+        torch.testing.assert_close(found, logit, atol=0.2, rtol=0.05)
+
+
 def test_heads_of_a_cache_of_some_positions_are_refused(bridge: LoopedBridge) -> None:
     _, cache = bridge.run_with_cache(TOKENS, pos_slice=-1)
     with pytest.raises(LoopedError, match="earlier positions"):

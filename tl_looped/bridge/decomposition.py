@@ -212,7 +212,7 @@ class Reader:
             total = torch.einsum("...ki,kid->...d", fan.coefficients, rows)
             check_sum(
                 total,
-                self.get(f"blocks.{layer}.hook_attn_out"),
+                self.get(f"blocks.{layer}.hook_attn_out").to(self.cache["hook_embed"].dtype),
                 f"what the heads of layer {layer} write (which reads "
                 "earlier positions, so that a cache of some positions cannot be split)",
             )
@@ -318,7 +318,8 @@ class Decomposition(Reader):
         if self.point not in self.cache:
             return
         try:
-            check_sum(total, self.positions.apply(self.cache[self.point].detach().to(total.device), dim=-2), self.point)
+            of_run = self.positions.apply(self.cache[self.point].detach(), dim=-2)
+            check_sum(total, of_run.to(total.device, self.cache["hook_embed"].dtype), self.point)  # which rounded its parts
         except LoopedError as error:
             if not self.model.loop.lag:
                 raise
