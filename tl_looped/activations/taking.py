@@ -83,7 +83,8 @@ class Taking:
         groups = dict.fromkeys(group_of(model.schedule, name) for name in names)
         marks = {group: f"{group.removesuffix('.blocks')}.hook_active" for group in groups if group.endswith(".blocks")}
         # Where a loop runs some tokens only: the hook that says which, by the group of activations that the others lack.
-        self.marks: dict[str, str] = {group: hook for group, hook in marks.items() if hook in model.hook_dict}
+        known = set(model.hook_dict)  # asked for a name that it lacks, the dict itself would look for the nearest
+        self.marks: dict[str, str] = {group: hook for group, hook in marks.items() if hook in known}
         self.active: dict[str, Tensor] = {}  # which rows of the shard have a group
 
     @contextmanager
