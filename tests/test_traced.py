@@ -400,6 +400,8 @@ def test_tokens_with_depths_of_their_own() -> None:
     ("make", "says"),
     [
         (lambda m: 3, "a int was given"),
+        (lambda m: LoopedBridge.from_pretrained("toy:hop", device="cpu"), "has hooks of TransformerLens already"),
+        (lambda m: Counted(m), "did not fire in a second run|layers that it ran when it was traced"),
         (lambda m: nn.DataParallel(m), "DataParallel, which hides the calls inside"),
         (lambda m: torch.compile(m, backend="eager"), "OptimizedModule, which hides the calls inside"),
         (lambda m: module_of("NanoLoop", n_loops=1), "no layer runs twice.*loop_layers"),
@@ -409,6 +411,61 @@ def test_tokens_with_depths_of_their_own() -> None:
 def test_what_cannot_be_traced(make: Any, says: str) -> None:
     with pytest.raises(LoopedError, match=says):
         LoopedBridge.trace(make(module_of("NanoLoop")), CLEAN, verbose=False)
+
+
+class Counted(nn.Module):
+    """Loops once more in every run, but says the same."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.emb, self.block, self.out, self.n = nn.Embedding(VOCAB, 16), looped_modules.Block(), nn.Linear(16, VOCAB), 2
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, self.n = self.emb(tokens), self.n + 1
+        for _ in range(self.n):
+            self.block(x)
+        return self.out(x)
+
+
+class KeywordLayers(nn.Module):
+    """Its layers are given a mask and a table before the stream, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.layers = nn.Embedding(VOCAB, 16), nn.ModuleList([KeywordLayer() for _ in range(2)])
+        self.out = nn.Linear(16, VOCAB)
+
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+        x = self.emb(tokens)
+        for _ in range(3):
+            for layer in self.layers:
+                x = layer(mask=torch.zeros(1, 1, 6, 6), angles=torch.ones(6, 4), hidden_states=x)["hidden_states"]
+        return {"logits": self.out(x)}
+
+
+class KeywordLayer(nn.Module):
+    """A layer of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = looped_modules.Block()
+
+    def forward(self, *, mask: Tensor, angles: Tensor, hidden_states: Tensor) -> dict[str, Tensor]:
+        return {"attentions": mask, "hidden_states": self.block(hidden_states)}
+
+
+@torch.no_grad()
+def test_layers_may_take_and_return_their_stream_by_name() -> None:
+    torch.manual_seed(0)
+    model = LoopedBridge.trace(KeywordLayers().eval(), CLEAN, layers="layers", verbose=False)
+    (_, cache), expected = model.run_with_cache(CLEAN), []
+    for _ in range(3):
+        for layer in model.module.layers:
+            expected.append(layer.block(expected[-1] if expected else model.module.emb(CLEAN)))
+    for i, x in enumerate(expected):
+        assert torch.equal(cache["resid_post", i], x)
+    zeroed = model.run_with_hooks(CLEAN, [("loops.2.blocks.1.hook_resid_post", lambda x, hook: torch.zeros_like(x))])
+    assert torch.allclose(zeroed, model.module.out.bias.expand_as(zeroed))
 
 
 class Dropping(nn.Module):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 UNKNOWN = -2
+# Names under which modules take and return their stream, which may stand behind masks and tables of angles.
+STREAMS = ("hidden_states", "last_hidden_state", "hidden", "x", "inputs", "input")
 
 
 @dataclass(eq=False)
@@ -78,7 +80,7 @@ def tensor_in(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         return value if value.is_floating_point() else None
     if isinstance(value, Mapping):
-        value = list(value.values())
+        value = [value[key] for key in (*(k for k in STREAMS if k in value), *(k for k in value if k not in STREAMS))]
     if isinstance(value, (tuple, list)):
         return next((found for found in map(tensor_in, value) if found is not None), None)
     return None

@@ -101,6 +101,11 @@ def check_module(module: object) -> nn.Module:
     """
     if not isinstance(module, nn.Module):
         raise LoopedError(f"a {type(module).__name__} was given to be traced; pass a torch.nn.Module that returns logits.")
+    if hasattr(module, "hook_dict"):
+        raise LoopedError(
+            f"a {type(module).__name__} was given to be traced, which has hooks of TransformerLens already; pass the module "
+            "inside, such as model.original_model."
+        )
     for path, submodule in module.named_modules():
         kind, where = type(submodule).__name__, path or "the module"
         if kind in WRAPPED or kind.startswith("FSDP"):
@@ -172,12 +177,18 @@ def trace(
     if not torch.equal(again, logits):
         hint = "call module.eval()" if module.training else "pass seed= if it draws random numbers"
         raise LoopedError(f"two runs of the module on the same input differ by {_apart(again, logits):.2g}; {hint}.")
-    points = [(place, _see) for place in places.places if place.side not in (SCORES, PATTERN)]
+    fired: set[str] = set()
+    points = [(place, _firing(place, fired)) for place in places.places if place.side not in (SCORES, PATTERN)]
     watched = logits_of(Watch(module, order, points, None).run(lambda: run(tokens, own)), shape)
     if not (_close(watched, logits) and _close(seen_logits, logits)):  # it may have a faster way where nobody looks
         raise LoopedError(
             f"with hooks that change nothing, the module's logits differ by {_apart(watched, logits):.2g}: it changes tensors "
             "in place and relies on others seeing it, or it looks at its own hooks. Write the in-place step as a new tensor."
+        )
+    if silent := [place.name for place, _ in points if place.name not in fired]:
+        raise LoopedError(
+            f"{silent[0]}{' and others' * (len(silent) > 1)} did not fire in a second run on the same input: which "
+            "submodules the module calls is not a function of its input."
         )
     is_causal, rows_apart = _relations(run, tokens, own, logits)
     takes = found.calls[found.schedule.passes[0].first].takes
@@ -198,8 +209,12 @@ def trace(
     )
 
 
-def _see(x: Tensor) -> Tensor:
-    return x
+def _firing(place: Place, fired: set[str]) -> Callable[[Tensor], Tensor]:
+    def see(x: Tensor) -> Tensor:
+        fired.add(place.name)
+        return x
+
+    return see
 
 
 def _apart(one: Tensor, other: Tensor) -> float:
