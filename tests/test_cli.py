@@ -23,7 +23,11 @@ def cells(line: str) -> list[str]:
 
 @pytest.mark.parametrize("family", sorted(folder.name for folder in GOLDEN.iterdir()))
 def test_lens_shows_the_readout_of_every_loop(family: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["lens", str(GOLDEN / family), "--tokens", "5,17,3", "--n-loops", "3", "--top-k", "2"]) == 0
+    code = main(["lens", str(GOLDEN / family), "--tokens", "5,17,3", "--n-loops", "3", "--top-k", "2"])
+    if family in ("mor_expert", "mor_token"):  # whose earlier answers have no meaning
+        assert code == 1 and "trained for all of its recursions" in capsys.readouterr().err
+        return
+    assert code == 0
     out = capsys.readouterr().out
     header, *rows = out[out.index("loop  ") :].strip().splitlines()
     bridge = LoopedBridge.from_pretrained(GOLDEN / family, n_loops=3)

@@ -122,7 +122,7 @@ def test_the_configurations_use_every_option() -> None:
     """A field that no configuration changes would be untested."""
     plain = LoopedConfig(**SIZES).to_dict()
     changed = {field for name in OPTIONS for field, value in config(name).to_dict().items() if value != plain[field]}
-    elsewhere = {"own_layers"}  # without the sharing that is tested here: test_llama_rrt.py
+    elsewhere = {"own_layers", "own_parts"}  # without the sharing that is tested here: test_llama_rrt.py, test_mor.py
     assert set(plain) - changed == {"d_model", "d_vocab", "n_core", "n_ctx", "d_mlp"} | elsewhere
 
 

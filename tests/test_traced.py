@@ -514,6 +514,7 @@ def test_native_and_traced_agree(name: str) -> None:
     assert torch.allclose(logits, other, atol=1e-5)
     shared = [key for key in others if key in cache.cache_dict]
     assert {"resid_pre", "resid_post", "attn_out", "mlp_out"} <= {key.rpartition("hook_")[2] for key in shared}
+    shared += [f"{native.schedule.pass_prefix(p)}.{hook}" for p in native.schedule.passes for hook in ("hook_in", "hook_out")]
     for key in shared:
         assert torch.allclose(cache[key], others[key], atol=1e-5), key
     sweeps = [patch_sweep(m, CORRUPTED, c, metric, stack="H", verbose=False) for m, c in ((native, cache), (model, others))]
@@ -560,3 +561,29 @@ def test_nothing_is_kept_between_runs() -> None:
     model.run_with_hooks(CLEAN, [("loops.*.blocks.*.hook_resid_post", lambda x, hook: seen.append(x.numel()))])
     model.run_with_cache(CLEAN)
     assert alive() == before and len(seen) == 12
+
+
+class Gated(looped_modules.NanoLoop):
+    """A gate decides how far the state moves; no module does it."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, None]:
+        parts: Any = self.transformer
+        x = parts.wte(idx)
+        for _ in range(3):
+            entered = x
+            for block in parts.h:
+                x = block(x)
+            gate = torch.sigmoid(x - entered)
+            x = gate * x + (1 - gate) * entered
+        return self.lm_head(parts.ln_f(x)), None
+
+
+def test_what_no_hook_sees_between_passes_has_no_name() -> None:
+    torch.manual_seed(0)
+    model = LoopedBridge.trace(Gated().eval(), CLEAN, verbose=False)
+    assert "loops.1.hook_out" not in model.hook_dict and "loops.1.hook_state" not in model.hook_dict
+    assert "loops.1.hook_in" in model.hook_dict and "loops.1.hook_out" in traced("Noisy").hook_dict  # an injection only
+    with pytest.raises(LoopedError, match="mixes something into the state between its passes"):
+        skip_loop(model, 1)
+    with pytest.raises(LoopedError, match=r"Something is made of what the layers of a pass return"):
+        model.run_with_hooks(CLEAN, [("loops.1.hook_out", lambda x, hook: None)])

@@ -40,6 +40,7 @@ Ability = Literal[
     "other depths",
     "rows apart",
     "shared weights",
+    "state",
     "weights by pass",
 ]
 Lens = Literal["logit", "native"]

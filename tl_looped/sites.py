@@ -47,7 +47,7 @@ KINDS: dict[str, Kind] = {
     "resid_post": Kind("hook_resid_post", "layer", _STREAM, "the residual stream leaving a layer"),
     "state": Kind("hook_state", "pass", _STREAM, "the state entering a pass"),
     "injection": Kind("hook_injection", "pass", _STREAM, "what is injected in a pass"),
-    "in": Kind("hook_in", "pass", _STREAM, "what the end of a pass is given", False),
+    "in": Kind("hook_in", "pass", _STREAM, "what the first layer of a pass reads", False),
     "out": Kind("hook_out", "pass", _STREAM, "the state leaving a pass"),
     "q": Kind("attn.hook_q", "layer", _HEAD, "queries"),
     "rot_q": Kind("attn.hook_rot_q", "layer", _HEAD, "queries after rotation", False),

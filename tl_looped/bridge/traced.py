@@ -139,6 +139,8 @@ class TracedBridge(HookedTrace):
             return f"positions of this {name} see later ones."
         if ability == "every position" and not trace.is_whole:
             return f"not every layer of this {name} takes every position."
+        if ability == "state" and trace.places.entrance != "hook_state":
+            return f"{name} mixes something into the state between its passes, and {traced}: what it mixes in is in no hook."
         if ability == "rows apart" and not trace.rows_apart:
             return f"the rows of a batch depend on each other in this {name}."
         return None

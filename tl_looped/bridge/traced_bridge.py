@@ -122,7 +122,8 @@ class HookedTrace(  # pyright: ignore[reportIncompatibleMethodOverride]
         last, error = name.rpartition(".")[2], super().unknown_name(name)
         why = {
             "hook_state": "Something is mixed into the state between its passes; what enters the layers of a pass is at "
-            f"{self.trace.places.entrance}.",
+            "hook_in.",
+            "hook_out": "Something is made of what the layers of a pass return, where no hook acts.",
             "hook_resid_mid": "No module of a layer is given the stream between attention and MLP alone.",
         }.get(last, "")
         if last in ("hook_attn_out", "hook_mlp_out") or ".attn." in name or ".mlp." in name:

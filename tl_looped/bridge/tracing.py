@@ -60,7 +60,7 @@ class Tracing:
                 or parallel wrapper.
 
         Example:
-            >>> import torch
+            >>> from tl_looped import LoopedBridge
             >>> from transformers import HrmTextConfig, HrmTextForCausalLM
             >>> config = HrmTextConfig(
             ...     vocab_size=10, hidden_size=8, intermediate_size=8, num_layers_per_stack=1, num_attention_heads=2,

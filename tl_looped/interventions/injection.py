@@ -137,6 +137,7 @@ def set_initial_state(
         0.0
     """
     check_model(model)
+    require(model, "state", "another initial state")
     value = torch.zeros(model.cfg.d_model, device="cpu") if isinstance(state, str) and state == "zero" else state
     if not isinstance(value, Tensor):
         raise LoopedError(f'state={state!r} was given; pass a tensor or "zero" (seeds: initial_state= of forward, generate).')

@@ -73,7 +73,8 @@ def skip_loop(model: Looped, loops: LoopSelector, *, stack: str | None = None) -
         True
     """
     check_model(model)
-    require(model, "one stream", "a loop that is left out")
+    for ability in ("one stream", "state"):
+        require(model, ability, "a loop that is left out")
     schedule = model.schedule
     chosen = schedule.passes_of(loops, stack)
     if schedule.passes[-1] in chosen:

@@ -54,8 +54,8 @@ def check_family(
         >>> model = LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=10, n_core=2, n_loops=3), seed=0)
         >>> check_family(model, checks=["names", "own cache", "one pass"])
         custom: 3 passed
-        passed   names          every hook has a name, and every name its hook: 270 hooks
-        passed   own cache      a run is patched with its own activations: logits differ by 0
+        passed   names          every hook has a name, and every name its hook: 343 hooks
+        passed   own cache      a run is patched with its own activations: logits of all runs differ by 0
         passed   one pass       a patch of a pass leaves earlier ones as they were: 3 passes patched
     """
     unknown = [name for name in checks or () if name not in (parity.NAME, *CHECKS)]

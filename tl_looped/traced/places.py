@@ -124,7 +124,7 @@ def places_of(
                 names = {hook: f"blocks.{i}.{_unrotated(hook, computed, layer)}" for hook in computed.hooks}
                 places += [Place(n, layer.path, layer.number, hook) for hook, n in names.items() if n not in known]
     places += _outside(run, found, layer_of, inside)
-    ends, entrance = _ends(run, found)
+    ends, entrance = _ends(run, found, places)
     also |= ends
     embed = next(
         (c for c in run.calls if is_over(c.gives, shape) and isinstance(module.get_submodule(c.path), nn.Embedding)), None
@@ -187,26 +187,28 @@ def _where(call: Call, times: int, schedule: Schedule, begins: list[tuple[int, P
     return f"{schedule.pass_prefix(p)}."
 
 
-def _ends(run: Calls, found: Found) -> tuple[dict[str, str], str]:
+def _ends(run: Calls, found: Found, places: list[Place]) -> tuple[dict[str, str], str]:
     """Other names for what enters and leaves a pass, and the hook that holds what enters one."""
+    given = {(place.path, place.number): place.name for place in places if place.side == "out" and place.heads is None}
     schedule, also = found.schedule, dict[str, str]()
     left: Tensor | None = None
     is_passed_on = True
     for p in schedule.passes:
         prefix, last = schedule.pass_prefix(p), found.calls[p.layers[-1]]
-        also[f"{prefix}.hook_in"] = f"blocks.{p.layers[-1]}.hook_resid_post"
+        also[f"{prefix}.hook_in"] = f"blocks.{p.first}.hook_resid_pre"
         also[f"{prefix}.hook_out"] = f"blocks.{p.layers[-1]}.hook_resid_post"
         entered = found.calls[p.first].takes
         if left is not None and entered is not None:
             is_passed_on = is_passed_on and left.shape == entered.shape and torch.equal(left, entered)
         left = last.gives
         norm = _norm_after(run, last)
-        if norm is not None and len(run.of(norm.path)) == schedule.n_passes:  # the norm that ends every pass
+        times = schedule.n_loops_of(p.stack)
+        if norm is not None and len(run.of(norm.path)) == times:  # the norm that ends every pass of the stack
             left = norm.gives
-            also[f"{prefix}.hook_out"] = f"{prefix}.{norm.path}.hook_out"
+            also[f"{prefix}.hook_out"] = given[norm.path, norm.number]
     if is_passed_on:
         also |= {f"{schedule.pass_prefix(p)}.hook_state": f"blocks.{p.first}.hook_resid_pre" for p in schedule.passes}
-    return also, "hook_state" if is_passed_on else "blocks.0.hook_resid_pre"
+    return also, "hook_state" if is_passed_on else "hook_in"
 
 
 def _norm_after(run: Calls, layer: Call) -> Call | None:

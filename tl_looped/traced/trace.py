@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -190,6 +191,10 @@ def trace(
             f"{silent[0]}{' and others' * (len(silent) > 1)} did not fire in a second run on the same input: which "
             "submodules the module calls is not a function of its input."
         )
+    for stack in _mixing(module, found.schedule, order, places, lambda: run(tokens, own)):
+        for p in found.schedule.passes:
+            if p.stack == stack:
+                del places.also[f"{found.schedule.pass_prefix(p)}.hook_out"]
     is_causal, rows_apart = _relations(run, tokens, own, logits)
     takes = found.calls[found.schedule.passes[0].first].takes
     first = next((a for _, a in attended if a.call is not None), None)
@@ -207,6 +212,44 @@ def trace(
         is_whole=all(is_over(x, shape) for call in found.calls for x in (call.takes, call.gives)),
         shape=tuple(shape),
     )
+
+
+def _mixing(module: nn.Module, schedule: Schedule, order: list[str], places: Places, run: Callable[[], Any]) -> list[str]:
+    """The stacks whose next pass is not given what the last one returned, and something added: a gate is between, or a norm.
+
+    What a pass returns is changed a little; if the state entering the next pass does not change by as much, it is not the state
+    that leaves the pass.
+    """
+    by_name = {place.name: place for place in places.places}
+    mixing: list[str] = []
+    for stack in schedule.core_stacks:
+        passes = schedule.passes_of("all", stack)
+        pairs = [(p, q) for p, q in pairwise(passes) if q.index == p.index + 1]
+        if not pairs or places.entrance == "hook_state":
+            continue
+        (p, q), entered = pairs[0], list[Tensor]()
+        left = by_name.get(places.also.get(f"{schedule.pass_prefix(p)}.hook_out", ""))
+        enters = by_name.get(f"blocks.{q.first}.hook_resid_pre")
+        if left is None or enters is None:
+            continue
+        change: list[Tensor] = []
+
+        def nudge(x: Tensor, change: list[Tensor] = change) -> Tensor:
+            step = 0.1 * torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x)
+            change.append(step)
+            return x + step
+
+        def keep(x: Tensor, entered: list[Tensor] = entered) -> Tensor:
+            entered.append(x)
+            return x
+
+        Watch(module, order, [(enters, keep)], None).run(run)
+        Watch(module, order, [(left, nudge), (enters, keep)], None).run(run)
+        before, after = entered
+        scale = max(float(before.abs().max()), 1.0)
+        if before.shape != change[0].shape or float((after - before - change[0]).abs().max()) > 1e-3 * scale:
+            mixing.append(stack)
+    return mixing
 
 
 def _firing(place: Place, fired: set[str]) -> Callable[[Tensor], Tensor]:
