@@ -78,7 +78,7 @@ def chosen_names(model: Looped, sites: Sites, loops: LoopSelector, layers: Indic
     return sorted(order, key=lambda name: (_end(where(schedule, name)), order[name]))
 
 
-def _end(at: Where) -> float:
+def _end(at: Where) -> int | float:
     return float("inf") if at.stop is None else at.stop
 
 
