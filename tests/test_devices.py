@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_llama
-from zoo import CHECKPOINTS, GOLDEN, ZOO, random_bridge, random_tokens
+from zoo import GOLDEN, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped.checkpoints.placement import planned
@@ -20,6 +20,10 @@ SOME = (
     "forward", "masked", "deeper", "cache", "parts of a cache", "stacks of a cache", "readouts", "native lens", "sweep",
     "ablation", "weight gradients", "freeze attention", "generated", "shared keys", "state policy", "fixed points", "explorer",
 )  # fmt: skip
+
+
+# One of every kind of loop; `python tests/on_pretended_device.py several/NAME` tries any other of the zoo and the checkpoints.
+KINDS = ("huginn", "hrm_text", "dory", "iquestpltcoder", "inkling2_loop", "mor_expert")
 
 
 def on_pretended_devices(*arguments: str) -> None:
@@ -34,7 +38,7 @@ def test_a_model_on_one_device_or_several_answers_prompts_of_the_cpu() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["one", "several"])
-@pytest.mark.parametrize("name", [*ZOO, *CHECKPOINTS])
+@pytest.mark.parametrize("name", KINDS)
 def test_everything_a_user_does_with_it(name: str, place: str) -> None:
     on_pretended_devices(f"{place}/{name}")
 
