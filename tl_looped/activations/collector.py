@@ -54,9 +54,14 @@ class Collector:
         settings: dict[str, Any],
         skip: bool,
     ):
-        self.model, self.collection, self.out, self.positions, self.skip = model, collection, out, positions, skip
-        self.n_new, self.batch_tokens = max_new_tokens, check_count("batch_tokens", batch_tokens)
-        self.settings = settings
+        self.model: Looped = model
+        self.collection: Collection = collection
+        self.out: Path = out
+        self.positions: Indices = positions
+        self.skip: bool = skip
+        self.n_new: int = max_new_tokens
+        self.batch_tokens: int = check_count("batch_tokens", batch_tokens)
+        self.settings: dict[str, Any] = settings
         self.one_by_one: bool = bool(max_new_tokens) and model.exit_policy is not None
         self.alike: bool = False  # whether the model takes no padding
         self.taking: Taking = Taking(model, collection.names, collection.dtype, _nowhere)

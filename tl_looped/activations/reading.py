@@ -68,7 +68,10 @@ class Activations(Dataset[Batch]):
         prompts: Indices,
         positions: Indices,
     ):
-        self.shards, self.collection, self.prompts, self.positions = list(shards), collection, prompts, positions
+        self.shards: list[Shard] = list(shards)
+        self.collection: Collection = collection
+        self.prompts: Indices = prompts
+        self.positions: Indices = positions
         self.sides: list[tuple[str, ...]] = list(sides)
         shapes = {name: collection.shapes[name] for side in sides for name in side}
         if len(set(shapes.values())) > 1:
@@ -260,8 +263,12 @@ class Batches(IterableDataset[Batch]):
     """
 
     def __init__(self, samples: Activations, batch_size: int, shuffle: bool, seed: int, epochs: int | None, drop_last: bool):
-        self.samples, self.batch_size, self.shuffle, self.seed = samples, batch_size, shuffle, seed
-        self.epochs, self.drop_last = epochs, drop_last
+        self.samples: Activations = samples
+        self.batch_size: int = batch_size
+        self.shuffle: bool = shuffle
+        self.seed: int = seed
+        self.epochs: int | None = epochs
+        self.drop_last: bool = drop_last
         if drop_last and epochs is None and len(samples) < batch_size:
             raise LoopedError(f"batches of {batch_size} were asked without end, but there are {len(samples)} samples.")
         self._going: Iterator[Batch] | None = None

@@ -72,7 +72,10 @@ class Draft:
         index_names: list[str],
         metadata: dict[str, str],
     ):
-        self.place, self.dtype, self.capacity, self.metadata = place, dtype, capacity, metadata
+        self.place: Path = place
+        self.dtype: torch.dtype = dtype
+        self.capacity: int = capacity
+        self.metadata: dict[str, str] = metadata
         self.shapes: dict[str, tuple[int, ...]] = dict(shapes)
         self.row_bytes: dict[str, int] = {name: prod(shape) * dtype.itemsize for name, shape in shapes.items()}
         widest = {name: (self.dtype, (_WIDEST, *shape)) for name, shape in shapes.items()}

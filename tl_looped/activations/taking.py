@@ -77,7 +77,10 @@ class Taking:
     """
 
     def __init__(self, model: Looped, names: Sequence[str], dtype: torch.dtype | None, put: Put):
-        self.model, self.names, self.dtype, self.put = model, list(names), dtype, put
+        self.model: Looped = model
+        self.names: list[str] = list(names)
+        self.dtype: torch.dtype | None = dtype
+        self.put: Put = put
         self.rows: Rows | None = None
         self.n_columns: dict[str, int] = {}  # how many columns every activation has been handed over of
         groups = dict.fromkeys(group_of(model.schedule, name) for name in names)

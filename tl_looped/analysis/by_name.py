@@ -10,10 +10,13 @@ from typing import Any
 from .. import analysis
 from ..errors import LoopedError
 
+
+def _takes_prompts(function: Any) -> bool:
+    return inspect.isfunction(function) and "prompts" in inspect.signature(function).parameters
+
+
 ANALYSES: dict[str, Callable[..., Any]] = {
-    name: function
-    for name in analysis.__all__
-    if inspect.isfunction(function := getattr(analysis, name)) and "prompts" in inspect.signature(function).parameters
+    name: getattr(analysis, name) for name in analysis.__all__ if _takes_prompts(getattr(analysis, name))
 }
 SHORT = {"stages": "inference_stages"}
 

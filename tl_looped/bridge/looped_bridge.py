@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 TOOLS_THAT_ASK = ("transformer_lens.patching", "transformer_lens.tools")
 
 
-class LoopedBridge(Tracing, InMemory, AskedBridge):
+class LoopedBridge(Tracing, InMemory, AskedBridge):  # pyright: ignore[reportIncompatibleMethodOverride]
     """A looped language model in TransformerLens.
 
     `blocks[i]` is virtual layer `i` of the unrolled computation; all passes over a layer hold the same parameters. Hook names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformer_lens.hook_points import HookPoint
 
@@ -12,19 +12,14 @@ from ..errors import LoopedError, UnknownNameError
 from ..schedule import virtual_layer
 from .hooking import Hooked, without_leftovers
 
-if TYPE_CHECKING:
-    from typing import Any as Base  # one of TransformerLens's classes, which differ in what they declare
-else:
-    Base = object
-
 NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
 
 
-class Named(Base):
+class Named:
     """What finds the hook points of a model in either spelling; before one of TransformerLens's classes, which it calls."""
 
-    def expand_name(self, name: str, check: bool = True) -> list[str]:
+    def expand_name(self: Any, name: str, check: bool = True) -> list[str]:
         """The TransformerLens names of all hook points that a name or pattern in either spelling stands for.
 
         Args:
@@ -43,11 +38,11 @@ class Named(Base):
                 raise self.unknown_name(name)
         return names
 
-    def _also_called(self, names: list[str]) -> list[str]:
+    def _also_called(self: Any, names: list[str]) -> list[str]:
         """The names of hook points, from names of which some are second ones."""
         return names
 
-    def unknown_name(self, name: str) -> UnknownNameError:
+    def unknown_name(self: Any, name: str) -> UnknownNameError:
         """The error for a hook name that this model does not have, with the nearest names that it has."""
         plain = list(self.hook_dict)
         known = plain if name.startswith("blocks.") else [self.schedule.loop_name(n) for n in plain]
@@ -64,7 +59,7 @@ class Named(Base):
             hint = " A * stands for an index only; name the hook, or pass a function of names." + hint
         return UnknownNameError(f"hook {name!r} was asked, but this model has no such hook point.{hint} All: model.hook_dict.")
 
-    def _expand_hooks(self, hooks: Iterable[Hook]) -> list[Hook]:
+    def _expand_hooks(self: Any, hooks: Iterable[Hook]) -> list[Hook]:
         expanded: list[Hook] = []
         for name, function in hooks:
             if not isinstance(name, str) and not callable(name):
@@ -73,7 +68,7 @@ class Named(Base):
             expanded += [(place, function) for place in where]
         return expanded
 
-    def _matching(self, accepts: Callable[[str], bool]) -> Callable[[str], bool]:
+    def _matching(self: Any, accepts: Callable[[str], bool]) -> Callable[[str], bool]:
         """A function of TransformerLens names from one that may be written for either spelling.
 
         Where it accepts no hook of a layer by its TransformerLens name, loop-indexed
@@ -85,7 +80,7 @@ class Named(Base):
             return frozenset(plain).__contains__
         return frozenset(n for n in names if n in plain or accepts(self.schedule.loop_name(n))).__contains__
 
-    def _expand_filter(self, names_filter: NamesFilter) -> list[str] | Callable[[str], bool] | None:
+    def _expand_filter(self: Any, names_filter: NamesFilter) -> list[str] | Callable[[str], bool] | None:
         if names_filter is None:
             return None
         if callable(names_filter):
@@ -97,7 +92,7 @@ class Named(Base):
             raise LoopedError(f"names_filter holds {wrong[0]!r}; pass a name, names or patterns, or one function of names.")
         return list(dict.fromkeys(n for name in names for n in self.expand_name(name)))
 
-    def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
+    def add_hook(self: Any, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
         """Add a hook as in TransformerBridge; a name may be loop-indexed and may be a pattern.
 
         Args:
@@ -108,7 +103,8 @@ class Named(Base):
         Raises:
             LoopedError: no such hook; a loop or layer that this run does not have.
         """
-        add = super().add_hook
+        parent: Any = super()
+        add = parent.add_hook
 
         def add_everywhere() -> None:
             for n in self.expand_name(name) if isinstance(name, str) else [self._matching(name)]:
@@ -131,9 +127,10 @@ class Named(Base):
         Raises:
             LoopedError: no such hook; a loop or layer that this run does not have.
         """
-        return Hooked(self, super().hooks(self._expand_hooks(fwd_hooks), self._expand_hooks(bwd_hooks), **kwargs))
+        parent: Any = super()
+        return Hooked(self, parent.hooks(self._expand_hooks(fwd_hooks), self._expand_hooks(bwd_hooks), **kwargs))
 
-    def get_caching_hooks(self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> Any:
+    def get_caching_hooks(self: Any, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> Any:
         """Caching hooks as in TransformerBridge; names may be loop-indexed and may be patterns.
 
         Args:
@@ -141,7 +138,8 @@ class Named(Base):
             *args: as in TransformerBridge.
             **kwargs: as in TransformerBridge.
         """
-        return super().get_caching_hooks(self._expand_filter(names_filter), *args, **kwargs)
+        parent: Any = super()
+        return parent.get_caching_hooks(self._expand_filter(names_filter), *args, **kwargs)
 
 
 class HookDict(dict[str, HookPoint]):

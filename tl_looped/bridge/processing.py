@@ -246,7 +246,7 @@ class StreamBlock(LoopedBlock):
     def __init__(self, looped: LoopedConfig, aliases: Mapping[str, str], **kwargs: Any):
         super().__init__(**kwargs)
         self.looped = looped
-        self.hook_aliases = {**self.hook_aliases, **aliases}
+        self.hook_aliases: dict[str, str | list[str]] = {**self.hook_aliases, **aliases}
 
     @property
     def residual_contribution_scale(self) -> float:

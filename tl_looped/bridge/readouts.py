@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -14,18 +14,13 @@ from ..record import InitialState
 from ..schedule import Indices
 from ..tokens import counts_from_end, real_positions, refuse_unmarked_padding
 
-if TYPE_CHECKING:
-    from typing import Any as Base
-else:
-    Base = object
 
-
-class ReadingOut(Base):
+class ReadingOut:
     """What reads out loops; a model with `read`, `forward(loop=)` and `readouts`."""
 
     @accepts_old("initial_state", "attention_mask")
     def readout(
-        self,
+        self: Any,
         input: str | list[str] | Int[Tensor, "*batch pos"],
         loop: int | Literal["all"],
         *,
@@ -82,7 +77,7 @@ class ReadingOut(Base):
         return found if isinstance(loop, str) else found[0]
 
     def readouts_at(
-        self, tokens: Int[Tensor, "*batch pos"], loops: list[int], positions: Indices, inputs: dict[str, Any]
+        self: Any, tokens: Int[Tensor, "*batch pos"], loops: list[int], positions: Indices, inputs: dict[str, Any]
     ) -> Float[Tensor, "loop batch chosen d_vocab"]:
         """The readouts after several loops of one run, which ends with the last of them.
 

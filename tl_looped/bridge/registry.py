@@ -15,7 +15,7 @@ from .names import HookDict, Named
 from .tokens import ReadingBridge
 
 
-class NamedBridge(Named, ReadingBridge):
+class NamedBridge(Named, ReadingBridge):  # pyright: ignore[reportIncompatibleMethodOverride]
     """The part of a `LoopedBridge` that finds hook points."""
 
     def _also_called(self, names: list[str]) -> list[str]:

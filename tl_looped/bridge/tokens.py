@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -17,11 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import LoopedError
 from ..tokens import Mask, counts_from_end
 from .structure import StructuredBridge
-
-if TYPE_CHECKING:
-    from typing import Any as Base
-else:
-    Base = object
 
 
 def configured(tokenizer: Any, cfg: TransformerBridgeConfig) -> PreTrainedTokenizerBase:
@@ -152,20 +147,20 @@ def check_real(positions: Slice, mask: Mask) -> None:
         )
 
 
-class Reading(Base):
+class Reading:
     """What reads text: a model with a `cfg` of TransformerLens, and a tokenizer or None."""
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self: Any) -> Any:
         """The tokenizer, a copy with TransformerLens's settings whenever it is set; None if there is none."""
         return self._tokenizer
 
     @tokenizer.setter
-    def tokenizer(self, value: Any) -> None:
+    def tokenizer(self: Any, value: Any) -> None:
         self._tokenizer = None if value is None else configured(value, self.cfg)
 
     def to_tokens(
-        self,
+        self: Any,
         input: str | list[str],
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
@@ -188,7 +183,7 @@ class Reading(Base):
         return tokens.to(self.cfg.device) if move_to_device else tokens
 
     def read(
-        self,
+        self: Any,
         input: Any,
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
