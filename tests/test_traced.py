@@ -563,6 +563,16 @@ def test_nothing_is_kept_between_runs() -> None:
     assert alive() == before and len(seen) == 12
 
 
+def test_checks_hold_in_half_precision() -> None:
+    """A tolerance in units of bfloat16 as wide as that of float32 would let everything pass."""
+    model = LoopedBridge.trace(module_of("Capped").to(torch.bfloat16), CLEAN, verbose=False)
+    assert model.lacks("causal attention") is not None
+    with pytest.raises(LoopedError, match="relies on others seeing it"):
+        LoopedBridge.trace(module_of("LooksAway").to(torch.bfloat16), CLEAN, verbose=False)
+    model = LoopedBridge.trace(module_of("NanoLoop").to(torch.bfloat16), CLEAN, verbose=False)
+    assert model.lacks("causal attention") is None and "loops.1.hook_out" in model.hook_dict
+
+
 class Gated(looped_modules.NanoLoop):
     """A gate decides how far the state moves; no module does it."""
 

@@ -247,7 +247,10 @@ def _mixing(module: nn.Module, schedule: Schedule, order: list[str], places: Pla
         Watch(module, order, [(left, nudge), (enters, keep)], None).run(run)
         before, after = entered
         scale = max(float(before.abs().max()), 1.0)
-        if before.shape != change[0].shape or float((after - before - change[0]).abs().max()) > 1e-3 * scale:
+        if (
+            before.shape != change[0].shape
+            or float((after - before - change[0]).abs().max()) > max(1e-3, _rounding(before.dtype)) * scale
+        ):
             mixing.append(stack)
     return mixing
 
@@ -302,8 +305,15 @@ def _relations(
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
+    """Whether two runs say the same, up to sums in another order: 1e-4 of the largest logit, a few units of half precision."""
     scale = float(other.detach().abs().max()) if other.numel() else 1.0
-    return bool((one - other).abs().max() <= 1e3 * torch.finfo(other.dtype).eps * max(scale, 1.0)) if one.numel() else True
+    return bool((one - other).abs().max() <= _rounding(other.dtype) * max(scale, 1e-30)) if one.numel() else True
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """How far numbers of a dtype may be apart, in units of the largest, that differ by the order of sums alone."""
+    eps = torch.finfo(dtype).eps
+    return 8 * eps if eps > 1e-4 else 1e3 * eps
 
 
 def _ungraded(module: nn.Module, found: Found, order: list[str], logits: Callable[[], Tensor]) -> list[str]:
