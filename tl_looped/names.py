@@ -127,6 +127,23 @@ class HookNames:
         match = _LOOP.fullmatch(self.loop_name(name))
         return int(match[2]) if match and match[2].isdigit() else None
 
+    def of_pass(self, name: str) -> tuple[str, int, str] | None:
+        """The stack, the loop and the hook of a name that belongs to a pass itself; None for others.
+
+        Args:
+            name: in loop-indexed spelling, with indices that are not negative.
+
+        Example:
+            >>> from tl_looped import Schedule
+            >>> names = HookNames(Schedule(n_core=3, n_loops=4))
+            >>> names.of_pass("loops.2.norm.hook_scale"), names.of_pass("loops.2.blocks.0.hook_mlp_out")
+            (('core', 2, 'norm.hook_scale'), None)
+        """
+        match = _LOOP.fullmatch(name)
+        if match is None or match[3] is not None or not match[2].isdigit():
+            return None
+        return match[1] or "core", int(match[2]), match[4]
+
     def tl_label(self, label: str) -> str:
         """TransformerLens's label of a component or stream, from the loop-indexed one; others come back unchanged.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,7 +12,6 @@ from ..schedule import Indices, LoopSelector, Schedule, pick_loops
 from ..sites import KINDS, check_site, select_layers
 
 Sites = str | Sequence[str]
-_PASS = re.compile(r"(?:(\w+)\.)?loops\.(\d+)\.(.+)")
 
 
 class Where(NamedTuple):
@@ -40,9 +38,9 @@ def where(schedule: Schedule, name: str) -> Where:
     if (index := virtual_layer(full)) is not None:
         site = schedule.site(index)
         return Where(_site(full.split(".", 2)[2], "layer"), site.stack, site.loop, site.layer, index + 1)
-    if match := _PASS.fullmatch(full):
-        stack, loop, hook = match.groups()
-        p = schedule.passes_of(int(loop), stack or "core")[0]
+    if (found := schedule.names.of_pass(full)) is not None:
+        stack, loop, hook = found
+        p = schedule.passes_of(loop, stack)[0]
         return Where(_site(hook, "pass"), p.stack, p.loop, None, p.layers.stop)
     site = _site(full, "run")
     return Where(site, "", None, None, 0 if site == "embed" else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable
 from itertools import product
@@ -21,7 +20,6 @@ from ..sites import KINDS
 from .case import Case, Fault, apart, close, copied
 
 _SITES = ("resid_pre", "mlp_out", "z", "v")
-_LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 def names(case: Case) -> str:
@@ -183,9 +181,10 @@ def sharing(case: Case) -> str:
     require(model, "shared weights", "the same weights in every pass")
     physical: dict[tuple[str, int, str], tuple[str, int]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if match := _LAYER.fullmatch(name):
-            site = model.schedule.site(int(match[1]))
-            first, place = physical.setdefault((site.stack, site.layer, match[2]), (name, parameter.data_ptr()))
+        if (layer := virtual_layer(name)) is not None:
+            site = model.schedule.site(layer)
+            own = name.split(".", 2)[2]
+            first, place = physical.setdefault((site.stack, site.layer, own), (name, parameter.data_ptr()))
             if parameter.data_ptr() != place:
                 raise Fault(f"{name} is another weight than {first}, though both are of layer {site.layer} of {site.stack}")
     held, pointers = model.with_weights_of_their_own(lambda views: {n: [w.data_ptr() for w in v] for n, v in views.items()})
