@@ -61,17 +61,11 @@ class TracedBridge(HookedTrace):
         module: nn.Module,
         example: Any,
         *,
-        layers: Any = None,
-        prelude: int | None = None,
-        norm: str | Callable[[Tensor], Tensor] | None = None,
-        head: str | Callable[[Tensor], Tensor] | None = None,
-        parts: Mapping[str, str] | None = None,
-        set_loops: str | Callable[[nn.Module, int], object] | None = None,
-        seed: int | None = None,
         tokenizer: Any = None,
         verbose: bool = True,
+        **settings: Any,
     ) -> TracedBridge:
-        """Trace a module; see `LoopedBridge.trace`."""
+        """Trace a module; the arguments are those of `LoopedBridge.trace`."""
         if isinstance(example, str):
             if tokenizer is None:
                 raise LoopedError(f"example={example!r} was given without a tokenizer; pass tokenizer=, or token ids.")
@@ -84,7 +78,7 @@ class TracedBridge(HookedTrace):
         weight = next(module.parameters(), None)
         if weight is not None:
             tokens = tokens.to(weight.device)
-        asked = Asked(tokens, own, layers, prelude, norm, head, parts, set_loops, seed)
+        asked, set_loops = Asked(tokens, own, **settings), settings.get("set_loops")
         found = cls(module, feed, asked, tokenizer)
         if set_loops is not None:
             found._depth = found.n_loops

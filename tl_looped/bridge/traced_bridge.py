@@ -42,13 +42,13 @@ class Asked:
 
     tokens: Tensor
     own: Mapping[str, Any]
-    layers: Any
-    prelude: int | None
-    norm: Any
-    head: Any
-    parts: Mapping[str, str] | None
-    set_loops: str | Callable[[nn.Module, int], object] | None
-    seed: int | None
+    layers: Any = None
+    prelude: int | None = None
+    norm: Any = None
+    head: Any = None
+    parts: Mapping[str, str] | None = None
+    set_loops: str | Callable[[nn.Module, int], object] | None = None
+    seed: int | None = None
 
 
 class HookedTrace(  # pyright: ignore[reportIncompatibleMethodOverride]
