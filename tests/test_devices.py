@@ -17,8 +17,7 @@ from tl_looped.checkpoints.placement import planned
 from tl_looped.model.parameters import parameter_shapes
 
 SOME = (
-    "forward", "masked", "deeper", "cache", "parts of a cache", "stacks of a cache", "readouts", "native lens", "sweep",
-    "ablation", "weight gradients", "freeze attention", "generated", "shared keys", "state policy", "fixed points", "explorer",
+    "forward", "masked", "deeper", "cache", "native lens", "sweep", "weight gradients", "generated", "fixed points",
 )  # fmt: skip
 
 
