@@ -211,10 +211,58 @@ def test_readouts_and_lenses() -> None:
     assert model.module.n_loops == 4 and torch.equal(model(CLEAN), own_logits(model, CLEAN))
     found = logit_lens(model, CLEAN, loops=[0, 3], positions=-1, top_k=1)
     assert found.labels[-1] == "loops.3.blocks.2" and found.top_tokens[-1, 0, 0, 0] == model(CLEAN)[0, -1].argmax()
-    with pytest.raises(LoopedError, match="layers follow the loops"):
-        LoopedBridge.trace(module_of("NanoLoop", n_coda=1), CLEAN, verbose=False).readout(CLEAN, loop=0)
     with pytest.raises(LoopedError, match="nobody has said how Halting is told"):
         traced("Halting").unroll(3)
+
+
+@torch.no_grad()
+def test_states_go_through_the_layers_that_follow_the_loops() -> None:
+    module: Any = module_of("NanoLoop", n_coda=2)
+    model = LoopedBridge.trace(module, CLEAN, set_loops="n_loops", verbose=False)
+    every, found = model.readout(CLEAN, loop="all"), logit_lens(model, CLEAN, targets=3, lens="native")
+    _, cache = model.run_with_cache(CLEAN)
+
+    def by_hand(x: Tensor, coda: int = 0) -> Tensor:
+        for block in module.transformer.last[coda:]:
+            x = block(x)
+        return module.lm_head(module.transformer.ln_f(x))
+
+    for loop in range(4):
+        assert torch.allclose(every[loop], by_hand(cache[f"loops.{loop}.blocks.2.hook_resid_post"]), atol=1e-5)
+        assert torch.allclose(every[loop], model.unroll(loop + 1)(CLEAN), atol=1e-5)
+    for row, layer in enumerate(found.layers):
+        logits = by_hand(cache["resid_post", layer], max(0, layer - model.schedule.first_coda_layer + 1))
+        assert torch.allclose(found.log_probs[row, ..., 0], logits.log_softmax(-1)[..., 3], atol=1e-5), found.labels[row]
+    with (
+        pytest.raises(LoopedError, match=r"with a hook at coda\.blocks\.0\.hook_mlp_out"),
+        model.hooks([("coda.blocks.0.hook_mlp_out", lambda x, hook: 0 * x)]),
+    ):
+        model.readout(CLEAN, loop="all")
+
+
+@torch.no_grad()
+def test_what_follows_the_loops_may_need_more_than_their_state() -> None:
+    torch.manual_seed(0)
+    model = LoopedBridge.trace(Remembering(n_coda=1).eval(), CLEAN, verbose=False)
+    with pytest.raises(LoopedError, match="depends on more than what their last layer returned"):
+        model.readout(CLEAN, loop=0)
+    with pytest.raises(LoopedError, match="depends on more than what their last layer returned"):
+        logit_lens(model, CLEAN, lens="native")
+    with pytest.raises(LoopedError, match="lens='native' of the stack L"):
+        logit_lens(traced("Hierarchical"), CLEAN, lens="native")
+
+
+class Remembering(looped_modules.NanoLoop):
+    """What follows the loops also reads the state of the first one."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, None]:
+        parts: Any = self.transformer
+        x, states = parts.wte(idx), list[Tensor]()
+        for _ in range(3):
+            for block in parts.h:
+                x = block(x)
+            states.append(x)
+        return self.lm_head(parts.ln_f(parts.last[0](x + states[0]))), None
 
 
 @torch.no_grad()

@@ -18,11 +18,12 @@ from ..schedule import Schedule, check_count
 from ..traced.depth import set_loops as set_loops_of
 from ..traced.feed import feed_of
 from .fingerprint import Fingerprint
-from .traced_bridge import Asked, HookedTrace
+from .traced_bridge import Asked
 from .traced_cache import TracedCache
+from .traced_readouts import ReadTrace
 
 
-class TracedBridge(HookedTrace):
+class TracedBridge(ReadTrace):
     """Any module that calls its layers several times, with TransformerLens's hooks at every call; made by `LoopedBridge.trace`.
 
     It runs the module itself, so that its logits are the module's own. Sweeps, interventions, lenses and analyses that need no
@@ -121,8 +122,11 @@ class TracedBridge(HookedTrace):
             return f"nobody has said how {name} is told how often to loop; trace it with set_loops=, a path or a function."
         if ability in ("early readouts", "last readout", "lens") and trace.out.why_not is not None:
             return f"in this {name} {trace.out.why_not}."
-        if ability == "early readouts" and self.schedule.n_coda:
-            return f"layers follow the loops of this {name}, and {traced}; trace it with fewer loops (set_loops=, unroll)."
+        if ability == "early readouts" and self.schedule.n_coda and not trace.is_closed:
+            return (
+                f"what follows the loops of this {name} depends on more than what their last layer returned, and {traced}; "
+                "trace it with fewer loops (set_loops=, unroll)."
+            )
         if ability == "gradients" and trace.ungraded:
             return f"no gradient reaches {trace.ungraded[0]} of this {name}, which runs it under no_grad or detaches its state."
         if ability == "exit gate":
@@ -359,6 +363,9 @@ class TracedWayOut:
     ) -> Float[Tensor, "cell batch chosen d_model"]:
         """Run once and bring each (lens, virtual layer) to the input of the unembedding, at the chosen positions.
 
+        Where layers follow, the native lens takes a state for what the last layer before them returned, and runs the module
+        once more for every state.
+
         Args:
             cells: which lens to read which virtual layer with.
             positions: which positions of every row.
@@ -366,10 +373,8 @@ class TracedWayOut:
         """
         model, schedule = self.model, self.model.schedule
         for lens, layer in cells:
-            if lens == "native" and schedule.first_coda_layer < schedule.n_layers and layer < schedule.n_layers - 1:
-                require(model, "entry", "lens='native' before the last layer")
             if lens == "native":
-                require(model, "last readout", "lens='native'")
+                self._check_native(layer)
         rows = torch.arange(len(self.tokens), device=self.tokens.device)[:, None]
         found: dict[int, Tensor] = {}
 
@@ -377,13 +382,28 @@ class TracedWayOut:
             def hook(x: Tensor, hook: Any) -> None:
                 for row, (_, i) in enumerate(cells):
                     if i == layer:
-                        found[row] = model.last_norm(x)[rows, positions.to(x.device)]
+                        found[row] = x.detach().clone()
 
             return hook
 
         hooks: list[Any] = [(schedule.name(i, "hook_resid_post"), keep(i)) for i in sorted({i for _, i in cells})]
         model.run_with_hooks(self.tokens, hooks, initial_state=initial_state, **self.inputs)
+        for row, (lens, i) in enumerate(cells):
+            if lens == "native" and schedule.n_coda and i < schedule.n_layers - 1:
+                ends = max(i, schedule.first_coda_layer - 1)
+                found[row] = model.ending(self.tokens, self.inputs, ends, found[row])[1]
+            found[row] = model.last_norm(found[row])[rows, positions.to(self.tokens.device)]
         return torch.stack([found[row] for row in range(len(cells))])
+
+    def _check_native(self, layer: int) -> None:
+        """Refuse what no hook can bring to the end as the module would."""
+        model, schedule = self.model, self.model.schedule
+        require(model, "last readout", "lens='native'")
+        if layer < schedule.first_coda_layer and schedule.n_coda:
+            require(model, "early readouts", "lens='native' before the last layers")
+        stack = schedule.site(layer).stack
+        if stack in schedule.core_stacks[:-1]:
+            require(model, "entry", f"lens='native' of the stack {stack}, which others follow in every loop,")
 
     def logits(self, x: Float[Tensor, "row d_model"], start: int, width: int) -> Float[Tensor, "row width"]:
         """The logits of one block of the vocabulary.

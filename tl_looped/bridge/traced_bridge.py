@@ -18,7 +18,6 @@ from transformer_lens.utilities.slice import Slice
 
 from ..errors import LoopedError, UnknownNameError
 from ..kinds import plain
-from ..looped import require
 from ..record import Run
 from ..running import Running, is_observed
 from ..schedule import Schedule, check_count
@@ -190,7 +189,8 @@ class HookedTrace(  # pyright: ignore[reportIncompatibleMethodOverride]
         given = {**self._masked(mask), **inputs}
         if loop is not None:
             asked = self.schedule.loop(loop)
-            read = self.readouts(tokens, lambda t, logits: logits if t == asked else None, **given)
+            reading: Any = self
+            read = reading.readouts(tokens, lambda t, logits: logits if t == asked else None, **given)
             logits = read[asked]
         else:
             stop = stop if stop_at_layer is None else plain(stop_at_layer)
@@ -232,51 +232,6 @@ class HookedTrace(  # pyright: ignore[reportIncompatibleMethodOverride]
         if not self.feed.takes("position_ids"):
             raise LoopedError("the prompts are padded on the left, but the module takes no position_ids; pad on the right.")
         return {"attention_mask": mask, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
-
-    def readouts(
-        self, input: Any, read: Callable[[int, Tensor], Any], fwd_hooks: Iterable[Hook] = (), **kwargs: Any
-    ) -> list[Any]:
-        """What a function makes of the readout after every loop of one run: the last norm and the unembedding on its state.
-
-        Args:
-            input: as in `forward`.
-            read: called with the loop and its logits, [batch, pos, d_vocab].
-            fwd_hooks: as in `hooks`.
-            **kwargs: what `forward` takes.
-
-        Raises:
-            LoopedError: layers follow the loops, or the module's way from a state to its logits is not known.
-        """
-        model: Any = self
-        require(model, "early readouts", "a readout after every loop")
-        kwargs.pop("loop", None)
-        schedule, found = self.schedule, dict[int, Any]()
-
-        def keep(loop: int, x: Tensor, hook: Any) -> None:
-            found[loop] = read(loop, self._logits(self.last_norm(x)))
-
-        ends = [
-            (schedule.name(schedule.pass_of_loop(t).layers[-1], "hook_resid_post"), partial(keep, t))
-            for t in range(self.n_loops)
-        ]
-        options: dict[str, Any] = {"return_type": None, **kwargs}
-        self.run_with_hooks(input, [*fwd_hooks, *ends], **options)
-        return [found[t] for t in range(self.n_loops)]
-
-    def last_norm(self, x: Tensor) -> Tensor:
-        """The module's last norm, without hooks; what is given where it has none.
-
-        Args:
-            x: states.
-        """
-        norm = self.trace.out.norm
-        return x if norm is None else norm(x)
-
-    def _logits(self, x: Tensor) -> Tensor:
-        head = self.trace.out.head
-        if head is None:
-            raise LoopedError(f"logits were asked of a state, but in this module {self.trace.out.why_not}.")
-        return head(x)
 
     @property
     def n_loops(self) -> int:

@@ -40,6 +40,7 @@ class Trace:
         is_causal: no position sees later ones.
         rows_apart: a row does not depend on the others of its batch.
         is_whole: every layer takes and returns every position.
+        is_closed: what follows the loops depends on what their last layer returned, and on nothing else of them.
         shape: of the example.
     """
 
@@ -54,6 +55,7 @@ class Trace:
     is_causal: bool
     rows_apart: bool
     is_whole: bool
+    is_closed: bool
     shape: tuple[int, ...]
 
     def rows(self) -> list[list[str]]:
@@ -209,6 +211,7 @@ def trace(
         ungraded=_ungraded(module, found, order, lambda: logits_of(run(tokens, own), shape)),
         is_causal=is_causal,
         rows_apart=rows_apart,
+        is_closed=_is_closed(module, found.schedule, order, places, lambda: logits_of(run(tokens, own), shape), logits),
         is_whole=all(is_over(x, shape) for call in found.calls for x in (call.takes, call.gives)),
         shape=tuple(shape),
     )
@@ -253,6 +256,26 @@ def _mixing(module: nn.Module, schedule: Schedule, order: list[str], places: Pla
         ):
             mixing.append(stack)
     return mixing
+
+
+def _is_closed(
+    module: nn.Module, schedule: Schedule, order: list[str], places: Places, run: Callable[[], Tensor], logits: Tensor
+) -> bool:
+    """Whether the logits stay if all loops change but what their last layer returns."""
+    by_name = {place.name: place for place in places.places}
+    first = by_name.get(f"blocks.{schedule.passes[0].first}.hook_resid_pre")
+    last = by_name.get(f"blocks.{schedule.first_coda_layer - 1}.hook_resid_post")
+    if first is None or last is None:
+        return False
+    left: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        left.append(x.clone())
+        return x
+
+    Watch(module, order, [(last, keep)], None).run(run)
+    changed = Watch(module, order, [(first, lambda x: x + x.flip(-1)), (last, lambda x: left[0])], None).run(run)
+    return _close(changed, logits)
 
 
 def _firing(place: Place, fired: set[str]) -> Callable[[Tensor], Tensor]:
