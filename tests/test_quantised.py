@@ -167,6 +167,16 @@ OTHERS: dict[str, tuple[dict[str, Any], Callable[[Tensor], dict[str, Tensor]], s
         lambda w: {"weight": w.to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(1, 1)},
         "quant_method='fp8'",
     ),
+    "blocks, as many as rows": (
+        {"quant_method": "compressed-tensors", "format": "float-quantized"},
+        lambda w: {"weight": w.to(torch.float8_e4m3fn), "weight_scale": torch.ones(len(w) // 8, 8)},
+        r"compressed-tensors.*float8_e4m3fn",
+    ),
+    "columns": (
+        {"quant_method": "compressed-tensors", "format": "float-quantized"},
+        lambda w: {"weight": w.to(torch.float8_e4m3fn), "weight_scale": torch.ones(1, len(w))},
+        r"compressed-tensors.*float8_e4m3fn",
+    ),
     "integers": (
         {"quant_method": "compressed-tensors", "format": "int-quantized"},
         lambda w: {"weight": w.to(torch.int8), "weight_scale": torch.ones(len(w), 1)},

@@ -174,7 +174,7 @@ def _nvfp4(stored: Mapping[str, Stored], name: str) -> Found:
     packed = name.endswith("weight_packed")
     of = name.removesuffix("_packed")
     codes, scales = stored[name], stored.get(f"{of}_scale")
-    if scales is None or codes.dtype != torch.uint8 or scales.dtype != torch.float8_e4m3fn:
+    if scales is None or codes.dtype != torch.uint8 or scales.dtype != torch.float8_e4m3fn or not codes.shape:
         return None
     beside = [f"{of}_global_scale"] if packed else [f"{of}_scale_2"]
     if not packed and f"{of}_amax" in stored:
@@ -214,7 +214,8 @@ def _float8(stored: Mapping[str, Stored], name: str) -> Found:
             return _part(codes, first, last).float().view(last - first, width) * by_entry
 
         return name, Dequantised("MXFP8", (codes, scales), shape, width, blocks), [f"{name}_scale"]
-    if not scales.dtype.is_floating_point or math.prod(scales.shape) not in (1, math.prod(shape[:-1])):
+    # As many scales as rows may also be those of columns or of square blocks, which only their shape tells.
+    if not scales.dtype.is_floating_point or (math.prod(scales.shape) != 1 and not _is_by_row(scales.shape, shape)):
         return None
 
     def rows(first: int, last: int) -> Tensor:
@@ -303,6 +304,11 @@ def _check_groups(name: str, shape: tuple[int, ...], scales: Stored, size: int) 
             f"{name} has scales of shape {list(scales.shape)}; {list(shape)} numbers in groups of {size} have "
             f"{list(expected)}. Other orders of scales are not implemented; load the checkpoint that it was made from."
         )
+
+
+def _is_by_row(scales: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether there is a scale for every row of a tensor."""
+    return tuple(scales) in (tuple(shape[:-1]), (*shape[:-1], 1))
 
 
 def _part(stored: Stored, first: int, last: int) -> Tensor:
