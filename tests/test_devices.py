@@ -59,7 +59,7 @@ def test_a_plan_fills_the_devices_evenly_and_keeps_the_order_of_the_run() -> Non
     plan = planned(cfg, dict(parameter_shapes(cfg)), torch.bfloat16, {0: "20GB", 1: "20GB", 2: "20GB", "cpu": "50GB"})
     held = bytes_on(plan, cfg)
     assert sorted(held) == [0, 1, 2] and max(held.values()) < 2 * min(held.values())
-    layers = [plan[f"{stack}.{j}"] for stack, n in cfg.schedule.stacks.items() for j in range(n)]
+    layers: list[Any] = [plan[f"{stack}.{j}"] for stack, n in cfg.schedule.stacks.items() for j in range(n)]
     assert layers == sorted(layers)
     assert plan["inject"] == plan["core.0"]  # where what it makes is read
 
@@ -100,8 +100,12 @@ def test_a_plan_places_every_part_of_every_family(name: str) -> None:
         ({"": "cpu", "embed": "cpu", "unembed": "cuda"}, "cpu and cuda for embed, which is tied"),
         ("even", "device_map='even' was asked; choose 'auto' or 'balanced'"),
         ("cuda:0", "For the whole model on one device use device="),
+        (0, "device_map=0 was asked; .* For the whole model on one device use device="),
+        (torch.device("cpu"), "For the whole model on one device use device="),
+        ({0: "cpu"}, "pass a dict of devices by the names of parts"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_maps_that_fit_no_model_are_refused(device_map: Any, message: str, tmp_path: Path) -> None:
     random_bridge("huginn").save_pretrained(tmp_path)
     with pytest.raises(LoopedError, match=message):
@@ -115,6 +119,13 @@ def test_arguments_that_contradict_each_other_are_refused() -> None:
         LoopedBridge.from_pretrained("toy:hop", max_memory={"cpu": "1GB"})
     with pytest.raises(LoopedError, match="says where everything goes"):
         LoopedBridge.from_pretrained("toy:hop", device_map={"": "cpu"}, max_memory={"cpu": "1GB"})
+
+
+@pytest.mark.parametrize("limits", [{"cpu": "one banana"}, {"disk": "100GB"}, "1GB"])
+@pytest.mark.usefixtures("unchecked")
+def test_limits_that_cannot_be_read_are_refused(limits: Any) -> None:
+    with pytest.raises(LoopedError, match=r"max_memory=.* was asked, which accelerate cannot read"):
+        LoopedBridge.from_pretrained("toy:hop", device_map="auto", max_memory=limits)
 
 
 def test_the_longest_name_counts_and_every_part_is_told() -> None:

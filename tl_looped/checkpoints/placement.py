@@ -73,8 +73,13 @@ def place(
                 "devices. For the whole model on one device use device=."
             )
         asked = planned(cfg, shapes, dtype, max_memory)
+    elif not isinstance(device_map, Mapping) or not all(isinstance(part, str) for part in device_map):
+        raise LoopedError(
+            f"device_map={device_map!r} was asked; pass a dict of devices by the names of parts. For the whole model on one "
+            "device use device=."
+        )
     elif max_memory is not None:
-        raise LoopedError(f"max_memory={dict(max_memory)} was given with a device_map that says where everything goes.")
+        raise LoopedError(f"max_memory={max_memory!r} was given with a device_map that says where everything goes.")
     else:
         asked = _as_asked(cfg, list(parts), device_map)
     devices = {one: usable(one, f"device_map={device_map!r}, with {one!r},") for one in dict.fromkeys(asked.values())}
@@ -141,8 +146,14 @@ def planned(
     for i, names in enumerate(units.values()):
         skeleton.add_module(f"unit{i}", _Unit([shapes[name] for name in names], dtype))
     whole = [_Unit.__name__]
-    limits = None if max_memory is None else dict(max_memory)
-    memory: Any = get_balanced_memory(skeleton, limits, whole, dtype=dtype)
+    try:
+        limits = None if max_memory is None else dict(max_memory)
+        memory: Any = get_balanced_memory(skeleton, limits, whole, dtype=dtype)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise LoopedError(
+            f"max_memory={max_memory!r} was asked, which accelerate cannot read ({error}); pass what accelerators, by their "
+            'numbers, and the CPU may hold, such as {0: "20GiB", "cpu": "60GiB"}.'
+        ) from error
     plan = infer_auto_device_map(skeleton, memory, whole, dtype=dtype, clean_result=False)
     found = {
         part: cast(Device, plan[f"unit{i}"])
