@@ -272,3 +272,64 @@ class Shuffled(NanoLoop):
             for i in order:
                 x = parts.h[i](x)
         return self.lm_head(parts.ln_f(x)), None
+
+
+class Grouped(nn.Module):
+    """One map for queries, keys and values, of which heads share the latter two, and rotation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Wqkv, self.out = nn.Linear(D, 2 * D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in self.Wqkv(x).split([D, D // 2, D // 2], -1))
+        angles = torch.arange(x.shape[1])[:, None] * torch.tensor([1.0, 0.1])
+        z = F.scaled_dot_product_attention(rotated(q, angles), rotated(k, angles), v, is_causal=True, enable_gqa=True)
+        return self.out(z.transpose(1, 2).flatten(2))
+
+
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """Halves of heads, rotated."""
+    one, other = x.chunk(2, -1)
+    return torch.cat([one * angles.cos() - other * angles.sin(), other * angles.cos() + one * angles.sin()], -1)
+
+
+class Memory(nn.Module):
+    """An MLP whose maps are called as those of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.value = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value(torch.relu(self.key(x)) ** 2)
+
+
+class Parallel(nn.Module):
+    """Both parts of a layer read the same; embedding and last norm have one dropout; the state comes before the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.drop = nn.Embedding(VOCAB, D), nn.Dropout(0.1)
+        self.blocks = nn.ModuleList([ParallelBlock() for _ in range(2)])
+        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, VOCAB)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.drop(self.emb(tokens))
+        for _ in range(2):
+            for block in self.blocks:
+                x = block(x)
+        x = self.drop(self.norm(x))
+        return x, self.head(x)
+
+
+class ParallelBlock(nn.Module):
+    """A layer of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mixer, self.memory = nn.LayerNorm(D), Grouped(), Memory()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.memory(y) + self.mixer(y)

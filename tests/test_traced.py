@@ -31,7 +31,7 @@ from tl_looped.patching import ablation_sweep, patch_sweep
 CLEAN, CORRUPTED = torch.tensor([[2, 7, 1, 8, 4, 6]]), torch.tensor([[2, 3, 1, 8, 4, 6]])
 KEYWORDS = {"Universal"}
 SEEDED = {"Noisy": {"seed": 5}}
-ALL = ["NanoLoop", "Universal", "Halting", "InPlace", "Hierarchical", "Noisy", "Capped", "Between", "Shuffled"]
+ALL = ["NanoLoop", "Universal", "Halting", "InPlace", "Hierarchical", "Noisy", "Capped", "Between", "Shuffled", "Parallel"]
 
 
 def module_of(name: str, **kwargs: Any) -> nn.Module:
@@ -50,7 +50,9 @@ def own_logits(model: Any, tokens: Tensor) -> Tensor:
     if model.asked.seed is not None:
         torch.manual_seed(model.asked.seed)
     found = model.module(tokens=tokens) if type(model.module).__name__ in KEYWORDS else model.module(tokens)
-    return found["logits"] if isinstance(found, dict) else found[0] if isinstance(found, tuple) else found
+    if isinstance(found, tuple):
+        return next(x for x in found if x.shape[-1] == VOCAB)
+    return found["logits"] if isinstance(found, dict) else found
 
 
 def metric(logits: Tensor) -> Tensor:
@@ -152,6 +154,27 @@ def test_activations_inside_layers_are_those_of_the_modules() -> None:
         assert torch.allclose(scores.masked_fill(~mask, -torch.inf).softmax(-1), at["attn.hook_pattern"], atol=1e-6)
     assert cache["loops.2.blocks.1.attn.hook_out"] is cache["loops.2.blocks.1.hook_attn_out"]
     assert torch.equal(cache["loops.1.hook_state"], cache["loops.0.hook_out"])
+
+
+@torch.no_grad()
+def test_heads_are_those_that_attend_and_names_of_loops_are_of_their_loops() -> None:
+    model, seen = traced("Parallel"), list[Tensor]()
+    handle = model.module.blocks[1].mixer.Wqkv.register_forward_hook(lambda m, args, out: seen.append(out))
+    own_logits(model, CLEAN)
+    handle.remove()
+    _, cache = model.run_with_cache(CLEAN)
+    angles = torch.arange(6)[:, None] * torch.tensor([1.0, 0.1])
+    for loop in range(2):
+        at = cache.at(loop, layer=1)
+        q, k, v = (x.unflatten(-1, (-1, 4)) for x in seen[loop].split([16, 8, 8], -1))
+        assert torch.equal(at["attn.hook_v"], v)
+        for name, x in (("rot_q", q), ("rot_k", k)):
+            assert torch.equal(at[f"attn.hook_{name}"], looped_modules.rotated(x.transpose(1, 2), angles).transpose(1, 2))
+        mixed = torch.einsum("bhqk,bkhd->bqhd", at["attn.hook_pattern"], v.repeat_interleave(2, 2))
+        assert torch.allclose(mixed, at["attn.hook_z"], atol=1e-6)
+    assert not {"loops.0.blocks.0.attn.hook_k", "loops.0.drop.hook_out"} & set(model.hook_dict)
+    assert model.trace.out.names == ("norm", "head") and "drop.call1.hook_out" in model.hook_dict
+    assert logit_lens(model, CLEAN, positions=-1, top_k=1).top_tokens[-1, 0, 0, 0] == model(CLEAN)[0, -1].argmax()
 
 
 @pytest.mark.parametrize("name", ["NanoLoop", "Capped"])
@@ -640,6 +663,10 @@ def test_what_no_hook_sees_between_passes_has_no_name() -> None:
     torch.manual_seed(0)
     model = LoopedBridge.trace(Gated().eval(), CLEAN, verbose=False)
     assert "loops.1.hook_out" not in model.hook_dict and "loops.1.hook_state" not in model.hook_dict
+    model.module.transformer.wte.weight.data.mul_(500)  # a gate of a large state
+    large = LoopedBridge.trace(model.module, CLEAN, verbose=False)
+    assert "loops.1.hook_out" not in large.hook_dict
+    model.module.transformer.wte.weight.data.div_(500)
     assert "loops.1.hook_in" in model.hook_dict and "loops.1.hook_out" in traced("Noisy").hook_dict  # an injection only
     with pytest.raises(LoopedError, match="mixes something into the state between its passes"):
         skip_loop(model, 1)

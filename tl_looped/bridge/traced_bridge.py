@@ -22,7 +22,7 @@ from ..record import Run
 from ..running import Running, is_observed
 from ..schedule import Schedule, check_count
 from ..traced.depth import looping
-from ..traced.feed import Feed, logits_of
+from ..traced.feed import Feed
 from ..traced.trace import Trace, check_module, trace
 from ..traced.watch import Watch
 from .hooking import without_leftovers
@@ -198,7 +198,7 @@ class HookedTrace(  # pyright: ignore[reportIncompatibleMethodOverride]
             output = self._watched(partial(self._run, tokens, given), last)
             if last is not None:
                 return output
-            logits = logits_of(output, tokens.shape[:2])
+            logits = self.feed.logits(output, tokens.shape[:2])
         if return_type is None:
             return None
         if return_type == "logits":

@@ -13,7 +13,6 @@ from ..errors import LoopedError
 from ..looped import require
 from ..running import is_observed
 from ..schedule import virtual_layer
-from ..traced.feed import logits_of
 from ..traced.places import Place
 from ..traced.watch import Watch
 from .names import Hook
@@ -97,7 +96,7 @@ class ReadTrace(HookedTrace):
 
         points: list[tuple[Place, Callable[[Tensor], Tensor]]] = [(places[0], lambda value: x), (places[1], keep)]
         output = Watch(self.module, self.trace.order, points, None).run(partial(self._run, tokens, given))
-        return logits_of(output, tokens.shape[:2]), last[0]
+        return self.feed.logits(output, tokens.shape[:2]), last[0]
 
     def last_norm(self, x: Tensor) -> Tensor:
         """The module's last norm, without hooks; what is given where it has none.

@@ -66,7 +66,8 @@ def way_out(
         entered = calls[-1].takes if calls else None
     to_norm, norm_name = _given(module, norm, "norm") if norm is not None else (None, "none")
     if norm is None and entered is not None and not is_same(entered, last.gives):
-        path = next((c.path for c in reversed(run.calls) if is_same(c.gives, entered) and not c.inner), None)
+        gave = [c for c in run.calls if is_same(c.gives, entered) and not (c.inner or is_same(c.takes, c.gives))]
+        path = gave[-1].path if gave else None  # and not dropout, which returns what it is given
         to_norm, norm_name = (None, "not found") if path is None else (_map(module, path), path)
     x = last.gives
     if x is None or x.shape[:2] != logits.shape[:2]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoopedError
-from ..schedule import Pass, Schedule
 from .attention import Attention, K, Q
 from .calls import Call, Calls, is_same
 from .structure import Found
@@ -160,31 +160,42 @@ def _within(call: Call) -> list[Call]:
 
 def _outside(run: Calls, found: Found, layer_of: dict[int, int], inside: dict[int, int]) -> Iterator[Place]:
     """The places outside the layers; what is called in every loop is named by it."""
-    schedule = found.schedule
-    calls = [call for call in run.calls if id(call) not in layer_of and id(call) not in inside]
-    begins = [(found.calls[p.first].index, p) for p in schedule.passes]
-    end = len(run.calls) if not schedule.n_coda else found.calls[schedule.first_coda_layer].index
+    calls: dict[str, list[Call]] = {}
+    for call in run.calls:
+        if id(call) not in layer_of and id(call) not in inside:
+            calls.setdefault(call.path, []).append(call)
+    prefixes = {id(c): prefix for of_path in calls.values() for c, prefix in zip(of_path, _wheres(of_path, found), strict=True)}
     seen: dict[str, int] = {}
-    for call in calls:
-        times = len(run.of(call.path))
-        prefix = call.path if times == 1 else f"{_where(call, times, schedule, begins, end)}{call.path}"
+    for call in run.calls:
+        if id(call) not in prefixes:
+            continue
+        prefix = f"{prefixes[id(call)]}{call.path}"
         seen[prefix] = seen.get(prefix, -1) + 1
         yield from _both(prefix + (f".call{seen[prefix]}" if seen[prefix] else ""), call, ("hook_in", "hook_out"))
 
 
-def _where(call: Call, times: int, schedule: Schedule, begins: list[tuple[int, Pass]], end: int) -> str:
-    """The prefix of a call outside the layers: that of its pass, if it is of one."""
-    last = schedule.core_stacks[-1]
-    if times == schedule.n_passes:
-        p = schedule.passes[call.number]
-    elif times == schedule.n_loops_of(last):
-        p = schedule.passes_of(call.number, last)[0]
-    else:
-        before = [p for index, p in begins if index <= call.index or any(c.index == index for c in _within(call))]
-        if not before or call.index >= end:
-            return ""
-        p = before[-1]
-    return f"{schedule.pass_prefix(p)}."
+def _wheres(calls: list[Call], found: Found) -> list[str]:
+    """The prefixes of the calls of a module outside the layers: those of their passes, for what is called several times.
+
+    What is called before every pass, or after every one, is of that pass; so for the loops. Others are of the pass that has
+    begun.
+    """
+    if len(calls) == 1:
+        return [""]
+    schedule, at = found.schedule, [call.index for call in calls]
+    for passes in (schedule.passes, schedule.passes_of("all", schedule.core_stacks[-1])):
+        if len(passes) == len(calls):
+            starts, ends = ([found.calls[p.layers[k]].index for p in passes] for k in (0, -1))
+            is_before = all(end < i < start for end, i, start in zip([-1, *ends], at, starts, strict=False))
+            is_after = all(start < i < then for start, i, then in zip(starts, at, [*starts[1:], math.inf], strict=True))
+            if is_before or is_after:
+                return [f"{schedule.pass_prefix(p)}." for p in passes]
+    last = found.calls[schedule.first_coda_layer - 1].index
+    prefixes: list[str] = []
+    for call in calls:
+        begun = [p for p in schedule.passes if found.calls[p.first].index < call.index or found.calls[p.first] in _within(call)]
+        prefixes.append("" if not begun or call.index > last else f"{schedule.pass_prefix(begun[-1])}.")
+    return prefixes
 
 
 def _ends(run: Calls, found: Found, places: list[Place]) -> tuple[dict[str, str], str]:
@@ -256,7 +267,8 @@ def _parts_of(layer: Call, computed: list[Attention], maps: set[str]) -> Parts:
     if len(computed) != 1:
         return parts
     one = computed[0]
-    inside = [c for c in calls if c in first.values()]
+    around = _around(one)
+    inside = [c for c in calls if c in first.values() and id(c.parent) in around]  # maps of the MLP may be called keys too
     projected = [(hook, c) for hook, word in PROJECTIONS.items() for c in inside if word.search(short[id(c)])]
     queries = [c.gives.shape[-1] for hook, c in projected if hook == "attn.hook_q" and c.gives is not None]
     d_head = one.d_head or (queries[0] // one.n_heads if queries else 0)
@@ -319,6 +331,16 @@ def _heads(flat: Tensor | None, d_head: int, n_heads: int) -> int | None:
         return None
     heads = flat.shape[-1] // d_head
     return heads if heads <= n_heads and n_heads % heads == 0 else None
+
+
+def _around(one: Attention) -> set[int]:
+    """The calls inside which attention was computed."""
+    found: set[int] = set()
+    call = one.call
+    while call is not None:
+        found.add(id(call))
+        call = call.parent
+    return found
 
 
 def _last_map(calls: list[Call], one: Attention, maps: set[str]) -> Call | None:

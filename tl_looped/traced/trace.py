@@ -15,7 +15,7 @@ from ..errors import LoopedError
 from ..schedule import Schedule
 from .attention import FUSED, PATTERN, SCORES, Attention, is_pattern
 from .calls import Call, record
-from .feed import Feed, logits_of
+from .feed import Feed
 from .out import Map, Out, way_out
 from .places import Place, Places, is_over, places_of
 from .structure import Found, find, named
@@ -169,8 +169,8 @@ def trace(
             attended.append((len(calls), attention))
 
     recorded = record(module, lambda: attention_in(module, lambda: run(tokens, own), seen), into=calls)
-    seen_logits = logits_of(recorded.output, shape)
-    logits, again = (logits_of(run(tokens, own), shape) for _ in range(2))
+    seen_logits = feed.logits(recorded.output, shape)
+    logits, again = (feed.logits(run(tokens, own), shape) for _ in range(2))
     found = find(recorded, None if layers is None else named(module, layers), n_prelude, like)
     by_layer = _by_layer(found, [a for _, a in attended])
     places = places_of(module, recorded, found, by_layer, shape, parts or {})
@@ -182,7 +182,7 @@ def trace(
         raise LoopedError(f"two runs of the module on the same input differ by {_apart(again, logits):.2g}; {hint}.")
     fired: set[str] = set()
     points = [(place, _firing(place, fired)) for place in places.places if place.side not in (SCORES, PATTERN)]
-    watched = logits_of(Watch(module, order, points, None).run(lambda: run(tokens, own)), shape)
+    watched = feed.logits(Watch(module, order, points, None).run(lambda: run(tokens, own)), shape)
     if not (_close(watched, logits) and _close(seen_logits, logits)):  # it may have a faster way where nobody looks
         raise LoopedError(
             f"with hooks that change nothing, the module's logits differ by {_apart(watched, logits):.2g}: it changes tensors "
@@ -197,7 +197,7 @@ def trace(
         for p in found.schedule.passes:
             if p.stack == stack:
                 del places.also[f"{found.schedule.pass_prefix(p)}.hook_out"]
-    is_causal, rows_apart = _relations(run, tokens, own, logits)
+    is_causal, rows_apart = _relations(feed, run, tokens, own, logits)
     takes = found.calls[found.schedule.passes[0].first].takes
     first = next((a for _, a in attended if a.call is not None), None)
     return Trace(
@@ -208,10 +208,10 @@ def trace(
         d_model=logits.shape[-1] if takes is None else takes.shape[-1],
         d_vocab=logits.shape[-1],
         attention=None if first is None else (first.n_heads, first.d_head),
-        ungraded=_ungraded(module, found, order, lambda: logits_of(run(tokens, own), shape)),
+        ungraded=_ungraded(module, found, order, lambda: feed.logits(run(tokens, own), shape)),
         is_causal=is_causal,
         rows_apart=rows_apart,
-        is_closed=_is_closed(module, found.schedule, order, places, lambda: logits_of(run(tokens, own), shape), logits),
+        is_closed=_is_closed(module, found.schedule, order, places, lambda: feed.logits(run(tokens, own), shape), logits),
         is_whole=all(is_over(x, shape) for call in found.calls for x in (call.takes, call.gives)),
         shape=tuple(shape),
     )
@@ -238,8 +238,8 @@ def _mixing(module: nn.Module, schedule: Schedule, order: list[str], places: Pla
         change: list[Tensor] = []
 
         def nudge(x: Tensor, change: list[Tensor] = change) -> Tensor:
-            step = 0.1 * torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x)
-            change.append(step)
+            step = torch.linspace(-0.1, 0.1, x.shape[-1], dtype=x.dtype, device=x.device) * x.abs().max().clamp(min=1.0)
+            change.append(step.expand_as(x))
             return x + step
 
         def keep(x: Tensor, entered: list[Tensor] = entered) -> Tensor:
@@ -312,15 +312,15 @@ def _by_layer(found: Found, attended: list[Attention]) -> dict[int, list[Attenti
 
 
 def _relations(
-    run: Callable[[Tensor, Mapping[str, Any]], Any], tokens: Tensor, own: Mapping[str, Any], logits: Tensor
+    feed: Feed, run: Callable[[Tensor, Mapping[str, Any]], Any], tokens: Tensor, own: Mapping[str, Any], logits: Tensor
 ) -> tuple[bool, bool]:
     """Whether the last token changes nothing before it, and whether rows say the same beside others."""
     shape, other = tokens.shape[:2], tokens.clone()
     other[:, -1] = tokens[:, -1] + 1 if tokens.is_floating_point() else (tokens[:, -1] + 1) % logits.shape[-1]
     twice = {key: torch.cat([value, value]) if isinstance(value, Tensor) else value for key, value in own.items()}
     try:
-        changed = logits_of(run(other, own), shape)
-        both = logits_of(run(torch.cat([tokens, other]), twice), torch.Size((2 * shape[0], shape[1])))
+        changed = feed.logits(run(other, own), shape)
+        both = feed.logits(run(torch.cat([tokens, other]), twice), torch.Size((2 * shape[0], shape[1])))
     except Exception:  # whatever the module raises: it does not take one of the two
         return False, False
     is_causal = shape[1] > 1 and _close(changed[:, :-1], logits[:, :-1])
