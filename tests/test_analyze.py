@@ -92,6 +92,23 @@ def test_every_prompt_is_in_one_share_and_their_work_is_alike(model: LoopedBridg
     assert abs(first / (sum(unit.weight for unit in half) / len(half)) - 1) < 0.2  # the first few are like all
 
 
+def test_a_prompt_that_is_too_long_weighs_nothing(model: LoopedBridge) -> None:
+    asked = prompts(40)
+    asked[3] = torch.zeros(900, dtype=torch.long)  # the context is 16
+    for of in (2, 3, 4):
+        shares = [share_of(cut(model, asked, 1), Share(k, of)) for k in range(of)]
+        loads = [sum(len(asked[p]) for unit in share for p in unit.prompts if p != 3) for share in shares]
+        assert sum(loads) == sum(map(len, asked)) - 900 and max(loads) - min(loads) <= 8 + 1  # the longest, and the one
+
+
+def test_an_analysis_may_have_any_name(model: LoopedBridge, tmp_path: Path) -> None:
+    ask = {name: Asked(fixed_points, {"n_loops": 4}) for name in ("model", "asked")}
+    for _ in range(2):
+        found = analyze(ask, model, prompts(2), out=tmp_path, **QUIET)
+        assert found is not None
+        assert all(same(load_result(tmp_path / f"{name}.safetensors", model), found[name]) for name in ask)
+
+
 def test_what_is_lost_or_damaged_is_measured_again(model: LoopedBridge, tmp_path: Path) -> None:
     found = whole(model, tmp_path)
     shutil.rmtree(tmp_path / "fixed_points")

@@ -36,6 +36,15 @@ def test_a_column_of_records_named_or_told_by_its_name(tmp_path: Path) -> None:
     assert not isinstance(ids, str) and ids.tolist() == [3, 1, 4]
 
 
+def test_only_ends_of_lines_cut_a_file(tmp_path: Path) -> None:
+    text = "one\u2028two\x85three"
+    (tmp_path / "a.jsonl").write_text(
+        f'\ufeff{json.dumps({"text": text}, ensure_ascii=False)}\r\n{{"text": "b"}}', encoding="utf-8"
+    )
+    (tmp_path / "a.txt").write_text(f"{text}\r\nb\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "a.jsonl") == read_prompts(tmp_path / "a.txt") == [text, "b"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [

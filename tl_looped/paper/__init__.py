@@ -15,7 +15,7 @@ from ..looped import Hooked, Looped, check_model
 from ..results import load_result
 from ..results.saving import save_result, versions
 from ..runs import Run, analyze, merge
-from ..runs.folder import Weights
+from ..runs.folder import MODEL, Weights
 from ..schedule import check_count
 from .drawn import About
 from .findings import Findings
@@ -202,7 +202,7 @@ def _claim(place: Path, asked: Asked) -> None:
 
 def _written(place: Path, findings: Findings, asked: Asked, failed: tuple[tuple[int, str], ...]) -> Paper:
     rows, sections = rows_and_sections(_about(findings, asked))
-    weights: Any = Weights(load_result(place / "parts" / "prompts" / "model.safetensors"))
+    weights: Any = Weights(load_result(place / "parts" / "prompts" / MODEL))
     for name, part in findings.parts.items():
         save_result(part, place / f"{name}.safetensors", weights)
     for name, frame in tables_of(findings).items():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .store import Run
 
 ASKED = "asked.json"
-MODEL = "model.safetensors"
+MODEL = "model.fingerprint.safetensors"  # no analysis has a point in its name
 TOLD = "model"  # by which name the model was loaded; its weights tell whether it is another
 Key = tuple[str, int]  # an analysis and a unit
 

@@ -74,7 +74,7 @@ def _prompts(source: str) -> Iterator[str | Tensor]:
 
 def _lines(file: str) -> list[str]:
     try:
-        return Path(file).read_text(encoding="utf-8").splitlines()
+        return Path(file).read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 too, inside of a text
     except (OSError, UnicodeDecodeError) as error:
         raise LoopedError(f"{file!r} cannot be read: {error}.") from error
 

@@ -80,6 +80,9 @@ def cut(model: Hooked, prompts: Sequence[Any], batch_size: int) -> list[Unit]:
             batches.append(Batch((index,), prompt, 1 if tokens is None else tokens.numel()))
             continue
         length = tokens.shape[1]
+        if length > model.cfg.n_ctx:  # it fails at once, and would outweigh all others
+            batches.append(Batch((index,), prompt, 1))
+            continue
         if length not in waiting:
             places[length] = len(batches)
             batches.append(Batch((), None, 0))  # a batch stands where its first prompt does
