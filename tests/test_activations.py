@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from zoo import FAMILIES, GOLDEN, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError, collect, exits, load_activations
-from tl_looped.activations import ActivationStore
+from tl_looped.activations import ActivationStore, collecting
 
 LENGTHS = (5, 3, 7, 3, 1)
 PROMPTS = [row[:n] for row, n in zip(random_tokens(5, 7), LENGTHS, strict=True)]
@@ -363,6 +363,21 @@ def test_another_collection_is_refused_with_the_difference(tmp_path: Path) -> No
     ):
         with pytest.raises(LoopedError, match=message):
             quiet(*asked[:3], tmp_path, **{**SIZES, **asked[3]})
+
+
+def test_the_slower_of_two_collections_into_one_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, tried = list(random_tokens(6, 5)), collecting._tried
+
+    def meanwhile(*given: Any) -> Any:
+        monkeypatch.setattr(collecting, "_tried", tried)
+        quiet(LoopedBridge.from_config(TINY, seed=1), prompts, "resid_post", tmp_path, **SIZES, shard="1/2")
+        return tried(*given)
+
+    monkeypatch.setattr(collecting, "_tried", meanwhile)
+    with pytest.raises(LoopedError, match="of another model"):
+        quiet(tiny(), prompts, "resid_post", tmp_path, **SIZES, shard="2/2")
+    whole = quiet(LoopedBridge.from_config(TINY, seed=1), prompts, "resid_post", tmp_path, **SIZES)
+    assert same(whole, quiet(LoopedBridge.from_config(TINY, seed=1), prompts, "resid_post", tmp_path / "whole", **SIZES))
 
 
 def test_several_processes_share_the_work(tmp_path: Path) -> None:

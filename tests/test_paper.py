@@ -106,8 +106,10 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     stopped = made(bridge, PROMPTS, out=tmp_path / "stopped", n_loops=4, **QUIET)
     assert len(seen) == 5 and {*seen} == {4, 5, 6}  # two were begun twice
     assert same(stopped.findings, whole.findings) and stopped.page.read_text() == whole.page.read_text()
+    monkeypatch.setattr(Path, "exists", lambda file: False)  # as for a process that began at the same time
     with pytest.raises(LoopedError, match="n_loops=4, not 5"):
         paper(bridge, PROMPTS, out=tmp_path / "stopped", n_loops=5, **QUIET)
+    assert json.loads((tmp_path / "stopped" / "paper.asked.json").read_text())["n_loops"] == 4
 
 
 def test_a_model_that_cannot_loop_farther_is_looped_as_far_as_it_can(tmp_path: Path) -> None:
@@ -175,6 +177,7 @@ def test_the_command_writes_a_directory(tmp_path: Path, capsys: pytest.CaptureFi
     asked = ["paper", "toy:text", "--prompts", str(tmp_path / "prompts.txt"), "--loops", "4", "--out", str(tmp_path / "out")]
     assert main([*asked, *twin]) == 0
     printed = capsys.readouterr()
+    assert "Step 2 of 3: paths" in printed.err and "Step 3 of 3: feed_forward" in printed.err
     assert printed.out.strip() == str((tmp_path / "out" / "index.html").resolve()) and "Figure 10" in printed.err
     page = (tmp_path / "out" / "index.html").read_text()
     assert "Correlation of a pass with the feed-forward model" in page and "over 2 prompts" in page

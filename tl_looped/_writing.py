@@ -14,6 +14,8 @@ from uuid import uuid4
 
 from .errors import LoopedError
 
+Put = Callable[[Path, Path], object]  # a finished file, and its place
+
 
 def write_text(file: str | Path, text: str) -> Path:
     """Write a text file in one step; as `write_bytes`."""
@@ -22,10 +24,11 @@ def write_text(file: str | Path, text: str) -> Path:
 
 def write_first(file: str | Path, text: str) -> None:
     """Write a text file in one step unless there is one, of this or of another process; as `write_bytes`."""
-    write_bytes(file, text.encode("utf-8"), put=_link)
+    write_bytes(file, text.encode("utf-8"), put=link_first)
 
 
-def _link(draft: Path, place: Path) -> None:
+def link_first(draft: Path, place: Path) -> None:
+    """Put a draft in a place unless there is a file, of this or of another process."""
     try:
         os.link(draft, place)
     except FileExistsError:
@@ -34,7 +37,7 @@ def _link(draft: Path, place: Path) -> None:
         os.replace(draft, place)
 
 
-def write_bytes(file: str | Path, content: bytes, *, put: Callable[[Path, Path], object] | None = None) -> Path:
+def write_bytes(file: str | Path, content: bytes, *, put: Put | None = None) -> Path:
     """Write a file in one step, so that a reader never meets half of it; a LoopedError where that cannot be.
 
     An earlier file is replaced and its permissions are kept; a symbolic link stays, and what it points to is replaced.

@@ -22,7 +22,7 @@ from ..schedule import Indices, LoopSelector, check_count
 from ..sites import KINDS
 from .collector import Collector
 from .places import Sites, chosen_names, where
-from .record import RECORD, Collection, check_same
+from .record import Collection, check_same, record_first
 from .shards import DTYPES
 from .store import ActivationStore, load_activations
 from .taking import Rows, Taking
@@ -125,7 +125,7 @@ def collect(
         size = sum(_row_bytes(shape, wanted.dtype) for shape in shapes.values())
         most = max(1, min(MOST_ROWS, shard_bytes // size))
         found = replace(wanted, shapes=shapes, rows_per_shard=most, stop=stop)
-        found.save(place / RECORD, model)
+        found = record_first(place, found, model)
     collector = Collector(model, found, place, positions, max_new_tokens, batch_tokens, inputs | generation, skip)
     bar = tqdm(total=n_batches(prompts), desc="collect", disable=not verbose)
     number = -1

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from .._writing import link_first
 from ..errors import LoopedError
 from ..looped import Looped
 from ..panels import Panel
 from ..results import Result, load_result
+from ..results.saving import save_result
 from ..runs.asked import digest
 from ..schedule import Schedule
 from .places import where
@@ -88,6 +90,21 @@ def check_same(out: Path, wanted: Collection, model: Looped) -> Collection | Non
                 f"{str(out)!r} is a collection with {name}={was}, not {is_now}; choose another directory, or remove this one."
             )
     return found
+
+
+def record_first(out: Path, wanted: Collection, model: Looped) -> Collection:
+    """Write the record of a directory, or read that of a process that was faster.
+
+    Args:
+        out: the directory.
+        wanted: what is asked now.
+        model: refuse what is of another one.
+
+    Raises:
+        LoopedError: it is of another collection; the message has the difference.
+    """
+    save_result(wanted, out / RECORD, model, put=link_first)
+    return check_same(out, wanted, model) or wanted
 
 
 def _without(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, str]:

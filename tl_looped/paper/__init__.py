@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .._words import counted
-from .._writing import write_text
+from .._writing import write_first, write_text
 from ..errors import LoopedError
 from ..looped import Hooked, Looped, check_model
 from ..results import load_result
@@ -126,7 +127,11 @@ def paper(
     n_loops, notes = _depth(model, n_loops)
     _claim(place, _asked(model, given, n_loops, feed_forward is not None, notes))
 
+    steps = ["prompts", "paths", *["layouts"] * (n_loops >= N_INIT), *["feed_forward"] * (feed_forward is not None)]
+
     def over(name: str, measure: Any, of: Hooked, items: list[Any], size: int = 1) -> None:
+        if verbose:
+            print(f"Step {steps.index(name) + 1} of {len(steps)}: {name}; the minutes are of this step.", file=sys.stderr)
         analyze({name: measure}, of, items, out=place / "parts" / name, shard=shard, batch_size=size, verbose=verbose)
 
     over("prompts", OfPrompt(n_loops), model, given, batch_size)
@@ -186,18 +191,17 @@ def _begun(place: Path) -> Asked:
 
 def _claim(place: Path, asked: Asked) -> None:
     """Say what is asked, the same from every process, or refuse a directory in which something else was."""
-    if (place / ASKED).exists():
-        before = _begun(place)
-        for name in ("described", "n_loops", "prompt"):
-            if getattr(before, name) != getattr(asked, name):
-                was, now = getattr(before, name), getattr(asked, name)
-                raise LoopedError(
-                    f"{str(place)!r} is of a run with {name}={was}, not {now}; choose another directory, or remove this one to "
-                    "begin anew."
-                )
-        if before.beside == asked.beside:
-            return
-    write_json(place / ASKED, asdict(asked))
+    write_first(place / ASKED, json.dumps(asdict(asked), indent=1))
+    before = _begun(place)
+    for name in ("described", "n_loops", "prompt"):
+        if getattr(before, name) != getattr(asked, name):
+            was, now = getattr(before, name), getattr(asked, name)
+            raise LoopedError(
+                f"{str(place)!r} is of a run with {name}={was}, not {now}; choose another directory, or remove this one to "
+                "begin anew."
+            )
+    if before.beside != asked.beside:
+        write_json(place / ASKED, asdict(asked))
 
 
 def _written(place: Path, findings: Findings, asked: Asked, failed: tuple[tuple[int, str], ...]) -> Paper:

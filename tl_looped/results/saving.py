@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._writing import write_bytes
+from .._writing import Put, write_bytes
 from ..errors import LoopedError
 from .showing import Shown
 
@@ -44,13 +44,14 @@ FORMER: dict[Any, str] = {"Stability": "MoreLoops", ("Trajectories", "pos"): "po
 PLAIN = (str, int, float, bool, type(None))
 
 
-def save_result(result: Any, path: str | Path, model: Looped | None = None) -> Path:
+def save_result(result: Any, path: str | Path, model: Looped | None = None, *, put: Put | None = None) -> Path:
     """Write a result into one file.
 
     Args:
         result: a grid or a result.
         path: the file.
         model: whose fingerprint is kept, for `load_result` to compare.
+        put: what brings the finished file to its place; None to replace what is there.
 
     Raises:
         LoopedError: the file cannot be written, or a field is of a kind that files do not keep.
@@ -62,7 +63,7 @@ def save_result(result: Any, path: str | Path, model: Looped | None = None) -> P
     found = {"format": FORMAT, "result": content, "versions": versions()}
     if model is not None:
         found["model"] = _encode(model.fingerprint(), tensors, "model")
-    return write_bytes(path, save(tensors, {KEY: json.dumps(found)}))
+    return write_bytes(path, save(tensors, {KEY: json.dumps(found)}), put=put)
 
 
 def load_result(path: str | Path, model: Looped | None = None) -> Any:
