@@ -14,7 +14,8 @@ from helpers import word_tokenizer
 from zoo import GOLDEN, random_bridge
 
 from tl_looped import LoopedBridge, load_activations
-from tl_looped.cli import main
+from tl_looped.cli import main, parser
+from tl_looped.cli._devices import devices_beside
 
 
 def cells(line: str) -> list[str]:
@@ -72,6 +73,47 @@ def test_lens_of_a_file_of_prompts(tmp_path: Path, capsys: pytest.CaptureFixture
     ids.write_text("5,17,3\n4\n")
     assert main(["lens", str(GOLDEN / "ouro"), "--prompts", str(ids)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("4 ")
+
+
+@pytest.mark.parametrize("device_map", ["auto", '{"": "cpu", "core": "cpu"}'])
+def test_a_model_is_spread_over_devices(device_map: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_text("A b B a ? A\n")
+    lens = ["lens", "toy:hop", "--prompt", "A b B a ? A"]
+    assert main(lens) == 0
+    alone = capsys.readouterr().out
+    assert main([*lens, "--device-map", device_map]) == 0 and capsys.readouterr().out == alone
+    asked = ["--prompts", str(tmp_path / "prompts.txt"), "--analysis", "stages", "--out", str(tmp_path / "run")]
+    assert main(["analyze", "toy:hop", *asked, "--device-map", device_map]) == 0
+
+
+def test_a_map_of_devices_reaches_the_model_in_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.txt").write_text("A b B a ? A\n")
+    prompts, out = ["--prompts", str(tmp_path / "p.txt")], ["--out", str(tmp_path / "out")]
+    for command, more in {
+        "lens": prompts,
+        "report": [*prompts, *out],
+        "compare": [*prompts, "--n-loops", "2,3"],
+        "analyze": [*prompts, "--analysis", "stages", *out],
+        "collect": [*prompts, "--sites", "resid_post", *out],
+        "paper": [*prompts, "--out", str(tmp_path / "paper")],
+        "explore": [],
+    }.items():
+        asked = [command, "toy:hop", *more, "--device-map"]
+        assert main([*asked, '{"": "cpu", "coree": 0}']) == 1
+        assert "device_map has 'coree', which is no part of this model" in capsys.readouterr().err
+        for wrong, says in (("even", "neither auto nor balanced"), ('{"": true}', "use --device")):
+            with pytest.raises(SystemExit):
+                main([*asked, wrong])
+            assert says in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            main([*asked, "auto", "--device", "cpu"])
+        assert "--device: not allowed with argument --device-map" in capsys.readouterr().err
+
+
+def test_a_map_of_parts_is_one_for_the_looped_model_alone() -> None:
+    for device_map, beside in (('{"core": 0}', {"device": "cpu"}), ("auto", {"device_map": "auto"})):
+        args = parser().parse_args(["paper", "MODEL", "--prompts", "P", "--out", "DIR", "--device-map", device_map])
+        assert devices_beside(args, "cpu") == beside
 
 
 def test_collect_writes_a_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoopedError
+from ._devices import add_devices, devices
 from ._files import read_prompt
 from ._parser import add_command
 from ._process import any_number_of_threads
@@ -43,7 +43,7 @@ def add(commands: Commands) -> None:
     about = "skip a prompt that fails and list it, or raise (default: skip)"
     parser.add_argument("--on-error", choices=("skip", "raise"), default="skip", help=about)
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--device", help="default: CUDA where there is one, of several that of the process")
+    add_devices(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             raise LoopedError(f"--set {text} was given; {name} has the settings {', '.join(known)}.")
         asked[name][key] = value
     texts = read_prompts(args.prompts, n=args.n, seed=args.seed)
-    model = looped_or_ordinary(args.checkpoint, revision=args.revision, device=args.device or own_device())
+    model = looped_or_ordinary(args.checkpoint, revision=args.revision, **devices(args))
     prompts = [read_prompt(model, prompt) if isinstance(prompt, str) else prompt for prompt in texts]
     options = {"shard": args.shard, "batch_size": args.batch_size, "on_error": args.on_error}
     found = analyze(asked, model, prompts, out=args.out, **options)
@@ -87,15 +87,6 @@ def written(out: Path, found: dict[str, Run]) -> int:
         for prompt, reason in run.failed:
             print(f"tl-looped: {name} left out prompt {prompt}: {reason}", file=sys.stderr)
     return int(any(run.result is None for run in found.values()))
-
-
-def own_device() -> str | None:
-    """The device of this process among those of its machine; None for the usual one."""
-    import torch
-
-    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
-    there = torch.cuda.device_count()
-    return f"cuda:{int(rank) % there}" if there > 1 and rank.isdigit() else None
 
 
 def _setting(text: str) -> tuple[str, str, Any]:

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._devices import add_devices, devices
 from ._files import read_prompt
 from ._parser import add_command
-from .analyze import PROMPTS, own_device
+from .analyze import PROMPTS
 
 if TYPE_CHECKING:
     from ._parser import Commands
@@ -42,7 +43,7 @@ def add(commands: Commands) -> None:
     about = "skip a prompt that fails and note it, or raise (default: raise)"
     parser.add_argument("--on-error", choices=("skip", "raise"), default="raise", help=about)
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--device", help="default: CUDA where there is one, of several that of the process")
+    add_devices(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,8 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     loops = args.loops if args.loops in ("all", "last") else _indices("--loops", args.loops)
     texts = read_prompts(args.prompts, n=args.n, seed=args.seed)
-    device = args.device or own_device()
-    model = LoopedBridge.from_pretrained(args.checkpoint, revision=args.revision, device=device)
+    model = LoopedBridge.from_pretrained(args.checkpoint, revision=args.revision, **devices(args))
     store = collect(
         model,
         [read_prompt(model, prompt) if isinstance(prompt, str) else prompt for prompt in texts],

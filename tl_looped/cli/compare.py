@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import LoopedError
+from ._devices import add_devices, devices
 from ._files import check_writable, prompts_in, read_prompt
 from ._parser import add_command, token_ids
 
@@ -37,7 +38,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--n-loops", metavar="N or N,M", type=_counts, help="how often to loop, for both or each")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="also write every (side, loop) as a table")
-    parser.add_argument("--device", help="default: CUDA where there is one")
+    add_devices(parser)
     parser.epilog = f"{parser.epilog}. Where a checkpoint has no tokenizer, prompts are token ids such as 5,17,3."
 
 
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from ..bridge.looped_bridge import LoopedBridge
 
     names = [args.checkpoint] if args.other is None else [args.checkpoint, args.other]
-    models = {name: LoopedBridge.from_pretrained(name, device=args.device) for name in names}
+    models = {name: LoopedBridge.from_pretrained(name, **devices(args)) for name in names}
     first, *_, last = [*models.values()] * 2
     answers = args.answer
     if answers is not None and first.tokenizer is None:

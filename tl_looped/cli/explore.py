@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ..errors import LoopedError
+from ._devices import add_devices, devices
 from ._parser import add_command
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--port", type=int, default=0, help="of 127.0.0.1 (default: a free one)")
     parser.add_argument("--no-browser", action="store_true", help="print the address and open nothing")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--device", help="default: CUDA where there is one")
+    add_devices(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from ..bridge.looped_bridge import LoopedBridge
     from ..explorer import Session
 
-    model = LoopedBridge.from_pretrained(args.checkpoint, revision=args.revision, device=args.device)
+    model = LoopedBridge.from_pretrained(args.checkpoint, revision=args.revision, **devices(args))
     session = Session(model)
     state = {"prompt": args.prompt, "other": args.other, "loops": args.n_loops}
     state = {name: value for name, value in state.items() if value is not None}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._words import aligned
 from .._writing import write_text
+from ._devices import add_devices, devices
 from ._files import check_writable, prompts_in, read_prompt
 from ._parser import add_command, token_ids
 
@@ -33,7 +34,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--n-loops", metavar="N", type=int, help="how often to loop (default: what the checkpoint says)")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="also write every (prompt, loop) as a table")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--device", help="default: CUDA where there is one")
+    add_devices(parser)
     parser.add_old("--loops", "--n-loops")
 
 
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_writable(args.csv)
     texts = [args.prompt] if args.prompts is None else prompts_in(args.prompts)
-    model = LoopedBridge.from_pretrained(args.checkpoint, n_loops=args.n_loops, revision=args.revision, device=args.device)
+    model = LoopedBridge.from_pretrained(args.checkpoint, n_loops=args.n_loops, revision=args.revision, **devices(args))
     prompts = [read_prompt(model, text) for text in texts] if args.tokens is None else [torch.tensor([args.tokens])]
     asked: Any = [one if isinstance(one, str) else one[0] for one in prompts]
     found = model.answers(asked, top_k=args.top_k)

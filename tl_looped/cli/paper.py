@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ._devices import add_devices, devices, devices_beside
 from ._files import read_prompt
 from ._parser import add_command
 from ._process import any_number_of_threads
-from .analyze import PROMPTS, own_device
+from .analyze import PROMPTS
 
 if TYPE_CHECKING:
     from ..paper import Paper
@@ -35,7 +36,7 @@ def add(commands: Commands) -> None:
     about = "measure so many prompts of equally many tokens together (default: 1)"
     parser.add_argument("--batch-size", metavar="N", type=int, default=1, help=about)
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--device", help="default: CUDA where there is one, of several that of the process")
+    add_devices(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,9 +50,10 @@ def run(args: argparse.Namespace) -> int:
 
     check_directory(args.out)
     given = read_prompts(args.prompts, n=args.n, seed=args.seed)
-    device = args.device or own_device()
-    model = LoopedBridge.from_pretrained(args.checkpoint, revision=args.revision, device=device)
-    twin = None if args.feed_forward is None else looped_or_ordinary(args.feed_forward, device=device)
+    model = LoopedBridge.from_pretrained(args.checkpoint, revision=args.revision, **devices(args))
+    twin = (
+        None if args.feed_forward is None else looped_or_ordinary(args.feed_forward, **devices_beside(args, model.cfg.device))
+    )
     prompts = [read_prompt(model, one) if isinstance(one, str) else one for one in given]
     options = {"shard": args.shard, "batch_size": args.batch_size}
     found = paper(model, prompts, out=args.out, n_loops=args.loops, feed_forward=twin, **options)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import LoopedError
+from ._devices import add_devices, devices
 from ._files import check_writable, prompts_in
 from ._parser import add_command, token_ids
 from ._process import INTERRUPTED
@@ -54,7 +55,7 @@ def add(commands: Commands) -> None:
         help="write every number of the page too (default: beside it)",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--device", help="default: CUDA where there is one")
+    add_devices(parser)
     parser.add_old("--loops", "--n-loops")
     parser.add_old("--corrupt", "--corrupted")
     parser.epilog = (
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     from ..bridge.looped_bridge import LoopedBridge
     from ..report import report
 
-    model = LoopedBridge.from_pretrained(args.checkpoint, revision=args.revision, device=args.device)
+    model = LoopedBridge.from_pretrained(args.checkpoint, revision=args.revision, **devices(args))
 
     def read(text: str) -> str | Tensor:
         if model.tokenizer is not None and not args.tokens:
