@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,34 +30,12 @@ from tl_looped.analysis import fixed_points
 from tl_looped.model import LoopedModel
 from tl_looped.patching import patch_sweep
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import published
+from published import twin
+
 GB = 1e9
-_RECURRENT: dict[str, Any] = {"injection": "concat", "initial_state": "noise"}
-CONFIGS = {
-    "Ouro-1.4B": LoopedConfig(
-        d_model=2048, n_heads=16, d_vocab=49152, d_mlp=5632, n_ctx=65536, rope_theta=1e6, n_core=24, n_loops=4, norm="sandwich",
-        pass_norm=True, final_norm=False, exit_gate=True, norm_eps=1e-6, family="ouro",
-    ),
-    "Huginn-3.5B": LoopedConfig(
-        d_model=5280, n_heads=55, d_vocab=65536, d_mlp=17920, n_ctx=4096, rope_theta=5e4, n_prelude=2, n_core=4, n_coda=2,
-        n_loops=32, norm="stream", after_loop="final_norm", rope_layout="pairs", tied=True, biases=("q", "k"), norm_eps=1e-6,
-        noise_std=0.0087, noise_scale=72.66, embed_scale=72.66, family="huginn", **_RECURRENT,
-    ),
-    "HRM-Text-1B": LoopedConfig(
-        d_model=1536, n_heads=12, d_vocab=65536, d_mlp=4096, n_ctx=4096, n_core=16, n_loops=2, l_cycles=3, norm_weight=False,
-        attn_gate=True, pass_norm=True, final_norm=False, injection="add", initial_state="learned", prefix_lm=True,
-        embed_scale=39.19, family="hrm_text",
-    ),
-    "Recurrent-Llama-1B": LoopedConfig(
-        d_model=2048, n_heads=32, n_kv_heads=8, d_head=64, d_vocab=128256, d_mlp=8192, n_ctx=4096, rope_theta=5e5, n_prelude=4,
-        n_core=6, n_coda=4, n_loops=32, noise_std=0.0087, family="retrofit", **_RECURRENT,
-    ),
-    "Dory-4B": LoopedConfig(
-        d_model=2560, n_heads=16, n_kv_heads=4, d_head=256, d_vocab=131072, d_mlp=7168, n_ctx=8192, n_prelude=8, n_core=20,
-        n_coda=8, n_loops=2, norm="sandwich", norm_kind="l2", norm_weight=False, inner_norm=True, residual="interpolate",
-        qk_norm="head", qk_norm_weight=False, query_gain=True, attn_gate=True, windows=(1024, 1024, 1024, None) * 9,
-        rope_theta=1e7, rope_theta_windowed=1e4, injection="add", prelude_norm=True, entry_norm=True, family="dory",
-    ),
-}  # fmt: skip
+CONFIGS = {name: published.read(name)[1] for name in published.CONFIGS}
 
 
 def small(cfg: LoopedConfig) -> LoopedConfig:
@@ -140,15 +119,6 @@ def random_model(cfg: LoopedConfig, device: torch.device, dtype: torch.dtype) ->
             value.fill_(0.05 if name.endswith("rate") else cfg.d_head if name.endswith("q_gain") else 1)  # Dory's, untrained
         model.set_parameter(name, nn.Parameter(value, requires_grad=False))
     return model.eval()
-
-
-def twin(model: LoopedModel, dtype: torch.dtype | None = None) -> LoopedModel:
-    """The same model, never touched by the bridge; with the same parameters, or with converted ones."""
-    with torch.device("meta"):
-        other = LoopedModel(model.cfg)
-    for name, p in model.canonical_parameters().items():
-        other.set_parameter(name, p if dtype is None else nn.Parameter(p.detach().to(dtype), requires_grad=False))
-    return other.eval()
 
 
 @torch.no_grad()
