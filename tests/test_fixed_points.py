@@ -13,7 +13,7 @@ from peak_memory import PeakMemory
 from zoo import FAMILIES, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
-from tl_looped.analysis import FixedPoints, fixed_points
+from tl_looped.analysis import FixedPoints, _streaming, fixed_points
 
 TOKENS = random_tokens()
 
@@ -173,7 +173,22 @@ def test_low_precision_is_measured_in_high() -> None:
     torch.testing.assert_close(found.distance["l2"].values, (x - x[-1]).norm(dim=-1).mean((2, 3)), rtol=1e-5, atol=1e-5)
 
 
-def test_128_loops_need_the_memory_of_a_few_activations_and_two_runs() -> None:
+@FAMILIES
+def test_one_run_and_two_runs_find_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge, runs, found = model(name), list[int](), list[FixedPoints]()
+    first = bridge.schedule.name(0, "hook_resid_pre")
+    for room, n_runs in ((_streaming.KEPT, 1), (0, 2), (3000, 2)):  # the last is used up in the middle of a run
+        monkeypatch.setattr(_streaming, "KEPT", room)
+        runs.clear()
+        with bridge.hooks([(first, lambda value, hook: runs.append(1))]):
+            found.append(run(bridge, patterns=True, stack=stacks(name)[-1]))
+        assert len(runs) == n_runs
+    frames = [result.to_dataframe() for result in found]
+    assert frames[0].equals(frames[1]) and frames[0].equals(frames[2])
+
+
+def test_128_loops_need_the_memory_of_a_few_activations_and_two_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_streaming, "KEPT", 0)  # as for a model whose loops are too large to be kept
     bridge, tokens = deep_loop(), random_tokens(2, 32)
     runs: list[int] = []
     with PeakMemory(bridge) as peak, bridge.hooks([("loops.*.blocks.0.hook_resid_pre", lambda value, hook: runs.append(1))]):

@@ -14,7 +14,14 @@ from peak_memory import PeakMemory
 from zoo import FAMILIES, random_tokens
 
 from tl_looped import LoopedError
-from tl_looped.analysis import BehaviourRule, LimitingBehaviour, TokenBehaviour, limiting_behaviour, path_independence
+from tl_looped.analysis import (
+    BehaviourRule,
+    LimitingBehaviour,
+    TokenBehaviour,
+    _streaming,
+    limiting_behaviour,
+    path_independence,
+)
 from tl_looped.analysis.limiting_behaviour import LABELS
 
 TOKENS = random_tokens()
@@ -184,7 +191,8 @@ def test_families_without_a_random_state_take_tensors_only() -> None:
         path_independence(model("huginn"), TOKENS, initial_states=[1], n_loops=None, rule=RULE, verbose=False)
 
 
-def test_128_loops_need_the_memory_of_a_few_activations() -> None:
+def test_128_loops_need_the_memory_of_a_few_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_streaming, "KEPT", 0)  # as for a model whose loops are too large to be kept
     bridge, tokens = deep_loop(), random_tokens(2, 32)
     with PeakMemory(bridge) as peak:
         found = limiting_behaviour(bridge, tokens, verbose=False)

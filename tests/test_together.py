@@ -21,13 +21,16 @@ from tl_looped.analysis.state_similarity import StateSimilarityMeasure
 TOKENS = random_tokens(2, 5)
 
 
-def test_measures_of_one_run_find_what_each_finds_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", [True, False])
+def test_measures_of_one_run_find_what_each_finds_alone(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     deep = model("huginn").unroll(24)
     fixed = FixedPointsMeasure(24, "token", True, None, "core", None)
     behaviour = LimitingBehaviourMeasure(BehaviourRule(), 6, 24, 0.1, False, "core", None)
     stages = InferenceStagesMeasure(0.3, False, "nats", None, None)
     alone = {"fixed": fixed(deep, TOKENS), "behaviour": behaviour(deep, TOKENS), "stages": stages(deep, TOKENS)}
     runs, visit = list[Any](), _streaming.visit
+    if not kept:
+        monkeypatch.setattr(_streaming, "KEPT", 0)
     monkeypatch.setattr(_streaming, "visit", lambda *args, **settings: (runs.append(settings), visit(*args, **settings))[1])
     plans: dict[str, Any] = {
         "fixed": fixed.plan(deep),
@@ -35,7 +38,7 @@ def test_measures_of_one_run_find_what_each_finds_alone(monkeypatch: pytest.Monk
         "stages": stages.plan(deep, TOKENS),
     }
     found, refused = _streaming.together(deep, TOKENS, plans)
-    assert len(runs) == 2 and refused == {} and found.keys() == alone.keys()
+    assert len(runs) == (1 if kept else 2) and refused == {} and found.keys() == alone.keys()
     assert all(same(found[name], alone[name]) for name in alone)
 
 

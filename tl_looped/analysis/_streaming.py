@@ -19,6 +19,7 @@ from ..schedule import Indices, Pass, Schedule, select_indices
 Key = TypeVar("Key", bound=Hashable)
 Found = TypeVar("Found")
 At = tuple[int, int]  # loop and layer
+KEPT = 2**28  # bytes of the activations of all loops that are kept, rather than the batch run again
 
 
 class Look(NamedTuple):
@@ -146,20 +147,29 @@ def run_twice(
 ) -> Plan[dict[tuple[str, int], Tensor]]:
     """Show activations of every layer beside those of the loop before, then beside those of the last loop, which are returned.
 
-    The first run calls `step(hook, at, before, value)` in all shown loops but the first, and ends with the last loop in hand;
-    the second calls `measure(hook, at, value, end)` in all that are shown. So one loop of the activations is held.
+    The first run calls `step(hook, at, before, value)` in all shown loops but the first, and ends with the last loop in hand.
+    `measure(hook, at, value, end)` is called for all that are shown: from memory if they take no more than `KEPT` bytes, else
+    from a second run, so that one loop of the activations is held.
     """
     held: dict[tuple[str, int], Tensor] = {}
+    kept: dict[tuple[str, At], Tensor] = {}
+    room = 0 if isinstance(initial_state, torch.Generator) else KEPT  # the last run advances a generator
 
     def keys(passes: Sequence[Pass]) -> dict[str, tuple[str, At]]:
         return {name: (hook, at) for hook in hooks for name, at in layer_hooks(model.schedule, passes, hook).items()}
 
     def first(key: tuple[str, At], value: Tensor) -> None:
+        nonlocal room
         hook, at = key
         before = held.pop((hook, at[1]), None)
         if before is not None and at[0] <= shown[-1].loop:
             step(hook, at, before, value)
         held[hook, at[1]] = value
+        room -= value.nbytes
+        if room < 0:
+            kept.clear()
+        elif at[0] <= shown[-1].loop:
+            kept[key] = value
 
     def second(key: tuple[str, At], value: Tensor) -> None:
         hook, at = key
@@ -167,7 +177,11 @@ def run_twice(
 
     every = [*shown, *([] if last in shown else [last])]
     yield Look(keys(every), first, last.layers.stop, rehearsal(initial_state))
-    yield Look(keys(shown), second, shown[-1].layers.stop, initial_state)
+    if room >= 0:
+        for key, value in kept.items():
+            second(key, value)
+    else:
+        yield Look(keys(shown), second, shown[-1].layers.stop, initial_state)
     return held
 
 

@@ -215,8 +215,8 @@ def limiting_behaviour(
     and call more than 0.6677 a rotation.) Steps to settle count to the first loop whose step is shorter than `settle` in the
     units of the stream, their 0.1 for Huginn; choose it anew for a model of another scale.
 
-    Each batch is run twice, first for the steps and the last loop's states. Beside the run, four loops of residual streams are
-    held (one of them and three sums for the transform), and one cosine per token, layer and loop.
+    Each batch is run twice, first for the steps and the last loop's states; or once, if the streams of all loops take 256 MB
+    or less. Else four loops of them are held (one and three sums for the transform), and one cosine per token, layer and loop.
 
     Args:
         model: the model. Hooks on it act on the runs, if it has `n_loops` loops itself.

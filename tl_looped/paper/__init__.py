@@ -127,19 +127,17 @@ def paper(
     n_loops, notes = _depth(model, n_loops)
     _claim(place, _asked(model, given, n_loops, feed_forward is not None, notes))
 
-    steps = ["prompts", "paths", *["layouts"] * (n_loops >= N_INIT), *["feed_forward"] * (feed_forward is not None)]
-
-    def over(name: str, measure: Any, of: Hooked, items: list[Any], size: int = 1) -> None:
-        if verbose:
-            print(f"Step {steps.index(name) + 1} of {len(steps)}: {name}; the minutes are of this step.", file=sys.stderr)
-        analyze({name: measure}, of, items, out=place / "parts" / name, shard=shard, batch_size=size, verbose=verbose)
-
-    over("prompts", OfPrompt(n_loops), model, given, batch_size)
-    over("paths", OfPath(min(PATH, n_loops)), model, followed(model, given))
+    steps: dict[str, tuple[Any, Hooked, list[Any], int]]
+    steps = {"paths": (OfPath(min(PATH, n_loops)), model, followed(model, given), 1)}
     if n_loops >= N_INIT:
-        over("layouts", OfSeed(n_loops), model, [*INIT_SEEDS])
+        steps["layouts"] = (OfSeed(n_loops), model, [*INIT_SEEDS], 1)
     if feed_forward is not None:
-        over("feed_forward", OfTwin(), feed_forward, given, batch_size)
+        steps["feed_forward"] = (OfTwin(), feed_forward, given, batch_size)
+    steps["prompts"] = (OfPrompt(n_loops), model, given, batch_size)  # last, as it takes longest: its minutes are those of all
+    for number, (name, (measure, of, items, size)) in enumerate(steps.items(), 1):
+        if verbose:
+            print(f"Step {number} of {len(steps)}: {name}", file=sys.stderr)
+        analyze({name: measure}, of, items, out=place / "parts" / name, shard=shard, batch_size=size, verbose=verbose)
     try:
         return finish(place)
     except _Unfinished:
