@@ -390,7 +390,8 @@ def at_depth(model: AnyLooped, n_loops: int | None, cut: bool = False) -> AnyLoo
 @contextmanager
 def unrolls_kept() -> Generator[None, None, None]:
     """While this lasts, `at_depth` unrolls a model to a depth once: 128 loops of 24 layers take seconds and half a gigabyte."""
-    token = _unrolls.set({})
+    kept = _unrolls.get()
+    token = _unrolls.set({} if kept is None else kept)
     try:
         yield
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +11,14 @@ from typing import Any
 from .._words import counted
 from .._writing import write_first, write_text
 from ..errors import LoopedError
-from ..looped import Hooked, Looped, check_model
+from ..looped import Hooked, Looped, check_model, unrolls_kept
 from ..results import load_result
 from ..results.saving import save_result, versions
-from ..runs import Run, analyze, merge
+from ..runs import Run, merge
+from ..runs.analyze import asked_of
 from ..runs.folder import MODEL, Weights
+from ..runs.job import Job, carry_out
+from ..runs.shares import Share
 from ..schedule import check_count
 from .drawn import About
 from .findings import Findings
@@ -127,17 +129,19 @@ def paper(
     n_loops, notes = _depth(model, n_loops)
     _claim(place, _asked(model, given, n_loops, feed_forward is not None, notes))
 
-    steps: dict[str, tuple[Any, Hooked, list[Any], int]]
-    steps = {"paths": (OfPath(min(PATH, n_loops)), model, followed(model, given), 1)}
-    if n_loops >= N_INIT:
-        steps["layouts"] = (OfSeed(n_loops), model, [*INIT_SEEDS], 1)
-    if feed_forward is not None:
-        steps["feed_forward"] = (OfTwin(), feed_forward, given, batch_size)
-    steps["prompts"] = (OfPrompt(n_loops), model, given, batch_size)  # last, as it takes longest: its minutes are those of all
-    for number, (name, (measure, of, items, size)) in enumerate(steps.items(), 1):
-        if verbose:
-            print(f"Step {number} of {len(steps)}: {name}", file=sys.stderr)
-        analyze({name: measure}, of, items, out=place / "parts" / name, shard=shard, batch_size=size, verbose=verbose)
+    size, share = check_count("batch_size", batch_size), Share.read(shard)
+    with unrolls_kept():
+
+        def job(name: str, measure: Any, of: Hooked, items: list[Any], size: int = 1) -> Job:
+            return Job(asked_of({name: measure}), of, items, place / "parts" / name, share, size)
+
+        jobs = [job("prompts", OfPrompt(n_loops), model, given, size)]
+        jobs.append(job("paths", OfPath(min(PATH, n_loops)), model, followed(model, given)))
+        if n_loops >= N_INIT:
+            jobs.append(job("layouts", OfSeed(n_loops), model, [*INIT_SEEDS]))
+        if feed_forward is not None:
+            jobs.append(job("feed_forward", OfTwin(), feed_forward, given, size))
+        carry_out(jobs, "paper", verbose=verbose)
     try:
         return finish(place)
     except _Unfinished:

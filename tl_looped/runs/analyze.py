@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._words import counted
 from ..errors import LoopedError, NoPromptsError
-from ..looped import Hooked, Looped, check_model, unrolls_kept
-from ..results.saving import versions
+from ..looped import Hooked, check_model, unrolls_kept
 from ..schedule import check_count
-from .asked import described, digest, hooks_of
-from .driver import MISTAKES, measured
+from .asked import described
 from .folder import Folder
-from .progress import Progress
+from .job import Job, carry_out
 from .prompts import each_prompt
 from .shares import Share
 from .store import Asked, OnError, Run
-from .units import Batch, Unit, cut, share_of
 
 Analyses = str | Sequence[str] | Mapping[str, Mapping[str, Any] | Callable[..., Any] | Asked]
 
@@ -88,41 +82,12 @@ def analyze(
     measures, given = asked_of(analyses), list(each_prompt(prompts, "analyze"))
     if not given:
         raise LoopedError("analyze was asked of no prompts; pass at least one.")
-    share, folder = Share.read(shard), Folder(out)
+    share = Share.read(shard)
     with unrolls_kept():
         for measure in measures.values():
             _check(measure, model, given[0])
-        units = cut(model, given, check_count("batch_size", batch_size))
-        shared = {"model": str(getattr(model.cfg, "model_name", "")), "loops of the model": str(getattr(model, "n_loops", 1))}
-        shared |= {"weights": _weights(model), "hooks": hooks_of(cast(Looped, model)), "prompts": digest(given)}
-        shared |= {"n_prompts": str(len(given)), "batch_size": str(batch_size), "units": str(len(units)), **versions()}
-        claim = partial(folder.claim, shared, {name: _settings(measure) for name, measure in measures.items()})
-        claim()
-        if isinstance(model, Looped):
-            folder.keep_weights(model.fingerprint())
-        mine = {unit.index: unit for unit in share_of(units, share)}
-        keys = [(name, index) for index in mine for name in measures]  # all analyses of a unit, so that each is soon known
-        weights = {(name, index): mine[index].weight for name, index in keys}
-        what = ", ".join(measures) + (f" ({share}, told by {share.told_by})" if share.of > 1 else "")
-        while left := folder.left(keys):  # again what somebody removed meanwhile
-            progress = Progress(weights, left, what, verbose=verbose)
-            for name, index in left:
-                if folder.left([(name, index)]):
-                    progress.begin()
-                    folder.keep(name, index, _found(name, measures[name], model, mine[index], on_error == "skip", verbose))
-                progress.done((name, index))
-            claim()
-    every = [(name, unit.index) for name in measures for unit in units]
-    if missing := folder.left(every):
-        if verbose:
-            parts = f"{len(missing)} of {counted(len(every), 'part')}"
-            print(
-                f"{share} is done. {parts} of other shares are not there yet; who finishes last writes the results, "
-                "as tl-looped merge does.",
-                file=sys.stderr,
-            )
-        return None
-    return _written(folder, measures)
+        job = Job(measures, model, given, out, share, check_count("batch_size", batch_size), on_error == "skip")
+        return carry_out([job], ", ".join(measures), verbose=verbose)[0]
 
 
 def merge(out: str | Path) -> dict[str, Run]:
@@ -138,14 +103,7 @@ def merge(out: str | Path) -> dict[str, Run]:
         LoopedError: it is no directory of `analyze`; a part of it is not done.
     """
     folder = Folder(out)
-    return _written(folder, folder.names())
-
-
-def _written(folder: Folder, names: Iterable[str]) -> dict[str, Run]:
-    found = {name: folder.merge(name) for name in names}
-    for name, run in found.items():
-        folder.write(name, run)
-    return found
+    return folder.results(folder.names())
 
 
 def asked_of(analyses: Analyses) -> dict[str, Asked]:
@@ -195,55 +153,3 @@ def _check(measure: Asked, model: Hooked, prompt: Any) -> None:
         measure.analysis(model, [], **measure.arguments)
     except NoPromptsError:  # it looks at its settings first
         pass
-
-
-def _settings(measure: Asked) -> dict[str, str]:
-    """The settings of an analysis as text, with those that were left as they are."""
-    parameters = inspect.signature(measure.analysis).parameters.values()
-    settings = {p.name: p.default for p in parameters if p.default is not p.empty and p.name != "verbose"} | measure.settings
-    return {"analysis": described(measure.analysis), **{name: described(value) for name, value in settings.items()}}
-
-
-def _weights(model: Hooked) -> str:
-    """A digest of the weights."""
-    if isinstance(model, Looped):
-        found = model.fingerprint()
-        return digest([described(value) for value in getattr(found, "__dict__", {"": found}).values()])
-    module: Any = model
-    named = module.named_parameters() if isinstance(module, nn.Module) else ()
-    return digest([[name, parameter.detach()] for name, parameter in named])
-
-
-def _found(name: str, measure: Asked, model: Hooked, unit: Unit, skip: bool, verbose: bool) -> Run:
-    """What an analysis finds in a unit."""
-    result: Any = None
-    order: list[int] = []
-    failed: list[tuple[int, str]] = []
-    todo = [*unit.batches]
-    while todo:
-        batch = todo.pop(0)
-        try:
-            found = measured(measure, model, batch.value)
-        except MISTAKES as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise LoopedError(
-                f"{name} failed: {reason}. This is no matter of a prompt; mend the call and run again."
-            ) from error
-        except Exception as error:
-            if len(batch.prompts) > 1:  # one of them may be to blame
-                rows = zip(batch.prompts, batch.value.split(1), strict=True)
-                todo[:0] = [Batch((index,), row, row.numel()) for index, row in rows]
-                continue
-            index = min(batch.prompts)
-            if not skip:
-                raise LoopedError(
-                    f"{name} of prompt {index} failed: {error} What is done is kept. Mend the cause and run again, which goes "
-                    'on there, or leave such prompts out with on_error="skip".'
-                ) from error
-            if verbose:
-                print(f"{name}: prompt {index} is left out: {error}", file=sys.stderr)
-            failed.append((index, f"{type(error).__name__}: {error}"))
-        else:
-            result = found if result is None else result + found
-            order += batch.prompts
-    return Run(result, tuple(failed), len(unit.prompts), len(unit.prompts), {}, tuple(order))

@@ -152,6 +152,20 @@ class Folder:
             weights = Weights(load_result(self.path / MODEL))
         return _save(run, self.path / f"{name}.safetensors", weights)
 
+    def results(self, names: Iterable[str]) -> dict[str, Run]:
+        """The sums of several analyses, which are written.
+
+        Args:
+            names: which.
+
+        Raises:
+            LoopedError: not all of their units are there.
+        """
+        found = {name: self.merge(name) for name in names}
+        for name, run in found.items():
+            self.write(name, run)
+        return found
+
     def keep_weights(self, fingerprint: Any) -> None:
         """Keep what tells the weights of the model from others, for results to be compared with.
 

@@ -12,7 +12,7 @@ Key = tuple[str, int]  # an analysis and a unit
 
 
 class Progress:
-    """Learns what a token costs in every analysis, and tells from what is left how long it takes.
+    """Learns what a token costs in every analysis, and tells from what is left how long it takes, once all were seen.
 
     Args:
         weights: of all units, in tokens.
@@ -35,8 +35,10 @@ class Progress:
         self._weights, self._what, self._verbose, self._clock = weights, what, verbose, clock
         self._measured: dict[str, list[tuple[float, int]]] = defaultdict(list)  # seconds and tokens
         self._begun = clock()
-        self._shown = -1
+        self._shown = 0
         self._stream: TextIO = sys.stderr
+        if verbose:
+            print(f"{what}: begun", file=self._stream, flush=True)
 
     def begin(self) -> None:
         """A unit begins."""
@@ -50,21 +52,25 @@ class Progress:
         """
         self._measured[key[0]].append((self._clock() - self._begun, self._weights[key]))
         self.left.discard(key)
-        whole, left = sum(self._weights.values()), sum(self._weights[key] for key in self.left)
-        percent = 100 * (whole - left) // whole
-        if self._verbose and (percent > self._shown or not self.left):
+        if not self._verbose or not {name for name, _ in self.left} <= self._measured.keys():
+            return
+        whole, left = self._seconds(self._weights), self.seconds()
+        percent = int(100 * (1 - left / whole)) if self.left and whole else 100
+        if percent > self._shown:
             self._shown = percent
             end = "\r" if self._stream.isatty() and self.left else "\n"
             print(f"{self._what}: {percent:3d} % done, {self.minutes()} left", end=end, file=self._stream, flush=True)
 
     def seconds(self) -> float:
         """How long the rest takes."""
+        return self._seconds(self.left)
+
+    def _seconds(self, keys: Iterable[Key]) -> float:
         rates = {}
         for name, measured in self._measured.items():
             later = measured[1:] or measured  # the first is slower: memory is claimed, libraries make plans
             rates[name] = sum(seconds for seconds, _ in later) / max(1, sum(tokens for _, tokens in later))
-        usual = sum(rates.values()) / max(1, len(rates))
-        return sum(self._weights[key] * rates.get(key[0], usual) for key in self.left)
+        return sum(self._weights[key] * rates.get(key[0], 0.0) for key in keys)  # what was done before counts for nothing
 
     def minutes(self) -> str:
         """The same in words."""
