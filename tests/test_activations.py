@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader
 from zoo import FAMILIES, GOLDEN, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError, collect, exits, load_activations
-from tl_looped.activations import ActivationStore, collecting
+from tl_looped.activations import ActivationStore, Batch, collecting
 
 LENGTHS = (5, 3, 7, 3, 1)
 PROMPTS = [row[:n] for row, n in zip(random_tokens(5, 7), LENGTHS, strict=True)]
@@ -279,6 +280,46 @@ def test_orders_are_those_of_the_seed_and_no_order_is_preferred(stored: Activati
     assert orders(1, 3) == orders(1, 3) != orders(2, 3)
     counts = Counter(orders(0, 600))  # each of six orders 100 times, give or take 9
     assert len(counts) == 6 and all(60 < n < 140 for n in counts.values())
+
+
+def test_a_buffer_smaller_than_the_store_mixes_from_everywhere_and_reads_each_sample_once(stored: ActivationStore) -> None:
+    pairs = stored.select("resid_post", prompts=slice(1, None), positions=slice(1, None)).next_loop()  # rows with gaps
+    sizes = {"batch_size": 50, "buffer_bytes": 20_000}  # windows of 150 samples of 64 bytes
+
+    def read(epochs: int | None = 1, **settings: Any) -> list[Batch]:
+        return list(islice(pairs.batches(**sizes, epochs=epochs, **settings), 100))
+
+    def places(batches: list[Batch]) -> list[tuple[int, ...]]:
+        return [
+            row for b in batches for row in zip(*(c.tolist() for c in (b.prompt, b.position, b.loop, b.layer)), strict=True)
+        ]
+
+    epochs = read(2, seed=4)
+    n = -(-len(pairs) // 50)
+    first, second = places(epochs[:n]), places(epochs[n:])
+    everything = {(p, q, t, layer) for p in range(1, 20) for q in range(1, 9) for t in (0, 1) for layer in (0, 1)}
+    for found in (first, second):
+        assert len(found) == len(pairs) and set(found) == everything
+    assert first != second and places(read(2, seed=4)) == first + second and places(read(seed=5)) != first
+    assert [len(b.prompt) for b in read(None, drop_last=True)] == [50] * 100
+    for b in epochs[:3]:  # a window has something of every shard
+        assert set(b.prompt.tolist()) >= {1, 19} and set(b.layer.tolist()) == {0, 1} == set(b.loop.tolist())
+    loader: Any = DataLoader(pairs.batches(**sizes, seed=4), batch_size=None, num_workers=2)
+    shared = list(loader)
+    assert len(shared) == n and Counter(places(shared)) == Counter(everything)
+    for b in (*epochs, *shared):
+        p, q, t, layer = places([b])[7]
+        for side in (0, 1):
+            assert torch.equal(b.values[7, side], stored.of_prompt(f"loops.{t + side}.blocks.{layer}.hook_resid_post", p)[q])
+
+
+def test_a_shard_that_ends_while_it_is_read_is_named(tmp_path: Path) -> None:
+    store = quiet(tiny(), PROMPTS, "resid_post", tmp_path)
+    batches = store.select("resid_post").batches(4)
+    path = store.shards[0].path
+    path.write_bytes(path.read_bytes()[:4000])
+    with pytest.raises(LoopedError, match=r"shard-000000.safetensors' is damaged: it ends \d+ bytes before"):
+        list(batches)
 
 
 def test_two_loops_of_a_token_stand_side_by_side(stored: ActivationStore) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import torch
 from jaxtyping import Int
@@ -13,6 +14,7 @@ from ..schedule import Indices, select_indices
 from .places import group_of
 from .record import Collection
 from .shards import Shard
+from .windows import Window, take
 
 
 class Part:
@@ -35,13 +37,15 @@ class Part:
         positions: Indices,
     ):
         self.shard: Shard = shard
-        self.columns: Tensor = torch.stack([shard.index(f"row.{name}") for name in ("prompt", "position", "token")])
+        columns = [shard.index(f"row.{name}") for name in ("prompt", "position", "token")]
+        self.columns: Tensor = torch.stack([*columns, torch.zeros_like(columns[0])], 1)  # of every row, and room for the kind
         chosen = self._chosen(prompts, positions)
         is_partial = {name for name in shard.tensors if name.startswith("index.rows.")}
         passes = [[f"rows.{group_of(collection.schedule, name)}" if is_partial else "" for name in side] for side in sides]
         self._ran: dict[str, Tensor] = {}  # by the passes that not all rows have run: whether each has
         for p in {p for side in passes for p in side if f"index.{p}" in is_partial}:
-            self._ran[p] = torch.zeros(self.columns.shape[1], dtype=torch.bool).index_fill(0, shard.index(p).long(), True)
+            self._ran[p] = torch.zeros(len(self.columns), dtype=torch.bool).index_fill(0, shard.index(p).long(), True)
+        self._at: dict[str, Tensor] = {p: ran.cumsum(0) - 1 for p, ran in self._ran.items()}  # and where it lies then
         known: dict[tuple[str, ...], int] = {}
         self._kept: list[Tensor] = []
         which = list[int]()
@@ -60,7 +64,7 @@ class Part:
         self._passes: list[list[str]] = passes
 
     def _chosen(self, prompts: Tensor | None, positions: Indices) -> Tensor:
-        owner, position, _ = self.columns
+        owner, position = self.columns[:, 0], self.columns[:, 1]
         chosen = torch.ones(len(owner), dtype=torch.bool)
         if prompts is not None:
             chosen = torch.isin(owner, prompts)
@@ -106,5 +110,22 @@ class Part:
             for k in kind.unique().tolist():
                 if (p := self._passes[k][side]) in self._ran:
                     mine = kind == k
-                    at[mine] = self._ran[p].long().cumsum(0)[rows[mine]] - 1
+                    at[mine] = self._at[p][rows[mine]]
         self.shard.gather(self._starts[:, side][kind] + at * into.shape[1], into)
+
+    def read(self, file: BinaryIO, kind: int, start: int, window: Window, into: slice) -> None:
+        """Read samples of one kind that follow each other.
+
+        Args:
+            file: the shard, open without a buffer.
+            kind: which kind.
+            start: the first of its samples.
+            window: where they are written.
+            into: which places of it.
+        """
+        rows = self._kept[int(self._which[kind])][start : start + into.stop - into.start]
+        window.columns[into] = take(self.columns, rows)
+        window.columns[into, 3] = kind
+        for side, p in enumerate(self._passes[kind]):
+            at = self._at[p][rows] if p in self._at else rows
+            self.shard.read(file, int(self._starts[kind, side]), at, window.values[into, side])

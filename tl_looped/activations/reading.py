@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import count
+from itertools import count, groupby
 from math import prod
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from .parts import Part
 from .places import where
 from .record import Collection
 from .shards import Shard
+from .windows import BLOCK, Mixed, Range, Window, take, windows
 
 
 class Batch(NamedTuple):
@@ -78,6 +79,11 @@ class Activations(Dataset[Batch]):
             found = ", ".join(f"{name} {list(shape)}" for name, shape in list(shapes.items())[:3])
             raise LoopedError(f"activations of different shapes were asked as one data set: {found}; select them one by one.")
         self.shape: tuple[int, ...] = next(iter(shapes.values()))
+
+    @property
+    def _sample_bytes(self) -> int:
+        """How large a sample is."""
+        return max(1, len(self.sides[0]) * prod(self.shape) * self.collection.dtype.itemsize)
 
     @property
     def names(self) -> list[str]:
@@ -141,13 +147,21 @@ class Activations(Dataset[Batch]):
         return [Batch(*row) for row in zip(*batch, strict=True)]
 
     def batches(
-        self, batch_size: int, *, shuffle: bool = True, seed: int = 0, epochs: int | None = 1, drop_last: bool = False
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        epochs: int | None = 1,
+        drop_last: bool = False,
+        buffer_bytes: int = 2**28,
     ) -> Batches:
         """The samples in batches, once each; an iterator, and a data set for `DataLoader(..., batch_size=None, num_workers=n)`.
 
-        Shuffled is every sample in an order that is drawn uniformly from all orders of all samples (`torch.randperm`): across
-        shards, prompts, loops and layers alike, and another one in every epoch. The order takes 4 bytes a sample. Not shuffled
-        is the order of the files: shard by shard, activation by activation, token by token.
+        Shuffled, blocks of half a megabyte are read from all of the files in random order into one half of a buffer, and the
+        batches drawn from the other half in random order: across shards, prompts, loops and layers alike, and otherwise in
+        every epoch. The order of samples that fit into half of the buffer is drawn uniformly from all orders. Not shuffled is
+        the order of the files: shard by shard, activation by activation, token by token.
 
         Args:
             batch_size: how many samples.
@@ -155,8 +169,10 @@ class Activations(Dataset[Batch]):
             seed: of the order.
             epochs: how often; None for ever.
             drop_last: leave out a last batch that is smaller.
+            buffer_bytes: of every process that reads, for samples that are shuffled; it holds two batches at least.
         """
-        return Batches(self, check_count("batch_size", batch_size), shuffle, seed, epochs, drop_last)
+        size = check_count("batch_size", batch_size)
+        return Batches(self, size, shuffle, seed, epochs, drop_last, check_count("buffer_bytes", buffer_bytes))
 
     def tensors(
         self,
@@ -198,6 +214,10 @@ class Activations(Dataset[Batch]):
         return self._counts.cumsum(0)
 
     @cached_property
+    def _end_list(self) -> list[int]:
+        return self._ends.tolist()
+
+    @cached_property
     def _places(self) -> Tensor:
         """Loop and layer of every kind of sample."""
         at = [where(self.collection.schedule, name) for name in self.names]
@@ -220,7 +240,10 @@ class Activations(Dataset[Batch]):
             start: the first.
             stop: the one after the last.
         """
-        return self._read(torch.arange(start, min(stop, len(self))))
+        stop = min(stop, len(self))
+        window = self._window(stop - start)
+        self._fill(window, [(start, stop)])
+        return self._batch(window.values, window.columns)
 
     def _read(self, samples: Tensor) -> Batch:
         """Some samples, in ascending order."""
@@ -228,25 +251,60 @@ class Activations(Dataset[Batch]):
         at, kind = samples - (self._ends - self._counts)[cells], self._kinds[cells]
         n, n_sides, width = len(samples), len(self.sides[0]), prod(self.shape)
         values = torch.empty(n, n_sides, width, dtype=self.collection.dtype)
-        columns = torch.empty(3, n, dtype=torch.int32)
+        columns = torch.empty(n, 4, dtype=torch.int32)
         cuts = torch.searchsorted(samples, self._ends[len(self.sides) - 1 :: len(self.sides)].contiguous()).tolist()
         for part, first, last in zip(self._parts, [0, *cuts], cuts, strict=False):
             if first < last:
                 mine, rows = kind[first:last], part.rows(kind[first:last], at[first:last])
-                torch.index_select(part.columns, 1, rows, out=columns[:, first:last])
+                columns[first:last] = take(part.columns, rows)
                 for side in range(n_sides):
                     part.gather(side, mine, rows, values[first:last, side])
-        shape = self.shape if n_sides == 1 else (n_sides, *self.shape)
-        prompt, position, token = columns.unbind(0)
-        loop, layer = self._places.index_select(0, kind).unbind(1)
-        return Batch(values.view(n, *shape), prompt, position, token, loop, layer, kind)
+        columns[:, 3] = kind
+        return self._batch(values, columns)
+
+    def _batch(self, values: Tensor, columns: Tensor) -> Batch:
+        """A batch of [sample, side, width], and prompt, position, token and kind of each."""
+        shape = self.shape if values.shape[1] == 1 else (values.shape[1], *self.shape)
+        prompt, position, token, kind = columns.unbind(1)
+        loop, layer = take(self._places, kind).unbind(1)
+        return Batch(values.view(len(values), *shape), prompt, position, token, loop, layer, kind.long())
+
+    def _window(self, n_samples: int) -> Window:
+        """Room for samples."""
+        return Window(n_samples, len(self.sides[0]), prod(self.shape), self.collection.dtype)
+
+    def _fill(self, window: Window, ranges: Sequence[Range]) -> None:
+        """Read samples into a window.
+
+        Args:
+            window: where they are written, one after the other.
+            ranges: which ones, ascending.
+        """
+        done = 0
+        for number, pieces in groupby(self._pieces(ranges), lambda piece: piece[0] // len(self.sides)):
+            part = self._parts[number]
+            with part.shard.path.open("rb", buffering=0) as file:
+                for cell, first, n in pieces:
+                    part.read(file, cell % len(self.sides), first, window, slice(done, done + n))
+                    done += n
+
+    def _pieces(self, ranges: Sequence[Range]) -> Iterator[tuple[int, int, int]]:
+        """Samples of one shard and kind: which of those, the first sample of it, and how many."""
+        ends = self._end_list
+        for start, stop in ranges:
+            cell = bisect_right(ends, start)
+            while start < stop:
+                n = min(stop, ends[cell]) - start
+                if n:
+                    yield cell, start - (ends[cell - 1] if cell else 0), n
+                cell, start = cell + 1, start + n
 
     @cached_property
     def _kinds(self) -> Tensor:
         return torch.arange(len(self.sides)).repeat(len(self.shards))
 
     def __getstate__(self) -> dict[str, object]:
-        known = ("_parts", "_counts", "_ends", "_places", "_kinds")
+        known = ("_parts", "_counts", "_ends", "_end_list", "_places", "_kinds")
         return {name: value for name, value in self.__dict__.items() if name not in known}  # another process reads its own
 
 
@@ -260,15 +318,26 @@ class Batches(IterableDataset[Batch]):
         seed: of the order.
         epochs: how often; None for ever.
         drop_last: leave out a last batch that is smaller.
+        buffer_bytes: for samples that are shuffled.
     """
 
-    def __init__(self, samples: Activations, batch_size: int, shuffle: bool, seed: int, epochs: int | None, drop_last: bool):
+    def __init__(
+        self,
+        samples: Activations,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        epochs: int | None,
+        drop_last: bool,
+        buffer_bytes: int,
+    ):
         self.samples: Activations = samples
         self.batch_size: int = batch_size
         self.shuffle: bool = shuffle
         self.seed: int = seed
         self.epochs: int | None = epochs
         self.drop_last: bool = drop_last
+        self.buffer_bytes: int = buffer_bytes
         if drop_last and epochs is None and len(samples) < batch_size:
             raise LoopedError(f"batches of {batch_size} were asked without end, but there are {len(samples)} samples.")
         self._going: Iterator[Batch] | None = None
@@ -292,15 +361,28 @@ class Batches(IterableDataset[Batch]):
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         n = len(self.samples)
         last = n - n % self.batch_size if self.drop_last else n
-        for epoch in count() if self.epochs is None else range(self.epochs):
-            order = shuffled(n, self.seed, epoch) if self.shuffle else None
+        if self.shuffle:
+            share = -(-last // (step * self.batch_size)) * self.batch_size
+            yield from self._mixed(first * share, min((first + 1) * share, last))
+            return
+        for _ in self._epochs():
             for at in range(first * self.batch_size, last, step * self.batch_size):
-                stop = min(at + self.batch_size, last)
-                yield self.samples.read_range(at, stop) if order is None else self.samples.read(order[at:stop].long())
+                yield self.samples.read_range(at, min(at + self.batch_size, last))
 
+    def _epochs(self) -> Iterable[int]:
+        return count() if self.epochs is None else range(self.epochs)
 
-def shuffled(n: int, seed: int, epoch: int) -> Int[Tensor, " n"]:
-    """The numbers below `n` in an order that is drawn uniformly from all orders."""
-    mixed = int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:8], "little") >> 1
-    generator = torch.Generator("cpu").manual_seed(mixed)
-    return torch.randperm(n, generator=generator, dtype=torch.int32 if n < 2**31 else torch.int64)
+    def _mixed(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of samples from one place of the order of every epoch to another."""
+        samples, of_sample = self.samples, self.samples._sample_bytes
+        size = max(1, self.buffer_bytes // (2 * of_sample * self.batch_size)) * self.batch_size
+
+        def asked() -> Iterator[tuple[Mixed, int, int]]:
+            for epoch in self._epochs() if start < stop else ():
+                order = Mixed(len(samples), BLOCK // of_sample, self.seed, epoch)
+                yield from ((order, at, min(at + size, stop)) for at in range(start, stop, size))
+
+        rooms = [samples._window(min(size, stop - start)) for _ in range(2 if start < stop else 0)]
+        for window, order in windows(rooms, asked(), samples._fill):
+            for at in order.split(self.batch_size):
+                yield samples._batch(*window.picked(at))

@@ -9,13 +9,14 @@ from contextlib import contextmanager, suppress
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from .._writing import draft_of
 from ..errors import LoopedError
+from .windows import take
 
 DTYPES = {
     torch.float64: "F64",
@@ -28,6 +29,7 @@ DTYPES = {
 }
 BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 INDEX = "index."  # what the names of tensors begin with that are no activations
+SPARSE = 8  # rows that are further apart are read one by one
 _LINE = 64  # where data begin is a multiple of it
 _PIECE = 2**23  # bytes that are moved at once
 _WIDEST = 2**62  # no size or offset is longer in the header
@@ -246,6 +248,35 @@ class Shard:
         """
         elements, width = self._elements(into.dtype), into.shape[1]
         torch.index_select(elements.as_strided((len(elements) - width + 1, width), (1, 1)), 0, starts, out=into)
+
+    def read(self, file: BinaryIO, start: int, rows: Tensor, into: Tensor) -> None:
+        """Read rows of one activation, from the file where they lie close together.
+
+        Args:
+            file: this one, open without a buffer.
+            start: where the activation begins, from `first`.
+            rows: which ones, ascending.
+            into: where they are written, [row, width].
+        """
+        width, first = into.shape[1], int(rows[0])
+        span = int(rows[-1]) + 1 - first
+        if span > SPARSE * len(rows):
+            self.gather(start + rows.long() * width, into)
+            return
+        room = into if span == len(rows) and into.is_contiguous() else into.new_empty(span, width)
+        self._read_into(file, (start + first * width) * into.dtype.itemsize, room)
+        if room is not into:
+            into.copy_(room if span == len(rows) else take(room, rows - first))
+
+    def _read_into(self, file: BinaryIO, at: int, into: Tensor) -> None:
+        content: Any = into.view(-1).view(torch.uint8).numpy()
+        left = memoryview(content)
+        file.seek(at)
+        while left:
+            n = file.readinto(left)  # pyright: ignore[reportAttributeAccessIssue]
+            if not n:
+                raise LoopedError(f"{str(self.path)!r} is damaged: it ends {len(left)} bytes before its activations do.")
+            left = left[n:]
 
     def first(self, name: str) -> int:
         """Where the rows of an activation begin, in numbers from the beginning of the file."""
