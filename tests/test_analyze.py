@@ -280,6 +280,25 @@ def test_the_minutes_left_are_learned_from_the_first_tenth() -> None:
             assert abs(progress.seconds() - left) <= 0.01 * left + 1e-6
 
 
+def test_the_minutes_left_are_told_once_every_measure_was_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    now, weights = [0.0], {(name, unit): 10 for name in "ab" for unit in range(3)}
+    progress = Progress(weights, weights, "both", clock=lambda: now[0])
+    for key, seconds in ((("a", 0), 60), (("b", 0), 600), (("a", 1), 60), (("b", 1), 600)):
+        now[0] += 1000  # of other work
+        progress.begin()
+        now[0] += seconds
+        progress.done(key)
+    progress.drop(("b", 2))  # another process has done it
+    assert progress.seconds() == pytest.approx(60)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "both: 1 of 2 measures begun",
+        "both:  33 % done, 22 minutes left",
+        "both:  36 % done, 21 minutes left",
+        "both:  66 % done, 11.0 minutes left",
+    ]
+
+
 def test_a_full_disk_keeps_what_is_done(model: LoopedBridge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written, fsync = [0], os.fsync
 

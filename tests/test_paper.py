@@ -177,7 +177,8 @@ def test_the_command_writes_a_directory(tmp_path: Path, capsys: pytest.CaptureFi
     asked = ["paper", "toy:text", "--prompts", str(tmp_path / "prompts.txt"), "--loops", "4", "--out", str(tmp_path / "out")]
     assert main([*asked, *twin]) == 0
     printed = capsys.readouterr()
-    assert printed.err.startswith("paper: begun\npaper:") and "paper: 100 % done, 0.00 minutes left" in printed.err
+    assert printed.err.startswith("paper: 1 of 3 measures begun\npaper: 2 of 3")
+    assert "paper: 100 % done, 0.00 minutes left" in printed.err
     assert printed.out.strip() == str((tmp_path / "out" / "index.html").resolve()) and "Figure 10" in printed.err
     page = (tmp_path / "out" / "index.html").read_text()
     assert "Correlation of a pass with the feed-forward model" in page and "over 2 prompts" in page

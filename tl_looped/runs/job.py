@@ -122,9 +122,11 @@ def carry_out(jobs: Sequence[Job], what: str, *, verbose: bool) -> list[dict[str
             left.sort(key=lambda one: one[0] not in firsts)
             progress = Progress(weights, [key for key, _ in left], what, verbose=verbose)
             for key, job in left:
-                if job.left([key]):
-                    progress.begin()
-                    job.measure(key, verbose)
+                if not job.left([key]):
+                    progress.drop(key)
+                    continue
+                progress.begin()
+                job.measure(key, verbose)
                 progress.done(key)
             for job in jobs:
                 job.claim()

@@ -37,8 +37,6 @@ class Progress:
         self._begun = clock()
         self._shown = 0
         self._stream: TextIO = sys.stderr
-        if verbose:
-            print(f"{what}: begun", file=self._stream, flush=True)
 
     def begin(self) -> None:
         """A unit begins."""
@@ -52,7 +50,12 @@ class Progress:
         """
         self._measured[key[0]].append((self._clock() - self._begun, self._weights[key]))
         self.left.discard(key)
-        if not self._verbose or not {name for name, _ in self.left} <= self._measured.keys():
+        if not self._verbose:
+            return
+        names = {name for name, _ in self.left} | self._measured.keys()
+        if not names <= self._measured.keys():
+            if len(self._measured[key[0]]) == 1:
+                print(f"{self._what}: {len(self._measured)} of {len(names)} measures begun", file=self._stream, flush=True)
             return
         whole, left = self._seconds(self._weights), self.seconds()
         percent = int(100 * (1 - left / whole)) if self.left and whole else 100
@@ -60,6 +63,14 @@ class Progress:
             self._shown = percent
             end = "\r" if self._stream.isatty() and self.left else "\n"
             print(f"{self._what}: {percent:3d} % done, {self.minutes()} left", end=end, file=self._stream, flush=True)
+
+    def drop(self, key: Key) -> None:
+        """Another process has done a unit.
+
+        Args:
+            key: which.
+        """
+        self.left.discard(key)
 
     def seconds(self) -> float:
         """How long the rest takes."""
