@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -333,3 +334,135 @@ class ParallelBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
         return x + self.memory(y) + self.mixer(y)
+
+
+class Handing(nn.Module):
+    """Loops over two layers that are given something before their stream, or return something before it."""
+
+    takes: int | None = 0  # where in its arguments a layer is given its stream
+    gives: int | str | None = None  # where in what it returns the stream is
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.encoder, self.layers = nn.Embedding(VOCAB, D), Block(), nn.ModuleList([self.layer() for _ in range(2)])
+        self.norm, self.out = nn.LayerNorm(D), nn.Linear(D, VOCAB)
+
+    def layer(self) -> nn.Module:
+        raise NotImplementedError
+
+    def given(self, x: Tensor, beside: Any) -> tuple[Any, ...]:
+        return (beside, x)
+
+    def beside(self, tokens: Tensor) -> Any:
+        return None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, beside = self.emb(tokens), self.beside(tokens)
+        for _ in range(3):
+            for layer in self.layers:
+                x = self.stream(layer(*self.given(x, beside)))
+        return self.out(self.norm(x))
+
+    def stream(self, returned: Any) -> Tensor:
+        if self.gives is None:
+            return returned
+        return getattr(returned, self.gives) if isinstance(self.gives, str) else returned[self.gives]
+
+
+class MaskedLayer(Block):
+    """Takes a mask of numbers first."""
+
+    def forward(self, mask: Tensor, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x = x + self.attn(self.ln_1(x)) + mask.exp() @ x
+        return x + self.mlp(self.ln_2(x))
+
+
+class MaskFirst(Handing):
+    """A mask of numbers [1, query, key] comes first."""
+
+    takes, layer = 1, MaskedLayer
+
+    def beside(self, tokens: Tensor) -> Tensor:
+        return torch.full((1, tokens.shape[1], tokens.shape[1]), -torch.inf).triu(1)
+
+
+class RotaryLayer(Block):
+    """Takes angles first."""
+
+    def forward(self, angles: tuple[Tensor, Tensor], x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        cos, sin = angles
+        y = self.ln_1(x)
+        x = x + self.attn(y * cos + y.roll(1, -1) * sin)
+        return x + self.mlp(self.ln_2(x))
+
+
+class TableFirst(Handing):
+    """Cosines and sines [1, pos, width] come first, in a tuple, computed anew for every layer."""
+
+    takes, layer = 1, RotaryLayer
+
+    def given(self, x: Tensor, beside: Any) -> tuple[Any, ...]:
+        angles = torch.arange(x.shape[1])[:, None] * torch.linspace(0.1, 1.0, D)
+        return ((angles.cos()[None], angles.sin()[None]), x)
+
+
+class CrossLayer(Block):
+    """Takes a memory first."""
+
+    def forward(self, memory: Tensor, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x = x + self.attn(self.ln_1(x)) + torch.softmax(x @ memory.mT, -1) @ memory
+        return x + self.mlp(self.ln_2(x))
+
+
+class MemoryFirst(Handing):
+    """What an encoder of the same width returns comes first."""
+
+    takes, layer = 1, CrossLayer
+
+    def beside(self, tokens: Tensor) -> Tensor:
+        return self.encoder(self.emb(tokens))
+
+
+@dataclass(frozen=True)
+class LayerOutput:
+    """What a layer returns."""
+
+    used: Tensor
+    hidden: Tensor
+
+
+class DescribingLayer(Block):
+    """Says what it used, and its state."""
+
+    def forward(self, x: Tensor) -> LayerOutput:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y = self.ln_1(x)
+        x = x + self.attn(y)
+        return LayerOutput(used=y, hidden=x + self.mlp(self.ln_2(x)))
+
+
+class DataclassOutput(Handing):
+    """Layers return a dataclass in which the stream is not the first of its shape."""
+
+    gives, layer = "hidden", DescribingLayer
+
+    def given(self, x: Tensor, beside: Any) -> tuple[Any, ...]:
+        return (x,)
+
+
+class TellingLayer(Block):
+    """Returns its attention, averaged over heads, before its stream."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y = self.ln_1(x)
+        pattern = (y @ y.mT / D**0.5 + torch.full((x.shape[1],) * 2, -torch.inf).triu(1)).softmax(-1)
+        x = x + pattern @ y
+        return pattern, x + self.mlp(self.ln_2(x))
+
+
+class AttentionFirst(Handing):
+    """Layers return (attention, stream)."""
+
+    gives, layer = 1, TellingLayer
+
+    def given(self, x: Tensor, beside: Any) -> tuple[Any, ...]:
+        return (x,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from ..running import Running, is_observed
 from ..schedule import Schedule, check_count
 from ..traced.depth import looping
 from ..traced.feed import Feed
+from ..traced.places import Place
 from ..traced.trace import Trace, check_module, trace
 from ..traced.watch import Watch
 from .hooking import without_leftovers
@@ -195,7 +196,8 @@ class HookedTrace(  # pyright: ignore[reportIncompatibleMethodOverride]
         else:
             stop = stop if stop_at_layer is None else plain(stop_at_layer)
             last = None if stop is None or stop == self.schedule.n_layers else self.schedule.layer(stop)
-            output = self._watched(partial(self._run, tokens, given), last)
+            entered = None if last is None else cast(Point, self.hook_dict[f"blocks.{last}.hook_in"]).place
+            output = self._watched(partial(self._run, tokens, given), entered)
             if last is not None:
                 return output
             logits = self.feed.logits(output, tokens.shape[:2])
@@ -208,7 +210,7 @@ class HookedTrace(  # pyright: ignore[reportIncompatibleMethodOverride]
         loss = lm_cross_entropy_loss(logits, tokens, mask, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
-    def _watched(self, run: Callable[[], Any], stop: int | None) -> Any:
+    def _watched(self, run: Callable[[], Any], stop: Place | None) -> Any:
         """What a run returns, in which the hooks act that there are."""
         for key in [key for key, point in self._hooked.items() if not is_observed(point)]:
             del self._hooked[key]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,26 @@ from torch import Tensor, nn
 UNKNOWN = -2
 # Names under which modules take and return their stream, which may stand behind masks and tables of angles.
 STREAMS = ("hidden_states", "last_hidden_state", "hidden", "x", "inputs", "input")
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A tensor of real numbers in what a module takes or returns.
+
+    Args:
+        at: the keys that lead to it.
+        tensor: the tensor.
+        version: how often it had been changed in place.
+    """
+
+    at: tuple[Any, ...]
+    tensor: Tensor
+    version: int
+
+    @property
+    def changed(self) -> bool:
+        """Whether it was changed in place later."""
+        return self.version == UNKNOWN or _version(self.tensor) != self.version
 
 
 @dataclass(eq=False)
@@ -23,20 +44,34 @@ class Call:
         number: which of its calls in the run.
         index: which call of the run, in the order in which they began.
         parent: the call inside which it was made; None for one of the module itself.
-        takes: the first tensor of real numbers that it was given; None for none.
-        gives: the first one that it returned.
+        took: the tensors that it was given which may be its stream, until it is settled which is.
+        gave: likewise those that it returned.
         inner: the calls made inside it.
-        versions: how often the two tensors had been changed in place.
+        is_open: it has not returned.
+        taken: which of the tensors that it was given its hooks see; None where there is none.
+        given: which of those that it returned.
     """
 
     path: str
     number: int
     index: int
     parent: Call | None
-    takes: Tensor | None = None
-    gives: Tensor | None = None
+    took: list[Held] = field(default_factory=list["Held"])
+    gave: list[Held] = field(default_factory=list["Held"])
     inner: list[Call] = field(default_factory=list["Call"])
-    versions: list[int] = field(default_factory=list[int])
+    is_open: bool = True
+    taken: Held | None = None
+    given: Held | None = None
+
+    @property
+    def takes(self) -> Tensor | None:
+        """The tensor that it was given."""
+        return None if self.taken is None else self.taken.tensor
+
+    @property
+    def gives(self) -> Tensor | None:
+        """The tensor that it returned."""
+        return None if self.given is None else self.given.tensor
 
     def inside(self, path: str) -> str:
         """The path of this call relative to one that it lies in; the path itself outside."""
@@ -45,8 +80,7 @@ class Call:
     @property
     def changed(self) -> tuple[bool, bool]:
         """Whether what was taken, and what was given, was changed in place later."""
-        took, gave = (_version(x) for x in (self.takes, self.gives))
-        return took != self.versions[0] or took == UNKNOWN, gave != self.versions[1] or gave == UNKNOWN
+        return self.taken is not None and self.taken.changed, self.given is not None and self.given.changed
 
 
 @dataclass(eq=False)
@@ -66,24 +100,60 @@ class Calls:
         return [call for call in self.calls if call.path == path]
 
 
-def _version(x: Tensor | None) -> int:
+def _version(x: Tensor) -> int:
     """How often a tensor was changed in place; those of inference mode do not say."""
-    return -1 if x is None else UNKNOWN if x.is_inference() else x._version
+    return UNKNOWN if x.is_inference() else x._version
 
 
-def tensor_in(value: Any) -> Tensor | None:
-    """The first tensor of real numbers in what a module takes or returns; None for none.
+def _parts(value: Any) -> list[tuple[Any, Any]]:
+    """What a container holds, by key."""
+    if isinstance(value, Mapping):
+        return [(key, value[key]) for key in (*(k for k in STREAMS if k in value), *(k for k in value if k not in STREAMS))]
+    if isinstance(value, (tuple, list)):
+        return list(enumerate(value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return [(each.name, getattr(value, each.name, None)) for each in fields(value)]
+    return []
+
+
+def tensors_in(value: Any, at: tuple[Any, ...] = ()) -> list[Held]:
+    """The tensors of real numbers in what a module takes or returns.
 
     Args:
-        value: a tensor, or a sequence or a mapping that may hold some.
+        value: a tensor, or a sequence, a mapping or a dataclass that may hold some.
+        at: the keys that lead to it.
     """
     if isinstance(value, Tensor):
-        return value if value.is_floating_point() else None
-    if isinstance(value, Mapping):
-        value = [value[key] for key in (*(k for k in STREAMS if k in value), *(k for k in value if k not in STREAMS))]
-    if isinstance(value, (tuple, list)):
-        return next((found for found in map(tensor_in, value) if found is not None), None)
-    return None
+        return [Held(at, value, _version(value))] if value.is_floating_point() else []
+    return [held for key, part in _parts(value) for held in tensors_in(part, (*at, key))]
+
+
+def tensor_at(value: Any, at: Sequence[Any]) -> Tensor | None:
+    """The tensor of real numbers at a place in what a module takes or returns; None for none.
+
+    Args:
+        value: as for `tensors_in`.
+        at: the keys that lead to it.
+    """
+    for key in at:
+        value = dict(_parts(value)).get(key)
+    return value if isinstance(value, Tensor) and value.is_floating_point() else None
+
+
+def likeliest(found: Sequence[Held]) -> Held | None:
+    """The first of some tensors that may be a stream, before masks and tables; None for none.
+
+    Args:
+        found: the tensors.
+    """
+    return next((held for held in found if held.tensor.ndim == 3), found[0] if found else None)
+
+
+def _fitting(found: list[Held], others: Sequence[Held]) -> list[Held]:
+    """Those of some tensors that have the shape of others; else the likeliest. What is not held here can be freed."""
+    shapes = {held.tensor.shape for held in others if held.tensor.ndim == 3}
+    first = likeliest(found)
+    return [held for held in found if held.tensor.shape in shapes] or ([] if first is None else [first])
 
 
 def is_same(one: Tensor | None, other: Tensor | None) -> bool:
@@ -98,30 +168,33 @@ def is_same(one: Tensor | None, other: Tensor | None) -> bool:
     return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride())
 
 
-def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
-    """What a module takes or returns, with another tensor in the place of one.
+def replaced(value: Any, at: Sequence[Any], new: Tensor) -> Any:
+    """What a module takes or returns, with another tensor at a place.
 
-    Containers without it are the ones that were given: a module may keep keys in a list that it hands on.
+    Containers beside it are the ones that were given: a module may keep keys in a list that it hands on.
 
     Args:
-        value: as for `tensor_in`.
-        old: the tensor that is there now.
-        new: the other one.
+        value: as for `tensors_in`.
+        at: the keys that lead to the place.
+        new: the other tensor.
     """
-    if value is old:
+    if not at:
         return new
+    key = at[0]
+    part = replaced(dict(_parts(value))[key], at[1:], new)
+    kind: Any = type(value)
+    if isinstance(value, MutableMapping):  # transformers' outputs are dataclasses too, and set their fields by key
+        changed: Any = copy(value)
+        changed[key] = part
+        return changed
     if isinstance(value, Mapping):
-        items = {key: replaced(part, old, new) for key, part in value.items()}
-        if all(items[key] is part for key, part in value.items()):
-            return value
-        kind: Any = type(value)
-        return kind(**items) if hasattr(value, "to_tuple") else kind(items)  # transformers' outputs take fields
-    if isinstance(value, (tuple, list)):
-        parts = [replaced(part, old, new) for part in value]
-        if all(one is other for one, other in zip(parts, value, strict=True)):
-            return value
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
+        return kind({name: part if name == key else one for name, one in value.items()})
+    if is_dataclass(value):
+        changed = copy(value)  # without running its __init__ again
+        object.__setattr__(changed, key, part)
+        return changed
+    parts = [part if i == key else one for i, one in enumerate(value)]
+    return kind(*parts) if hasattr(value, "_fields") else kind(parts)
 
 
 def record(module: nn.Module, run: Callable[[], Any], into: list[Call]) -> Calls:
@@ -139,9 +212,7 @@ def record(module: nn.Module, run: Callable[[], Any], into: list[Call]) -> Calls
     def began(path: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
             numbers[path] = numbers.get(path, -1) + 1
-            took = tensor_in((args, kwargs))
-            call = Call(path, numbers[path], len(calls), pending[-1] if pending else None, took)
-            call.versions.append(_version(took))
+            call = Call(path, numbers[path], len(calls), pending[-1] if pending else None, tensors_in((args, kwargs)))
             if call.parent is not None:
                 call.parent.inner.append(call)
             calls.append(call)
@@ -150,16 +221,15 @@ def record(module: nn.Module, run: Callable[[], Any], into: list[Call]) -> Calls
         return hook
 
     def ended(_: nn.Module, args: Any, output: Any) -> None:
-        call = pending.pop()
-        call.gives = tensor_in(output)
-        call.versions.append(_version(call.gives))
+        call, found = pending.pop(), tensors_in(output)
+        call.is_open, call.took, call.gave = False, _fitting(call.took, found), _fitting(found, call.took)
 
     handles: list[Any] = []
     try:
         for path, submodule in module.named_modules():
             if path:
                 handles.append(submodule.register_forward_pre_hook(began(path), with_kwargs=True))
-                handles.append(submodule.register_forward_hook(ended))
+                handles.append(submodule.register_forward_hook(ended, always_call=True))
         with torch.inference_mode(False), torch.no_grad():
             return Calls(calls, run())
     finally:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LoopedError
-from .calls import Call, Calls, is_same, tensor_in
+from .calls import Call, Calls, Held, is_same, likeliest, tensors_in
 
 Map = Callable[[Tensor], Tensor]
 
@@ -132,7 +132,8 @@ def _map(module: nn.Module, path: str) -> Map:
     """A submodule as a function of tensors."""
 
     def run(x: Tensor) -> Tensor:
-        return cast(Tensor, tensor_in(module.get_submodule(path)(x)))
+        found = likeliest(tensors_in(module.get_submodule(path)(x)))
+        return cast(Held, found).tensor
 
     return run
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class Place:
         side: what it takes or gives; or what its attention computes.
         heads: into how many heads the last axis is split; None for none.
         copies: what goes on is a copy, because the run changes it in place later.
+        at: the keys that lead to its tensor, in what is taken or given.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Place:
     side: str
     heads: int | None = None
     copies: bool = False
+    at: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +118,9 @@ def places_of(
                     place = replace(place, name=f"blocks.{i}.{hook}")
                 places.append(place)
             for (side, heads), hook in mine.items():
-                copies = call.changed[side == "out"]
-                places.append(Place(f"blocks.{i}.{hook}", call.path, call.number, side, heads, copies))
+                held = call.given if side == "out" else call.taken
+                if held is not None:
+                    places.append(Place(f"blocks.{i}.{hook}", call.path, call.number, side, heads, held.changed, held.at))
         for computed in attention.get(layer.index, []) if is_stream else []:
             if len(attention[layer.index]) == 1:
                 known = {place.name for place in places}
@@ -137,11 +140,9 @@ def places_of(
 
 def _both(prefix: str, call: Call, names: tuple[str, str]) -> Iterator[Place]:
     """The places before and after a call."""
-    took, gave = call.changed
-    if call.takes is not None:
-        yield Place(f"{prefix}.{names[0]}", call.path, call.number, "in", copies=took)
-    if call.gives is not None:
-        yield Place(f"{prefix}.{names[1]}", call.path, call.number, "out", copies=gave)
+    for held, name, side in ((call.taken, names[0], "in"), (call.given, names[1], "out")):
+        if held is not None:
+            yield Place(f"{prefix}.{name}", call.path, call.number, side, copies=held.changed, at=held.at)
 
 
 def is_over(x: Tensor | None, shape: Sequence[int]) -> bool:

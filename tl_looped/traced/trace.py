@@ -18,6 +18,7 @@ from .calls import Call, record
 from .feed import Feed
 from .out import Map, Out, way_out
 from .places import Place, Places, is_over, places_of
+from .streams import settle
 from .structure import Found, find, named
 from .watch import Watch, attention_in
 
@@ -163,7 +164,7 @@ def trace(
     calls: list[Call] = []
 
     def seen(func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-        inner = next((c for c in reversed(calls) if len(c.versions) == 1), None)
+        inner = next((c for c in reversed(calls) if c.is_open), None)
         attention = _attention(func, args, kwargs, out, inner)
         if attention is not None:
             attended.append((len(calls), attention))
@@ -171,6 +172,7 @@ def trace(
     recorded = record(module, lambda: attention_in(module, lambda: run(tokens, own), seen), into=calls)
     seen_logits = feed.logits(recorded.output, shape)
     logits, again = (feed.logits(run(tokens, own), shape) for _ in range(2))
+    settle(recorded.calls, shape)
     found = find(recorded, None if layers is None else named(module, layers), n_prelude, like)
     by_layer = _by_layer(found, [a for _, a in attended])
     places = places_of(module, recorded, found, by_layer, shape, parts or {})
@@ -342,7 +344,12 @@ def _rounding(dtype: torch.dtype) -> float:
 def _ungraded(module: nn.Module, found: Found, order: list[str], logits: Callable[[], Tensor]) -> list[str]:
     """The passes whose entering state no gradient of the logits reaches: run under no_grad, or cut off by detach."""
     entered: dict[str, Tensor] = {}
-    passes = {found.schedule.pass_prefix(p): found.calls[p.first] for p in found.schedule.passes}
+    firsts = {found.schedule.pass_prefix(p): found.calls[p.first] for p in found.schedule.passes}
+    passes = {
+        prefix: Place(prefix, call.path, call.number, "in", at=call.taken.at)
+        for prefix, call in firsts.items()
+        if call.taken is not None
+    }
 
     def keep(prefix: str) -> Callable[[Tensor], Tensor]:
         def point(x: Tensor) -> Tensor:
@@ -353,7 +360,7 @@ def _ungraded(module: nn.Module, found: Found, order: list[str], logits: Callabl
 
         return point
 
-    points = [(Place(prefix, c.path, c.number, "in"), keep(prefix)) for prefix, c in passes.items()]
+    points = [(place, keep(prefix)) for prefix, place in passes.items()]
     with torch.inference_mode(False), torch.enable_grad():
         value = Watch(module, order, points, None).run(logits)
         graded = [prefix for prefix in entered if entered[prefix].requires_grad]

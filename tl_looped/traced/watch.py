@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import LoopedError
 from .attention import FUSED, PATTERN, SCORES, Watching, fused, is_pattern
-from .calls import replaced, tensor_in
+from .calls import replaced, tensor_at
 from .places import Place
 
 OTHER_DEPTH = "How often it loops depends on its input: trace it on inputs that loop as often, or fix the number by set_loops=."
@@ -37,16 +38,16 @@ class Watch:
         module: what is run.
         order: the modules of its layers, in the order that the recorded run had.
         points: the hook points that act, with their places.
-        stop: the first layer that is not run; None to run all.
+        stop: where the first layer that is not run is given its stream; None to run all.
     """
 
-    def __init__(self, module: nn.Module, order: Sequence[str], points: Iterable[tuple[Place, Point]], stop: int | None):
+    def __init__(self, module: nn.Module, order: Sequence[str], points: Iterable[tuple[Place, Point]], stop: Place | None):
         self.module: nn.Module = module
         self.order: Sequence[str] = order
-        self.stop: int | None = stop
         self.thread: int = threading.get_ident()
         self.at: dict[str, dict[int, dict[str, tuple[Place, Point]]]] = {}
-        for place, point in points:
+        stops = [] if stop is None else [(replace(stop, name=""), _stop)]  # before hooks at the same place
+        for place, point in [*stops, *points]:
             self.at.setdefault(place.path, {}).setdefault(place.number, {})[place.name] = (place, point)
         self.numbers: dict[str, list[int]] = {}
         self.began: dict[str, int] = {}
@@ -98,7 +99,7 @@ class Watch:
             number = self.began.get(path, 0)
             self.began[path] = number + 1
             if is_layer:
-                self._count(path, args, kwargs)
+                self._count(path)
             if not calls:
                 return None
             self.numbers.setdefault(path, []).append(number)
@@ -112,8 +113,8 @@ class Watch:
 
         return hook
 
-    def _count(self, path: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Compare with the recorded order, and stop where asked."""
+    def _count(self, path: str) -> None:
+        """Compare with the recorded order."""
         i = self.n_layers
         if i < len(self.order) and self.order[i] != path:
             raise LoopedError(
@@ -124,10 +125,6 @@ class Watch:
             raise LoopedError(
                 f"the module called {path} after the {len(self.order)} layers that it ran when it was traced. {OTHER_DEPTH}"
             )
-        if i == self.stop:
-            found = tensor_in((tuple(args), dict(kwargs)))
-            assert found is not None
-            raise Stopped(found)
         self.n_layers += 1
 
     def _after(self, path: str) -> Callable[..., Any]:
@@ -162,18 +159,25 @@ class Watch:
         return hook(PATTERN, found) if is_pattern(found) else found
 
 
+def _stop(x: Tensor) -> Tensor:
+    raise Stopped(x)
+
+
 def _through(value: Any, place: Place, point: Point) -> Any:
     """What a module takes or returns, after a hook point has seen its tensor."""
-    x = tensor_in(value)
+    x = tensor_at(value, place.at)
     if x is None:
-        return value
+        raise LoopedError(
+            f"{place.path} {'takes' if place.side == 'in' else 'returns'} no tensor where it did when it was traced, so that "
+            f"nothing is at {place.name or 'the layer to stop at'}. Trace it on inputs on which it is called in the same way."
+        )
     seen = point(x if place.heads is None else x.unflatten(-1, (place.heads, -1)))
     new = seen if place.heads is None else seen.flatten(-2)
     if place.copies:
         new = new.clone()
     elif place.heads is not None and new.data_ptr() == x.data_ptr() and new.shape == x.shape:
         return value  # nothing was changed, and the module is given the tensor itself
-    return value if new is x else replaced(value, x, new)
+    return value if new is x else replaced(value, place.at, new)
 
 
 @torch.no_grad()
