@@ -30,7 +30,9 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from ..errors import LoopedError
 from ..model.layers import Inputs
+from ..model.lean import Lean
 from ..model.slots import observe
+from .point import LightPoint, lighten
 
 
 class InMemory(nn.Module):
@@ -55,7 +57,7 @@ class InMemory(nn.Module):
         )
 
 
-class Around(InMemory, GeneralizedComponent):
+class Around(InMemory, GeneralizedComponent, Lean):
     """Fire `hook_in`, run the module, fire `hook_out`; hook points of the component's names replace the module's slots."""
 
     __call__: Callable[..., Any] = nn.Module.__call__  # the parent's version looks for offloaded weights at every call
@@ -64,10 +66,14 @@ class Around(InMemory, GeneralizedComponent):
         super().set_original_component(original_component)
         for name in [name for name in original_component._modules if name.startswith("hook_")]:
             if name not in self._modules:
-                setattr(self, name, HookPoint())
+                setattr(self, name, LightPoint())
             if (pos_dim := getattr(original_component._modules[name], "pos_dim", None)) is not None:
                 self._modules[name].pos_dim = pos_dim  # type: ignore[union-attr,assignment]
             original_component._modules[name] = self._modules[name]
+
+    def _register_hook(self, name: str, hook: HookPoint) -> None:
+        lighten(hook)
+        super()._register_hook(name, hook)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy with hook points of its own.
@@ -256,10 +262,11 @@ def _template_copy(value: Any, memo: dict[int, Any]) -> Any:
     if isinstance(value, nn.Module):
         new = memo[id(value)] = object.__new__(kind)
         held = new.__dict__
-        held.update(value.__dict__)
-        for key, part in value.__dict__.items():  # of a hook point's thirty, nearly all are plain or empty
+        for key, part in value.__dict__.items():  # one by one: then all copies share one table of names
             part_kind: Any = type(part)
-            if part_kind not in _PLAIN:
+            if part_kind in _PLAIN:
+                held[key] = part
+            else:
                 held[key] = part_kind() if not part and part_kind in _CONTAINERS else _template_copy(part, memo)
         return new
     if isinstance(value, dict):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .depth_mix import wide
 from .layers import Inputs, causal
+from .lean import Lean, Linear
 from .norms import RMSNorm
 from .short_conv import DynamicConv, ShortConv
 from .slots import observe
@@ -50,7 +51,7 @@ class Shape:
     eps: float | None
 
 
-class Clip(nn.Module):
+class Clip(Lean):
     """Vectors of heads, of at most some length, after a scale on every entry if there is one.
 
     Args:
@@ -72,7 +73,7 @@ class Clip(nn.Module):
         return (heads * (self.length / (heads.norm(dim=-1, keepdim=True) + 1e-6)).clamp(max=1)).to(x.dtype)
 
 
-class ClippedAttention(nn.Module):
+class ClippedAttention(Lean):
     """Attention whose queries, keys and values each have an input of their own.
 
     `hook_attn_scores` has the biases in it, [batch, head, query, key]; a row of `hook_pattern` sums to one with what the sink
@@ -89,13 +90,13 @@ class ClippedAttention(nn.Module):
         self.head_dim: int = shape.d_head
         self.slot: int = -1
         q_width, kv_width, d_model = shape.n_heads * shape.d_head, shape.n_kv_heads * shape.d_head, shape.d_model
-        self.q: nn.Linear = nn.Linear(d_model, q_width, bias=False)
-        self.k: nn.Linear = nn.Linear(d_model, kv_width, bias=False)
-        self.v: nn.Linear = nn.Linear(d_model, kv_width, bias=False)
-        self.o: nn.Linear = nn.Linear(q_width, d_model, bias=False)
-        self.gate: nn.Linear = nn.Linear(d_model, q_width, bias=False)
-        self.rel: nn.Linear = nn.Linear(d_model, shape.n_heads * shape.d_bias, bias=False)
-        self.sink: nn.Linear = nn.Linear(d_model, shape.n_heads, bias=False)
+        self.q: nn.Linear = Linear(d_model, q_width, bias=False)
+        self.k: nn.Linear = Linear(d_model, kv_width, bias=False)
+        self.v: nn.Linear = Linear(d_model, kv_width, bias=False)
+        self.o: nn.Linear = Linear(q_width, d_model, bias=False)
+        self.gate: nn.Linear = Linear(d_model, q_width, bias=False)
+        self.rel: nn.Linear = Linear(d_model, shape.n_heads * shape.d_bias, bias=False)
+        self.sink: nn.Linear = Linear(d_model, shape.n_heads, bias=False)
         self.by_distance: nn.Parameter = nn.Parameter(torch.zeros(shape.d_bias, shape.extent))
         self.q_clip: Clip = Clip(shape.n_heads, shape.d_head, shape.clip)
         self.k_clip: Clip = Clip(shape.n_kv_heads, shape.d_head, shape.clip, scaled=False)

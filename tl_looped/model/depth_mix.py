@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .lean import Lean
 from .norms import RMSNorm
 from .slots import observe
 
@@ -17,7 +18,7 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-class DepthMix(nn.Module):
+class DepthMix(Lean):
     """Mixtures of several sources at every position, each divided by its root mean square, by the products with queries.
 
     `hook_sources` are the sources [batch, pos, source, d_model], `hook_scale` their root mean squares, `hook_weights` what each
@@ -69,7 +70,7 @@ class DepthMix(nn.Module):
         return total
 
 
-class MessageGate(nn.Module):
+class MessageGate(Lean):
     """`(1 - forget) x + gain message`, both computed from the two; they pass through `hook_forget` and `hook_gain`.
 
     Args:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .depth_mix import wide
+from .lean import Lean, Linear
 from .slots import observe
 
 
@@ -16,7 +17,7 @@ def capped(x: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(x / cap)
 
 
-class Experts(nn.Module):
+class Experts(Lean):
     """`sum of weight * down(cap(gate(x)) * sigmoid(gate(x)) * cap(up(x)))` over the chosen experts.
 
     The weights are the scores of the chosen ones, sigmoids in `hook_router`, divided by their sum, times a factor; for every
@@ -36,7 +37,7 @@ class Experts(nn.Module):
         self.n_chosen: int = n_chosen
         self.scale: float = scale
         self.caps: tuple[float, float] = caps
-        self.router: nn.Linear = nn.Linear(d_model, n_experts)
+        self.router: nn.Linear = Linear(d_model, n_experts)
         self.gate: nn.Parameter = nn.Parameter(torch.zeros(n_experts, d_mlp, d_model))
         self.up: nn.Parameter = nn.Parameter(torch.zeros(n_experts, d_mlp, d_model))
         self.down: nn.Parameter = nn.Parameter(torch.zeros(n_experts, d_model, d_mlp))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..running import Running, is_observed
 from .config import LoopedConfig
 from .devices import Carried
+from .lean import Lean, Linear
 from .mlps import MLP
 from .norms import NORMS, Gain, RMSNorm, norm_of
 from .residuals import Add, Interpolate, residual_write
@@ -65,7 +66,7 @@ def rotate(
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
-class Attention(nn.Module):
+class Attention(Lean):
     """Causal self-attention with grouped keys and values; fused unless a hook asks for scores or pattern."""
 
     def __init__(self, cfg: LoopedConfig, physical: int):
@@ -79,16 +80,16 @@ class Attention(nn.Module):
         self.value_table: int | None = physical if physical in cfg.value_embed_layers else None
         self.slot: int = -1  # the virtual layer, set when the model is unrolled
         q_width, kv_width = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
-        self.q: nn.Linear = nn.Linear(cfg.d_model, q_width, bias="q" in cfg.biases)
-        self.k: nn.Linear = nn.Linear(cfg.d_model, kv_width, bias="k" in cfg.biases)
-        self.v: nn.Linear = nn.Linear(cfg.d_model, kv_width, bias="v" in cfg.biases)
-        self.o: nn.Linear = nn.Linear(q_width, cfg.d_model, bias="o" in cfg.biases)
+        self.q: nn.Linear = Linear(cfg.d_model, q_width, bias="q" in cfg.biases)
+        self.k: nn.Linear = Linear(cfg.d_model, kv_width, bias="k" in cfg.biases)
+        self.v: nn.Linear = Linear(cfg.d_model, kv_width, bias="v" in cfg.biases)
+        self.o: nn.Linear = Linear(q_width, cfg.d_model, bias="o" in cfg.biases)
         self.gate: nn.Linear | None = None
         if cfg.attn_gate:
-            self.gate = nn.Linear(cfg.d_model, q_width, bias="attn_gate" in cfg.biases)
+            self.gate = Linear(cfg.d_model, q_width, bias="attn_gate" in cfg.biases)
         self.value_gate: nn.Linear | None = None
         if self.value_table is not None:
-            self.value_gate = nn.Linear(cfg.value_gate_width, cfg.n_kv_heads, bias=False)
+            self.value_gate = Linear(cfg.value_gate_width, cfg.n_kv_heads, bias=False)
             self.hook_value_embed: nn.Module = nn.Identity()
         if cfg.qk_norm != "none":
             after = cfg.qk_norm == "after_rope"
@@ -194,7 +195,7 @@ def causal(q: Tensor, k: Tensor) -> Bool[Tensor, "query key"]:
     return torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)
 
 
-class Block(nn.Module):
+class Block(Lean):
     """Attention and MLP around the residual stream, with the norms where the family has them."""
 
     slots: tuple[int, ...] = ()  # of a key-value cache, where the layer keeps more than keys and values

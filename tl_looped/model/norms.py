@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from ..errors import LoopedError
 from ..running import is_observed
 from .config import LoopedConfig
+from .lean import Lean
 from .slots import observe, same_bits
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Lean):
     """`x / rms(x)` in fp32, cast back, times a weight if there is one.
 
     Args:
@@ -112,7 +113,7 @@ class ConditionedNorm(RMSNorm):
         return x / scale * by
 
 
-class Gain(nn.Module):
+class Gain(Lean):
     """A factor, from elsewhere, on every entry of what a branch returned; it passes through `hook_gain`."""
 
     HELD: tuple[str, ...] = ("hook_gain",)

@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .config import LoopedConfig
+from .lean import Lean
 
 
-class ConcatInjection(nn.Module):
+class ConcatInjection(Lean):
     """A linear map of the state and the injected embedding side by side (Huginn, retrofits)."""
 
     def __init__(self, width: int):
@@ -24,7 +25,7 @@ class ConcatInjection(nn.Module):
         return nn.functional.linear(torch.cat((state, injection), dim=-1), self.weight)
 
 
-class DecayInjection(nn.Module):
+class DecayInjection(Lean):
     """Parcae's discretised linear system: `exp(-dt A) state + dt B injection`; `A = exp(A_log)`, `dt = softplus(dt_bias)`."""
 
     def __init__(self, width: int):
@@ -40,7 +41,7 @@ class DecayInjection(nn.Module):
         return torch.exp(-dt * self.A_log.exp()) * state + dt * nn.functional.linear(injection, self.B)
 
 
-class AddInjection(nn.Module):
+class AddInjection(Lean):
     """State plus injection (HRM-Text)."""
 
     def forward(
@@ -57,7 +58,7 @@ INJECTIONS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-class PassEnds(nn.Module):
+class PassEnds(Lean):
     """The slots and modules at the entrance and the exit of one pass; the loop kind calls them.
 
     Args:

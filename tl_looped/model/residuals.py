@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .config import LoopedConfig
+from .lean import Lean
 
 
 class Add:
@@ -25,7 +26,7 @@ class Add:
         return x + out
 
 
-class Interpolate(nn.Module):
+class Interpolate(Lean):
     """A step from what the branch read towards what it returned, at a rate of its own in every entry (nGPT, Dory).
 
     Args:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from .depth_mix import wide
 from .layers import Inputs
+from .lean import Lean
 from .slots import observe
 
 
-class ShortConv(nn.Module):
+class ShortConv(Lean):
     """`(sum of taps * earlier inputs + input) / sqrt(taps + 1)`; padding and what lies before the text count as zeros.
 
     Args:
