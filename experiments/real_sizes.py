@@ -9,14 +9,14 @@ GPU.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import published
 import torch
@@ -29,8 +29,8 @@ from tl_looped.patching import patch_sweep
 
 ROUNDS = 2
 HEAD = (
-    "model", "layers run", "weights", "load, bf16", "fp32", "peak, bf16", "fp32", "forward", "peak", "cache", "peak", "sweep",
-    "peak", "save, peak",
+    "model", "layers run", "weights", "load", "peak", "peak in fp32", "forward", "peak", "cache", "peak", "sweep", "peak",
+    "save, peak",
 )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def resident(what: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
-START = resident("VmRSS")
+_start = 0  # bytes of a process that has loaded nothing
 
 
 def measured(run: Callable[[], object], rounds: int = 1) -> dict[str, float]:
@@ -56,13 +56,12 @@ def measured(run: Callable[[], object], rounds: int = 1) -> dict[str, float]:
         start = time.process_time()
         run()
         times.append(time.process_time() - start)
-    return {"seconds": min(times), "peak": resident("VmHWM") - START}
+    return {"seconds": min(times), "peak": resident("VmHWM") - _start}
 
 
-def beside(own: Callable[[], object], bare: Callable[[], object], rounds: int = ROUNDS) -> dict[str, float]:
-    """What a step costs, and the bare model's forward beside it."""
-    a, b = measured(own, rounds), measured(bare, rounds)
-    return {"seconds": a["seconds"], "time": a["seconds"] / b["seconds"], "peak": a["peak"] / b["peak"]}
+def over(own: dict[str, float], bare: dict[str, float]) -> dict[str, float]:
+    """What a step costs over the bare model's forward."""
+    return {"time": own["seconds"] / bare["seconds"], "peak": own["peak"] / bare["peak"]}
 
 
 def load_bare(directory: Path, dtype: torch.dtype) -> dict[str, float]:
@@ -80,20 +79,17 @@ def load(directory: Path, dtype: torch.dtype) -> dict[str, float]:
     return measured(lambda: kept.append(LoopedBridge.from_pretrained(directory, dtype=dtype)))
 
 
-def forward(directory: Path, dtype: torch.dtype) -> dict[str, float]:
-    """A prompt of 128 tokens."""
-    bridge, text = LoopedBridge.from_pretrained(directory, dtype=dtype), tokens(128)
-    plain = published.twin(bridge.plain)
-    assert torch.equal(bridge(text), plain(text).logits)
-    return beside(lambda: bridge(text), lambda: plain(text))
-
-
-def cache(directory: Path, dtype: torch.dtype) -> dict[str, float]:
-    """One site of all loops, of a prompt of 128 tokens."""
+def run(directory: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """A prompt of 128 tokens, and one site of all loops cached."""
     bridge, text = LoopedBridge.from_pretrained(directory, dtype=dtype), tokens(128)
     plain, stack = published.twin(bridge.plain), "H." * (len(bridge.schedule.core_stacks) - 1)
     site = f"{stack}loops.*.blocks.0.hook_resid_post"
-    return beside(lambda: bridge.run_with_cache(text, names_filter=site), lambda: plain(text))
+    logits: list[Tensor] = []
+    bare = measured(lambda: logits.append(plain(text).logits), ROUNDS)
+    own = measured(lambda: logits.append(bridge(text)), ROUNDS)
+    cached = measured(lambda: bridge.run_with_cache(text, names_filter=site), ROUNDS)
+    assert all(torch.equal(logits[0], found) for found in logits)
+    return {"seconds": bare["seconds"], "forward": over(own, bare), "cache": over(cached, bare)}
 
 
 def sweep(directory: Path, dtype: torch.dtype) -> dict[str, float]:
@@ -102,7 +98,7 @@ def sweep(directory: Path, dtype: torch.dtype) -> dict[str, float]:
     plain, stack = published.twin(bridge.plain), bridge.schedule.core_stacks[0]
     cells: list[int] = []
 
-    def run() -> None:
+    def sweep_once() -> None:
         _, clean = bridge.run_with_cache(tokens(16, seed=1), names_filter="blocks.*.hook_resid_pre")
         found = patch_sweep(
             bridge, text, clean, lambda logits: logits[:, -1, 3], axes=("loop", "pos"), layers=0, positions=range(12, 16),
@@ -110,8 +106,8 @@ def sweep(directory: Path, dtype: torch.dtype) -> dict[str, float]:
         )  # fmt: skip
         cells.append(found.values.numel())
 
-    found = beside(run, lambda: plain(text), rounds=1)
-    return {**found, "cells": cells[0]}
+    bare = measured(lambda: plain(text), ROUNDS)
+    return {**over(measured(sweep_once), bare), "cells": cells[0]}
 
 
 def save(directory: Path, dtype: torch.dtype) -> dict[str, float]:
@@ -127,17 +123,22 @@ def reload(directory: Path, dtype: torch.dtype) -> dict[str, float]:
     return {"same": torch.equal(again(tokens(16)), torch.load(directory / "logits"))}
 
 
-STEPS = {step.__name__: step for step in (load_bare, load, forward, cache, sweep, save, reload)}
+STEPS = {step.__name__: step for step in (load_bare, load, run, sweep, save, reload)}
 
 
-def step(name: str, directory: Path, dtype: str) -> dict[str, float]:
-    """A step in a process of its own."""
-    command = [sys.executable, __file__, "--step", name, "--dtype", dtype, "--in", str(directory)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{name} failed:\n{done.stderr}")
-    found = json.loads(done.stdout.splitlines()[-1])
+def in_child(name: str, directory: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """A step, after the libraries were used once."""
+    global _start
+    LoopedBridge.from_pretrained("toy:hop", dtype=dtype, device="cpu")("A b ? A")
+    _start = resident("VmRSS")
+    with torch.no_grad():
+        return STEPS[name](directory, dtype)
+
+
+def step(name: str, directory: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """A step in a process of its own, which has the libraries of this one."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        found = pool.submit(in_child, name, directory, dtype).result()
     print(f"    {name}, {dtype}: {found}", file=sys.stderr, flush=True)
     return found
 
@@ -147,14 +148,14 @@ def measure(model: str, within: Path | None) -> str:
     with tempfile.TemporaryDirectory(dir=within) as directory:
         at = Path(directory)
         n_shards = published.write(model, at, {**published.CONFIGS[model], **published.FEWER.get(model, {})})
-        found = {name: step(name, at, "bfloat16") for name in STEPS}
-        wide = {name: step(name, at, "float32") for name in ("load_bare", "load")}
+        found = {name: step(name, at, torch.bfloat16) for name in STEPS}
+        wide = step("load", at, torch.float32)
     bare, held, cells = found["load_bare"], found["load_bare"]["nbytes"], found["sweep"]["cells"]
     assert found["reload"]["same"]
     row = [model, str(bare["layers"]), f"{held / 1e9:.2f} GB in {n_shards}"]
-    row += [f"x {one['load']['seconds'] / one['load_bare']['seconds']:.2f}" for one in (found, wide)]
-    row += [f"x {one['load']['peak'] / one['load_bare']['nbytes']:.2f}" for one in (found, wide)]
-    row += [f"x {found[name][of]:.2f}" for name in ("forward", "cache") for of in ("time", "peak")]
+    row += [f"{found['load']['seconds']:.1f} s"]
+    row += [f"x {found['load']['peak'] / held:.2f}", f"x {wide['peak'] / (2 * held):.2f}"]
+    row += [f"x {found['run'][name][of]:.2f}" for name in ("forward", "cache") for of in ("time", "peak")]
     row += [f"x {cells / found['sweep']['time']:.1f} of {cells}", f"x {found['sweep']['peak']:.2f}"]
     return "| " + " | ".join([*row, f"x {found['save']['peak'] / held:.2f}"]) + " |"
 
@@ -164,13 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What checkpoints of published sizes cost on a CPU.")
     parser.add_argument("models", nargs="*", default=[*published.CONFIGS], help="which")
     parser.add_argument("--in", dest="within", type=Path, help="where checkpoints are written; 8 GB are needed")
-    parser.add_argument("--step", help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.step:
-        with torch.no_grad():
-            print(json.dumps(STEPS[args.step](args.within, getattr(torch, args.dtype))))
-        return 0
+    torch.set_num_threads(1)
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
     for model in args.models:
         print(measure(model, args.within), flush=True)

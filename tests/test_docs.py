@@ -120,6 +120,18 @@ def _documented(value: object) -> bool:
     return bool(getattr(value, "__doc__", None)) and not isinstance(value, (str, int, tuple, dict, type(None)))
 
 
+MEASURED = r"\d ?± ?\d|\| x \d|\d [GM]B/s|tokens per second|^!\[.*\.png\)"
+DATE = r"(January|February|March|April|May|June|July|August|September|October|November|December) 20\d\d"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS.glob("*.md"), *(ROOT / "tutorials").glob("[0-9]*.py")], ids=str)
+def test_pages_with_measured_numbers_or_pictures_say_on_which_machine_and_when(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".py" or re.search(MEASURED, text, flags=re.MULTILINE):
+        assert re.search(DATE, text), f"{page.name} says not when"
+        assert re.search(r"\b(server|H100|machine)\b", text), f"{page.name} says not where"
+
+
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = [page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")]

@@ -25,6 +25,8 @@
 #
 # With another `MODEL` all cells run on an English prompt. The text is about `toy:hop`.
 #
+# *Outputs and numbers: `python tutorials/build.py 01_quickstart`, two cores of a server, November 2026.*
+#
 # [colab]: https://colab.research.google.com/github/tl-looped/tl_looped/blob/main/tutorials/01_quickstart.ipynb
 
 # %%
@@ -124,8 +126,9 @@ for wrong in ("loops.2.blocks.0.attn.hook_patern", f"loops.{model.n_loops}.hook_
 #
 # The cache holds every loop. `cache.stack_loops` puts one activation of all loops into one tensor.
 #
-# A cache of everything is large: in bfloat16 about 15 MB per token for Ouro-1.4B, and about 55 MB per token for Huginn with 32
-# loops. With `names_filter="loops.*.blocks.0.attn.hook_pattern"`, or a list of names, it holds only what is named.
+# A cache of everything is large: by the sizes of its tensors, in bfloat16, about 15 MB per token for Ouro-1.4B, and about
+# 55 MB per token for Huginn with 32 loops. With `names_filter="loops.*.blocks.0.attn.hook_pattern"`, or a list of names, it
+# holds only what is named.
 
 # %%
 logits, cache = model.run_with_cache(tokens)

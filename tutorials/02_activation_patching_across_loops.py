@@ -26,6 +26,8 @@
 # With another `MODEL` the sweeps, the transplants and the frozen attention run on two English prompts. The text is about
 # `toy:hop`.
 #
+# *Outputs and numbers: `python tutorials/build.py 02_activation_patching_across_loops`, two cores of a server, November 2026.*
+#
 # [colab]: https://colab.research.google.com/github/tl-looped/tl_looped/blob/main/tutorials/02_activation_patching_across_loops.ipynb
 
 # %%

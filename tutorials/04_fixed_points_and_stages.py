@@ -24,6 +24,8 @@
 # models with random weights. The paper's answers need not hold for the toy; that is what we look at. A table at the end says
 # which figures are here and which are not.
 #
+# *Outputs and numbers: `python tutorials/build.py 04_fixed_points_and_stages`, two cores of a server, November 2026.*
+#
 # [colab]: https://colab.research.google.com/github/tl-looped/tl_looped/blob/main/tutorials/04_fixed_points_and_stages.ipynb
 
 # %%

@@ -23,6 +23,8 @@
 # answers after every loop. We ask which layers bear it best, watch the state over 12 loops, test an explanation that sounds
 # right (it is not), and try a gentler way to loop.
 #
+# *Outputs and numbers: `python tutorials/build.py 05_loop_an_ordinary_model`, two cores of a server, November 2026.*
+#
 # [colab]: https://colab.research.google.com/github/tl-looped/tl_looped/blob/main/tutorials/05_loop_an_ordinary_model.ipynb
 
 # %%

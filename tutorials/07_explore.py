@@ -23,6 +23,8 @@
 #
 # **Experiment.** We ask on the explorer's screen first, and then do the same in Python, with the script that the screen gives.
 # Without a kernel there are pictures of the screen here, on which nothing can be clicked.
+#
+# *Outputs and numbers: `python tutorials/build.py 07_explore`, two cores of a server, November 2026.*
 
 # %%
 try:

@@ -1,21 +1,20 @@
 """What sweeps over (loop, layer, position, head) cost, as ratios from one run, printed as JSON.
 
 (a) `transformer_lens.patching` on the same bridge; (b) nnsight on the same transformers model, one trace per cell; (c) the
-naive limit: one forward pass of the plain model per cell.
+naive limit: one forward pass of the plain model per cell. `cpu` as in overhead.py.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
-from overhead import plain_twin
+from overhead import CLOCK, plain_twin
 from transformer_lens import patching
 
 from tl_looped import LoopedBridge, LoopedConfig
@@ -35,9 +34,9 @@ def timed(run: Callable[[], torch.Tensor], rounds: int) -> tuple[torch.Tensor, f
     """What a run returns, and its median time in seconds."""
     times, value = [], torch.empty(0)
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = CLOCK()
         value = run()
-        times.append(time.perf_counter() - start)
+        times.append(CLOCK() - start)
     return value, statistics.median(times)
 
 

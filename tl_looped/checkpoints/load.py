@@ -76,7 +76,8 @@ def load_model(
         warnings.warn(f"{checkpoint} {checkpoint.quantised.told(total, dtype)}.", stacklevel=2)
     broken: list[str] = []
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading", disable=total < _SHOW_PROGRESS_FROM) as bar:
-        for name, (source, shape) in empty.items():
+        # The largest first: what reading or computing them takes for a moment has room in what is not read yet.
+        for name, (source, shape) in sorted(empty.items(), key=lambda item: -math.prod(item[1][1])):
             if isinstance(source, Computed):
                 tensor = _compute(checkpoint, source, name, shape, places[name], dtype)
             elif name in converted:
