@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import os
+from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time, on small matrices: more threads only wait for each other
@@ -16,6 +20,13 @@ from zoo import changed_bridges
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # by default, 200 ms an example
 hypothesis.settings.load_profile("any machine")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays. To walk over all of it whenever tests have left some models took a tenth of their time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5000, 10, 20)
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +44,23 @@ def _shared_bridges_stay():
 def no_grad():
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(scope="session")
+def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page that the command makes when it is told nothing, with its numbers beside it."""
+    from tl_looped.cli import main
+
+    file = tmp_path_factory.mktemp("report") / "report.html"
+    assert main(["report", "--out", str(file), "--json"]) == 0
+    return file
+
+
+@pytest.fixture(scope="session")
+def report_numbers(report_page: Path) -> dict[str, Any]:
+    """The numbers of every section of `report_page`."""
+    found = json.loads(report_page.with_suffix(".json").read_text())
+    return {section["name"]: section for section in found["sections"]}
 
 
 @pytest.fixture

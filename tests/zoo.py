@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,16 @@ ZOO = {
 # All that differ in structure: Nanbeige has part of what Ouro has, the retrofitted Llama of what Huginn has.
 STRUCTURES = sorted(ZOO.keys() - {"nanbeige", "retrofit_llama"})
 FAMILIES = pytest.mark.parametrize("name", STRUCTURES)
+FEW = ("ouro", "huginn", "hrm_text", "dory")  # one for each kind of stream and of loop
+
+
+def slow_but(chosen: Iterable[str], names: Iterable[str] = STRUCTURES) -> list[Any]:
+    """Names as parameters, all slow but those that the default suite looks at."""
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+# Golden checkpoints; those whose structure a random model above has too are slow.
+PUBLISHED = slow_but(set(CHECKPOINTS) - ZOO.keys(), CHECKPOINTS)
 
 
 def random_bridge(name: str, dtype: torch.dtype = torch.float32, **changes: object) -> LoopedBridge:
@@ -84,7 +95,7 @@ def random_bridge(name: str, dtype: torch.dtype = torch.float32, **changes: obje
             parameter.data = 1.2 * noise / parameter.shape[-1] ** 0.5
         else:
             parameter.data = 0.3 * noise + (1.0 if key.endswith("weight") and parameter.ndim == 1 else 0.0)
-    return bridge.to(dtype)
+    return bridge if dtype == torch.float32 else bridge.to(dtype)  # a conversion looks at every module
 
 
 @functools.cache
