@@ -39,7 +39,7 @@ def by_hand(bridge: LoopedBridge, names: list[tuple[str, list[int] | None]], pos
     """The metric of every prompt, with some heads (None: a whole activation) of some hooks replaced."""
     means: dict[str, torch.Tensor] = {}
     if mean:
-        caches = [bridge.run_with_cache(text)[1] for text in TEXTS]
+        caches = [bridge.run_with_cache(text, names_filter=[name for name, _ in names])[1] for text in TEXTS]
         means = {name: torch.cat([cache[name][0] for cache in caches]).mean(0) for name, _ in names}
 
     def replace(x: torch.Tensor, hook: object, name: str, heads: list[int] | None) -> torch.Tensor:

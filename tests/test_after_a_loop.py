@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from zoo import CHECKPOINTS, FAMILIES, GOLDEN, random_bridge, random_tokens, shared_bridge
+from zoo import FAMILIES, GOLDEN, PUBLISHED, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 
@@ -44,7 +44,7 @@ def test_every_way_to_ask_agrees_with_the_shorter_model(name: str) -> None:
         torch.testing.assert_close(loss, each[MASK[:, 1:].flatten().bool()].mean())
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_reference_checkpoints_too(name: str) -> None:
     model = LoopedBridge.from_pretrained(GOLDEN / name, device="cpu")
     tokens = random_tokens(1, 5) % model.cfg.d_vocab

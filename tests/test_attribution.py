@@ -10,7 +10,7 @@ from helpers import run
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
-from zoo import FAMILIES, random_bridge, random_tokens, shared_bridge
+from zoo import FAMILIES, FEW, random_bridge, random_tokens, shared_bridge, slow_but
 
 from tl_looped import LoopedBridge, LoopedCache, LoopedError
 from tl_looped.attribution import attribution_sweep as whole_sweep
@@ -297,7 +297,7 @@ def test_bad_input_is_explained(unchecked: None) -> None:
         whole_sweep(two, CORRUPTED, run(two, CLEAN), total)
 
 
-@FAMILIES
+@pytest.mark.parametrize("name", slow_but(FEW))
 def test_gradients_are_not_decomposed_as_activations(name: str) -> None:
     """As TransformerLens's demo makes its gradient caches; what streams hold of gradients may be read as it is."""
     bridge, tokens = random_bridge(name), random_tokens()

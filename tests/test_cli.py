@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import word_tokenizer
-from zoo import GOLDEN, random_bridge
+from zoo import CHECKPOINTS, FEW, GOLDEN, random_bridge, slow_but
 
 from tl_looped import LoopedBridge, load_activations
 from tl_looped.cli import main, parser
@@ -22,7 +22,7 @@ def cells(line: str) -> list[str]:
     return re.split(r"  +", line.strip())
 
 
-@pytest.mark.parametrize("family", sorted(folder.name for folder in GOLDEN.iterdir()))
+@pytest.mark.parametrize("family", slow_but({*FEW, "mor_token", "inkling2_loop"}, CHECKPOINTS))
 def test_lens_shows_the_readout_of_every_loop(family: str, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["lens", str(GOLDEN / family), "--tokens", "5,17,3", "--n-loops", "3", "--top-k", "2"])
     if family in ("mor_expert", "mor_token"):  # whose earlier answers have no meaning

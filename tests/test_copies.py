@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import FAMILIES, ZOO, random_bridge, random_tokens
+from zoo import FEW, ZOO, random_bridge, random_tokens, slow_but
 
 from tl_looped import LoopedBridge, LoopedError, exits
 from tl_looped.attribution import attribution_sweep
@@ -38,7 +38,7 @@ def _differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     return sorted(a.keys() ^ b.keys()) + [name for name in a.keys() & b.keys() if not torch.equal(a[name], b[name])]
 
 
-@FAMILIES
+@pytest.mark.parametrize("name", slow_but(FEW))
 def test_a_deep_copy_computes_the_same_and_is_a_model_of_its_own(name: str) -> None:
     # What is right is what the original says: the same computation on copied values. Without the last norm, which a copy
     # once skipped, the logits of the small Ouro are off by 6.8.
@@ -85,7 +85,7 @@ def test_pickling_a_bridge_or_a_part_of_it_is_refused_and_names_what_to_do() -> 
         assert len(list(again.parameters())) == len(list(plain.parameters()))
 
 
-@FAMILIES
+@pytest.mark.parametrize("name", slow_but({*FEW, "parcae"}))
 def test_the_logits_of_a_frozen_model_have_no_gradient(name: str) -> None:
     model, tokens = random_bridge(name), random_tokens()
     _, cache = model.run_with_cache(tokens, incl_bwd=True, return_type="loss")

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
-from zoo import CHECKPOINTS, GOLDEN, ZOO, golden_tensors, random_bridge, with_config
+from zoo import CHECKPOINTS, FEW, GOLDEN, ZOO, golden_tensors, random_bridge, slow_but, with_config
 
 from tl_looped import LoopedBridge, LoopedConfig
 from tl_looped.checkpoints import MemoryCheckpoint, load_model, make_plan
@@ -167,7 +167,7 @@ MORE_KEYS = (
 ).split()
 
 
-@pytest.mark.parametrize("checkpoint", [*CHECKPOINTS, *ZOO])
+@pytest.mark.parametrize("checkpoint", [*CHECKPOINTS, *slow_but(FEW, ZOO)])
 @pytest.mark.filterwarnings("ignore:config.json has")
 def test_any_config_loads_or_is_refused_in_time(checkpoint: str) -> None:
     if checkpoint in CHECKPOINTS:

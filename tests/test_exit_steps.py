@@ -11,7 +11,7 @@ import pytest
 import torch
 from linear import linear_loop
 from torch import Tensor
-from zoo import FAMILIES, random_bridge, random_tokens
+from zoo import FEW, STRUCTURES, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError, exits
 from tl_looped.analysis import exit_steps, gate_pdf
@@ -168,8 +168,7 @@ def has_grown(history: LoopHistory) -> Tensor:
     return history.states[-1].norm(dim=-1) > 1.3 * history.states[0].norm(dim=-1)
 
 
-@pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
-@FAMILIES
+@pytest.mark.parametrize(("name", "cached"), [*((name, True) for name in STRUCTURES), *((name, False) for name in FEW)])
 def test_generate_and_exit_steps_show_a_policy_what_hooks_leave(name: str, cached: bool) -> None:
     # By hand from the activations of a whole hooked run, and from the readouts of that run after every loop.
     model, tokens = random_bridge(name, torch.float64, n_loops=6), random_tokens(3, 5)

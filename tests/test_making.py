@@ -10,7 +10,7 @@ import torch
 from helpers import storages, tiny_llama, word_tokenizer
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import HrmTextConfig, HrmTextForCausalLM, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
-from zoo import ZOO, random_bridge, random_tokens
+from zoo import FEW, STRUCTURES, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError
 
@@ -38,8 +38,9 @@ def wrapped_llama() -> LlamaForCausalLM:
     return hf
 
 
-@pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in STRUCTURES), *((name, torch.bfloat16) for name in FEW)]
+)
 def test_saved_and_read_back_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     bridge = random_bridge(name, dtype)
     bridge.unroll(5).save_pretrained(tmp_path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache as once
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,13 @@ import torch
 from helpers import metric, word_tokenizer
 from peak_memory import PeakMemory
 from safetensors.torch import load_file
-from zoo import ZOO, random_bridge, random_tokens, shared_bridge
+from zoo import GOLDEN, PUBLISHED, ZOO, random_bridge, random_tokens, shared_bridge
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError
 from tl_looped.interventions import freeze_attention, skip_loop
 from tl_looped.patching import batches, patch_between_loops, patch_sweep
 from tl_looped.sites import HEADS, PASSES, STREAMS
 
-GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/config.json"))
 CLEAN, CORRUPTED = random_tokens(2, 5, seed=1), random_tokens(2, 5)
 CORRUPTED[:, 0] = CLEAN[:, 0]
 quiet_sweep = partial(patch_sweep, verbose=False)
@@ -139,8 +137,9 @@ def test_every_site_equals_a_patch_by_hand(name: str, site: str) -> None:
         check_some(bridge, found, cache, site, where)
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
-def test_published_structures(path: Path) -> None:
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_structures(name: str) -> None:
+    path = GOLDEN / name
     bridge = LoopedBridge.from_pretrained(path, dtype=torch.float64)
     clean = load_file(path / "golden.safetensors")["input_ids"]
     corrupted = clean.roll(3, 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens import patching
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
-from zoo import FAMILIES, random_bridge, random_tokens, shared_bridge
+from zoo import FAMILIES, FEW, random_bridge, random_tokens, shared_bridge, slow_but
 
 from tl_looped import LoopedBridge, LoopedCache, LoopedError
 from tl_looped.attribution import edge_sweep, path_patch
@@ -144,7 +144,7 @@ def test_a_patched_path_is_the_run_with_the_changed_receiver(name: str) -> None:
             torch.testing.assert_close(found.values[i, j], patched(bridge, hook, change[i]), rtol=1e-8, atol=1e-10)
 
 
-@FAMILIES
+@pytest.mark.parametrize("name", slow_but(FEW))
 def test_edges_tend_to_patched_paths(name: str) -> None:
     bridge = shared_bridge(name, torch.float64)
     close = near(run(bridge, CLEAN), run(bridge, CORRUPTED), 1e-7)

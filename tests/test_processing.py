@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import log_softmax
-from zoo import FAMILIES, ZOO, random_bridge, random_tokens
+from zoo import FAMILIES, FEW, STRUCTURES, ZOO, random_bridge, random_tokens, slow_but
 
 from tl_looped import LoopedBridge, LoopedError
 from tl_looped.analysis import step_geometry, trajectories
@@ -16,19 +16,16 @@ from tl_looped.attribution import weight_gradients_by_pass
 from tl_looped.patching import patch_between_loops
 
 TOKENS = random_tokens()
-CASES = pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        *((name, {}) for name in ZOO),
-        *((name, {"tied": not ZOO[name].tied}) for name in ZOO),
-        ("ouro", {"n_loops": 1}),
-        ("nanbeige", {"biases": ("v",)}),
-        ("looped_qwen", {"biases": ("q", "k", "v", "o", "gate", "in", "out")}),
-        ("parcae", {"biases": ("v",), "value_gate_width": 24}),
-        ("hrm_text", {"norm_weight": True}),
-        ("nanbeige", {"n_coda": 1, "final_norm": True}),
-    ],
-)
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in STRUCTURES),
+    *((name, {"tied": not ZOO[name].tied}) for name in FEW),
+    ("ouro", {"n_loops": 1}),
+    ("nanbeige", {"biases": ("v",)}),
+    ("looped_qwen", {"biases": ("q", "k", "v", "o", "gate", "in", "out")}),
+    ("parcae", {"biases": ("v",), "value_gate_width": 24}),
+    ("hrm_text", {"norm_weight": True}),
+    ("nanbeige", {"n_coda": 1, "final_norm": True}),
+]
 
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -45,13 +42,17 @@ def n_numbers(bridge: LoopedBridge) -> int:
     return sum({t.untyped_storage().data_ptr(): t.numel() for t in tensors}.values())
 
 
-@CASES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_log_probabilities_and_sharing_are_kept(name: str, changes: dict[str, object], dtype: torch.dtype) -> None:
+# Folding rounds every weight once more; fp64 shows that nothing else happens.
+@pytest.mark.parametrize(
+    ("name", "changes", "dtype"),
+    [*((*case, torch.float64) for case in CASES), *((name, {}, torch.float32) for name in FEW)],
+)
+def test_log_probabilities_and_sharing_are_kept_and_norms_are_folded(
+    name: str, changes: dict[str, object], dtype: torch.dtype
+) -> None:
     bridge = random_bridge(name, dtype, **changes)
     before, size = log_softmax(bridge(TOKENS), -1), n_numbers(bridge)
     bridge.enable_compatibility_mode()
-    # Folding rounds every weight once more; fp64 shows that nothing else happens.
     atol = 1e-4 if dtype == torch.float32 else 1e-11
     torch.testing.assert_close(log_softmax(bridge(TOKENS), -1), before, atol=atol, rtol=0)
     assert n_numbers(bridge) <= 1.01 * size
@@ -60,16 +61,11 @@ def test_log_probabilities_and_sharing_are_kept(name: str, changes: dict[str, ob
     for weight in ("attn.q.weight", "mlp.out.weight", "attn.o.weight"):
         pointers = [bridge.blocks[i].get_submodule(weight.rpartition(".")[0]).weight.data_ptr() for i in range(len(physical))]
         assert len(set(pointers)) == len(set(physical))
-
-
-@CASES
-def test_norms_before_projections_and_the_last_norm_are_folded(name: str, changes: dict[str, object]) -> None:
-    bridge = processed(name, **changes)
     folded = [bridge.ln_final] + [n for b in bridge.blocks for n in (getattr(b, "ln1", None), getattr(b, "ln2", None)) if n]
     for norm in folded:
-        assert norm.weight is None or torch.equal(norm.weight, torch.ones(24))
+        assert norm.weight is None or torch.equal(norm.weight, torch.ones(24, dtype=dtype))
     centred = not (bridge.looped_cfg.tied or bridge.looped_cfg.logit_softcap)
-    assert torch.allclose(bridge.W_U.mean(-1), torch.zeros(24), atol=1e-6) == centred
+    assert torch.allclose(bridge.W_U.mean(-1), torch.zeros(24, dtype=dtype), atol=1e-6) == centred
 
 
 @FAMILIES
@@ -98,7 +94,7 @@ def test_states_before_the_last_norm_and_exit_logits_stay(name: str) -> None:
             torch.testing.assert_close(after[key], before[key], atol=1e-9, rtol=1e-9, msg=key)
 
 
-@FAMILIES
+@pytest.mark.parametrize("name", slow_but(FEW))
 def test_names_and_patching_work_in_compatibility_mode(name: str) -> None:
     for bridge in (processed(name), random_bridge(name)):
         bridge.enable_compatibility_mode(no_processing=True)
@@ -134,7 +130,7 @@ def test_other_unrolls_keep_their_weights(name: str) -> None:
         bridge.unroll(2)
 
 
-@CASES
+@pytest.mark.parametrize(("name", "changes"), CASES)
 def test_earlier_readouts_are_right_or_refused(name: str, changes: dict[str, object]) -> None:
     bridge = random_bridge(name, torch.float64, **changes)
     loops = range(bridge.n_loops)
