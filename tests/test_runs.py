@@ -244,31 +244,28 @@ from tl_looped.runs import run
 model = LoopedBridge.from_config(LoopedConfig(**CFG), seed=0)
 print("ready", flush=True)
 run(fixed_points, model, prompts({n}), out={out!r}, every={every}, **SETTINGS)
-print("done", flush=True)
 """
 
 
-def killed(out: Path, n: int, every: int, kills: int, draw: random.Random) -> Run:
+def killed(model: LoopedBridge, out: Path, n: int, every: int, kills: int, draw: random.Random) -> Run:
     """The run after it was killed some times, each at a random moment, and started again."""
     code = textwrap.dedent(CHILD).format(tests=str(Path(__file__).parent), n=n, out=str(out), every=every)
-    left = kills
-    while True:
+    for _ in range(kills):
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=dict(os.environ)) as child:
             assert child.stdout is not None and child.stdout.readline() == "ready\n"
-            if left:
-                begun = out.stat().st_mtime_ns if out.exists() else 0
-                while (out.stat().st_mtime_ns if out.exists() else 0) == begun and child.poll() is None:
-                    time.sleep(0.002)  # so that every life gets somewhere
-                time.sleep(draw.random() * 0.1)
-                child.send_signal(signal.SIGKILL)
-                left -= 1
-            if child.stdout.readline() == "done\n":
-                return load_result(out)
+            begun = out.stat().st_mtime_ns if out.exists() else 0
+            while (out.stat().st_mtime_ns if out.exists() else 0) == begun and child.poll() is None:
+                time.sleep(0.002)  # so that every life gets somewhere
+            time.sleep(draw.random() * 0.1)
+            child.send_signal(signal.SIGKILL)
+    found = run(fixed_points, model, prompts(n), out=out, every=every, **SETTINGS)
+    assert found is not None
+    return found
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="processes are killed by a signal that this system does not have")
 @pytest.mark.parametrize(("n", "every", "kills"), [(24, 2, 1), pytest.param(200, 5, 5, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_same_bits(model: LoopedBridge, tmp_path: Path, n: int, every: int, kills: int) -> None:
-    found = killed(tmp_path / "killed", n, every, kills, random.Random(n))
+    found = killed(model, tmp_path / "killed", n, every, kills, random.Random(n))
     assert found.done == n and found.result.norm.count == n
     assert same(found.result, run(fixed_points, model, prompts(n), out=tmp_path / "whole", **SETTINGS).result)

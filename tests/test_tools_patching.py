@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache as once
+from typing import Any
 
 import pytest
 import torch
@@ -42,13 +44,29 @@ def sweeps() -> dict[str, tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("name", SHORT)
-@pytest.mark.parametrize("sweep", sweeps())
-def test_patching_equals_a_patch_by_hand(name: str, sweep: str) -> None:
+def each_of_two_structures() -> list[Any]:
+    """Every sweep with every structure; all but two in turn are slow."""
+    names = [*SHORT]
+    return [
+        pytest.param(sweep, name, marks=() if (j - i) % len(names) in (0, 2) else pytest.mark.slow)
+        for i, sweep in enumerate(sweeps())
+        for j, name in enumerate(names)
+    ]
+
+
+@once
+@torch.no_grad()
+def short_run(name: str) -> tuple[LoopedBridge, Any]:
+    """A short model that is left as it is, and a clean run."""
     bridge = short(name)
+    return bridge, bridge.run_with_cache(CLEAN)[1]
+
+
+@pytest.mark.parametrize(("sweep", "name"), each_of_two_structures())
+def test_patching_equals_a_patch_by_hand(name: str, sweep: str) -> None:
+    bridge, clean = short_run(name)
     hook, axes = sweeps()[sweep]
     with torch.no_grad():
-        _, clean = bridge.run_with_cache(CLEAN)
         scores = getattr(patching, sweep)(bridge, CORRUPTED, clean, metric)
         assert scores.shape[0] == bridge.cfg.n_layers
         for layer, site in enumerate(bridge.schedule.sites):
