@@ -16,8 +16,6 @@ from zoo import random_tokens
 from tl_looped import LoopedBridge, LoopedError, load_activations
 from tl_looped.activations import ActivationStore, Batch
 
-# Reading
-
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
