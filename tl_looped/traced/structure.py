@@ -169,10 +169,11 @@ def named(module: nn.Module, layers: object) -> list[str]:
 def _layers(run: Calls) -> list[str]:
     """The modules that are most likely the layers: each turns a residual stream into one, and they follow each other."""
     streams = [call for call in run.calls if _is_stream(call)]
-    numbered = _outermost([call for call in streams if call.path.rpartition(".")[2].isdigit()])
-    if not numbered:
-        times = Counter(call.path for call in streams)
-        numbered = _outermost([call for call in streams if times[call.path] > 1])
+    times, side_by_side = Counter(call.path for call in streams), _side_by_side(streams)
+    in_turn = [c for c in streams if c.path.rpartition(".")[2].isdigit() and c.path not in side_by_side]
+    numbered = _outermost(in_turn)
+    if all(times[call.path] == 1 for call in numbered):  # they are before or after what loops, or there are none
+        numbered = _outermost([call for call in streams if call in in_turn or times[call.path] > 1])
     paths = list(dict.fromkeys(call.path for call in numbered))
     while deeper := _deeper(run, paths):
         paths = deeper
@@ -183,6 +184,19 @@ def _is_stream(call: Call) -> bool:
     """Whether a call of a module with modules inside turned [batch, pos, width] into the same shape."""
     took, gave = call.takes, call.gives
     return bool(call.inner) and took is not None and gave is not None and took.ndim == 3 and took.shape == gave.shape
+
+
+def _side_by_side(calls: Sequence[Call]) -> set[str]:
+    """The modules that are given what others of their list are given in the same call: experts, and no layers."""
+    together: dict[object, set[str]] = {}
+
+    def key(call: Call) -> object:
+        return id(call.parent), call.path.rpartition(".")[0], call.takes.data_ptr() if call.takes is not None else 0
+
+    for call in calls:
+        together.setdefault(key(call), set()).add(call.path)
+    alone = {call.path for call in calls if len(together[key(call)]) == 1}
+    return {call.path for call in calls} - alone
 
 
 def _outermost(calls: Sequence[Call]) -> list[Call]:
