@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 D, HEADS, VOCAB = 16, 2, 20
 
@@ -466,3 +467,111 @@ class AttentionFirst(Handing):
 
     def given(self, x: Tensor, beside: Any) -> tuple[Any, ...]:
         return (x,)
+
+
+class Added(Handing):
+    """Layers return what the module adds to its stream."""
+
+    layer = MLP
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.emb(tokens)
+        for _ in range(3):
+            for layer in self.layers:
+                x = x + layer(x)
+        return self.out(self.norm(x))
+
+
+class WrittenOut(Added):
+    """There is no module of a layer: norms and parts are called in the loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.ln_1, self.ln_2 = nn.ModuleDict({"attn": Attention(), "mlp": MLP()}), nn.LayerNorm(D), nn.LayerNorm(D)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.emb(tokens)
+        for _ in range(3):
+            x = x + self.layers["attn"](self.ln_1(x))
+            x = x + self.layers["mlp"](self.ln_2(x))
+        return self.out(self.norm(x))
+
+
+class CoupledLayer(nn.Module):
+    """Two states in, two states out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = Block(), Block()
+
+    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        low = self.low(low + high)
+        return low, self.high(high + low)
+
+
+class Coupled(Handing):
+    """Two states go through every layer."""
+
+    layer = CoupledLayer
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        low = high = self.emb(tokens)
+        for _ in range(3):
+            for layer in self.layers:
+                low, high = layer(low, high)
+        return self.out(self.norm(low + high))
+
+
+class Experts(nn.Module):
+    """Several MLPs on the same input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(D, 3), nn.ModuleList([MLP() for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.router(x).softmax(-1)
+        return torch.stack([expert(x) for expert in self.experts], -1) @ shares[..., None] @ torch.ones(1)
+
+
+class OneBlock(nn.Module):
+    """One block loops, of which the MLP has experts; layers in lists run once before and after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.before, self.core = nn.Embedding(VOCAB, D), nn.ModuleList([Block(), Block()]), Block()
+        self.after, self.norm, self.out = nn.ModuleList([Block()]), nn.LayerNorm(D), nn.Linear(D, VOCAB)
+        self.core.mlp = Experts()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.emb(tokens)
+        for layer in (*self.before, *[self.core] * 4, *self.after):
+            x = layer(x)
+        return self.out(self.norm(x))
+
+
+class Bypassing(NanoLoop):
+    """Runs its layers without hooks after its first run, as compiled code does."""
+
+    is_compiled = False
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, None]:
+        parts: Any = self.transformer
+        x = parts.wte(idx)
+        for _ in range(3):
+            for block in parts.h:
+                x = block.forward(x) if self.is_compiled else block(x)
+        self.is_compiled = True
+        return self.lm_head(parts.ln_f(x)), None
+
+
+class Checkpointed(NanoLoop):
+    """Runs its layers again for gradients."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, None]:
+        parts: Any = self.transformer
+        x = parts.wte(idx)
+        for _ in range(3):
+            for block in parts.h:
+                x = checkpoint(block, x, use_reentrant=False)
+        return self.lm_head(parts.ln_f(x)), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any, cast
 
@@ -11,6 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tl_looped import LoopedBridge
+from tl_looped.attribution import attribution_sweep
+from tl_looped.errors import LoopedError
+from tl_looped.interventions import skip_loop, steer
+from tl_looped.lenses import logit_lens
+from tl_looped.patching import patch_sweep
 
 N_LOOPS, N_LAYERS = 3, 2
 
@@ -86,3 +92,75 @@ def test_hooks_see_the_stream_among_what_layers_take_and_return(name: str, is_lo
     seen = list[Tensor]()
     model.run_with_hooks(tokens, [("blocks.3.hook_resid_pre", lambda x, hook: seen.append(x))], stop_at_layer=3)
     assert not seen  # what would run is not run, its first hook neither
+
+
+TOKENS = torch.tensor([[2, 7, 1, 8, 4, 6]])
+
+
+def traced(name: str) -> Any:
+    torch.manual_seed(0)
+    return LoopedBridge.trace(getattr(looped_modules, name)().eval(), TOKENS, verbose=False)
+
+
+@torch.no_grad()
+def test_what_is_added_to_the_stream_is_not_called_it() -> None:
+    model, seen = traced("Added"), list[tuple[Tensor, Tensor]]()
+    handles = [m.register_forward_hook(lambda m, args, out: seen.append((args[0], out))) for m in model.module.layers]
+    model(TOKENS)
+    for handle in handles:
+        handle.remove()
+    _, cache = model.run_with_cache(TOKENS)
+    for i, (x, added) in enumerate(seen):
+        assert torch.equal(cache["resid_pre", i], x) and torch.equal(cache[f"blocks.{i}.hook_out"], added)
+    assert "blocks.0.hook_resid_post" not in model.hook_dict and "loops.0.hook_out" not in model.hook_dict
+    with pytest.raises(LoopedError, match=r"Of layers\.0, layers\.1: what is returned is added to the stream"):
+        model.run_with_hooks(TOKENS, [("blocks.1.hook_resid_post", lambda x, hook: None)])
+    with pytest.raises(LoopedError, match="a lens was asked"):
+        logit_lens(model, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("WrittenOut", r"layers\.attn, layers\.mlp: what is taken and returned is not the stream"),
+        ("Coupled", r"layers\.0, layers\.1: several tensors of one shape go from layer to layer"),
+    ],
+)
+@torch.no_grad()
+def test_layers_without_one_stream_have_no_names_of_it(name: str, says: str) -> None:
+    model = traced(name)
+    streams = ("hook_resid_pre", "hook_resid_post", "hook_state")
+    assert not [hook for hook in (*model.hook_dict, *model.trace.places.also) if hook.endswith(streams)]
+    _, cache = model.run_with_cache(TOKENS)
+    assert "loops.2.blocks.1.hook_out" in cache
+    for ask in (
+        lambda: patch_sweep(model, TOKENS, cache, lambda logits: logits[0, -1, 3], verbose=False),
+        lambda: skip_loop(model, 1),
+        lambda: model.run_with_hooks(TOKENS, steer(model, torch.ones(16), loops=1)),
+    ):
+        with pytest.raises(LoopedError, match=says):
+            ask()
+    assert re.search(says, model.trace.table()) and "state entering a pass" not in model.trace.table()
+
+
+@torch.no_grad()
+def test_lists_before_and_after_the_loop_and_lists_of_experts_are_not_what_loops() -> None:
+    model, seen = traced("OneBlock"), list[Tensor]()
+    assert model.schedule.describe() == "4 loops over one stack of 1 layer, 2 prelude and 1 coda layer: 7 virtual layers"
+    handle = model.module.core.register_forward_hook(lambda m, args, out: seen.append(out))
+    model(TOKENS)
+    handle.remove()
+    _, cache = model.run_with_cache(TOKENS)
+    for loop in range(4):
+        assert torch.equal(cache[f"loops.{loop}.hook_out"], seen[loop])
+    assert "loops.3.blocks.0.mlp.experts.2.hook_out" in model.hook_dict
+
+
+def test_what_runs_without_hooks_or_again_for_gradients_refuses() -> None:
+    with pytest.raises(LoopedError, match=r"ran none of its 9 layers where hooks see it\. Compiled code"):
+        traced("Bypassing")
+    model = traced("Checkpointed")
+    with torch.no_grad():
+        _, cache = model.run_with_cache(TOKENS)
+    with pytest.raises(LoopedError, match="runs its layers again for gradients"):
+        attribution_sweep(model, TOKENS, cache, lambda logits: logits[0, -1, 3])

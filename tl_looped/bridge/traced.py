@@ -49,7 +49,7 @@ class TracedBridge(ReadTrace):
         '3 loops over one stack of 2 layers, 0 prelude and 0 coda layers: 6 virtual layers'
         >>> logits, cache = model.run_with_cache(torch.tensor([[4, 5]]), names_filter="loops.*.blocks.1.hook_out")
         >>> list(cache)
-        ['blocks.1.hook_resid_post', 'blocks.3.hook_resid_post', 'blocks.5.hook_resid_post']
+        ['blocks.1.hook_out', 'blocks.3.hook_out', 'blocks.5.hook_out']
     """
 
     _cache_class: type[TracedCache] = TracedCache
@@ -129,6 +129,8 @@ class TracedBridge(ReadTrace):
             )
         if ability == "gradients" and trace.ungraded:
             return f"no gradient reaches {trace.ungraded[0]} of this {name}, which runs it under no_grad or detaches its state."
+        if ability == "gradients" and trace.recomputes:
+            return f"{name} runs its layers again for gradients (checkpointing), where no hook acts; switch that off."
         if ability == "exit gate":
             return f"{traced}; it has no exit gate that is known."
         if ability == "injection":
@@ -137,6 +139,8 @@ class TracedBridge(ReadTrace):
             return f"positions of this {name} see later ones."
         if ability == "every position" and not trace.is_whole:
             return f"not every layer of this {name} takes every position."
+        if ability == "state" and trace.places.unnamed:
+            return f"in this {name}, {trace.places.unnamed}."
         if ability == "state" and trace.places.entrance != "hook_state":
             return f"{name} mixes something into the state between its passes, and {traced}: what it mixes in is in no hook."
         if ability == "rows apart" and not trace.rows_apart:

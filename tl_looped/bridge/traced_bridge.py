@@ -23,7 +23,7 @@ from ..running import Running, is_observed
 from ..schedule import Schedule, check_count
 from ..traced.depth import looping
 from ..traced.feed import Feed
-from ..traced.places import Place
+from ..traced.places import PLAIN, STREAM, Place
 from ..traced.trace import Trace, check_module, trace
 from ..traced.watch import Watch
 from .hooking import without_leftovers
@@ -128,6 +128,8 @@ class HookedTrace(  # pyright: ignore[reportIncompatibleMethodOverride]
         }.get(last, "")
         if last in ("hook_attn_out", "hook_mlp_out") or ".attn." in name or ".mlp." in name:
             why = "Which part of a layer that is could not be told; name it by parts=, or use the path of the submodule."
+        if last in (*STREAM, *PLAIN, "hook_state") and self.trace.places.unnamed:
+            why = f"Of {self.trace.places.unnamed}."
         return UnknownNameError(f"{error} {why}") if why else error
 
     @property

@@ -50,6 +50,7 @@ class Call:
         is_open: it has not returned.
         taken: which of the tensors that it was given its hooks see; None where there is none.
         given: which of those that it returned.
+        is_one_of_several: others like it go from call to call too.
     """
 
     path: str
@@ -62,6 +63,7 @@ class Call:
     is_open: bool = True
     taken: Held | None = None
     given: Held | None = None
+    is_one_of_several: bool = False
 
     @property
     def takes(self) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import LoopedError
 from .attention import Attention, K, Q
 from .calls import Call, Calls, is_same
+from .streams import is_near, stream_through
 from .structure import Found
 
 ATTENTION = re.compile(r"(^|[._])(self_?)?(attn|attention|mixer)(\.|$)", re.IGNORECASE)
@@ -23,6 +24,7 @@ PROJECTIONS = {
     for word in ("q(uery)?", "k(ey)?", "v(alue)?")
 }
 
+STREAM, PLAIN = ("hook_resid_pre", "hook_resid_post"), ("hook_in", "hook_out")
 
 Side = Literal["in", "out"]
 Parts = dict[str, tuple[str, Side, int | None]]  # by hook: a path in the layer, which side of it, how many heads
@@ -60,12 +62,14 @@ class Places:
         also: other names of these hook points.
         entrance: the hook of a pass that holds the state entering it.
         parts: what was told of the inside of layers, for the table.
+        unnamed: why layers lack names of the stream; "" if none does.
     """
 
     places: list[Place]
     also: dict[str, str]
     entrance: str
     parts: dict[str, str]
+    unnamed: str = ""
 
 
 def places_of(
@@ -88,6 +92,7 @@ def places_of(
     """
     places: list[Place] = []
     also: dict[str, str] = {}
+    stream = stream_through(run, found.calls)
     layer_of = {id(call): i for i, call in enumerate(found.calls)}
     inside: dict[int, int] = {}  # the layer of every call inside one
     for i, layer in enumerate(found.calls):
@@ -99,10 +104,12 @@ def places_of(
         told[path] = _parts(of_path, maps) | {hook: _named(hook, part, *of_path[0]) for hook, part in parts.items()}
     for i, layer in enumerate(found.calls):
         is_stream = is_over(layer.takes, shape) and is_over(layer.gives, shape)
-        names = ("hook_resid_pre", "hook_resid_post") if is_stream else ("hook_in", "hook_out")
+        names = [
+            of_stream if is_stream and layer.path in paths else plain
+            for of_stream, plain, paths in zip(STREAM, PLAIN, (stream.enters, stream.leaves), strict=True)
+        ]
         places += _both(f"blocks.{i}", layer, names)
-        if is_stream:
-            also |= {f"blocks.{i}.hook_in": f"blocks.{i}.hook_resid_pre", f"blocks.{i}.hook_out": f"blocks.{i}.hook_resid_post"}
+        also |= {f"blocks.{i}.{plain}": f"blocks.{i}.{name}" for plain, name in zip(PLAIN, names, strict=True) if name != plain}
         seen: dict[str, int] = {}
         part = told[layer.path] if is_stream else {}
         for call in _within(layer):
@@ -110,7 +117,7 @@ def places_of(
             seen[short] = seen.get(short, -1) + 1
             prefix = f"blocks.{i}.{short}" + (f".call{seen[short]}" if seen[short] else "")
             mine = {(side, heads): hook for hook, (path, side, heads) in part.items() if path == short and not seen[short]}
-            for place in _both(prefix, call, ("hook_in", "hook_out")):
+            for place in _both(prefix, call, PLAIN):
                 if (
                     hook := mine.pop(("in" if place.side == "in" else "out", None), None)
                 ) is not None:  # TransformerLens's name, and its path as another
@@ -135,10 +142,10 @@ def places_of(
     if embed is not None:
         also["hook_embed"] = f"{embed.path}.hook_out"
     known = {place.name for place in places}
-    return Places(places, {name: to for name, to in also.items() if to in known}, entrance, _said(told))
+    return Places(places, {name: to for name, to in also.items() if to in known}, entrance, _said(told), stream.why_not)
 
 
-def _both(prefix: str, call: Call, names: tuple[str, str]) -> Iterator[Place]:
+def _both(prefix: str, call: Call, names: Sequence[str]) -> Iterator[Place]:
     """The places before and after a call."""
     for held, name, side in ((call.taken, names[0], "in"), (call.given, names[1], "out")):
         if held is not None:
@@ -172,7 +179,7 @@ def _outside(run: Calls, found: Found, layer_of: dict[int, int], inside: dict[in
             continue
         prefix = f"{prefixes[id(call)]}{call.path}"
         seen[prefix] = seen.get(prefix, -1) + 1
-        yield from _both(prefix + (f".call{seen[prefix]}" if seen[prefix] else ""), call, ("hook_in", "hook_out"))
+        yield from _both(prefix + (f".call{seen[prefix]}" if seen[prefix] else ""), call, PLAIN)
 
 
 def _wheres(calls: list[Call], found: Found) -> list[str]:
@@ -299,17 +306,9 @@ def _branches(layer: Call, calls: list[Call], computed: list[Attention]) -> tupl
         for m in streams:
             if a is m or m in _within(a) or a in _within(m) or a.gives is None or m.gives is None:
                 continue
-            if is_attention(a) and not is_attention(m) and _same(x + a.gives + m.gives, y):
+            if is_attention(a) and not is_attention(m) and is_near(x + a.gives + m.gives, y):
                 return a, m
     return None
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal up to the rounding of a few additions."""
-    if one.shape != other.shape:
-        return False
-    size = float(torch.maximum(one.abs().max(), other.abs().max())) if one.numel() else 0.0
-    return bool((one - other).abs().max() <= 8 * torch.finfo(one.dtype).eps * size) if size else True
 
 
 def _unrotated(hook: str, computed: Attention, layer: Call) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calls import Call, Held, is_same
+from .calls import Call, Calls, Held, is_same
 
 Rank = tuple[int, int, bool, float]
 RESIDUAL = 0.5  # what a layer returns is as like as this to its stream, by their cosine, if it adds to it
@@ -36,10 +38,90 @@ def settle(calls: Sequence[Call], shape: Sequence[int]) -> None:
         for call in group:
             call.taken = max(call.took, key=lambda held: took[held.at], default=None)
         gave = _ranks(group, lambda c: c.gave, lambda c: [c.taken] if c.taken else [], beside.takes_later, shape)
+        n_streams = sum(rank[0] > 0 and rank[2] for rank in gave.values())
         for call in group:
             call.given = max(call.gave, key=lambda held: gave[held.at], default=None)
+            call.is_one_of_several = n_streams > 1
     for call in calls:
         call.took, call.gave = [], []
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How a stream goes through the layers.
+
+    Args:
+        enters: the modules that take it.
+        leaves: those that return it.
+        why_not: what is so of the others; "" if there are none.
+    """
+
+    enters: set[str]
+    leaves: set[str]
+    why_not: str
+
+
+def stream_through(run: Calls, layers: Sequence[Call]) -> Stream:
+    """Find out which layers take and return the stream, and not what is added to it, a part of it or one of several.
+
+    Args:
+        run: its calls, settled.
+        layers: those of the layers.
+    """
+    enters, leaves, why = set[str](), set[str](), dict[str, str]()
+    linked = [_is_linked(run, one, then) for one, then in pairwise(layers)]
+    for path in dict.fromkeys(call.path for call in layers):
+        mine = [i for i, call in enumerate(layers) if call.path == path]
+        followed = [(layers[i], layers[i + 1]) for i in mine if i + 1 < len(layers)]
+        if layers[mine[0]].is_one_of_several:
+            why[path] = "several tensors of one shape go from layer to layer; hook_in and hook_out hold one of them"
+        elif followed and all(_is_added(one, then) for one, then in followed):
+            enters.add(path)
+            why[path] = "what is returned is added to the stream; it is at hook_out"
+        elif any(linked[j] for i in mine for j in (i - 1, i) if 0 <= j < len(linked)) or all(_is_like(layers[i]) for i in mine):
+            enters.add(path)
+            leaves.add(path)
+        else:
+            why[path] = "what is taken and returned is not the stream; make a module of every layer to have names for it"
+    said = {text: [path for path in why if why[path] == text] for text in dict.fromkeys(why.values())}
+    return Stream(enters, leaves, "; ".join(f"{_some(paths)}: {text}" for text, paths in said.items()))
+
+
+def _some(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:3]) + ", ..." * (len(paths) > 3)
+
+
+def _is_linked(run: Calls, one: Call, then: Call) -> bool:
+    """Whether a layer is given what the one before returned, or what a module, such as a norm, makes of it."""
+    x, y = one.gives, then.takes
+    if x is None or y is None:
+        return False
+    between = run.calls[one.index + 1 : then.index]
+    return _is(x, y) or any(is_same(c.takes, x) and is_same(c.gives, y) for c in between)
+
+
+def _is_added(one: Call, then: Call) -> bool:
+    """Whether the next layer is given the sum of what this one was given and returned."""
+    x, y, z = one.takes, one.gives, then.takes
+    return x is not None and y is not None and z is not None and x.shape == y.shape and is_near(x + y, z.to(x.device))
+
+
+def _is_like(call: Call) -> bool:
+    """Whether a layer adds to what it is given."""
+    return call.takes is not None and call.gives is not None and _cosine(call.takes, call.gives) > RESIDUAL
+
+
+def is_near(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal up to the rounding of a few additions.
+
+    Args:
+        one: a tensor.
+        other: a tensor.
+    """
+    if one.shape != other.shape:
+        return False
+    size = float(torch.maximum(one.abs().max(), other.abs().max())) if one.numel() else 0.0
+    return bool((one - other).abs().max() <= 8 * torch.finfo(one.dtype).eps * size) if size else True
 
 
 def _ranks(
@@ -84,11 +166,12 @@ def _changes(found: Sequence[tuple[Call, Held]]) -> bool:
 
 def _differ(helds: Sequence[Held]) -> bool:
     first = helds[0].tensor
-    return any(held.changed or not (is_same(held.tensor, first) or _equal(held.tensor, first)) for held in helds)
+    return any(held.changed or not _is(held.tensor, first) for held in helds)
 
 
-def _equal(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and torch.equal(x, y)
+def _is(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are the same numbers."""
+    return is_same(x, y) or (x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and torch.equal(x, y))
 
 
 def _cosine(x: Tensor, y: Tensor) -> float:

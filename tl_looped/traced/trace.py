@@ -38,6 +38,7 @@ class Trace:
         d_vocab: size of the vocabulary.
         attention: heads and width of a head; None where no attention was seen.
         ungraded: the passes, as prefixes of names, whose entering state no gradient reaches.
+        recomputes: layers run again for gradients, as in checkpointing.
         is_causal: no position sees later ones.
         rows_apart: a row does not depend on the others of its batch.
         is_whole: every layer takes and returns every position.
@@ -53,6 +54,7 @@ class Trace:
     d_vocab: int
     attention: tuple[int, int] | None
     ungraded: list[str]
+    recomputes: bool
     is_causal: bool
     rows_apart: bool
     is_whole: bool
@@ -73,7 +75,8 @@ class Trace:
         rows += [[hook, where] for hook, where in self.places.parts.items()]
         if self.attention is not None:
             rows.append(["attention", counted(self.attention[0], "head")])
-        rows.append(["state entering a pass", f"loops.*.{self.places.entrance}"])
+        if any(name.endswith(f".{self.places.entrance}") and "loops." in name for name in self.places.also):
+            rows.append(["state entering a pass", f"loops.*.{self.places.entrance}"])
         copied = {place.path for place in self.places.places if place.copies}
         if copied:
             rows.append(
@@ -81,6 +84,10 @@ class Trace:
             )
         if self.ungraded:
             rows.append(["no gradient reaches", ", ".join(self.ungraded)])
+        if self.places.unnamed:
+            rows.append(["stream", self.places.unnamed])
+        if self.recomputes:
+            rows.append(["gradients", "layers run again for them, where no hook acts: refused"])
         if not self.is_causal:
             rows.append(["causal", "no: positions see later ones"])
         if not self.is_whole:
@@ -202,6 +209,7 @@ def trace(
     is_causal, rows_apart = _relations(feed, run, tokens, own, logits)
     takes = found.calls[found.schedule.passes[0].first].takes
     first = next((a for _, a in attended if a.call is not None), None)
+    ungraded, recomputes = _ungraded(module, found, order, lambda: feed.logits(run(tokens, own), shape))
     return Trace(
         found.schedule,
         order,
@@ -210,7 +218,8 @@ def trace(
         d_model=logits.shape[-1] if takes is None else takes.shape[-1],
         d_vocab=logits.shape[-1],
         attention=None if first is None else (first.n_heads, first.d_head),
-        ungraded=_ungraded(module, found, order, lambda: feed.logits(run(tokens, own), shape)),
+        ungraded=ungraded,
+        recomputes=recomputes,
         is_causal=is_causal,
         rows_apart=rows_apart,
         is_closed=_is_closed(module, found.schedule, order, places, lambda: feed.logits(run(tokens, own), shape), logits),
@@ -341,8 +350,11 @@ def _rounding(dtype: torch.dtype) -> float:
     return 8 * eps if eps > 1e-4 else 1e3 * eps
 
 
-def _ungraded(module: nn.Module, found: Found, order: list[str], logits: Callable[[], Tensor]) -> list[str]:
-    """The passes whose entering state no gradient of the logits reaches: run under no_grad, or cut off by detach."""
+def _ungraded(module: nn.Module, found: Found, order: list[str], logits: Callable[[], Tensor]) -> tuple[list[str], bool]:
+    """The passes whose entering state no gradient of the logits reaches: run under no_grad, or cut off by detach.
+
+    And whether layers run again for gradients.
+    """
     entered: dict[str, Tensor] = {}
     firsts = {found.schedule.pass_prefix(p): found.calls[p.first] for p in found.schedule.passes}
     passes = {
@@ -365,7 +377,13 @@ def _ungraded(module: nn.Module, found: Found, order: list[str], logits: Callabl
         value = Watch(module, order, points, None).run(logits)
         graded = [prefix for prefix in entered if entered[prefix].requires_grad]
         if not value.requires_grad or not graded:
-            return list(passes)
-        grads = torch.autograd.grad(value.float().sum(), [entered[prefix] for prefix in graded], allow_unused=True)
+            return list(passes), False
+        again: list[int] = []
+        handles = [module.get_submodule(path).register_forward_pre_hook(lambda *_: again.append(1)) for path in set(order)]
+        try:
+            grads = torch.autograd.grad(value.float().sum(), [entered[prefix] for prefix in graded], allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
     reached = {prefix for prefix, grad in zip(graded, grads, strict=True) if grad is not None}
-    return [prefix for prefix in passes if prefix not in reached]
+    return [prefix for prefix in passes if prefix not in reached], bool(again)

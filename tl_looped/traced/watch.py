@@ -83,6 +83,11 @@ class Watch:
         finally:
             for handle in handles:
                 handle.remove()
+        if self.n_layers == 0:
+            raise LoopedError(
+                f"the module ran none of its {len(self.order)} layers where hooks see it. Compiled code runs without them: "
+                "trace the module before torch.compile, also of functions that call its layers."
+            )
         if self.n_layers != len(self.order):
             raise LoopedError(
                 f"the module ran {self.n_layers} layers, but {len(self.order)} when it was traced, so that names would mean "
