@@ -74,3 +74,32 @@ def storages(model: torch.nn.Module) -> set[int]:
 def metric(logits: torch.Tensor) -> torch.Tensor:
     """A metric of every row: some logits at the last position against some at the one before."""
     return logits[:, -1, :5].sum(-1) - logits[:, -2, 5:9].sum(-1)
+
+
+def per_row(logits: torch.Tensor) -> torch.Tensor:
+    """Another one, which reads an early position too."""
+    return logits[:, -1, 5] - logits[:, -1, 6] + logits[:, 1, 7]
+
+
+def total(logits: torch.Tensor) -> torch.Tensor:
+    """Its sum over rows."""
+    return per_row(logits).sum()
+
+
+def near(clean: LoopedCache, corrupted: LoopedCache, eps: float) -> LoopedCache:
+    """A clean run that is `eps` of the way from the corrupted one."""
+    close = {name: value + eps * (clean[name] - value) for name, value in corrupted.items()}
+    return LoopedCache(close, clean.model)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal in every bit, whatever it is made of."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(torch.nan_to_num(a, 12345.0), torch.nan_to_num(b, 12345.0))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    if hasattr(a, "__dataclass_fields__"):
+        return type(a) is type(b) and all(same(getattr(a, name), getattr(b, name)) for name in a.__dataclass_fields__)
+    return type(a) is type(b) and (a == b or (a != a and b != b))

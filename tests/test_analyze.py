@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import same
 from linear import deep_loop
 from peak_memory import PeakMemory
-from test_results import same
 
 from tl_looped import LoopedBridge, LoopedConfig, analyze
 from tl_looped._writing import write_first

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import run
+from helpers import near, per_row, run, total
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
@@ -18,20 +18,6 @@ from tl_looped.errors import OutOfRangeError, UnknownNameError
 from tl_looped.sites import HEADS, PASSES, STREAMS
 
 CLEAN, CORRUPTED = random_tokens(pos=5), random_tokens(pos=5, seed=1)
-
-
-def per_row(logits: Tensor) -> Tensor:
-    return logits[:, -1, 5] - logits[:, -1, 6] + logits[:, 1, 7]
-
-
-def total(logits: Tensor) -> Tensor:
-    return per_row(logits).sum()
-
-
-def near(clean: LoopedCache, corrupted: LoopedCache, eps: float) -> LoopedCache:
-    """A clean run that is `eps` of the way from the corrupted one."""
-    close = {name: value + eps * (clean[name] - value) for name, value in corrupted.items()}
-    return LoopedCache(close, clean.model)
 
 
 Cell = tuple[str, int | None]  # a hook and a head

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import same
 from linear import model
-from test_results import same
 from zoo import random_tokens
 
 from tl_looped import analysis, compare, exits, run

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import with_words
-from test_results import same
+from helpers import same, with_words
 from zoo import GOLDEN, SMALL, random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedConfig, LoopedError, analysis

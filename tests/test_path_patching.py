@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import run, tiny_llama
-from test_attribution import near, per_row, total
+from helpers import near, per_row, run, tiny_llama, total
 from torch import Tensor
 from transformer_lens import patching
 from transformer_lens.model_bridge import TransformerBridge

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from helpers import same
 
 import tl_looped
 from tl_looped import LoopedBridge, LoopedConfig, compare
@@ -167,19 +168,6 @@ def made(model: LoopedBridge, injected: LoopedBridge) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def results(model: LoopedBridge, injected: LoopedBridge) -> dict[str, Any]:
     return made(model, injected)
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal in every bit, whatever it is made of."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(torch.nan_to_num(a, 12345.0), torch.nan_to_num(b, 12345.0))
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (tuple, list)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    if hasattr(a, "__dataclass_fields__"):
-        return type(a) is type(b) and all(same(getattr(a, name), getattr(b, name)) for name in a.__dataclass_fields__)
-    return type(a) is type(b) and (a == b or (a != a and b != b))
 
 
 def test_every_result_comes_back_from_its_file(results: dict[str, Any], tmp_path: Any) -> None:

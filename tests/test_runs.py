@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_results import same
+from helpers import same
 
 from tl_looped import LoopedBridge, LoopedConfig
 from tl_looped.analysis import fixed_points, limiting_behaviour
