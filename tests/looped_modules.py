@@ -575,3 +575,24 @@ class Checkpointed(NanoLoop):
             for block in parts.h:
                 x = checkpoint(block, x, use_reentrant=False)
         return self.lm_head(parts.ln_f(x)), None
+
+
+class HaltingLayer(Block):
+    """Moves some positions only, from the state that entered the loop."""
+
+    def forward(self, moves: Tensor, old: Tensor, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return moves * super().forward(x) + (1 - moves) * old
+
+
+class OldFirst(Handing):
+    """How far positions move, and the state that entered the loop, come first."""
+
+    takes, layer = 2, HaltingLayer
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.emb(tokens)
+        for _ in range(3):
+            moves, old = torch.sigmoid(x.mean(-1, keepdim=True)), x
+            for layer in self.layers:
+                x = layer(moves, old, x)
+        return self.out(self.norm(x))

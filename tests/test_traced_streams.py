@@ -66,7 +66,7 @@ def tokens_of(module: nn.Module, n: int = 6) -> Tensor:
     return torch.randint(0, looped_modules.VOCAB, (1, looped_modules.D if module.__dict__.get("is_long") else n))
 
 
-CASES = ["MaskFirst", "TableFirst", "MemoryFirst", "DataclassOutput", "AttentionFirst"]
+CASES = ["MaskFirst", "TableFirst", "MemoryFirst", "OldFirst", "DataclassOutput", "AttentionFirst"]
 
 
 @pytest.mark.parametrize("is_long", [False, True])

@@ -14,16 +14,17 @@ from torch import Tensor
 
 from .calls import Call, Calls, Held, is_same
 
-Rank = tuple[int, int, bool, float]
+Rank = tuple[int, int, bool, bool, int, float]
 RESIDUAL = 0.5  # what a layer returns is as like as this to its stream, by their cosine, if it adds to it
+MARGIN = 0.1  # what is less like than another by less than this may be the stream: a gate mixes old states in
 
 
 def settle(calls: Sequence[Call], shape: Sequence[int]) -> None:
     """Choose the tensors that hooks of every call see, and let go of the others.
 
     A stream is another one in every call of a module, where a mask, a table and a memory are the same. It is over all
-    positions; the module beside gives it; and what is returned is like it, as layers add to it. It stands at one place in all
-    calls of modules whose paths differ by numbers.
+    positions; the module beside gives it; and what is returned is like it, as layers add to it: of several the one given last.
+    It stands at one place in all calls of modules whose paths differ by numbers.
 
     Args:
         calls: of a run, in the order in which they began.
@@ -128,7 +129,7 @@ def _ranks(
     calls: Sequence[Call],
     mine: Callable[[Call], list[Held]],
     theirs: Callable[[Call], list[Held]],
-    is_passed: Callable[[Call, Held], bool],
+    passed: Callable[[Call, Held], int],
     shape: Sequence[int],
 ) -> dict[Any, Rank]:
     """How much what stands at each place is like a stream; that of one place alone is not asked."""
@@ -137,22 +138,26 @@ def _ranks(
         for held in mine(call):
             places.setdefault(held.at, []).append((call, held))
     if all(len(mine(call)) < 2 for call in calls):
-        return dict.fromkeys(places, (0, 0, False, 0.0))
-    return {at: _rank(found, theirs, is_passed, shape) for at, found in places.items()}
+        return dict.fromkeys(places, (0, 0, False, False, 0, 0.0))
+    ranks = {at: _rank(found, theirs, passed, shape) for at, found in places.items()}
+    best = max((rank[:3], rank[-1]) for rank in ranks.values())
+    return {at: (*rank[:3], rank[-1] >= best[1] - MARGIN, *rank[4:]) for at, rank in ranks.items()}
 
 
 def _rank(
     found: Sequence[tuple[Call, Held]],
     theirs: Callable[[Call], list[Held]],
-    is_passed: Callable[[Call, Held], bool],
+    passed: Callable[[Call, Held], int],
     shape: Sequence[int],
 ) -> Rank:
     n_fits = sum(any(held.tensor.shape == other.tensor.shape for other in theirs(call)) for call, held in found)
     n_over = sum(held.tensor.ndim == 3 and tuple(held.tensor.shape[:2]) == tuple(shape) for _, held in found)
-    n_passed = sum(is_passed(call, held) for call, held in found)
+    when = [passed(call, held) for call, held in found]
+    is_passed = 2 * sum(at > 0 for at in when) >= len(found)
     like = sum(max((_cosine(held.tensor, other.tensor) for other in theirs(call)), default=0.0) for call, held in found)
     like = like / len(found)
-    return (n_fits if _changes(found) else 0, n_over, 2 * n_passed >= len(found), like if like > RESIDUAL else 0.0)
+    # whether it is among the likest is told when all are known
+    return (n_fits if _changes(found) else 0, n_over, is_passed, True, sum(when), like if like > RESIDUAL else 0.0)
 
 
 def _changes(found: Sequence[tuple[Call, Held]]) -> bool:
@@ -193,13 +198,14 @@ class _Beside:
                 self.given.setdefault(_key(call, held), call.index)
             self.taken |= {_key(call, held): call.index for held in call.took}
 
-    def gave_before(self, call: Call, held: Held) -> bool:
-        """Whether a call before gave what a call takes."""
-        return self.given.get(_key(call, held), call.index) < call.index
+    def gave_before(self, call: Call, held: Held) -> int:
+        """When what a call takes was given by a call before; 0 if it was not."""
+        at = self.given.get(_key(call, held), call.index)
+        return at + 1 if at < call.index else 0
 
-    def takes_later(self, call: Call, held: Held) -> bool:
+    def takes_later(self, call: Call, held: Held) -> int:
         """Whether a call afterwards takes what a call gives."""
-        return self.taken.get(_key(call, held), call.index) > call.index
+        return int(self.taken.get(_key(call, held), call.index) > call.index)
 
 
 def _key(call: Call, held: Held) -> Any:
