@@ -22,7 +22,7 @@ from .shards import DiskError, Draft, Shard
 from .store import shard_path
 from .taking import Put, Rows, Taking, generate, run
 from .texts import Text, batches
-from .writing import Behind
+from .writing import Behind, Written
 
 
 def _nowhere(name: str, row: int, values: Tensor) -> None:
@@ -148,17 +148,18 @@ class Collector:
         )  # fmt: skip
         self._open.append(draft)
         self.taking.begin_shard(capacity)
-        ends = list[Ended]()
+        ends, writing = list[Ended](), Written(behind, draft)
         while todo:
             most = 1 if self.one_by_one else self.batch_tokens
             batch = next(batches(todo, most, lambda text: len(text.tokens) + self.n_new, self.alike))
             try:
-                ends += self._run(batch, lambda name, row, values: self._put(behind, draft, name, row, values))
+                ends += self._run(batch, writing.put)
             except _TakesNoPadding:
                 self.alike = True
                 continue
             todo = todo[len(batch) :]
             update(len(batch))
+        writing.hand_over()
         kept, index = finished(self.collection, block, ends, self.taking.active, capacity, self.model.tokenizer)
         behind.do(lambda: self._commit(draft, kept, index))
 
@@ -170,9 +171,6 @@ class Collector:
     def _commit(self, draft: Draft, kept: dict[str, Tensor | None], index: dict[str, Tensor]) -> None:
         draft.commit(kept, index)
         self._open.remove(draft)
-
-    def _put(self, behind: Behind, draft: Draft, name: str, row: int, values: Tensor) -> None:
-        behind.do(lambda: draft.write(name, row, values), values.numel() * values.dtype.itemsize)
 
     def _run(self, batch: list[Text], put: Put) -> list[Ended]:
         """Run a batch; one that fails is halved, down to the texts that fail alone."""

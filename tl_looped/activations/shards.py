@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from math import prod
@@ -93,16 +93,15 @@ class Draft:
         with _writing(place):
             self._file: int = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
 
-    def write(self, name: str, row: int, values: Tensor) -> None:
-        """Write rows of an activation, from one row on.
+    def write(self, rows: Iterable[tuple[str, int, Tensor]]) -> None:
+        """Write rows of activations.
 
         Args:
-            name: the activation.
-            row: the first row.
-            values: contiguous and on the CPU, [row, ...].
+            rows: the activation, the first row, and the values, contiguous and on the CPU, [row, ...].
         """
         with _writing(self.place):
-            self._write(self._starts[name] + row * self.row_bytes[name], values)
+            for name, row, values in rows:
+                self._write(self._starts[name] + row * self.row_bytes[name], values)
 
     def commit(self, kept: Mapping[str, Tensor | None], index: Mapping[str, Tensor]) -> None:
         """Close up what is not kept, add the index, and put the shard in its place.

@@ -7,6 +7,12 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+from torch import Tensor
+
+from .shards import Draft
+
+_AT_ONCE = 2**22  # bytes that change threads together: a switch takes as long as writing a hundred rows
+
 
 class Behind(AbstractContextManager["Behind"]):
     """Does jobs one after the other while whoever gives them goes on.
@@ -80,3 +86,31 @@ class Behind(AbstractContextManager["Behind"]):
                     self._jobs.popleft()
                 self._waiting -= n_bytes
                 self._changed.notify_all()
+
+
+class Written:
+    """Has activations written behind, many at once.
+
+    Args:
+        behind: what writes.
+        draft: where to.
+    """
+
+    def __init__(self, behind: Behind, draft: Draft):
+        self._behind = behind
+        self._draft = draft
+        self._waiting: list[tuple[str, int, Tensor]] = []
+        self._n_bytes: int = 0
+
+    def put(self, name: str, row: int, values: Tensor) -> None:
+        """Have rows written, as `Draft.write` does, sooner or later."""
+        self._waiting.append((name, row, values))
+        self._n_bytes += values.numel() * values.dtype.itemsize
+        if self._n_bytes >= _AT_ONCE:
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        """Have all written that is not yet."""
+        rows, n_bytes = self._waiting, self._n_bytes
+        self._waiting, self._n_bytes = [], 0
+        self._behind.do(lambda: self._draft.write(rows), n_bytes)
