@@ -30,7 +30,7 @@ from .texts import Text, blocks, texts_of
 from .writing import Behind
 
 MOST_ROWS = 2**17  # of a shard, so that a kill does not cost hours
-BEHIND = 2**26  # bytes that wait to be written
+BEHIND = 2**26  # bytes that wait to be written, beside those of `Written`
 
 
 def collect(
@@ -172,8 +172,9 @@ def _check(
         return
     if not (hasattr(model, "generate") and hasattr(model, "generation_report")):
         raise LoopedError(
-            f"max_new_tokens={max_new_tokens} was asked, but this {type(model).__name__} does not write on with a cache of "
-            "keys and values; generate the texts, and collect over them."
+            f"max_new_tokens={max_new_tokens} was asked of a {type(model).__name__}, which writes without a cache of keys and "
+            f"values: every new token is a run of the whole text. Write first, as model.generate(tokens, {max_new_tokens}), "
+            "and collect over what that returns, without max_new_tokens."
         )
     later = [name for name in names if (at := where(model.schedule, name)).stop is None or at.stack == "coda"]
     if model.exit_policy is not None and later:
