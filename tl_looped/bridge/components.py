@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from copy import copy, deepcopy
 from types import NoneType
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -177,6 +177,9 @@ class LoopedAttention(Around, AttentionBridge):
 
     supports_attn_result = True
     config: Any
+    # How queries, keys, values and what heads read are split by head, by their widths: TransformerLens makes classes for it
+    # in every layer.
+    _conversions: ClassVar[dict[tuple[Any, ...], list[Any]]] = {}
     hook_aliases: dict[str, str | list[str]]
 
     def __init__(self, name: str, config: Any, submodules: dict[str, GeneralizedComponent]):
@@ -203,7 +206,17 @@ class LoopedAttention(Around, AttentionBridge):
             object.__setattr__(projection, "_letter", letter)
 
     def _setup_qkv_hook_reshaping(self) -> None:
+        cfg = self.config
+        parts: list[Any] = [self.submodules[letter] for letter in "qkvo"]
+        points = [*(part.hook_out for part in parts[:3]), parts[3].hook_in]
+        widths = [(part.original_component.in_features, part.original_component.out_features) for part in parts]
+        asked = (cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, *widths)
+        if asked in self._conversions:
+            for point, conversion in zip(points, self._conversions[asked], strict=True):
+                point.hook_conversion = conversion
+            return
         super()._setup_qkv_hook_reshaping()
+        self._conversions[asked] = [point.hook_conversion for point in points]
         for name in ("hook_rot_q", "hook_rot_k"):
             hook = self._modules.get(name)
             if isinstance(hook, HookPoint):

@@ -87,7 +87,7 @@ class NamedBridge(Named, ReadingBridge):  # pyright: ignore[reportIncompatibleMe
             for name, hook in hooks:
                 full_name = f"{path}.{name}" if path else name
                 if id(hook) not in named:
-                    hook.name = full_name
+                    object.__setattr__(hook, "name", full_name)  # PyTorch's own looks for parameters and modules first
                     named.add(id(hook))
                 self._hook_registry[full_name] = hook
 
@@ -100,6 +100,13 @@ class NamedBridge(Named, ReadingBridge):  # pyright: ignore[reportIncompatibleMe
                 if path == "passes":
                     child_path = self.schedule.pass_prefix(self.schedule.passes[int(name)])
                 yield from self._components(child, child_path)
+
+    def _register_all_aliases_recursive(self) -> None:
+        """As in TransformerBridge, which asks every module whether it is a component."""
+        self._register_aliases()
+        for _, component in self._components(self, ""):
+            if isinstance(component, GeneralizedComponent):
+                component._register_aliases()
 
     def _enumerate_blocks(self) -> list[tuple[int, Any]]:
         """The virtual layers; TransformerLens would count the ends of passes as layers without attention."""

@@ -299,4 +299,5 @@ def each_module(*roots: nn.Module) -> Iterator[nn.Module]:
         if module not in seen:
             seen.add(module)
             yield module
-            pending += [child for child in reversed(module._modules.values()) if child is not None]
+            if children := module._modules:
+                pending += [child for child in reversed(children.values()) if child is not None]

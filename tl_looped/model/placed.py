@@ -29,7 +29,7 @@ class PlacedModel(nn.Module):
     def set_parameter(self, name: str, parameter: nn.Parameter) -> None:
         """Put one parameter wherever its canonical name stands."""
         for owner, attribute in self.parameter_slots[name]:
-            setattr(owner, attribute, parameter)
+            owner._parameters[attribute] = parameter  # as setattr does, which looks for the name everywhere else first
 
     def canonical_parameters(self) -> dict[str, nn.Parameter]:
         """Every distinct parameter once, by canonical name."""
