@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import published
 import torch
@@ -27,6 +27,7 @@ from tl_looped.checkpoints import load_model, open_checkpoint
 from tl_looped.model import LoopedModel
 from tl_looped.patching import patch_sweep
 
+T = TypeVar("T")
 ROUNDS = 2
 HEAD = (
     "model", "layers run", "weights", "load", "peak", "peak in fp32", "forward", "peak", "cache", "peak", "sweep", "peak",
@@ -135,10 +136,15 @@ def in_child(name: str, directory: Path, dtype: torch.dtype) -> dict[str, Any]:
         return STEPS[name](directory, dtype)
 
 
-def step(name: str, directory: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """A step in a process of its own, which has the libraries of this one."""
+def apart(function: Callable[..., T], *args: Any) -> T:
+    """A call in a process of its own, which has the libraries of this one: no memory is left over from another call."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        found = pool.submit(in_child, name, directory, dtype).result()
+        return pool.submit(function, *args).result()
+
+
+def step(name: str, directory: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """A step in a process of its own."""
+    found = apart(in_child, name, directory, dtype)
     print(f"    {name}, {dtype}: {found}", file=sys.stderr, flush=True)
     return found
 
@@ -147,7 +153,7 @@ def measure(model: str, within: Path | None) -> str:
     """The row of one model."""
     with tempfile.TemporaryDirectory(dir=within) as directory:
         at = Path(directory)
-        n_shards = published.write(model, at, {**published.CONFIGS[model], **published.FEWER.get(model, {})})
+        n_shards = apart(published.write, model, at, {**published.CONFIGS[model], **published.FEWER.get(model, {})})
         found = {name: step(name, at, torch.bfloat16) for name in STEPS}
         wide = step("load", at, torch.float32)
     bare, held, cells = found["load_bare"], found["load_bare"]["nbytes"], found["sweep"]["cells"]
