@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,23 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert json.loads((tmp_path / "stopped" / "paper.asked.json").read_text())["n_loops"] == 4
 
 
+@pytest.mark.parametrize("removed", [".", "parts/prompts"])
+def test_what_is_removed_meanwhile_is_measured_again(removed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge, call, out = random_bridge("ouro"), OfPrompt.__call__, tmp_path / "out"
+    seen = list[int]()
+
+    def removes(self: OfPrompt, model: Any, prompt: torch.Tensor) -> Findings:
+        seen.append(len(prompt))
+        if len(seen) == 2:
+            shutil.rmtree(out / removed)
+        return call(self, model, prompt)
+
+    monkeypatch.setattr(OfPrompt, "__call__", removes)
+    found = made(bridge, PROMPTS, out=out, n_loops=2, **QUIET)
+    assert found.findings.n_prompts == 3 and len(seen) == 4 and found.page.is_file()
+    assert load_result(out / "stages.safetensors", bridge).colsum.count == 3
+
+
 def test_a_model_that_cannot_loop_farther_is_looped_as_far_as_it_can(tmp_path: Path) -> None:
     bridge = LoopedBridge.from_pretrained(GOLDEN / "llama_rrt", device="cpu")
     found = made(bridge, [prompt % bridge.cfg.d_vocab for prompt in PROMPTS], out=tmp_path, n_loops=9, **QUIET)
@@ -118,13 +136,18 @@ def test_a_model_that_cannot_loop_farther_is_looped_as_far_as_it_can(tmp_path: P
     assert f"Looped {bridge.n_loops} times and not 9: " in found.page.read_text()
 
 
-def test_two_processes_make_the_page_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_processes_make_the_page_of_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bridge, out = random_bridge("retrofit_llama"), tmp_path / "two"
     whole = made(bridge, PROMPTS, out=tmp_path / "one", n_loops=4, **QUIET)
     assert paper(bridge, PROMPTS, out=out, n_loops=4, shard="1/2", **QUIET) is None
     assert main(["merge", str(out)]) == 1 and "not done" in capsys.readouterr().err
     both = made(bridge, PROMPTS, out=out, n_loops=4, shard="2/2", **QUIET)
     assert same(both.findings, whole.findings) and both.page.read_text() == whole.page.read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr("tl_looped.paper.writing.find_spec", lambda name: None)
+        assert main(["merge", str(out)]) == 1 and "needs pyarrow; pip install" in capsys.readouterr().err
     both.page.unlink()
     assert main(["merge", str(out)]) == 0 and both.page.read_text() == whole.page.read_text()
 

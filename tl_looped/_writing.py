@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -14,6 +15,7 @@ from uuid import uuid4
 
 from .errors import LoopedError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota
 Put = Callable[[Path, Path], object]  # a finished file, and its place
 
 
@@ -45,6 +47,7 @@ def write_bytes(file: str | Path, content: bytes, *, put: Put | None = None) -> 
     place = checked_place(file)
     draft = draft_of(place)
     try:
+        remove_drafts(place)
         mode = stat.S_IMODE(place.stat().st_mode) if place.exists() else None
         try:
             with os.fdopen(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else 0o600), "wb") as out:
@@ -57,7 +60,8 @@ def write_bytes(file: str | Path, content: bytes, *, put: Put | None = None) -> 
         finally:
             draft.unlink(missing_ok=True)
     except OSError as error:
-        raise LoopedError(f"{str(file)!r} cannot be written: {error.strerror or error}. Choose another place.") from error
+        remedy = "Make room there, or choose another place" if error.errno in FULL else "Choose another place"
+        raise LoopedError(f"{str(file)!r} cannot be written: {error.strerror or error}. {remedy}.") from error
     return Path(file)
 
 

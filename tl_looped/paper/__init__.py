@@ -12,11 +12,10 @@ from .._words import counted
 from .._writing import write_first, write_text
 from ..errors import LoopedError
 from ..looped import Hooked, Looped, check_model, unrolls_kept
-from ..results import load_result
 from ..results.saving import save_result, versions
 from ..runs import Run, merge
 from ..runs.analyze import asked_of
-from ..runs.folder import MODEL, Weights
+from ..runs.folder import Folder
 from ..runs.job import Job, carry_out
 from ..runs.shares import Share
 from ..schedule import check_count
@@ -24,7 +23,7 @@ from .drawn import About
 from .findings import Findings
 from .measures import INIT_LAYERS, INIT_SEEDS, N_INIT, PATH, OfPath, OfPrompt, OfSeed, OfTwin, followed
 from .pages import Row, html, numbers, rows_and_sections
-from .writing import check_directory, tables_of, write_json, write_parquet
+from .writing import check_directory, check_tables, tables_of, write_json, write_parquet
 
 __all__ = ["Findings", "Paper", "Row", "finish", "paper"]
 
@@ -127,7 +126,8 @@ def paper(
         raise LoopedError("paper was asked of no prompts; pass at least one.")
     check_directory(place)
     n_loops, notes = _depth(model, n_loops)
-    _claim(place, _asked(model, given, n_loops, feed_forward is not None, notes))
+    asked = _asked(model, given, n_loops, feed_forward is not None, notes)
+    _claim(place, asked)
 
     size, share = check_count("batch_size", batch_size), Share.read(shard)
     with unrolls_kept():
@@ -142,6 +142,7 @@ def paper(
         if feed_forward is not None:
             jobs.append(job("feed_forward", OfTwin(), feed_forward, given, size))
         carry_out(jobs, "paper", verbose=verbose)
+    _claim(place, asked)  # again, if somebody removed it meanwhile
     try:
         return finish(place)
     except _Unfinished:
@@ -163,6 +164,7 @@ def finish(out: str | Path) -> Paper:
     """
     place = Path(out)
     asked = _begun(place)
+    check_tables()
     runs: dict[str, Run] = {}
     parts = {"prompts": True, "paths": True, "layouts": asked.n_loops >= N_INIT, "feed_forward": asked.beside}
     for name in (name for name, is_asked in parts.items() if is_asked):
@@ -187,8 +189,13 @@ def _begun(place: Path) -> Asked:
     """What was asked in a directory."""
     try:
         return Asked(**json.loads((place / ASKED).read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise LoopedError(f"{str(place)!r} is no directory of tl-looped paper: it has no {ASKED}.") from error
     except (OSError, ValueError, TypeError) as error:
-        raise LoopedError(f"{str(place)!r} is no directory of tl-looped paper, or a damaged one ({error}).") from error
+        raise LoopedError(
+            f"{str(place / ASKED)!r} is damaged ({error}). Remove it and run the same command again, which measures nothing "
+            "twice."
+        ) from error
 
 
 def _claim(place: Path, asked: Asked) -> None:
@@ -208,7 +215,7 @@ def _claim(place: Path, asked: Asked) -> None:
 
 def _written(place: Path, findings: Findings, asked: Asked, failed: tuple[tuple[int, str], ...]) -> Paper:
     rows, sections = rows_and_sections(_about(findings, asked))
-    weights: Any = Weights(load_result(place / "parts" / "prompts" / MODEL))
+    weights = Folder(place / "parts" / "prompts").weights()
     for name, part in findings.parts.items():
         save_result(part, place / f"{name}.safetensors", weights)
     for name, frame in tables_of(findings).items():

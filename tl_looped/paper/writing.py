@@ -20,15 +20,24 @@ def check_directory(out: Path) -> None:
         out: the directory.
 
     Raises:
-        LoopedError: no directory can be there; tables cannot be written, as pyarrow is not installed.
+        LoopedError: no directory can be there; as `check_tables`.
     """
-    if find_spec("pyarrow") is None:
-        raise LoopedError("tables are written as parquet, which needs pyarrow; pip install 'tl-looped[all]'.")
+    check_tables()
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / ".try", "").unlink(missing_ok=True)  # another process may try at the same time
     except OSError as error:
         raise LoopedError(f"{str(out)!r} cannot be a directory to write to: {error.strerror or error}.") from error
+
+
+def check_tables() -> None:
+    """Refuse work whose tables could not be written.
+
+    Raises:
+        LoopedError: pyarrow is not installed.
+    """
+    if find_spec("pyarrow") is None:
+        raise LoopedError("tables are written as parquet, which needs pyarrow; pip install 'tl-looped[all]'.")
 
 
 def tables_of(findings: Findings) -> dict[str, Any]:

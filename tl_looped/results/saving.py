@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, is_dataclass
+from hashlib import sha256
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 KEY = "tl_looped"  # in the metadata of the file
+SEAL = '{"sha256": "'  # how that begins: files of safetensors do not notice a flipped bit
 HOMES = (
     "activations.record",
     "analysis",
@@ -63,7 +65,8 @@ def save_result(result: Any, path: str | Path, model: Looped | None = None, *, p
     found = {"format": FORMAT, "result": content, "versions": versions()}
     if model is not None:
         found["model"] = _encode(model.fingerprint(), tensors, "model")
-    return write_bytes(path, save(tensors, {KEY: json.dumps(found)}), put=put)
+    text = json.dumps(found)
+    return write_bytes(path, save(tensors, {KEY: f'{SEAL}{_digest(text, tensors)}", {text[1:]}'}), put=put)
 
 
 def load_result(path: str | Path, model: Looped | None = None) -> Any:
@@ -85,16 +88,9 @@ def load_result(path: str | Path, model: Looped | None = None) -> Any:
         ...     load_result(grid.save(Path(folder) / "norm.safetensors"))
         Grid(norm [loop 2]: 1 to 2)
     """
-    from safetensors import SafetensorError, safe_open
-
+    text, tensors = read_whole(path)
     try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise LoopedError(f"{str(path)!r} cannot be read as a result: {error}.") from error
-    try:
-        found = json.loads(text or "")
+        found = json.loads(text)
         later = found["versions"]["tl_looped"] if found["format"] > FORMAT else None
         held: dict[str, Any] = {}
         if later is None:
@@ -112,6 +108,37 @@ def load_result(path: str | Path, model: Looped | None = None) -> Any:
     if model is not None and (why := saved.difference(model.fingerprint())) is not None:
         raise LoopedError(f"{str(path)!r} is a result of another model: {why}.")
     return result
+
+
+def read_whole(path: str | Path) -> tuple[str, dict[str, Tensor]]:
+    """What a file of a result says of itself, and its tensors.
+
+    Args:
+        path: the file.
+
+    Raises:
+        LoopedError: the file cannot be read, or is not what was written.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(KEY, "")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise LoopedError(f"{str(path)!r} cannot be read as a result: {error}.") from error
+    digest, _, rest = text.removeprefix(SEAL).partition('", ')
+    if text.startswith(SEAL) and digest != _digest(f"{{{rest}", tensors):  # files of before have none
+        raise LoopedError(f"{str(path)!r} is damaged: it is not what was written. Remove it, and measure or copy it again.")
+    return text, tensors
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    found = sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from .._words import counted
 from .._writing import remove_drafts, write_first
 from ..errors import LoopedError
 from ..results import load_result
-from ..results.saving import save_result
+from ..results.saving import read_whole, save_result
 from .asked import digest
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Folder:
     def __init__(self, path: str | Path):
         self.path: Path = Path(path)
         self._marks: dict[str, str] = {}
+        self._whole: dict[Path, tuple[int, ...]] = {}  # files that were looked through, and what tells whether they changed
 
     def claim(self, shared: dict[str, str], settings: dict[str, dict[str, str]]) -> None:
         """Say what is asked, or refuse a directory in which something else was.
@@ -86,9 +87,14 @@ class Folder:
         file = self.path / place / ASKED
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
+            if not place:
+                int(found["units"])
             return {str(name): str(value) for name, value in found.items()}
-        except (OSError, ValueError, AttributeError) as error:
-            raise LoopedError(f"{str(file)!r} cannot be read ({error}); remove {str(self.path)!r} to begin anew.") from error
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            raise LoopedError(
+                f"{str(file)!r} cannot be read ({error!r}); remove it and run the same command again, which measures nothing "
+                "twice."
+            ) from error
 
     def asked(self, name: str) -> dict[str, str]:
         """All that was asked of one analysis.
@@ -105,7 +111,7 @@ class Folder:
             keys: those that are looked for.
         """
         keys = list(keys)
-        return [key for key in keys if not _is_there(self._file(*key), self._mark(key[0]))]
+        return [key for key in keys if not self._is_there(*key)]
 
     def keep(self, name: str, unit: int, found: Run) -> None:
         """Write what was found in a unit.
@@ -118,7 +124,6 @@ class Folder:
         file = self._file(name, unit)
         with suppress(OSError):  # somebody may have removed it meanwhile; if it cannot be made, writing says so
             file.parent.mkdir(parents=True, exist_ok=True)
-        remove_drafts(file)
         _save(replace(found, asked={"run": self._mark(name)}), file)
 
     def merge(self, name: str) -> Run:
@@ -147,10 +152,7 @@ class Folder:
             name: which.
             run: its sum.
         """
-        weights: Any = None
-        with suppress(LoopedError):  # a model that does not loop has none
-            weights = Weights(load_result(self.path / MODEL))
-        return _save(run, self.path / f"{name}.safetensors", weights)
+        return _save(run, self.path / f"{name}.safetensors", self.weights())
 
     def results(self, names: Iterable[str]) -> dict[str, Run]:
         """The sums of several analyses, which are written.
@@ -172,9 +174,39 @@ class Folder:
         Args:
             fingerprint: of the model.
         """
-        if not (self.path / MODEL).exists():
+        try:
+            there = self.weights() is not None
+        except LoopedError:  # damaged
+            there = False
+        if not there:
             with suppress(LoopedError):  # of a kind that no file keeps; a full disk is told of by what is written next
                 save_result(fingerprint, self.path / MODEL)
+
+    def weights(self) -> Any:
+        """What tells the weights of the model from others, in place of a model for `save_result`; None where it has none.
+
+        Raises:
+            LoopedError: it is damaged.
+        """
+        file = self.path / MODEL
+        try:
+            return Weights(load_result(file)) if file.exists() else None  # a model that does not loop has none
+        except LoopedError as error:
+            raise LoopedError(f"{error} The same command as before writes it again, and measures nothing twice.") from error
+
+    def _is_there(self, name: str, unit: int) -> bool:
+        """Whether a unit's file is whole and of this run; one that is not is as good as none."""
+        file = self._file(name, unit)
+        try:
+            now = file.stat()
+            state = (now.st_ino, now.st_size, now.st_mtime_ns)
+            if self._whole.get(file) != state:
+                if self._mark(name) not in read_whole(file)[0]:
+                    return False
+                self._whole[file] = state
+        except (OSError, LoopedError):
+            return False
+        return True
 
     def _file(self, name: str, unit: int) -> Path:
         return self.path / name / f"{unit:05d}.safetensors"
@@ -215,17 +247,6 @@ class Weights:
     def fingerprint(self) -> Any:
         """What was kept."""
         return self._fingerprint
-
-
-def _is_there(file: Path, mark: str) -> bool:
-    """Whether a unit's file is whole and of this run; one that is not is as good as none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as held:
-            return mark in (held.metadata() or {}).get("tl_looped", "")
-    except (OSError, SafetensorError):
-        return False
 
 
 def _added(asked: dict[str, str], parts: Iterator[Any]) -> Run:

@@ -62,12 +62,12 @@ class Job:
         self._shared: dict[str, str] = shared
         self._settings: dict[str, dict[str, str]] = {name: _settings(measure) for name, measure in measures.items()}
         self.claim()
-        if isinstance(model, Looped):
-            self._folder.keep_weights(model.fingerprint())
 
     def claim(self) -> None:
-        """Say in the directory what is asked, or refuse it."""
+        """Say in the directory what is asked and of which model, or refuse it."""
         self._folder.claim(self._shared, self._settings)
+        if isinstance(self._model, Looped):
+            self._folder.keep_weights(self._model.fingerprint())
 
     @property
     def weights(self) -> dict[Key, int]:
