@@ -21,7 +21,7 @@ from linear import deep_loop
 from peak_memory import PeakMemory
 
 from tl_looped import LoopedBridge, LoopedConfig, analyze
-from tl_looped._writing import draft_of, write_first, write_text
+from tl_looped._writing import write_first
 from tl_looped.analysis import fixed_points
 from tl_looped.analysis.by_name import ANALYSES
 from tl_looped.errors import LoopedError
@@ -133,70 +133,6 @@ def test_what_is_removed_meanwhile_is_measured_again(model: LoopedBridge, tmp_pa
 
     found = analyze({"mine": asked}, model, prompts(7), out=tmp_path / "run", **QUIET)
     assert found is not None and found["mine"].result.count == 7 and 7 < len(calls) <= 7 + 6
-
-
-def test_a_bit_that_flipped_is_noticed(model: LoopedBridge, tmp_path: Path) -> None:
-    def made() -> Any:
-        found = analyze({"fixed_points": {"n_loops": 2}}, model, prompts(2), out=tmp_path, **QUIET)
-        assert found is not None
-        return found["fixed_points"]
-
-    found = made()
-    part, result = tmp_path / "fixed_points" / "00001.safetensors", tmp_path / "fixed_points.safetensors"
-    content = part.read_bytes()
-    for place in (-1, content.index(b"n_prompts")):  # a number, and what stands beside
-        damage(part, place)
-        with pytest.raises(LoopedError, match=r"1 of 2 parts of fixed_points .* not done, such as 00001"):
-            merge(tmp_path)
-        assert same(made(), found) and part.read_bytes() == content
-    damage(result, -1)
-    with pytest.raises(LoopedError, match="is damaged: it is not what was written"):
-        load_result(result)
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"units": "many"}', "{}"])
-def test_a_damaged_record_of_what_was_asked_loses_nothing(content: str, model: LoopedBridge, tmp_path: Path) -> None:
-    ask = {"fixed_points": {"n_loops": 2}}
-    analyze(ask, model, prompts(2), out=tmp_path, **QUIET)
-    kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/0*")}
-    (tmp_path / "asked.json").write_text(content)
-    for call in (lambda: merge(tmp_path), lambda: analyze(ask, model, prompts(2), out=tmp_path, **QUIET)):
-        with pytest.raises(LoopedError, match=r"asked.json' cannot be read .* remove it and run the same command again"):
-            call()
-    (tmp_path / "asked.json").unlink()
-    assert analyze(ask, model, prompts(2), out=tmp_path, **QUIET) is not None
-    assert {file: file.stat().st_mtime_ns for file in kept} == kept and len(kept) == 2
-
-
-def damage(file: Path, place: int) -> None:
-    content = bytearray(file.read_bytes())
-    content[place] ^= 4
-    file.unlink()  # what was read from it is still mapped
-    file.write_bytes(content)
-
-
-def test_what_tells_the_weights_is_written_again(model: LoopedBridge, tmp_path: Path) -> None:
-    out, calls = tmp_path / "run", list[int]()
-
-    def asked(model: Any, prompt: torch.Tensor) -> Estimate:
-        calls.append(len(prompt))
-        if len(calls) == 2:
-            shutil.rmtree(out)
-        return Estimate.of(torch.ones(1), (), {}, "prompts")
-
-    def made() -> None:
-        analyze({"mine": asked}, model, prompts(3), out=out, **QUIET)
-        assert load_result(out / "mine.safetensors", model).result.count == 3
-
-    made()
-    assert len(calls) == 4
-    weights = out / "model.fingerprint.safetensors"
-    content = weights.read_bytes()
-    damage(weights, -1)
-    with pytest.raises(LoopedError, match="The same command as before writes it again"):
-        merge(out)
-    made()
-    assert weights.read_bytes() == content and len(calls) == 4
 
 
 def test_another_run_is_refused_and_more_analyses_are_not(model: LoopedBridge, tmp_path: Path) -> None:
@@ -380,18 +316,6 @@ def test_a_full_disk_keeps_what_is_done(model: LoopedBridge, tmp_path: Path, mon
     assert len(files) == 8 and not any(name.startswith(".") for name in files)
     other = analyze(ASKED, model, prompts(9), out=tmp_path.parent / f"{tmp_path.name}-other", **QUIET)
     assert other is not None and all(same(run, other[name]) for name, run in whole(model, tmp_path).items())
-
-
-@pytest.mark.skipif(os.name != "posix", reason="processes are asked for by their numbers")
-def test_what_a_killed_process_left_of_a_file_is_removed_by_who_writes_it(tmp_path: Path) -> None:
-    file = tmp_path / "result"
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    drafts = [file.with_name(draft_of(file).name.replace(str(os.getpid()), str(pid))) for pid in (gone.pid, os.getppid())]
-    for draft in drafts:
-        draft.write_text("half")
-    write_text(file, "whole")
-    assert sorted(tmp_path.iterdir()) == sorted([file, drafts[1]])  # the other process may still write
 
 
 def test_the_first_of_two_processes_says_what_a_directory_is_of(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from helpers import same, with_words
 from zoo import GOLDEN, SMALL, random_bridge, random_tokens
 
-from tl_looped import LoopedBridge, LoopedConfig, LoopedError, analysis
+from tl_looped import LoopedBridge, LoopedConfig, LoopedError, analysis, analyze
 from tl_looped.cli import main
 from tl_looped.paper import Paper, paper
 from tl_looped.paper.drawn import DRAWN, About
@@ -150,6 +150,18 @@ def test_two_processes_make_the_page_of_one(
         assert main(["merge", str(out)]) == 1 and "needs pyarrow; pip install" in capsys.readouterr().err
     both.page.unlink()
     assert main(["merge", str(out)]) == 0 and both.page.read_text() == whole.page.read_text()
+
+
+def test_a_directory_is_of_paper_or_of_analyze(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bridge, ask = random_bridge("ouro"), {"fixed_points": {"n_loops": 2}}
+    paper(bridge, PROMPTS[:1], out=tmp_path / "paper", n_loops=2, **QUIET)
+    analyze(ask, bridge, PROMPTS[:1], out=tmp_path / "analyze", **QUIET)
+    with pytest.raises(LoopedError, match="is of tl-looped paper, whose results this would replace"):
+        analyze(ask, bridge, PROMPTS[:1], out=tmp_path / "paper", **QUIET)
+    with pytest.raises(LoopedError, match="is of tl-looped analyze, whose results this would replace"):
+        paper(bridge, PROMPTS[:1], out=tmp_path / "analyze", n_loops=2, **QUIET)
+    assert main(["merge", str(tmp_path / "paper" / "parts" / "prompts")]) == 1
+    assert f"merge {str(tmp_path / 'paper')!r}" in capsys.readouterr().err
 
 
 def test_prompts_that_cannot_be_measured_are_named(tmp_path: Path) -> None:

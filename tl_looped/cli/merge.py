@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import LoopedError
 from ._parser import add_command
 from .analyze import written
 from .paper import said
@@ -29,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     from ..paper import ASKED, finish
     from ..runs import merge
 
+    if (whole := args.out.resolve().parent.parent / ASKED).is_file():
+        raise LoopedError(f"{str(args.out)!r} is a part of tl-looped paper, which has no table; merge {str(whole.parent)!r}.")
     if (args.out / ASKED).is_file():
         return said(finish(args.out))
     return written(args.out, merge(args.out))

@@ -15,6 +15,7 @@ from ..looped import Hooked, Looped, check_model, unrolls_kept
 from ..results.saving import save_result, versions
 from ..runs import Run, merge
 from ..runs.analyze import asked_of
+from ..runs.folder import ASKED as OF_ANALYSES
 from ..runs.folder import Folder
 from ..runs.job import Job, carry_out
 from ..runs.shares import Share
@@ -200,6 +201,10 @@ def _begun(place: Path) -> Asked:
 
 def _claim(place: Path, asked: Asked) -> None:
     """Say what is asked, the same from every process, or refuse a directory in which something else was."""
+    if (place / OF_ANALYSES).exists():
+        raise LoopedError(
+            f"{str(place)!r} is of tl-looped analyze, whose results this would replace; choose another directory."
+        )
     write_first(place / ASKED, json.dumps(asdict(asked), indent=1))
     before = _begun(place)
     for name in ("described", "n_loops", "prompt"):

@@ -26,8 +26,9 @@ def check_directory(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / ".try", "").unlink(missing_ok=True)  # another process may try at the same time
-    except OSError as error:
-        raise LoopedError(f"{str(out)!r} cannot be a directory to write to: {error.strerror or error}.") from error
+    except (OSError, LoopedError) as error:
+        reason = getattr(error.__cause__ or error, "strerror", None) or error
+        raise LoopedError(f"{str(out)!r} cannot be a directory to write to: {reason}.") from error
 
 
 def check_tables() -> None:

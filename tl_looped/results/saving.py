@@ -137,7 +137,8 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     found = sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        found.update(content)
     return found.hexdigest()
 
 

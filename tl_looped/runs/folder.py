@@ -51,6 +51,11 @@ class Folder:
         Raises:
             LoopedError: it is of another run, and the message has the difference; it cannot be written.
         """
+        if others := sorted(self.path.glob(f"*.{ASKED}")):
+            kind = others[0].name.partition(".")[0]
+            raise LoopedError(
+                f"{str(self.path)!r} is of tl-looped {kind}, whose results this would replace; choose another directory."
+            )
         for place, asked in (("", shared), *settings.items()):
             file = self.path / place / ASKED
             try:
