@@ -596,3 +596,18 @@ class OldFirst(Handing):
             for layer in self.layers:
                 x = layer(moves, old, x)
         return self.out(self.norm(x))
+
+
+class Equilibrium(Handing):
+    """Layers add to nothing, and the embedding, or a time, goes into every loop."""
+
+    is_timed = False
+
+    def layer(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = e = self.emb(tokens)
+        for t in range(3):
+            x = self.layers[0](x + (torch.linspace(-t, t, D) if self.is_timed else e))
+        return self.out(self.norm(x))

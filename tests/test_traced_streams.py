@@ -164,3 +164,17 @@ def test_what_runs_without_hooks_or_again_for_gradients_refuses() -> None:
         _, cache = model.run_with_cache(TOKENS)
     with pytest.raises(LoopedError, match="runs its layers again for gradients"):
         attribution_sweep(model, TOKENS, cache, lambda logits: logits[0, -1, 3])
+
+
+@pytest.mark.parametrize("is_timed", [False, True])
+@torch.no_grad()
+def test_states_that_a_layer_does_not_add_to_are_streams_where_they_are_handed_on(is_timed: bool) -> None:
+    torch.manual_seed(0)
+    module = looped_modules.Equilibrium().eval()
+    module.is_timed = is_timed
+    model = LoopedBridge.trace(module, TOKENS, verbose=False)
+    _, cache = model.run_with_cache(TOKENS)
+    for loop in range(2):
+        added = torch.linspace(-loop - 1, loop + 1, looped_modules.D) if is_timed else module.emb(TOKENS)
+        then = cache["resid_pre", loop + 1]
+        assert torch.allclose(cache[f"loops.{loop}.hook_out"] + added, then, atol=1e-6)

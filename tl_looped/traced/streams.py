@@ -70,7 +70,12 @@ def stream_through(run: Calls, layers: Sequence[Call]) -> Stream:
         layers: those of the layers.
     """
     enters, leaves, why = set[str](), set[str](), dict[str, str]()
-    linked = [_is_linked(run, one, then) for one, then in pairwise(layers)]
+    pairs: dict[tuple[str, str], list[tuple[Call, Call]]] = {}
+    for one, then in pairwise(layers):
+        pairs.setdefault((one.path, then.path), []).append((one, then))
+    before = [call.gives for call in run.calls[: layers[0].index] if call.gives is not None]
+    injected = {paths for paths, found in pairs.items() if _is_injected(found, before)}
+    linked = [(a.path, b.path) in injected or _is_linked(run, a, b) for a, b in pairwise(layers)]
     for path in dict.fromkeys(call.path for call in layers):
         mine = [i for i, call in enumerate(layers) if call.path == path]
         followed = [(layers[i], layers[i + 1]) for i in mine if i + 1 < len(layers)]
@@ -99,6 +104,21 @@ def _is_linked(run: Calls, one: Call, then: Call) -> bool:
         return False
     between = run.calls[one.index + 1 : then.index]
     return _is(x, y) or any(is_same(c.takes, x) and is_same(c.gives, y) for c in between)
+
+
+def _is_injected(pairs: Sequence[tuple[Call, Call]], before: Sequence[Tensor]) -> bool:
+    """Whether a layer is given what the one before returned, and the same in each loop or at all positions, or an embedding."""
+    sums = [(a.gives, b.takes) for a, b in pairs if a.gives is not None and b.takes is not None]
+    sums = [(x, y.to(x.device)) for x, y in sums[:2] if x.shape == y.shape and x.ndim == 3 and x.dtype == y.dtype]
+    if not sums:
+        return False
+    x, y = sums[0]
+    added = y - x
+    return (
+        any(other.shape == x.shape and is_near(other + added, then) for other, then in sums[1:])
+        or (x.shape[1] > 1 and is_near(x + added[:, :1], y))
+        or any(e.shape == x.shape and is_near(x + e.to(x), y) for e in before)
+    )
 
 
 def _is_added(one: Call, then: Call) -> bool:
