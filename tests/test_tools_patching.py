@@ -183,7 +183,7 @@ def test_stream_breaks_are_where_an_added_vector_does_not_stay(name: str) -> Non
             output = f"blocks.{layer}.hook_mlp_out"
             output = output.replace("hook_mlp_out", "mlp.hook_out")  # before a norm on the branch
             with bridge.hooks(fwd_hooks=[*freeze, (output, lambda t, hook: t + shift)]):
-                _, moved = bridge.run_with_cache(CORRUPTED)
+                _, moved = bridge.run_with_cache(CORRUPTED, names_filter="blocks.*.hook_resid_post")
             stays = all(
                 torch.allclose(moved["resid_post", i] - clean["resid_post", i], shift.expand(1, 3, 24), atol=1e-9)
                 for i in (layer, *later)

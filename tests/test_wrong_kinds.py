@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from tl_looped.report import report
 
 CFG: dict[str, Any] = {"d_model": 8, "n_heads": 2, "d_vocab": 10, "n_core": 2, "n_loops": 3, "injection": "concat"}
 MODEL = LoopedBridge.from_config(LoopedConfig(**CFG), seed=0)
+OTHER = LoopedBridge.from_config(LoopedConfig(**CFG), seed=1)
 HOP = LoopedBridge.from_pretrained("toy:hop")
 TOKENS = torch.tensor([[1, 2, 3]])
 CACHE = MODEL.run_with_cache(TOKENS)[1]
@@ -40,10 +42,13 @@ ASK: dict[str, Callable[[Any, Any], Any]] = {
     "ablation_sweep": lambda model, prompts: ablation_sweep(model, prompts, metric),
     "weight_gradients_by_pass": weight_gradients_by_pass,
     "influence": lambda model, prompts: influence(model, prompts, prompts),
-    "compare": lambda model, prompts: compare([MODEL, model], prompts),
+    "compare": lambda model, prompts: compare([OTHER, model], prompts),
     "report": lambda model, prompts: report(model, prompts),
-    "run": lambda model, prompts: run(analysis.fixed_points, model, prompts, out="nowhere/run.safetensors"),
+    "run": lambda model, prompts: run(analysis.fixed_points, model, prompts, out="nowhere/run.safetensors", n_loops=24),
 }
+for name in ("fixed_points", "limiting_behaviour", "path_independence"):  # whose models of 128 loops take long to make
+    ASK[name] = partial(getattr(analysis, name), n_loops=24)
+ASK["path_independence"] = partial(ASK["path_independence"], initial_states=("zero", None))  # no seeds: they are refused here
 # Of no prompts, or of none that the caller chooses.
 OTHERS = ("random_init_sweep", "gate_pdf", "output_neurons")
 for name in analysis.__all__:
