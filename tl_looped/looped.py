@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -396,6 +397,8 @@ def unrolls_kept() -> Generator[None, None, None]:
         yield
     finally:
         _unrolls.reset(token)
+        if kept is None:
+            gc.collect()  # a model and its hooks refer to each other
 
 
 def stopping(model: AnyLooped, at_loop: int | None, n_loops: int | None) -> AnyLooped:

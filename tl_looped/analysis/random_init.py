@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -181,6 +182,8 @@ def random_init_sweep(
             values = {key: curve.values.mean(1) for key, curve in curves.items()}  # [loop]
             measured.setdefault(name, []).append(values | {"degeneracy": found.degeneracy.values[0]})
             progress.update()
+        del bridge
+        gc.collect()  # a model and its hooks refer to each other, and the next is as large
     progress.close()
 
     def of_seed(k: int) -> RandomInitSweep:

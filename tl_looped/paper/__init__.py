@@ -11,7 +11,7 @@ from typing import Any
 from .._words import counted
 from .._writing import write_first, write_text
 from ..errors import LoopedError
-from ..looped import Hooked, Looped, check_model, unrolls_kept
+from ..looped import Hooked, Looped, check_model
 from ..results.saving import save_result, versions
 from ..runs import Run, merge
 from ..runs.analyze import asked_of
@@ -131,18 +131,17 @@ def paper(
     _claim(place, asked)
 
     size, share = check_count("batch_size", batch_size), Share.read(shard)
-    with unrolls_kept():
 
-        def job(name: str, measure: Any, of: Hooked, items: list[Any], size: int = 1) -> Job:
-            return Job(asked_of({name: measure}), of, items, place / "parts" / name, share, size)
+    def job(name: str, measure: Any, of: Hooked, items: list[Any], size: int = 1) -> Job:
+        return Job(asked_of({name: measure}), of, items, place / "parts" / name, share, size)
 
-        jobs = [job("prompts", OfPrompt(n_loops), model, given, size)]
-        jobs.append(job("paths", OfPath(min(PATH, n_loops)), model, followed(model, given)))
-        if n_loops >= N_INIT:
-            jobs.append(job("layouts", OfSeed(n_loops), model, [*INIT_SEEDS]))
-        if feed_forward is not None:
-            jobs.append(job("feed_forward", OfTwin(), feed_forward, given, size))
-        carry_out(jobs, "paper", verbose=verbose)
+    jobs = [job("prompts", OfPrompt(n_loops), model, given, size)]
+    jobs.append(job("paths", OfPath(min(PATH, n_loops)), model, followed(model, given)))
+    if n_loops >= N_INIT:
+        jobs.append(job("layouts", OfSeed(n_loops), model, [*INIT_SEEDS]))
+    if feed_forward is not None:
+        jobs.append(job("feed_forward", OfTwin(), feed_forward, given, size))
+    carry_out(jobs, "paper", verbose=verbose)
     _claim(place, asked)  # again, if somebody removed it meanwhile
     try:
         return finish(place)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -115,21 +117,22 @@ def carry_out(jobs: Sequence[Job], what: str, *, verbose: bool) -> list[dict[str
     share = jobs[0].share
     what += f" ({share}, told by {share.told_by})" if share.of > 1 else ""
     weights = {key: weight for job in jobs for key, weight in job.weights.items()}
-    with unrolls_kept():
-        while any(job.left() for job in jobs):  # again what somebody removed meanwhile
-            left = [(key, job) for job in jobs for key in job.left()]
-            firsts = {key[0]: key for key, _ in reversed(left)}.values()
-            left.sort(key=lambda one: one[0] not in firsts)
-            progress = Progress(weights, [key for key, _ in left], what, verbose=verbose)
-            for key, job in left:
-                if not job.left([key]):
-                    progress.drop(key)
-                    continue
-                progress.begin()
-                job.measure(key, verbose)
-                progress.done(key)
-            for job in jobs:
-                job.claim()
+    while any(job.left() for job in jobs):  # again what somebody removed meanwhile
+        left = [(key, job) for job in jobs for key in job.left()]
+        firsts = {key[0]: key for key, _ in reversed(left)}.values()
+        left.sort(key=lambda one: one[0] not in firsts)
+        progress = Progress(weights, [key for key, _ in left], what, verbose=verbose)
+        for job, keys in groupby(left, key=itemgetter(1)):
+            with unrolls_kept():  # those of one job do not lie beside the next one's
+                for key, _ in keys:
+                    if not job.left([key]):
+                        progress.drop(key)
+                        continue
+                    progress.begin()
+                    job.measure(key, verbose)
+                    progress.done(key)
+        for job in jobs:
+            job.claim()
     found = [job.results() for job in jobs]
     if verbose and None in found:
         missing = sum(len(job.missing()) for job in jobs)
