@@ -17,10 +17,11 @@ from tl_looped.cli import main
 from tl_looped.paper import Paper, paper
 from tl_looped.paper.drawn import DRAWN, About
 from tl_looped.paper.findings import Findings
-from tl_looped.paper.measures import OfPrompt
+from tl_looped.paper.measures import Initial, OfInitial, OfPrompt
 from tl_looped.paper.published import PUBLISHED, SECTIONS
 from tl_looped.results import load_result
 from tl_looped.runs.shares import ARRAY, RANKS
+from tl_looped.runs.units import cut
 
 pytest.importorskip("pyarrow")
 PROMPTS = [random_tokens(1, n, seed=n)[0] for n in (5, 4, 6)]
@@ -203,6 +204,17 @@ def test_layouts_are_drawn_from_their_sweep() -> None:
     said, figures = DRAWN["6"](About(Findings(parts, {}, 0), 64, ("core",), {}))
     assert "pre-norm, injection" in said and len(figures) == 6
     assert DRAWN.keys() == PUBLISHED.keys() == {key for _, keys in SECTIONS.values() for key in keys}
+
+
+def test_layouts_are_cut_by_size_and_seed_and_add_up() -> None:
+    initials = [Initial(n_layers, seed) for seed in (0, 1) for n_layers in (1, 2)]
+    units = cut(random_bridge("ouro"), initials, 4)
+    assert [unit.weight for unit in units] == [1, 2, 1, 2]
+    found = [OfInitial(4)(random_bridge("ouro"), unit.batches[0].value) for unit in units]
+    total: Any = found[0] + found[1] + found[2] + found[3]
+    for n_layers in (1, 2):
+        both = analysis.random_init_sweep(n_layers=n_layers, n_loops=4, seeds=2, verbose=False)
+        assert same(total.parts[f"init_{n_layers}"], both) and both.distance.count == 2
 
 
 def test_the_command_writes_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from ..runs.shares import Share
 from ..schedule import check_count
 from .drawn import About
 from .findings import Findings
-from .measures import INIT_LAYERS, INIT_SEEDS, N_INIT, PATH, OfPath, OfPrompt, OfSeed, OfTwin, followed
+from .measures import INIT_LAYERS, INITIALS, N_INIT, PATH, OfInitial, OfPath, OfPrompt, OfTwin, followed
 from .pages import Row, html, numbers, rows_and_sections
 from .writing import check_directory, check_tables, tables_of, write_json, write_parquet
 
@@ -138,7 +138,7 @@ def paper(
     jobs = [job("prompts", OfPrompt(n_loops), model, given, size)]
     jobs.append(job("paths", OfPath(min(PATH, n_loops)), model, followed(model, given)))
     if n_loops >= N_INIT:
-        jobs.append(job("layouts", OfSeed(n_loops), model, [*INIT_SEEDS]))
+        jobs.append(job("layouts", OfInitial(n_loops), model, INITIALS))
     if feed_forward is not None:
         jobs.append(job("feed_forward", OfTwin(), feed_forward, given, size))
     carry_out(jobs, "paper", verbose=verbose)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..analysis import random_init_sweep, trajectories
 from ..analysis._streaming import Plan, need_loops, together
@@ -27,7 +27,7 @@ PATH = 32  # loops of the paths in a plane
 PERIOD, WINDOW, SETTLE = 6, 24, 0.1  # as in `limiting_behaviour`
 STAGES = InferenceStagesMeasure(0.3, False, "nats", None, None)
 TEXTS = ("Hello! I've been well. I hope that you're doing well.", "The square root of 16 is")  # the paper's own
-N_INIT, INIT_LAYERS, INIT_SEEDS = 64, (12, 4, 16), ((0,), (1,), (2,))  # loops that a layout needs to show what it does
+N_INIT, INIT_LAYERS, INIT_SEEDS = 64, (12, 4, 16), (0, 1, 2)  # loops that a layout needs to show what it does
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,28 @@ def followed(model: Looped, prompts: list[Any]) -> list[tuple[str, Any]]:
     return [(f"path_{k}", prompt) for k, prompt in enumerate(chosen)]
 
 
+class Initial(NamedTuple):
+    """An initialisation of the layouts.
+
+    Args:
+        n_layers: layers in the loop.
+        seed: of the weights and of the initial noise.
+    """
+
+    n_layers: int
+    seed: int
+
+    @property
+    def weight(self) -> int:
+        """How much work it is."""
+        return self.n_layers
+
+
+INITIALS = [Initial(n_layers, seed) for seed in INIT_SEEDS for n_layers in INIT_LAYERS]
+
+
 @dataclass(frozen=True)
-class OfSeed:
+class OfInitial:
     """Layouts at random initialisation, which are of no model.
 
     Args:
@@ -210,12 +230,13 @@ class OfSeed:
 
     n_loops: int
 
-    def __call__(self, model: Looped, seed: tuple[int]) -> Findings:
+    def __call__(self, model: Looped, initial: Initial) -> Findings:
         """Draw one initialisation of every layout.
 
         Args:
             model: not looked at.
-            seed: of the weights and of the initial noise.
+            initial: which.
         """
-        settings: dict[str, Any] = {"n_loops": self.n_loops, "seeds": [*seed], "verbose": False}
-        return Findings({f"init_{n}": random_init_sweep(n_layers=n, **settings) for n in INIT_LAYERS}, {}, 0)
+        n_layers, seed = initial
+        found = random_init_sweep(n_layers=n_layers, n_loops=self.n_loops, seeds=[seed], verbose=False)
+        return Findings({f"init_{n_layers}": found}, {}, 0)

@@ -77,7 +77,8 @@ def cut(model: Hooked, prompts: Sequence[Any], batch_size: int) -> list[Unit]:
     for index, prompt in enumerate(prompts):
         tokens = _tokens(model, prompt)
         if tokens is None or len(tokens) > 1:
-            batches.append(Batch((index,), prompt, 1 if tokens is None else tokens.numel()))
+            # What is no prompt may say how much work it is.
+            batches.append(Batch((index,), prompt, getattr(prompt, "weight", 1) if tokens is None else tokens.numel()))
             continue
         length = tokens.shape[1]
         if length > model.cfg.n_ctx:  # it fails at once, and would outweigh all others
