@@ -10,18 +10,21 @@ from operator import add
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._precision import wide
 from .._words import aligned, counted
 from ..errors import LoopedError
 from ..kinds import plain
+from ..looped import Looped
 from ..panels import Axis, Panel
+from ..record import InitialState
 from ..results import Estimate, Result, table
 from ..schedule import check_count
-from ._directions import SETTLED
-from ._streaming import need_loops
-from .fixed_points import fixed_points
+from ._directions import SETTLED, cosine, relative_distance
+from ._streaming import check_finite, layer_hooks, need_loops
 
 __all__ = ["RandomInitSweep", "random_init_sweep"]
 
@@ -168,7 +171,7 @@ def random_init_sweep(
     layouts = {f"{n}, {i}": NORMS[n] | INJECTIONS[i] for i in INJECTIONS for n in NORMS}
     tokens = torch.randint(0, 256, (4, 16), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     drawn = d_model**-0.5 if std == "fan_in" else std  # of the embedding matrix, before its scale
-    common: dict[str, Any] = {"d_model": d_model, "n_heads": 4, "d_vocab": 256, "n_core": n_layers, "n_loops": n_loops}
+    common: dict[str, Any] = {"d_model": d_model, "n_heads": 4, "d_vocab": 256, "n_core": n_layers, "n_loops": 2}
     progress = tqdm(total=len(layouts) * len(chosen), desc="random_init_sweep", disable=not verbose)
     measured: dict[str, list[dict[str, Tensor]]] = {}
     for name, layout in layouts.items():
@@ -176,14 +179,11 @@ def random_init_sweep(
         bridge = LoopedBridge.from_config(cfg)
         for seed in chosen:
             draw(bridge.plain, seed, std)
-            noise = seed if cfg.initial_state == "noise" else None
-            found = fixed_points(bridge, tokens, n_loops=None, initial_state=noise, verbose=False)
-            curves = {"distance": found.distance["relative"], "cosine": found.distance["cosine"], "norm": found.norm}
-            values = {key: curve.values.mean(1) for key, curve in curves.items()}  # [loop]
-            measured.setdefault(name, []).append(values | {"degeneracy": found.degeneracy.values[0]})
+            state = seed if cfg.initial_state == "noise" else None
+            measured.setdefault(name, []).append(_curves(streams(bridge, tokens, n_loops, state)))
             progress.update()
         del bridge
-        gc.collect()  # a model and its hooks refer to each other, and the next is as large
+        gc.collect()  # a model and its hooks refer to each other
     progress.close()
 
     def of_seed(k: int) -> RandomInitSweep:
@@ -207,3 +207,43 @@ def draw(model: Any, seed: int, std: Std) -> None:
             parameter.normal_(0, 1.0 if std == "fan_in" else std, generator=generator)
             if std == "fan_in":
                 parameter /= parameter.shape[1] ** 0.5
+
+
+@torch.no_grad()
+def streams(
+    model: Looped, tokens: Int[Tensor, "batch pos"], n_loops: int, state: int | None
+) -> list[Float[Tensor, "layer batch pos d_model"]]:
+    """What leaves the layers in every loop of a model of two loops or more that are all alike.
+
+    Its first loop is run again and again, each time from the state that it left: many loops need no more modules than two.
+    """
+    (first,) = model.schedule.passes_in(0)
+    seen: list[Tensor] = []
+    names = [*layer_hooks(model.schedule, [first], "hook_resid_post"), f"{model.schedule.pass_prefix(first)}.hook_out"]
+    hooks = [(name, lambda value, hook: seen.append(value)) for name in names]
+    begins: InitialState = state
+    found: list[Tensor] = []
+    for t in range(n_loops):
+        model.run_with_hooks(tokens, hooks, stop=first.layers.stop, initial_state=begins)
+        begins = seen.pop()
+        found.append(torch.stack(seen))
+        check_finite(found[-1], f"the residual stream of loop {t}")
+        seen.clear()
+    return found
+
+
+def _curves(found: list[Float[Tensor, "layer batch pos d_model"]]) -> dict[str, Tensor]:
+    """Distance to the last loop, cosine and norm by loop, and the degeneracy; means over tokens, prompts and layers."""
+
+    def of_prompts(x: Float[Tensor, "layer batch pos"]) -> Float[Tensor, "layer batch"]:
+        return x.nanmean(-1).double()
+
+    end = wide(found[-1])
+    curves: dict[str, list[Tensor]] = {"distance": [], "cosine": [], "norm": []}
+    for x in map(wide, found):
+        parts = (relative_distance(x, end), cosine(x, end), x.norm(dim=-1))
+        for curve, part in zip(curves.values(), parts, strict=True):
+            curve.append(of_prompts(part).mean(1).mean())
+    others = of_prompts(torch.stack([cosine(end[0], other) for other in end[1:]])) if len(end) > 1 else end[:0]
+    lowest = others.amin(0).mean() if len(others) else torch.tensor(torch.nan, dtype=torch.float64)
+    return {name: torch.stack(curve).cpu() for name, curve in curves.items()} | {"degeneracy": lowest.cpu()}
