@@ -6,6 +6,7 @@ import importlib
 import json
 import pkgutil
 import re
+from importlib import metadata
 from typing import Any
 
 import pandas as pd
@@ -214,6 +215,24 @@ def test_a_file_says_which_model_it_is_of(model: LoopedBridge, grid: Grid, tmp_p
         load_result(grid.save(tmp_path / "other"), model)
 
 
+def test_a_package_that_is_only_on_the_path_keeps_results(
+    grid: Grid, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine where nothing can be installed: what is read of the package's metadata is not there."""
+    found = metadata.distribution
+
+    def of_others(name: str) -> metadata.Distribution:
+        if name == "tl-looped":
+            raise metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(metadata, "distribution", of_others)
+    monkeypatch.delitem(vars(tl_looped), "__version__", raising=False)
+    file = grid.save(tmp_path / "grid")
+    monkeypatch.delitem(vars(tl_looped), "__version__")
+    assert same(load_result(file), grid) and b"0+uninstalled" in file.read_bytes()
+
+
 def test_files_that_are_no_results_are_refused(grid: Grid, tmp_path: Any) -> None:
     from safetensors.torch import load, save_file
 
@@ -224,8 +243,8 @@ def test_files_that_are_no_results_are_refused(grid: Grid, tmp_path: Any) -> Non
         file.write_bytes(content)
         with pytest.raises(LoopedError, match=re.escape(repr(str(file)))):
             load_result(file)
-    for metadata in (None, {"tl_looped": "{"}, {"tl_looped": text}, {"tl_looped": text.replace("Grid", "os.system")}):
-        save_file({"values": torch.ones(1)}, file, metadata)
+    for said in (None, {"tl_looped": "{"}, {"tl_looped": text}, {"tl_looped": text.replace("Grid", "os.system")}):
+        save_file({"values": torch.ones(1)}, file, said)
         with pytest.raises(LoopedError, match="no result of this package"):
             load_result(file)
     save_file({"values": torch.ones(1)}, file, {"tl_looped": json.dumps({"format": 99, "versions": {"tl_looped": "9.0"}})})

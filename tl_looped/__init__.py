@@ -88,7 +88,10 @@ def __getattr__(name: str) -> object:
     from importlib import import_module, metadata
 
     if name == "__version__":
-        found: object = metadata.version("tl-looped")
+        try:
+            found: object = metadata.version("tl-looped")
+        except metadata.PackageNotFoundError:  # a directory on the path, as on machines where nothing can be installed
+            found = "0+uninstalled"
     elif name in _HOMES:
         found = getattr(import_module(f".{_HOMES[name]}", __name__), name)
     elif name in __all__:

@@ -54,10 +54,11 @@ class Trainer:
         self.held, self.text, self.device, self.batch = tokens[:HELD_OUT], tokens[HELD_OUT:], device, batch
 
     def windows(self, step: int, seed: int) -> Tensor:
-        """The windows of one step, one longer than what the model reads; an epoch shows every part of the text once."""
+        """The windows of one step, one longer than what the model reads; an epoch shows a part of the text at most once."""
         n_windows = len(self.text) // (WINDOW + 1)
-        order = torch.randperm(n_windows, generator=torch.Generator().manual_seed(seed))
-        chosen = order[(step * self.batch + torch.arange(self.batch)) % n_windows]
+        epoch, at = divmod(step, n_windows // self.batch)
+        order = torch.randperm(n_windows, generator=torch.Generator().manual_seed(seed + 1000 * epoch))
+        chosen = order[at * self.batch : (at + 1) * self.batch]
         found = self.text[(chosen[:, None] * (WINDOW + 1) + torch.arange(WINDOW + 1))]
         return found.to(self.device, torch.long, non_blocking=True)
 
@@ -195,6 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=240, help="for the training of all models together")
     parser.add_argument("--steps", type=int, help="how many, whatever the time")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--models", nargs="+", choices=[*CONFIGS], default=[*CONFIGS], help="default: all")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--windows", type=int, default=64, help="held-out windows that stages are measured on")
     parser.add_argument("--small", action="store_true", help="narrow models")
@@ -204,7 +206,9 @@ def main(argv: list[str] | None = None) -> int:
     device, began = torch.device(args.device), time.perf_counter()
     raw = torch.frombuffer(bytearray(lzma.decompress(args.tokens.read_bytes())), dtype=torch.uint16).to(torch.int32)
     trainer = Trainer(raw, device, args.batch)
-    configs = {n: c.replace(d_model=32, n_heads=4, d_head=8, d_mlp=64) if args.small else c for n, c in CONFIGS.items()}
+    configs = {name: CONFIGS[name] for name in args.models}
+    if args.small:
+        configs = {name: cfg.replace(d_model=32, n_heads=4, d_head=8, d_mlp=64) for name, cfg in configs.items()}
     say(what="text", train=len(trainer.text), held_out=len(trainer.held), device=str(device), torch=torch.__version__)
     seconds, compiled = 0.0, not args.no_compile
     for name, cfg in configs.items():  # what a step takes, compilation apart
@@ -218,8 +222,8 @@ def main(argv: list[str] | None = None) -> int:
         say(what="step", model=name, seconds=round(spent / 10, 4), compiled=compiled,
             tokens_per_second=round(args.batch * WINDOW * 10 / spent), at=round(time.perf_counter() - began, 1))  # fmt: skip
     n_steps = args.steps or int(args.seconds / (args.seeds * seconds))
-    n_steps = min(n_steps, len(trainer.text) // ((WINDOW + 1) * args.batch))
-    say(what="plan", steps=n_steps, tokens=n_steps * args.batch * WINDOW)
+    epochs = n_steps * args.batch * (WINDOW + 1) / len(trainer.text)
+    say(what="plan", steps=n_steps, tokens=n_steps * args.batch * WINDOW, epochs=round(epochs, 2))
     kept: dict[tuple[str, int], list[InferenceStages]] = {}
     start: dict[str, InferenceStages] = {}
     for seed in range(args.seeds):

@@ -225,7 +225,7 @@ class Collector:
             return f"{type(error).__name__}: {error}"
         raise LoopedError(
             f"prompt {text.number} failed: {error} The shards before it are in {str(self.out)!r}. Mend the cause and call "
-            'again, which goes on there, or leave such prompts out with on_error="skip".'
+            'again, which goes on there, or leave such prompts out with on_error="skip" (--on-error skip).'
         ) from error
 
 

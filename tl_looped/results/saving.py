@@ -144,7 +144,10 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
 
 def versions() -> dict[str, str]:
     """Of what computed a result."""
-    return {name.replace("-", "_"): metadata.version(name) for name in ("tl-looped", "torch", "transformer-lens")}
+    from .. import __version__
+
+    of_others = {name.replace("-", "_"): metadata.version(name) for name in ("torch", "transformer-lens")}
+    return {"tl_looped": __version__, **of_others}
 
 
 def _classes() -> dict[str, type]:

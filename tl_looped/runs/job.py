@@ -185,7 +185,7 @@ def _found(name: str, measure: Asked, model: Hooked, unit: Unit, skip: bool, ver
             if not skip:
                 raise LoopedError(
                     f"{name} of prompt {index} failed: {error} What is done is kept. Mend the cause and run again, which goes "
-                    'on there, or leave such prompts out with on_error="skip".'
+                    'on there, or leave such prompts out with on_error="skip" (--on-error skip).'
                 ) from error
             if verbose:
                 print(f"{name}: prompt {index} is left out: {error}", file=sys.stderr)
