@@ -1,8 +1,8 @@
 """What a user does with a model that lies on one device or on several, with prompts that lie on the CPU.
 
 `python on_pretended_device.py PLACE/MODEL... [WORK...]`, in a process of its own, as the devices stay known to torch. PLACE is
-"one" or "several", a model is one of the zoo or a golden checkpoint, and WORK what is done, by default everything below.
-Numbers, and refusals, are those of the same model on the CPU.
+"one" or "several", or where there is a GPU "gpu" or "gpu-and-cpu"; a model is one of the zoo or a golden checkpoint, and WORK
+what is done, by default everything below. Numbers, and refusals, are those of the same model on the CPU.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ from tl_looped.report import report
 PLACES = {
     "one": (pretended_device.NAME,),
     "several": (pretended_device.NAME, pretended_device.SECOND, "cpu"),
+    "gpu": ("cuda",),
+    "gpu-and-cpu": ("cuda", "cpu"),
 }
 QUIET = {"verbose": False}
 WRITE = {"stop_at_eos": False, "do_sample": False, "verbose": False, "return_type": "tokens"}
@@ -371,9 +373,10 @@ def check_models_in_memory() -> None:
 
 def main(asked: list[str], only: list[str]) -> None:
     """Do it on the CPU and there, and say all that differs."""
-    pretended_device.switch_on()
-    failed = False
-    for place, name in (one.split("/") for one in asked):
+    failed, places = False, [one.split("/") for one in asked]
+    if not all(place.startswith("gpu") for place, _ in places):
+        pretended_device.switch_on()
+    for place, name in places:
         model, devices = model_of(name), PLACES[place]
         with tempfile.TemporaryDirectory() as directory:
             model.save_pretrained(directory)
