@@ -215,9 +215,7 @@ def test_a_file_says_which_model_it_is_of(model: LoopedBridge, grid: Grid, tmp_p
         load_result(grid.save(tmp_path / "other"), model)
 
 
-def test_a_package_that_is_only_on_the_path_keeps_results(
-    grid: Grid, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_that_is_only_on_the_path_keeps_results(grid: Grid, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where nothing can be installed: what is read of the package's metadata is not there."""
     found = metadata.distribution
 

@@ -15,11 +15,12 @@ from ..looped import Hooked, Looped, check_model, require
 from ..record import InitialState, rehearsal
 from ..results import Estimate
 from ..schedule import Indices, Pass, Schedule, select_indices
+from ._kept import Kept
 
 Key = TypeVar("Key", bound=Hashable)
 Found = TypeVar("Found")
 At = tuple[int, int]  # loop and layer
-KEPT = 2**28  # bytes of the activations of all loops that are kept, rather than the batch run again
+KEPT = 2**26  # bytes of the activations of all loops that are kept, rather than the batch run again
 
 
 class Look(NamedTuple):
@@ -152,24 +153,19 @@ def run_twice(
     from a second run, so that one loop of the activations is held.
     """
     held: dict[tuple[str, int], Tensor] = {}
-    kept: dict[tuple[str, At], Tensor] = {}
-    room = 0 if isinstance(initial_state, torch.Generator) else KEPT  # the last run advances a generator
+    kept = Kept[tuple[str, At]](-1 if isinstance(initial_state, torch.Generator) else KEPT)  # the last run advances a generator
 
     def keys(passes: Sequence[Pass]) -> dict[str, tuple[str, At]]:
         return {name: (hook, at) for hook in hooks for name, at in layer_hooks(model.schedule, passes, hook).items()}
 
     def first(key: tuple[str, At], value: Tensor) -> None:
-        nonlocal room
         hook, at = key
         before = held.pop((hook, at[1]), None)
         if before is not None and at[0] <= shown[-1].loop:
             step(hook, at, before, value)
         held[hook, at[1]] = value
-        room -= value.nbytes
-        if room < 0:
-            kept.clear()
-        elif at[0] <= shown[-1].loop:
-            kept[key] = value
+        if at[0] <= shown[-1].loop:
+            kept.put(key, value)
 
     def second(key: tuple[str, At], value: Tensor) -> None:
         hook, at = key
@@ -177,7 +173,7 @@ def run_twice(
 
     every = [*shown, *([] if last in shown else [last])]
     yield Look(keys(every), first, last.layers.stop, rehearsal(initial_state))
-    if room >= 0:
+    if not kept.is_full:
         for key, value in kept.items():
             second(key, value)
     else:

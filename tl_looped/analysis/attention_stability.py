@@ -71,7 +71,7 @@ def attention_stability(
     `|A - A'|_F / sqrt(pos)` per head: the root mean square over queries, which does not grow with the prompt (our choice; the
     paper does not say how lengths and heads are averaged). `fixed_points(patterns=True)` has all heads in one number. Each
     batch is run twice, first against the loop before, while the patterns of one loop are held; or once, if those of all loops
-    take 256 MB or less.
+    take 64 MB or less.
 
     Args:
         model: the model.

@@ -131,7 +131,7 @@ def fixed_points(
     that they do not grow with either (our choice).
 
     Each batch is run twice: against the loop before, which ends with X*, and against X*. One loop of the streams (and patterns)
-    is held. If all loops of them take 256 MB or less, they are held instead, and the batch is run once.
+    is held. If all loops of them take 64 MB or less, they are held instead, and the batch is run once.
 
     Args:
         model: the model. Hooks on it act on the runs, if it has `n_loops` loops itself.

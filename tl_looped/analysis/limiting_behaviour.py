@@ -215,7 +215,7 @@ def limiting_behaviour(
     and call more than 0.6677 a rotation.) Steps to settle count to the first loop whose step is shorter than `settle` in the
     units of the stream, their 0.1 for Huginn; choose it anew for a model of another scale.
 
-    Each batch is run twice, first for the steps and the last loop's states; or once, if the streams of all loops take 256 MB
+    Each batch is run twice, first for the steps and the last loop's states; or once, if the streams of all loops take 64 MB
     or less. Else four loops of them are held (one and three sums for the transform), and one cosine per token, layer and loop.
 
     Args:
