@@ -22,6 +22,10 @@ class NoPromptsError(LoopedError):
     """No prompts were given to an analysis, whose settings are all right."""
 
 
+class NoMemoryError(LoopedError):
+    """A prompt does not fit into memory; another time, or elsewhere, there may be more."""
+
+
 class RunningSumError(LoopedError, RuntimeError):
     """A tool takes the residual stream for one running sum where it is not one."""
 

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from .._words import counted
 from .._writing import write_first, write_text
 from ..errors import LoopedError
 from ..looped import Hooked, Looped, check_model
 from ..results.saving import save_result, versions
-from ..runs import Run, merge
-from ..runs.analyze import asked_of
-from ..runs.folder import ASKED as OF_ANALYSES
-from ..runs.folder import Folder
+from ..runs import Run
+from ..runs.analyze import asked_of, listed
+from ..runs.folder import PAPER as ASKED
+from ..runs.folder import Folder, refuse_others
 from ..runs.job import Job, carry_out
 from ..runs.shares import Share
 from ..schedule import check_count
 from .drawn import About
-from .findings import Findings
+from .findings import Findings, in_order
 from .measures import INIT_LAYERS, INITIALS, N_INIT, PATH, OfInitial, OfPath, OfPrompt, OfTwin, followed
 from .pages import Row, html, numbers, rows_and_sections
 from .writing import check_directory, check_tables, tables_of, write_json, write_parquet
 
 __all__ = ["Findings", "Paper", "Row", "finish", "paper"]
 
-ASKED = "paper.asked.json"
 LONGEST = 400  # letters of the first prompt on the page
 
 
@@ -122,9 +124,7 @@ def paper(
         ['Figure 3', 'Figure 4', 'Figure 22']
     """
     check_model(model)
-    n_loops, given, place = check_count("n_loops", n_loops, 2), list(prompts), Path(out)
-    if not given:
-        raise LoopedError("paper was asked of no prompts; pass at least one.")
+    n_loops, given, place = check_count("n_loops", n_loops, 2), listed(prompts, "paper"), Path(out)
     check_directory(place)
     n_loops, notes = _depth(model, n_loops)
     asked = _asked(model, given, n_loops, feed_forward is not None, notes)
@@ -141,11 +141,13 @@ def paper(
         jobs.append(job("layouts", OfInitial(n_loops), model, INITIALS))
     if feed_forward is not None:
         jobs.append(job("feed_forward", OfTwin(), feed_forward, given, size))
-    carry_out(jobs, "paper", verbose=verbose)
+    found = carry_out(jobs, "paper", verbose=verbose)
     _claim(place, asked)  # again, if somebody removed it meanwhile
     try:
         return finish(place)
-    except _Unfinished:
+    except _Unfinished as error:
+        if verbose and None not in found:  # of a feed-forward model that others were asked for
+            print(error, file=sys.stderr)
         return None
 
 
@@ -169,7 +171,7 @@ def finish(out: str | Path) -> Paper:
     parts = {"prompts": True, "paths": True, "layouts": asked.n_loops >= N_INIT, "feed_forward": asked.beside}
     for name in (name for name, is_asked in parts.items() if is_asked):
         try:
-            runs |= merge(place / "parts" / name)
+            runs |= Folder(place / "parts" / name).results([name])
         except LoopedError as error:
             raise _Unfinished(str(error)) from error
     failed = runs["prompts"].failed
@@ -177,12 +179,13 @@ def finish(out: str | Path) -> Paper:
         why = f"prompt {failed[0][0]}: {failed[0][1]}"
         raise LoopedError(f"none of {counted(runs['prompts'].n_prompts, 'prompt')} could be measured; {why}")
     findings: Any = sum(run.result for run in runs.values() if run.result is not None)
+    findings, order = in_order(findings, runs["prompts"].order)
     twin = runs.get("feed_forward")
     if twin is not None and twin.result is None:
         findings.refused["stages_feed_forward"] = {
             f"the feed-forward model: prompt {twin.failed[0][0]}: {twin.failed[0][1]}": 1
         }
-    return _written(place, findings, asked, failed)
+    return _written(place, findings, asked, failed, order)
 
 
 def _begun(place: Path) -> Asked:
@@ -190,7 +193,10 @@ def _begun(place: Path) -> Asked:
     try:
         return Asked(**json.loads((place / ASKED).read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        raise LoopedError(f"{str(place)!r} is no directory of tl-looped paper: it has no {ASKED}.") from error
+        raise LoopedError(
+            f"{str(place)!r} is no directory of tl-looped paper: it has no {ASKED}. If it was removed, the command that made "
+            "the directory writes it again, and measures nothing twice."
+        ) from error
     except (OSError, ValueError, TypeError) as error:
         raise LoopedError(
             f"{str(place / ASKED)!r} is damaged ({error}). Remove it and run the same command again, which measures nothing "
@@ -200,10 +206,7 @@ def _begun(place: Path) -> Asked:
 
 def _claim(place: Path, asked: Asked) -> None:
     """Say what is asked, the same from every process, or refuse a directory in which something else was."""
-    if (place / OF_ANALYSES).exists():
-        raise LoopedError(
-            f"{str(place)!r} is of tl-looped analyze, whose results this would replace; choose another directory."
-        )
+    refuse_others(place, "paper")
     write_first(place / ASKED, json.dumps(asdict(asked), indent=1))
     before = _begun(place)
     for name in ("described", "n_loops", "prompt"):
@@ -213,11 +216,13 @@ def _claim(place: Path, asked: Asked) -> None:
                 f"{str(place)!r} is of a run with {name}={was}, not {now}; choose another directory, or remove this one to "
                 "begin anew."
             )
-    if before.beside != asked.beside:
+    if asked.beside and not before.beside:  # once asked for, it stays
         write_json(place / ASKED, asdict(asked))
 
 
-def _written(place: Path, findings: Findings, asked: Asked, failed: tuple[tuple[int, str], ...]) -> Paper:
+def _written(
+    place: Path, findings: Findings, asked: Asked, failed: tuple[tuple[int, str], ...], order: tuple[int, ...]
+) -> Paper:
     rows, sections = rows_and_sections(_about(findings, asked))
     weights = Folder(place / "parts" / "prompts").weights()
     for name, part in findings.parts.items():
@@ -228,7 +233,8 @@ def _written(place: Path, findings: Findings, asked: Asked, failed: tuple[tuple[
 
     write_parquet(place / "figures.parquet", pd.DataFrame(numbers(rows)))
     settings = asdict(asked) | {"n_prompts": findings.n_prompts, "versions": versions()}
-    write_json(place / "paper.json", settings | {"figures": numbers(rows), "failed": failed, "refused": findings.refused})
+    found = {"figures": numbers(rows), "failed": failed, "refused": findings.refused, "examples": order}
+    write_json(place / "paper.json", settings | found)
     title = f"arXiv 2604.11791 on {Path(asked.model).name if Path(asked.model).is_dir() else asked.model}"
     lead = f"{asked.described}, looped {asked.n_loops} times over {counted(findings.n_prompts, 'prompt')}."
     notes = list(asked.notes)
@@ -251,7 +257,7 @@ def _depth(model: Looped, n_loops: int) -> tuple[int, list[str]]:
 
 def _asked(model: Looped, prompts: list[Any], n_loops: int, beside: bool, notes: list[str]) -> Asked:
     first = prompts[0]
-    text = first if isinstance(first, str) else ", ".join(map(str, first.flatten().tolist()))
+    text = ", ".join(map(str, first.flatten().tolist())) if isinstance(first, Tensor) else str(first)
     if (why := model.lacks("equal loops")) is not None:
         notes.append(f"Fixed points are those of one map applied again, but {why}")
     return Asked(

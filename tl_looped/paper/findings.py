@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ..analysis.limiting_behaviour import LimitingBehaviour
 from ..results import Result
 
 
@@ -44,3 +45,21 @@ class Findings(Result):
         """
         reasons = self.refused.get(name, {})
         return max(reasons, key=lambda reason: reasons[reason], default="")
+
+
+def in_order(findings: Findings, order: tuple[int, ...]) -> tuple[Findings, tuple[int, ...]]:
+    """The findings with their examples in the order of the prompts, and the prompts in that order.
+
+    Where prompts are measured together that have equally many tokens, they come in another order. A part that some prompts do
+    not have keeps it.
+
+    Args:
+        findings: the sum over all prompts.
+        order: the prompts in the order in which they were added.
+    """
+    places = sorted(range(len(order)), key=order.__getitem__)
+    parts = dict(findings.parts)
+    for name, part in parts.items():
+        if isinstance(part, LimitingBehaviour) and len(part.examples) == len(order):
+            parts[name] = replace(part, examples=tuple(part.examples[k] for k in places))
+    return replace(findings, parts=parts), tuple(sorted(order))

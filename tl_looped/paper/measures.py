@@ -57,7 +57,7 @@ class OfPrompt:
         def see(deep: Hooked, plans: Mapping[str, Plan[Any]]) -> None:
             found, why = together(deep, tokens, plans)
             parts.update(found)
-            refused.update({name: {str(error): 1} for name, error in why.items()})
+            refused.update({name: {str(error): len(tokens)} for name, error in why.items()})
 
         deep = at_depth(model, self.n_loops)
         see(deep, dict(self._of_all_loops(deep, tokens)))
@@ -65,7 +65,7 @@ class OfPrompt:
             try:
                 some = at_depth(model, n)
             except LoopedError as error:
-                refused |= {f"patterns_{n}": {str(error): 1}, f"states_{n}": {str(error): 1}}
+                refused |= {f"{kind}_{n}": {str(error): len(tokens)} for kind in ("patterns", "states")}
                 continue
             layers = compared_layers(some.schedule)
             patterns, states = AttentionDistancesMeasure(False, None, layers), StateSimilarityMeasure(None, layers)
@@ -75,7 +75,7 @@ class OfPrompt:
             with model.hooks(fwd_hooks=without_second_mlp(model)):
                 see(model, {"stages_without_mlp": STAGES.plan(model, tokens)})
         except LoopedError as error:
-            refused["stages_without_mlp"] = {str(error): 1}
+            refused["stages_without_mlp"] = {str(error): len(tokens)}
         if not parts:
             raise LoopedError(next(iter(refused["stages"])))
         return Findings(parts, refused, len(tokens))

@@ -110,6 +110,24 @@ def load_result(path: str | Path, model: Looped | None = None) -> Any:
     return result
 
 
+def read_text(path: str | Path) -> str:
+    """What a file of a result says of itself; whether it is whole is not looked at.
+
+    Args:
+        path: the file.
+
+    Raises:
+        LoopedError: the file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get(KEY, "")
+    except (OSError, SafetensorError) as error:
+        raise LoopedError(f"{str(path)!r} cannot be read as a result: {error}.") from error
+
+
 def read_whole(path: str | Path) -> tuple[str, dict[str, Tensor]]:
     """What a file of a result says of itself, and its tensors.
 
@@ -121,9 +139,9 @@ def read_whole(path: str | Path) -> tuple[str, dict[str, Tensor]]:
     """
     from safetensors import SafetensorError, safe_open
 
+    text = read_text(path)
     try:
         with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(KEY, "")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise LoopedError(f"{str(path)!r} cannot be read as a result: {error}.") from error

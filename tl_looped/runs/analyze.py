@@ -13,7 +13,7 @@ from ..errors import LoopedError, NoPromptsError
 from ..looped import Hooked, check_model, unrolls_kept
 from ..schedule import check_count
 from .asked import described
-from .folder import Folder
+from .folder import PAPER, Folder
 from .job import Job, carry_out
 from .prompts import each_prompt
 from .shares import Share
@@ -77,12 +77,9 @@ def analyze(
         raise LoopedError(f'on_error={on_error!r} was given; choose "raise" or "skip".')
     if not isinstance(model, Hooked) or isinstance(model, type):
         check_model(model)
-    if isinstance(prompts, (str, Tensor)):
-        raise LoopedError(f"analyze was asked of one {type(prompts).__name__}; pass a list of prompts.")
-    measures, given = asked_of(analyses), list(each_prompt(prompts, "analyze"))
-    if not given:
-        raise LoopedError("analyze was asked of no prompts; pass at least one.")
-    share = Share.read(shard)
+    if (whole := Path(out).resolve().parent.parent / PAPER).exists():
+        raise LoopedError(f"{str(out)!r} is a part of tl-looped paper in {str(whole.parent)!r}; choose another directory.")
+    measures, given, share = asked_of(analyses), listed(prompts, "analyze"), Share.read(shard)
     with unrolls_kept():
         for measure in measures.values():
             _check(measure, model, given[0])
@@ -104,6 +101,23 @@ def merge(out: str | Path) -> dict[str, Run]:
     """
     folder = Folder(out)
     return folder.results(folder.names())
+
+
+def listed(prompts: Iterable[Any], what: str) -> list[Any]:
+    """The prompts of a run.
+
+    Args:
+        prompts: several.
+        what: the name of the run, for errors.
+
+    Raises:
+        LoopedError: one alone; none.
+    """
+    if isinstance(prompts, (str, Tensor)):
+        raise LoopedError(f"{what} was asked of one {type(prompts).__name__}; pass a list of prompts.")
+    if not (given := list(each_prompt(prompts, what))):
+        raise LoopedError(f"{what} was asked of no prompts; pass at least one.")
+    return given
 
 
 def asked_of(analyses: Analyses) -> dict[str, Asked]:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import LoopedError
+from ..errors import LoopedError, NoMemoryError
 from .prompts import Prompts, token_batches
 
 R = TypeVar("R")
 Found = TypeVar("Found", covariant=True)
 MISTAKES = (TypeError, AttributeError, NameError, ImportError, NotImplementedError)  # of who wrote the call, not of a prompt
+WANTS_MEMORY = f"{NoMemoryError.__name__}: "  # how the reason of a prompt begins that may be measured where there is more
 N_ALIKE = 3  # first prompts that fail by the same mistake: the others would too
 
 
@@ -99,7 +100,7 @@ def measured(measure: Measure[R], model: Any, batch: Any) -> R:
         batch: tokens, or these and what belongs to them.
 
     Raises:
-        LoopedError: a single row does not fit.
+        NoMemoryError: a single row does not fit.
     """
     try:
         return measure(model, batch)
@@ -110,7 +111,7 @@ def measured(measure: Measure[R], model: Any, batch: Any) -> R:
         if not halves:
             what = f" of {tuple(batch.shape)} tokens" if isinstance(batch, Tensor) else ""
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise LoopedError(
+            raise NoMemoryError(
                 f"one prompt{what} does not fit into memory: {reason}. Shorten it, or run fewer loops."
             ) from error
     if torch.cuda.is_available():  # what the run held is free by now

@@ -13,14 +13,18 @@ from .._words import counted
 from .._writing import remove_drafts, write_first
 from ..errors import LoopedError
 from ..results import load_result
-from ..results.saving import read_whole, save_result
+from ..results.saving import SEAL, read_text, read_whole, save_result
 from .asked import digest
+from .driver import WANTS_MEMORY
 
 if TYPE_CHECKING:
     from .store import Run
 
 ASKED = "asked.json"
 MODEL = "model.fingerprint.safetensors"  # no analysis has a point in its name
+PAPER = f"paper.{ASKED}"
+# By which files the directory of a command is known.
+_OF = {ASKED: "analyze", PAPER: "paper", "paper.json": "paper", "collection.safetensors": "collect"}
 TOLD = "model"  # by which name the model was loaded; its weights tell whether it is another
 Key = tuple[str, int]  # an analysis and a unit
 
@@ -51,11 +55,7 @@ class Folder:
         Raises:
             LoopedError: it is of another run, and the message has the difference; it cannot be written.
         """
-        if others := sorted(self.path.glob(f"*.{ASKED}")):
-            kind = others[0].name.partition(".")[0]
-            raise LoopedError(
-                f"{str(self.path)!r} is of tl-looped {kind}, whose results this would replace; choose another directory."
-            )
+        refuse_others(self.path, "analyze")
         for place, asked in (("", shared), *settings.items()):
             file = self.path / place / ASKED
             try:
@@ -85,7 +85,10 @@ class Folder:
         """
         found = sorted(file.parent.name for file in self.path.glob(f"*/{ASKED}"))
         if not found or not (self.path / ASKED).is_file():
-            raise LoopedError(f"{str(self.path)!r} is no directory of tl-looped analyze: it has no {ASKED}, or no analysis.")
+            raise LoopedError(
+                f"{str(self.path)!r} is no directory of tl-looped analyze: it has no {ASKED}, or no analysis. If it was "
+                "removed, the command that made the directory writes it again, and measures nothing twice."
+            )
         return found
 
     def _asked(self, place: str = "") -> dict[str, str]:
@@ -129,7 +132,19 @@ class Folder:
         file = self._file(name, unit)
         with suppress(OSError):  # somebody may have removed it meanwhile; if it cannot be made, writing says so
             file.parent.mkdir(parents=True, exist_ok=True)
-        _save(replace(found, asked={"run": self._mark(name)}), file)
+        _save(replace(found, asked={"run": self._mark(name, unit)}), file)
+
+    def forget_short_of_memory(self, keys: Iterable[Key]) -> None:
+        """Remove units in which a prompt failed for want of memory: another time there may be more.
+
+        Args:
+            keys: those that are looked for.
+        """
+        for key in keys:
+            file = self._file(*key)
+            with suppress(OSError, LoopedError):
+                if WANTS_MEMORY in read_text(file):
+                    file.unlink()
 
     def merge(self, name: str) -> Run:
         """The sum of all units of an analysis, in their order.
@@ -206,7 +221,8 @@ class Folder:
             now = file.stat()
             state = (now.st_ino, now.st_size, now.st_mtime_ns)
             if self._whole.get(file) != state:
-                if self._mark(name) not in read_whole(file)[0]:
+                text = read_whole(file)[0]
+                if not text.startswith(SEAL) or f'"{self._mark(name, unit)}"' not in text:
                     return False
                 self._whole[file] = state
         except (OSError, LoopedError):
@@ -216,11 +232,31 @@ class Folder:
     def _file(self, name: str, unit: int) -> Path:
         return self.path / name / f"{unit:05d}.safetensors"
 
-    def _mark(self, name: str) -> str:
-        """What the files of an analysis say that they are of."""
+    def _mark(self, name: str, unit: int) -> str:
+        """What the file of a unit says that it is of."""
         if name not in self._marks:
             self._marks[name] = _mark(self.asked(name))
-        return self._marks[name]
+        return f"{self._marks[name]} {unit}"
+
+
+def refuse_others(out: Path, own: str) -> None:
+    """Refuse a directory that another command writes to.
+
+    Args:
+        out: the directory.
+        own: the command that asks.
+
+    Raises:
+        LoopedError: it is of another command, or cannot be looked at.
+    """
+    try:
+        found = [kind for file, kind in _OF.items() if kind != own and (out / file).exists()]
+    except OSError as error:
+        raise LoopedError(f"{str(out)!r} cannot be looked at: {error.strerror or error}.") from error
+    if found:
+        raise LoopedError(
+            f"{str(out)!r} is of tl-looped {found[0]}, whose results this would replace; choose another directory."
+        )
 
 
 def _save(run: Run, file: Path, weights: Any = None) -> Path:

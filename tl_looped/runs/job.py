@@ -17,7 +17,7 @@ from ..errors import LoopedError
 from ..looped import Hooked, Looped, unrolls_kept
 from ..results.saving import versions
 from .asked import described, digest, hooks_of
-from .driver import MISTAKES, measured
+from .driver import MISTAKES, WANTS_MEMORY, measured
 from .folder import Folder
 from .progress import Progress
 from .shares import Share
@@ -64,6 +64,7 @@ class Job:
         self._shared: dict[str, str] = shared
         self._settings: dict[str, dict[str, str]] = {name: _settings(measure) for name, measure in measures.items()}
         self.claim()
+        self._folder.forget_short_of_memory(self.weights)
 
     def claim(self) -> None:
         """Say in the directory what is asked and of which model, or refuse it."""
@@ -172,9 +173,8 @@ def _found(name: str, measure: Asked, model: Hooked, unit: Unit, skip: bool, ver
         try:
             found = measured(measure, model, batch.value)
         except MISTAKES as error:
-            reason = f"{type(error).__name__}: {error}"
             raise LoopedError(
-                f"{name} failed: {reason}. This is no matter of a prompt; mend the call and run again."
+                f"{name} failed: {type(error).__name__}: {error}. This is no matter of a prompt; mend the call and run again."
             ) from error
         except Exception as error:
             if len(batch.prompts) > 1:  # one of them may be to blame
@@ -187,9 +187,11 @@ def _found(name: str, measure: Asked, model: Hooked, unit: Unit, skip: bool, ver
                     f"{name} of prompt {index} failed: {error} What is done is kept. Mend the cause and run again, which goes "
                     'on there, or leave such prompts out with on_error="skip" (--on-error skip).'
                 ) from error
+            why = f"{type(error).__name__}: {error}"
             if verbose:
-                print(f"{name}: prompt {index} is left out: {error}", file=sys.stderr)
-            failed.append((index, f"{type(error).__name__}: {error}"))
+                again = " The same command tries it again." * why.startswith(WANTS_MEMORY)
+                print(f"{name}: prompt {index} is left out: {error}{again}", file=sys.stderr)
+            failed.append((index, why))
         else:
             result = found if result is None else result + found
             order += batch.prompts
