@@ -210,11 +210,9 @@ def test_layouts_are_cut_by_size_and_seed_and_add_up() -> None:
     initials = [Initial(n_layers, seed) for seed in (0, 1) for n_layers in (1, 2)]
     units = cut(random_bridge("ouro"), initials, 4)
     assert [unit.weight for unit in units] == [1, 2, 1, 2]
-    found = [OfInitial(4)(random_bridge("ouro"), unit.batches[0].value) for unit in units]
-    total: Any = found[0] + found[1] + found[2] + found[3]
-    for n_layers in (1, 2):
-        both = analysis.random_init_sweep(n_layers=n_layers, n_loops=4, seeds=2, verbose=False)
-        assert same(total.parts[f"init_{n_layers}"], both) and both.distance.count == 2
+    found = [OfInitial(4)(random_bridge("ouro"), unit.batches[0].value) for unit in units[::2]]  # of one layer
+    both = analysis.random_init_sweep(n_layers=1, n_loops=4, seeds=2, verbose=False)
+    assert same((found[0] + found[1]).parts["init_1"], both) and both.distance.count == 2
 
 
 def test_the_command_writes_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

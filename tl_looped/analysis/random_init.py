@@ -183,7 +183,7 @@ def random_init_sweep(
             measured.setdefault(name, []).append(_curves(streams(bridge, tokens, n_loops, state)))
             progress.update()
         del bridge
-        gc.collect()  # a model and its hooks refer to each other
+        gc.collect()  # a model and its hooks refer to each other, and the next has as many weights
     progress.close()
 
     def of_seed(k: int) -> RandomInitSweep:
@@ -212,7 +212,7 @@ def draw(model: Any, seed: int, std: Std) -> None:
 @torch.no_grad()
 def streams(
     model: Looped, tokens: Int[Tensor, "batch pos"], n_loops: int, state: int | None
-) -> list[Float[Tensor, "layer batch pos d_model"]]:
+) -> Float[Tensor, "loop layer batch pos d_model"]:
     """What leaves the layers in every loop of a model of two loops or more that are all alike.
 
     Its first loop is run again and again, each time from the state that it left: many loops need no more modules than two.
@@ -222,17 +222,18 @@ def streams(
     names = [*layer_hooks(model.schedule, [first], "hook_resid_post"), f"{model.schedule.pass_prefix(first)}.hook_out"]
     hooks = [(name, lambda value, hook: seen.append(value)) for name in names]
     begins: InitialState = state
-    found: list[Tensor] = []
+    size = (n_loops, first.n_layers, *tokens.shape, model.cfg.d_model)
+    found = torch.empty(size, dtype=model.cfg.dtype, device=model.cfg.device)  # in one piece, apart from what is freed
     for t in range(n_loops):
         model.run_with_hooks(tokens, hooks, stop=first.layers.stop, initial_state=begins)
         begins = seen.pop()
-        found.append(torch.stack(seen))
-        check_finite(found[-1], f"the residual stream of loop {t}")
+        torch.stack(seen, out=found[t])
+        check_finite(found[t], f"the residual stream of loop {t}")
         seen.clear()
     return found
 
 
-def _curves(found: list[Float[Tensor, "layer batch pos d_model"]]) -> dict[str, Tensor]:
+def _curves(found: Float[Tensor, "loop layer batch pos d_model"]) -> dict[str, Tensor]:
     """Distance to the last loop, cosine and norm by loop, and the degeneracy; means over tokens, prompts and layers."""
 
     def of_prompts(x: Float[Tensor, "layer batch pos"]) -> Float[Tensor, "layer batch"]:
