@@ -240,11 +240,11 @@ def _curves(found: Float[Tensor, "loop layer batch pos d_model"]) -> dict[str, T
         return x.nanmean(-1).double()
 
     end = wide(found[-1])
-    curves: dict[str, list[Tensor]] = {"distance": [], "cosine": [], "norm": []}
-    for x in map(wide, found):
+    curves = {name: torch.empty(len(found), dtype=torch.float64, device="cpu") for name in ("distance", "cosine", "norm")}
+    for t, x in enumerate(map(wide, found)):
         parts = (relative_distance(x, end), cosine(x, end), x.norm(dim=-1))
         for curve, part in zip(curves.values(), parts, strict=True):
-            curve.append(of_prompts(part).mean(1).mean())
+            curve[t] = of_prompts(part).mean(1).mean()
     others = of_prompts(torch.stack([cosine(end[0], other) for other in end[1:]])) if len(end) > 1 else end[:0]
     lowest = others.amin(0).mean() if len(others) else torch.tensor(torch.nan, dtype=torch.float64)
-    return {name: torch.stack(curve).cpu() for name, curve in curves.items()} | {"degeneracy": lowest.cpu()}
+    return curves | {"degeneracy": lowest.cpu()}
