@@ -160,41 +160,6 @@ def test_another_run_is_refused_and_more_analyses_are_not(model: LoopedBridge, t
     assert more["inference_stages"].asked["tau"] == "0.3" and merge(tmp_path).keys() == {*ASKED, "inference_stages"}
 
 
-@pytest.mark.parametrize(
-    ("env", "index", "of"),
-    [
-        ({}, 0, 1),
-        ({"RANK": "1", "WORLD_SIZE": "4"}, 1, 4),
-        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "3"}, 2, 3),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"}, 1, 2),
-        ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}, 3, 4),
-        (dict(zip(ARRAY, ("7", "1", "2", "4"), strict=True)), 3, 4),
-        ({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2", "RANK": "1", "WORLD_SIZE": "2"}, 3, 4),
-    ],
-)  # fmt: skip
-def test_a_share_is_what_started_the_process_says(env: dict[str, str], index: int, of: int, monkeypatch: Any) -> None:
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    share = Share.read(None)
-    assert (share.index, share.of) == (index, of)
-    assert (Share.read("2/5").index, Share.read("2/5").of) == (1, 5)  # by hand goes first
-
-
-def test_what_is_no_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for text in ("0/8", "9/8", "3", "a/b", "3/8/2"):
-        with pytest.raises(LoopedError, match="counted from 1/8"):
-            Share.read(text)
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(LoopedError, match="RANK=2 and WORLD_SIZE=2"):
-        Share.read(None)
-    monkeypatch.setenv("RANK", "1")
-    for name, value in zip(ARRAY, ("9", "1", "1", "3"), strict=True):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(LoopedError, match="with gaps"):
-        Share.read(None)
-
-
 def test_prompts_of_one_length_go_together_and_the_order_is_told(model: LoopedBridge, tmp_path: Path) -> None:
     found = whole(model, tmp_path, batch_size=2)
     one = fixed_points(model, prompts(9), n_loops=4, **QUIET)

@@ -54,23 +54,34 @@ class Share:
 
 
 def _of_text(text: str) -> Share:
-    index, slash, of = str(text).partition("/")
-    if not slash or not index.strip().isdigit() or not of.strip().isdigit() or not 1 <= int(index) <= int(of):
+    try:
+        index, of = (int(number) for number in str(text).split("/"))
+    except ValueError:
+        index, of = 0, 0
+    if not 1 <= index <= of:
         raise LoopedError(f"the share {text!r} was asked; write 3/8 for the third of eight, counted from 1/8 to 8/8.")
-    return Share(int(index) - 1, int(of), "hand")
+    return Share(index - 1, of, "hand")
 
 
 def _of_environment(env: Mapping[str, str]) -> Share:
     """A task of an array may itself be several processes, which share its share."""
     inner = next((_counted(env, *names) for names in RANKS if all(env.get(name) for name in names)), Share())
-    if not env.get(ARRAY[0]) or not env.get(ARRAY[3]):
+    if not env.get(ARRAY[0]):
         return inner
+    if not env.get(ARRAY[3]):  # all of the work would be done by every task
+        raise LoopedError(
+            f"{ARRAY[0]}={env[ARRAY[0]]} is in the environment without {ARRAY[3]}, so nobody knows of how many tasks; unset "
+            "it, or pass the share by hand, such as 3/8."
+        )
     number, first, step, count = (_number(env, name, default) for name, default in zip(ARRAY, (0, 0, 1, 1), strict=True))
+    for name, value in ((ARRAY[2], step), (ARRAY[3], count)):
+        if value < 1:
+            raise LoopedError(f"{name}={value} is in the environment, which no Slurm array has; unset it and {ARRAY[0]}.")
     index, rest = divmod(number - first, step)
     if rest or not 0 <= index < count:
         raise LoopedError(
             f"task {number} of a Slurm array with gaps was started, whose place among its {count} tasks Slurm does not tell; "
-            f"use an array such as 1-{count}, or pass the share by hand, such as 3/{count}."
+            f"use an array such as 1-{count}, or pass the share by hand, such as 1/{count}."
         )
     told_by = ARRAY[0] + (f" and {inner.told_by}" if inner.of > 1 else "")
     return Share(index * inner.of + inner.index, count * inner.of, told_by)

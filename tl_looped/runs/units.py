@@ -116,9 +116,9 @@ def share_of(units: Sequence[Unit], share: Share) -> list[Unit]:
     """
     # Another number of shares deals them out quite differently, so what one share left behind is spread over all.
     order = random.Random(share.of).sample(units, len(units))
-    loads, mine = [0] * share.of, list[Unit]()
+    loads, mine = [0] * min(share.of, len(units)), list[Unit]()  # of more shares the last ones get nothing
     for unit in order:
-        least = min(range(share.of), key=loads.__getitem__)
+        least = min(range(len(loads)), key=loads.__getitem__)
         loads[least] += unit.weight
         if least == share.index:
             mine.append(unit)
