@@ -136,6 +136,7 @@ def test_collect_writes_a_store(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ([str(GOLDEN / "ouro"), "--tokens", "5", "--csv", "/no/such/place/x.csv"], "no directory '/no/such/place'"),
         ([str(GOLDEN / "ouro"), "--prompt", "hello"], "has no tokenizer, and 'hello' is no list of token ids"),
         ([str(GOLDEN / "ouro"), "--prompt", ""], "no tokenizer, and '' is no list"),
+        ([str(GOLDEN / "ouro"), "--prompt", str(2**63)], f"'{2**63}' is no list of token ids"),
         (["no/such-model", "--tokens", "1"], "no/such-model.*not a directory"),
         ([str(GOLDEN / "ouro"), "--tokens", "500"], "0..100"),
         ([str(GOLDEN / "ouro"), "--tokens", "5", "--n-loops", "0"], "n_loops=0"),

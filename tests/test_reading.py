@@ -57,6 +57,10 @@ def test_only_ends_of_lines_cut_a_file(tmp_path: Path) -> None:
         ("a.txt", "\n\n", "holds no prompt"),
         ("a.txt:text", "x", "names a column, but only .jsonl files have columns"),
         ("other.txt", "", "no such file"),
+        ("a.jsonl", f"[3, {2**63}]", f"line 1 of .* has the token id {2**63}, which is in no vocabulary"),
+        ("a.jsonl", "[" * 100_000, "line 1 is no JSON"),
+        ("a.jsonl:foo", "[1, 2]", "line 1 of .* is a list without columns; leave out :foo"),
+        ("a.jsonl:foo", '{"foo": "x"}\n"x"', "line 2 of .* is a str without columns"),
     ],
 )
 def test_what_cannot_be_read_says_why(name: str, content: str, says: str, tmp_path: Path) -> None:
@@ -79,3 +83,7 @@ def test_a_data_set_in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(read_prompts(str(tmp_path / "saved"))) == 6
     with pytest.raises(LoopedError, match="cannot be read as a data set"):
         read_prompts("no/such-data-set")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jsonl").write_text("nothing")
+    with pytest.raises(LoopedError, match=r"as a data set: JSON parse error.*\. Check"):  # and not only that it failed
+        read_prompts(f"{tmp_path}/bad")

@@ -87,9 +87,12 @@ def add_command(commands: Commands, name: str, run: object, help: str, example: 
 def token_ids(text: str) -> list[int]:
     """Token ids from "5,17,3"."""
     try:
-        return [int(token) for token in text.split(",")]
+        ids = [int(token) for token in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids such as 5,17,3") from None
+        ids = []
+    if not ids or any(id.bit_length() > 63 for id in ids):  # which a tensor does not hold
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids such as 5,17,3")
+    return ids
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -31,7 +31,8 @@ def read_prompts(source: str | Path, *, n: int | None = None, seed: int | None =
         seed: draw the `n` at random instead, in the order of the source.
 
     Returns:
-        Texts, and tensors [pos] where the source holds token ids.
+        Texts, and tensors [pos] where the source holds token ids. The place in this list, from 0, is the number of a prompt in
+        messages of the command line, which reads prompts by the same call.
 
     Raises:
         LoopedError: the source cannot be read or holds no prompts; columns or splits among which only the user can choose.
@@ -85,7 +86,7 @@ def _records(file: str) -> Iterator[tuple[str, Any]]:
             continue
         try:
             yield f"line {number}", json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LoopedError(f"{file!r} cannot be read: line {number} is no JSON ({error}).") from error
 
 
@@ -107,9 +108,12 @@ def _of_data_set(source: str) -> Iterator[str | Tensor]:
         else:
             held = datasets.load_dataset(name, config)
     except Exception as error:  # of a dozen kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cause = error
+        while isinstance(cause.__cause__, Exception):  # what datasets says last is only that it failed
+            cause = cause.__cause__
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
         raise LoopedError(
-            f"{source!r} is no file, and cannot be read as a data set: {reason} Check the spelling, go online once, or pass a "
+            f"{source!r} is no file, and cannot be read as a data set: {reason}. Check the spelling, go online once, or pass a "
             "file."
         ) from error
     if isinstance(held, dict):
@@ -122,6 +126,7 @@ def _of_data_set(source: str) -> Iterator[str | Tensor]:
 
 def _of_records(records: Iterator[tuple[str, Any]], column: str | None, source: str) -> Iterator[str | Tensor]:
     """The prompt of every record, whose place is told in errors."""
+    asked = column
     for where, record in records:
         value: Any = record
         if isinstance(record, dict):
@@ -131,7 +136,11 @@ def _of_records(records: Iterator[tuple[str, Any]], column: str | None, source: 
             if column not in record:
                 raise LoopedError(f"{where} of {source!r} has no {column!r}; it has {', '.join(record) or 'nothing'}.")
             value = record[column]
+        elif asked is not None:
+            raise LoopedError(f"{where} of {source!r} is a {type(record).__name__} without columns; leave out :{asked}.")
         if _are_ids(value):
+            if (largest := max(value, key=abs, default=0)).bit_length() > 63:
+                raise LoopedError(f"{where} of {source!r} has the token id {largest}, which is in no vocabulary; mend it.")
             yield torch.tensor(value, dtype=torch.long, device="cpu")
         elif isinstance(value, str):
             yield value
