@@ -21,7 +21,7 @@ Put = Callable[[Path, Path], object]  # a finished file, and its place
 
 def write_text(file: str | Path, text: str) -> Path:
     """Write a text file in one step; as `write_bytes`."""
-    return write_bytes(file, text.encode("utf-8"))
+    return write_bytes(file, text.encode("utf-8", "backslashreplace"))  # half of a character, as JSON and Python write it
 
 
 def write_first(file: str | Path, text: str) -> None:

@@ -113,6 +113,11 @@ def _ids(
     try:
         rows: list[list[int]] = tokenizer(texts, padding=False, **limit)["input_ids"] if texts else []
     except Exception as error:
+        if half := next((sign for sign in "".join(texts) if "\ud800" <= sign <= "\udfff"), None):
+            raise LoopedError(
+                f"{shown} holds {half!r}, half of a character (a lone surrogate), which the tokenizer cannot read; write "
+                "all of it or leave it out."
+            ) from error
         if type(error) is not Exception:
             raise
         raise LoopedError(  # what a tokenizer without an unknown token raises has no class of its own

@@ -68,7 +68,8 @@ def digest(value: Any) -> str:
                 add(one)
         else:
             text = described(part) if not isinstance(part, str) else part
-            found.update(f"{type(part).__name__}{len(text)}:{text}".encode())
+            # A bad text has a digest too: half of a character is refused by the tokenizer, prompt by prompt.
+            found.update(f"{type(part).__name__}{len(text)}:{text}".encode(errors="surrogatepass"))
 
     add(value)
     return found.hexdigest()[:16]
