@@ -205,6 +205,8 @@ def test_what_cannot_be_answered_is_refused(unchecked: None) -> None:
         run(bridge, [], n_loops=3)
     with pytest.raises(LoopedError, match="prompt 1 of fixed_points is empty"):
         run(bridge, [TOKENS, torch.empty(1, 0).long()], n_loops=3)
+    with pytest.raises(LoopedError, match="the prompt of fixed_points is empty"):  # who numbers prompts asks of one by one
+        run(bridge, torch.empty(1, 0).long(), n_loops=3)
     with pytest.raises(LoopedError, match="n_reference=2"):
         run(bridge, n_loops=3, n_reference=2)
     with pytest.raises(LoopedError, match="reduction='mean'"):

@@ -29,6 +29,9 @@ def token_batches(model: Any, prompts: Prompts, *, what: str) -> Iterator[Int[Te
         NoPromptsError: no prompts.
         LoopedError: an empty prompt; text without a tokenizer; tokens outside the vocabulary; rows that look padded.
     """
+    if isinstance(prompts, (str, Tensor)):
+        yield read_prompt(model, prompts, None, what)
+        return
     n_prompts = -1
     for n_prompts, prompt in enumerate(each_prompt(prompts, what)):
         yield read_prompt(model, prompt, n_prompts, what)
@@ -58,26 +61,27 @@ def each_prompt(prompts: object, what: str) -> Iterable[Any]:
     return prompts
 
 
-def read_prompt(model: Any, prompt: Any, number: int, what: str) -> Int[Tensor, "batch pos"]:
+def read_prompt(model: Any, prompt: Any, number: int | None, what: str) -> Int[Tensor, "batch pos"]:
     """The tokens of one prompt, where the model is.
 
     Args:
         model: whose tokenizer, vocabulary and device count.
         prompt: a text, or tokens [pos] or [batch, pos].
-        number: which prompt it is, for errors.
+        number: which prompt it is, for errors; None for one alone, which may be any of those that others count.
         what: the name of the analysis, for errors.
 
     Raises:
         LoopedError: as in `token_batches`.
     """
+    which = "the prompt" if number is None else f"prompt {number}"
     if isinstance(prompt, str):
         tokens = model.to_tokens(prompt) if prompt else torch.empty(1, 0, dtype=torch.long, device="cpu")
     elif isinstance(prompt, Tensor):
         tokens = prompt[None] if prompt.ndim == 1 else prompt
     else:
-        raise LoopedError(f"prompt {number} of {what} is a {type(prompt).__name__}; pass texts or tensors of token ids.")
+        raise LoopedError(f"{which} of {what} is a {type(prompt).__name__}; pass texts or tensors of token ids.")
     if not tokens.numel():
-        raise LoopedError(f"prompt {number} of {what} is empty; leave it out.")
+        raise LoopedError(f"{which} of {what} is empty; leave it out.")
     check_tokens(tokens, model.cfg.d_vocab)
     refuse_unmarked_padding(model.tokenizer, tokens, what)
     return tokens.to(model.cfg.device)
