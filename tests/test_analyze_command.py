@@ -12,9 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import random_bridge
 
 from tl_looped import load_result
+from tl_looped.activations import load_activations
 from tl_looped.bridge.ordinary import looped_or_ordinary
 from tl_looped.cli import main
 from tl_looped.cli.analyze import _setting
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,30 @@ def test_what_was_asked_wrongly_is_refused(
     said = capsys.readouterr().err
     assert re.search(says, said), said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_setting_to_pass_is_told_as_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.jsonl").write_text("[1, 2, 3]\n", encoding="utf-8")
+    asked = ["analyze", str(GOLDEN / "hrm_text"), "--prompts", f"{tmp_path}/p.jsonl", "--out", f"{tmp_path}/run"]
+    asked += ["--analysis", "fixed_points", "--loops", "3"]
+    assert main(asked) == 1
+    option = "--set fixed_points.stack=L"
+    assert f"On the command line it is {option}." in capsys.readouterr().err
+    assert main([*asked, *option.split()]) == 0
+
+
+@pytest.mark.parametrize("command", ["analyze", "paper", "collect"])
+def test_half_of_a_character_is_one_bad_prompt(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.jsonl").write_text('"the list is"\n"\\ud800 the list"\n', encoding="utf-8")
+    more = {
+        "analyze": ["--analysis", "fixed_points", "--loops", "3"],
+        "paper": ["--loops", "8"],
+        "collect": ["--sites", "resid_post", "--layers", "-1", "--on-error", "skip"],
+    }
+    asked = [command, "toy:text", "--prompts", f"{tmp_path}/p.jsonl", "--out", f"{tmp_path}/run", *more[command]]
+    assert main(asked) == 0
+    said = capsys.readouterr().err if command != "collect" else str(load_activations(tmp_path / "run").failed)
+    assert "half of a character" in said
 
 
 def test_settings_are_read_as_python_writes_them() -> None:

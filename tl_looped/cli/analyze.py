@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from ._parser import Commands
 
 EXAMPLE = "tl-looped analyze toy:text --analysis fixed_points,stages --prompts prompts.txt --loops 128 --out run"
-PROMPTS = "FILE.txt with a prompt in every line, FILE.jsonl[:column], or a data set ID[:split:column]"
+PROMPTS = (
+    "FILE.txt with a prompt in every line, FILE.jsonl[:column], or a data set ID[:split:column]; messages number the prompts "
+    "that are taken from 0 on, empty ones left out"
+)
 
 
 def add(commands: Commands) -> None:
@@ -69,7 +73,10 @@ def run(args: argparse.Namespace) -> int:
     model = looped_or_ordinary(args.checkpoint, revision=args.revision, **devices(args))
     prompts = [read_prompt(model, prompt) if isinstance(prompt, str) else prompt for prompt in texts]
     options = {"shard": args.shard, "batch_size": args.batch_size, "on_error": args.on_error}
-    found = analyze(asked, model, prompts, out=args.out, **options)
+    try:
+        found = analyze(asked, model, prompts, out=args.out, **options)
+    except LoopedError as error:
+        raise LoopedError(f"{error}{_as_options(str(error), names)}") from error
     return 0 if found is None else written(args.out, found)
 
 
@@ -87,6 +94,19 @@ def written(out: Path, found: dict[str, Run]) -> int:
         for prompt, reason in run.failed:
             print(f"tl-looped: {name} left out prompt {prompt}: {reason}", file=sys.stderr)
     return int(any(run.result is None for run in found.values()))
+
+
+def _as_options(message: str, names: Sequence[str]) -> str:
+    """How the command passes the first setting that a message says to pass in Python."""
+    import re
+
+    from ..analysis.by_name import settings_of
+
+    if (found := re.search(r"pass (\w+)='?(\w+)", message)) is None:
+        return ""
+    key, value = found.groups()
+    options = [f"--set {name}.{key}={value}" for name in names if key in settings_of(name)]
+    return f" On the command line it is {' '.join(options)}." if options else ""
 
 
 def _setting(text: str) -> tuple[str, str, Any]:
