@@ -22,7 +22,7 @@ from ..schedule import Indices, LoopSelector, check_count
 from ..sites import KINDS
 from .collector import Collector
 from .places import Sites, chosen_names, where
-from .record import Collection, check_same, record_first
+from .record import RECORD, Collection, check_same, record_first
 from .shards import DTYPES
 from .store import ActivationStore, load_activations
 from .taking import Rows, Taking
@@ -138,6 +138,8 @@ def collect(
                     bar.update(len(block))
     finally:
         collector.abandon()
+    if number >= 0 and not (place / RECORD).exists():  # somebody removed it meanwhile
+        record_first(place, found, model)
     if more := [path for path in place.glob("shard-*.safetensors") if int(path.stem[6:]) > number]:
         raise LoopedError(
             f"{str(place)!r} holds more prompts than were given, in {more[0].name}; pass all of them, or read the store with "

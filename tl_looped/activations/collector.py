@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 
 from .._writing import remove_drafts
-from ..errors import LoopedError
+from ..errors import LoopedError, NoMemoryError
 from ..looped import Looped
 from ..results.saving import versions
-from ..runs.driver import MISTAKES
+from ..runs.asked import weights_of
+from ..runs.driver import MISTAKES, WANTS_MEMORY, is_out_of_memory
 from ..schedule import Indices, check_count, select_indices
-from .record import Collection
+from .record import WEIGHTS, Collection
 from .shard_index import Ended, finished, index_names
 from .shards import DiskError, Draft, Shard
 from .store import shard_path
@@ -65,6 +67,7 @@ class Collector:
         self.one_by_one: bool = bool(max_new_tokens) and model.exit_policy is not None
         self.alike: bool = False  # whether the model takes no padding
         self.taking: Taking = Taking(model, collection.names, collection.dtype, _nowhere)
+        self._weights: str = weights_of(model)
         self._rows: dict[Text, int] = {}  # the first row of every text of the block
         self._open: list[Draft] = []
 
@@ -106,7 +109,9 @@ class Collector:
             return False
         try:
             shard = Shard(path)
-        except LoopedError:  # damaged: it is collected again
+            if not shard.is_whole():
+                return False
+        except (LoopedError, OSError):  # damaged: it is collected again
             return False
         if shard.metadata.get("collection") != self.collection.mark:
             raise LoopedError(f"{str(path)!r} is of another collection; choose another directory, or remove it.")
@@ -122,7 +127,9 @@ class Collector:
                 f"{str(self.out)!r} holds more prompts than were given, such as prompt {block[-1].number + 1}; pass all of "
                 "them, or read the store with load_activations."
             )
-        return len(before) == len(now)
+        failed = json.loads(bytes(shard.index("failed").numpy())).values()
+        again = bool(failed) if not self.skip else any(why.startswith(WANTS_MEMORY) for why in failed)
+        return len(before) == len(now) and not again
 
     def write(self, number: int, block: list[Text], behind: Behind, update: Callable[[int], object]) -> None:
         """Run the texts of a block and write its shard.
@@ -142,7 +149,7 @@ class Collector:
         update(len(block) - len(todo))
         self._rows = dict(zip(todo, accumulate(map(self.n_rows, todo), initial=0), strict=False))
         capacity = sum(map(self.n_rows, todo))
-        metadata = {"collection": self.collection.mark, "block": str(number), **versions()}
+        metadata = {"collection": self.collection.mark, WEIGHTS: self._weights, "block": str(number), **versions()}
         draft = Draft(
             place, self.collection.shapes, self.collection.dtype, capacity, index_names(self.collection), metadata
         )  # fmt: skip
@@ -221,6 +228,8 @@ class Collector:
 
     def _failed(self, text: Text, error: Exception) -> str:
         """Why a text is left out, or the error that says so."""
+        if is_out_of_memory(error):
+            error = NoMemoryError(f"it does not fit into memory ({error}); take fewer positions, or another device.")
         if self.skip:
             return f"{type(error).__name__}: {error}"
         raise LoopedError(

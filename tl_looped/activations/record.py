@@ -14,11 +14,12 @@ from ..looped import Looped
 from ..panels import Panel
 from ..results import Result, load_result
 from ..results.saving import save_result
-from ..runs.asked import digest
+from ..runs.asked import digest, weights_of
 from ..schedule import Schedule
 from .places import where
+from .shards import Shard
 
-RECORD = "collection.safetensors"
+RECORD, WEIGHTS = "collection.safetensors", "weights"
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +76,6 @@ def check_same(out: Path, wanted: Collection, model: Looped) -> Collection | Non
     """
     file = out / RECORD
     if not file.exists():
-        if out.is_dir() and any(out.glob("shard-*.safetensors")):
-            raise LoopedError(f"{str(out)!r} has shards and no {RECORD}, which says what they are; choose another directory.")
         return None
     found = load_result(file, model)
     if not isinstance(found, Collection):
@@ -103,8 +102,25 @@ def record_first(out: Path, wanted: Collection, model: Looped) -> Collection:
     Raises:
         LoopedError: it is of another collection; the message has the difference.
     """
+    if not (out / RECORD).exists():
+        _check_shards(out, wanted, model)
     save_result(wanted, out / RECORD, model, put=link_first)
     return check_same(out, wanted, model) or wanted
+
+
+def _check_shards(out: Path, wanted: Collection, model: Looped) -> None:
+    """Refuse shards of another collection, or of another model, in a directory whose record was lost."""
+    mine = wanted.mark, weights_of(model)
+    for path in sorted(out.glob("shard-*.safetensors")):
+        try:
+            said = Shard(path).metadata
+        except LoopedError:  # damaged: it is collected again
+            continue
+        if (said.get("collection"), said.get(WEIGHTS)) != mine:
+            raise LoopedError(
+                f"{str(out)!r} has no {RECORD}, and {path.name} in it is of another collection or another model; choose "
+                "another directory."
+            )
 
 
 def _without(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, str]:

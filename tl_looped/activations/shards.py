@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -11,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ INDEX = "index."  # what the names of tensors begin with that are no activations
 SPARSE = 8  # rows that are further apart are read one by one
 _LINE = 64  # where data begin is a multiple of it
 _PIECE = 2**23  # bytes that are moved at once
+CHECKSUM, _BLANK = "checksum", "0" * 24  # of the file with this in its place
 _WIDEST = 2**62  # no size or offset is longer in the header
 
 
@@ -77,12 +80,12 @@ class Draft:
         self.place: Path = place
         self.dtype: torch.dtype = dtype
         self.capacity: int = capacity
-        self.metadata: dict[str, str] = metadata
+        self.metadata: dict[str, str] = {**metadata, CHECKSUM: _BLANK}
         self.shapes: dict[str, tuple[int, ...]] = dict(shapes)
         self.row_bytes: dict[str, int] = {name: prod(shape) * dtype.itemsize for name, shape in shapes.items()}
         widest = {name: (self.dtype, (_WIDEST, *shape)) for name, shape in shapes.items()}
         widest |= {name: (torch.float64, (_WIDEST,)) for name in index_names}
-        self._reserved: int = len(_header(widest, metadata, _WIDEST)) + 16 + _LINE
+        self._reserved: int = len(_header(widest, self.metadata, _WIDEST)) + 16 + _LINE
         self._reserved += -self._reserved % _LINE
         self._starts: dict[str, int] = {}
         end = self._reserved
@@ -127,6 +130,7 @@ class Draft:
             tensors[name] = values.dtype, tuple(values.shape)
         os.ftruncate(self._file, end)
         header = _header(tensors, self.metadata).ljust(self._reserved - 8)
+        header = header.replace(_BLANK.encode(), _checksum(self._file, header, self._reserved).encode(), 1)
         self._write_bytes(0, memoryview(len(header).to_bytes(8, "little") + header))
         os.fsync(self._file)
         self._close()
@@ -172,6 +176,19 @@ def runs(rows: Tensor) -> Iterator[tuple[int, int]]:
         yield from ((first[a], b - a) for a, b in pairwise(ends))
 
 
+def _checksum(file: int, header: bytes, start: int) -> str:
+    """What a flipped bit changes: of a header without its checksum, and of what follows it in a file.
+
+    Integer sums of pieces, in their order, take a tenth of the time of a digest.
+    """
+    total = zlib.crc32(header)
+    while piece := os.pread(file, _PIECE, start):
+        start += len(piece)
+        numbers = np.frombuffer(piece.ljust(-(-len(piece) // 8) * 8, b"\0"), dtype=np.uint64)
+        total = (total * 1_000_003 + int(numbers.sum(dtype=np.uint64))) % 2**96
+    return f"{total:024x}"
+
+
 def _header(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str], widest: int | None = None
 ) -> bytes:
@@ -212,6 +229,14 @@ class Shard:
         if size != whole:
             raise LoopedError(f"{str(path)!r} is damaged: it has {size} bytes and should have {whole}.")
         self._mapped: Tensor | None = None
+
+    def is_whole(self) -> bool:
+        """Whether all of it is what was written, which takes reading it; files of before do not tell."""
+        if (said := self.metadata.get(CHECKSUM)) is None:
+            return True
+        with self.path.open("rb") as file:
+            header = file.read(self._start)[8:].replace(said.encode(), _BLANK.encode(), 1)
+            return said == _checksum(file.fileno(), header, self._start)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_mapped": None}  # another process maps the file itself

@@ -19,7 +19,7 @@ from ..schedule import Indices, LoopSelector, Schedule
 from .places import Sites, group_of, names_of, where
 from .reading import Activations
 from .record import RECORD, Collection
-from .shards import Shard
+from .shards import CHECKSUM, Shard
 
 
 class Prompt(NamedTuple):
@@ -108,7 +108,8 @@ class ActivationStore:
     @property
     def settings(self) -> dict[str, str]:
         """What `collect` was asked, and the versions that wrote the first shard."""
-        return {**self.collection.asked, **(self.shards[0].metadata if self.shards else {})}
+        said = self.shards[0].metadata if self.shards else {}
+        return {**self.collection.asked, **{name: value for name, value in said.items() if name != CHECKSUM}}
 
     @cached_property
     def n_rows(self) -> int:

@@ -9,9 +9,9 @@ from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..looped import Looped
+from ..looped import Hooked, Looped
 from ..results import Grid
 
 FIXED = (str, int, float, tuple, slice, Tensor, FunctionType)  # what a function may hold that makes it another one
@@ -26,6 +26,16 @@ def hooks_of(model: Looped) -> str:
         for handle in (*point.fwd_hooks, *point.bwd_hooks)
     ]
     return ", ".join(hooks) or "None"
+
+
+def weights_of(model: Hooked) -> str:
+    """A digest of the weights of a model."""
+    if isinstance(model, Looped):
+        found = model.fingerprint()
+        return digest([described(value) for value in getattr(found, "__dict__", {"": found}).values()])
+    module: Any = model
+    named = module.named_parameters() if isinstance(module, nn.Module) else ()
+    return digest([[name, parameter.detach()] for name, parameter in named])
 
 
 def described(value: Any) -> str:

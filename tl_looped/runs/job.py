@@ -10,13 +10,11 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
-
 from .._words import counted
 from ..errors import LoopedError
 from ..looped import Hooked, Looped, unrolls_kept
 from ..results.saving import versions
-from .asked import described, digest, hooks_of
+from .asked import described, digest, hooks_of, weights_of
 from .driver import MISTAKES, WANTS_MEMORY, measured
 from .folder import Folder
 from .progress import Progress
@@ -59,7 +57,7 @@ class Job:
         self._units: dict[int, Unit] = {unit.index: unit for unit in share_of(units, share)}
         self._every: list[Key] = [(name, unit.index) for name in measures for unit in units]
         shared = {"model": str(getattr(model.cfg, "model_name", "")), "loops of the model": str(getattr(model, "n_loops", 1))}
-        shared |= {"weights": _weights(model), "hooks": hooks_of(cast(Looped, model)), "prompts": digest(prompts)}
+        shared |= {"weights": weights_of(model), "hooks": hooks_of(cast(Looped, model)), "prompts": digest(prompts)}
         shared |= {"n_prompts": str(len(prompts)), "batch_size": str(batch_size), "units": str(len(units)), **versions()}
         self._shared: dict[str, str] = shared
         self._settings: dict[str, dict[str, str]] = {name: _settings(measure) for name, measure in measures.items()}
@@ -150,16 +148,6 @@ def _settings(measure: Asked) -> dict[str, str]:
     parameters = inspect.signature(measure.analysis).parameters.values()
     settings = {p.name: p.default for p in parameters if p.default is not p.empty and p.name != "verbose"} | measure.settings
     return {"analysis": described(measure.analysis), **{name: described(value) for name, value in settings.items()}}
-
-
-def _weights(model: Hooked) -> str:
-    """A digest of the weights."""
-    if isinstance(model, Looped):
-        found = model.fingerprint()
-        return digest([described(value) for value in getattr(found, "__dict__", {"": found}).values()])
-    module: Any = model
-    named = module.named_parameters() if isinstance(module, nn.Module) else ()
-    return digest([[name, parameter.detach()] for name, parameter in named])
 
 
 def _found(name: str, measure: Asked, model: Hooked, unit: Unit, skip: bool, verbose: bool) -> Run:
