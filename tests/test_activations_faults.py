@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 from zoo import random_bridge, random_tokens
 
 from tl_looped import LoopedBridge, LoopedError, collect, load_activations
+from tl_looped._writing import draft_of
 from tl_looped.activations.record import RECORD
 from tl_looped.activations.shards import Shard
 
@@ -106,3 +110,20 @@ def test_prompts_without_memory_are_tried_again_and_others_when_errors_are_raise
     lacking.clear()
     store = collect(model, PROMPTS, "resid_post", out=tmp_path, on_error="skip", **QUIET)
     assert store.failed == {} and store.prompts == list(range(8))
+
+
+def test_a_bad_prompt_is_named(model: LoopedBridge, tmp_path: Path) -> None:
+    bad = [*PROMPTS[:2], torch.tensor([1, 900])]
+    with pytest.raises(LoopedError, match=r"prompt 2.*900"):
+        collect(model, bad, "resid_post", out=tmp_path, **QUIET)
+
+
+def test_what_killed_processes_left_of_any_shard_is_removed(model: LoopedBridge, tmp_path: Path) -> None:
+    collect(model, PROMPTS, "resid_post", out=tmp_path, **QUIET)
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
+    mine = draft_of(tmp_path / "shard-000001.safetensors")
+    killed = mine.with_name(mine.name.replace(str(os.getpid()), dead.stdout.strip()))
+    for draft in (mine, killed):
+        draft.write_bytes(b"")
+    collect(model, PROMPTS, "resid_post", out=tmp_path, **QUIET)
+    assert mine.exists() and not killed.exists()

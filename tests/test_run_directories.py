@@ -100,6 +100,9 @@ def test_a_directory_is_of_one_command(model: LoopedBridge, tmp_path: Path) -> N
     for place in ("collect", "paper"):
         with pytest.raises(LoopedError, match=f"of tl-looped {place}, whose results this would replace"):
             done(model, Sums(), tmp_path / place)
+    for place in ("analyze", "paper"):
+        with pytest.raises(LoopedError, match=f"of tl-looped {place}, whose results this would replace"):
+            collect(model, PROMPTS, "resid_post", out=tmp_path / place, **QUIET)
     for place in ("collect", "analyze"):
         with pytest.raises(LoopedError, match=f"of tl-looped {place}, whose results this would replace"):
             measured(model, tmp_path / place)

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from .._writing import remove_drafts
 from ..errors import LoopedError
 from ..looped import Looped, at_depth, check_model
 from ..runs.asked import described, hooks_of
 from ..runs.driver import MISTAKES, n_batches
+from ..runs.folder import refuse_others
 from ..runs.prompts import Prompts
 from ..runs.shares import Share
 from ..runs.store import OnError
@@ -116,6 +118,9 @@ def collect(
     wanted = Collection(names, {}, dtype or model.cfg.dtype, model.schedule, 0, None, asked)
     place = Path(out)
     _make(place)
+    refuse_others(place, "collect")
+    for draft in place.glob(".shard-*"):  # of processes that were killed, whatever shard they wrote
+        remove_drafts(place / f"{draft.name[1:].partition('.')[0]}.safetensors")
     found = check_same(place, wanted, model)
     inputs = {} if initial_state is None else {"initial_state": initial_state}
     texts = texts_of(model, prompts, skip)

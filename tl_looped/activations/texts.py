@@ -56,7 +56,8 @@ def texts_of(model: Any, prompts: Prompts, skip: bool) -> Iterator[Text]:
             rows = read_prompt(model, prompt, number, "collect").cpu()
         except LoopedError as error:
             if not skip:
-                raise
+                said = str(error)
+                raise LoopedError(said if f"prompt {number}" in said else f"prompt {number}: {said}") from error
             yield Text(number, torch.empty(0, dtype=torch.long, device="cpu"), 0, str(error))
             number += 1
             continue
