@@ -113,7 +113,7 @@ def test_a_directory_is_of_one_command(model: LoopedBridge, tmp_path: Path) -> N
         done(model, Sums(), tmp_path / ("a" * 300))
 
 
-def test_what_is_not_several_prompts_is_refused_or_named(model: LoopedBridge, tmp_path: Path) -> None:
+def test_what_is_not_several_prompts_is_refused_or_named(model: LoopedBridge, tmp_path: Path, unchecked: None) -> None:
     for one, kind in (("Return it", "one str"), (PROMPTS[0], "one Tensor"), ({"text": "a"}, "a dict with 'text'")):
         with pytest.raises(LoopedError, match=f"paper was asked of {kind}"):
             paper(model, one, out=tmp_path / "one", **QUIET)

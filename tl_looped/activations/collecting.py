@@ -11,24 +11,26 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from .._words import counted
 from .._writing import remove_drafts
 from ..errors import LoopedError
 from ..looped import Looped, at_depth, check_model
 from ..runs.asked import described, hooks_of
 from ..runs.driver import MISTAKES, n_batches
-from ..runs.folder import refuse_others
+from ..runs.folder import Weights
 from ..runs.prompts import Prompts
 from ..runs.shares import Share
 from ..runs.store import OnError
 from ..schedule import Indices, LoopSelector, check_count
 from ..sites import KINDS
 from .collector import Collector
+from .extent import keep_extent
 from .places import Sites, chosen_names, where
-from .record import RECORD, Collection, check_same, record_first
+from .record import Collection, check_same, record_first, weights_mark
 from .shards import DTYPES
-from .store import ActivationStore, load_activations
+from .store import ActivationStore, load_activations, shard_path
 from .taking import Rows, Taking
-from .texts import Text, blocks, texts_of
+from .texts import Text, blocks, failure, texts_of
 from .writing import Behind
 
 MOST_ROWS = 2**17  # of a shard, so that a kill does not cost hours
@@ -118,10 +120,9 @@ def collect(
     wanted = Collection(names, {}, dtype or model.cfg.dtype, model.schedule, 0, None, asked)
     place = Path(out)
     _make(place)
-    refuse_others(place, "collect")
-    for draft in place.glob(".shard-*"):  # of processes that were killed, whatever shard they wrote
-        remove_drafts(place / f"{draft.name[1:].partition('.')[0]}.safetensors")
-    found = check_same(place, wanted, model)
+    weights = Weights(model.fingerprint())
+    found = check_same(place, wanted, weights)
+    _tidy(place)
     inputs = {} if initial_state is None else {"initial_state": initial_state}
     texts = texts_of(model, prompts, skip)
     if found is None:
@@ -130,8 +131,9 @@ def collect(
         size = sum(_row_bytes(shape, wanted.dtype) for shape in shapes.values())
         most = max(1, min(MOST_ROWS, shard_bytes // size))
         found = replace(wanted, shapes=shapes, rows_per_shard=most, stop=stop)
-        found = record_first(place, found, model)
-    collector = Collector(model, found, place, positions, max_new_tokens, batch_tokens, inputs | generation, skip)
+        found = record_first(place, found, weights)
+    mark = weights_mark(found, weights)
+    collector = Collector(model, found, mark, place, positions, max_new_tokens, batch_tokens, inputs | generation, skip)
     bar = tqdm(total=n_batches(prompts), desc="collect", disable=not verbose)
     number = -1
     try:
@@ -143,12 +145,20 @@ def collect(
                     bar.update(len(block))
     finally:
         collector.abandon()
-    if number >= 0 and not (place / RECORD).exists():  # somebody removed it meanwhile
-        record_first(place, found, model)
+        _tidy(place)
     if more := [path for path in place.glob("shard-*.safetensors") if int(path.stem[6:]) > number]:
         raise LoopedError(
             f"{str(place)!r} holds more prompts than were given, in {more[0].name}; pass all of them, or read the store with "
             "load_activations."
+        )
+    _make(place)
+    record_first(place, found, weights)  # again, where somebody removed it meanwhile
+    keep_extent(place, number + 1)
+    mine = [shard_path(place, block) for block in range(share.index, number + 1, share.of)]
+    if gone := [path.name for path in mine if not path.exists()]:
+        raise LoopedError(
+            f"{str(place)!r} lost {counted(len(gone), 'shard')} while collect ran, such as {gone[0]}; call it again, which "
+            "writes what is missing."
         )
     return load_activations(place)
 
@@ -198,6 +208,12 @@ def _make(place: Path) -> None:
         raise LoopedError(f"{str(place)!r} cannot be made a directory: {error.strerror or error}.") from error
 
 
+def _tidy(place: Path) -> None:
+    """Remove what killed processes left of any file."""
+    for file in {draft.name[1:].rsplit(".", 3)[0] for draft in place.glob(".*.safetensors.*.*.*")}:
+        remove_drafts(place / file)
+
+
 def _row_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
@@ -212,6 +228,7 @@ def _tried(
     for text in texts:
         seen.append(text)
         if text.failed:
+            why = f"prompt {text.number} failed: {text.failed}"
             continue
         try:
             shapes = _shapes(model, text, names, stop, inputs)
@@ -225,9 +242,9 @@ def _tried(
             raise
         except Exception as error:
             if not skip:
-                raise LoopedError(f"prompt {text.number} failed: {error}") from error
-            why = str(error)
-    raise LoopedError(f"all {len(seen)} prompts failed; prompt {seen[-1].number}: {why or seen[-1].failed}")
+                raise LoopedError(failure(text.number, error)) from error
+            why = failure(text.number, error)
+    raise LoopedError(f"all {len(seen)} prompts failed; {why}")
 
 
 def _check_rows(

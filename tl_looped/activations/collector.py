@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -11,19 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._writing import remove_drafts
-from ..errors import LoopedError, NoMemoryError
+from ..errors import LoopedError
 from ..looped import Looped
 from ..results.saving import versions
-from ..runs.asked import weights_of
-from ..runs.driver import MISTAKES, WANTS_MEMORY, is_out_of_memory
+from ..runs.driver import MISTAKES
 from ..schedule import Indices, check_count, select_indices
-from .record import WEIGHTS, Collection
-from .shard_index import Ended, finished, index_names
-from .shards import DiskError, Draft, Shard
+from .memory import lacks_memory
+from .record import Collection
+from .shard_index import Ended, failures, finished, index_names
+from .shards import DamagedError, DiskError, Draft, Shard
 from .store import shard_path
 from .taking import Put, Rows, Taking, generate, run
-from .texts import Text, batches
+from .texts import Text, batches, failure
 from .writing import Behind, Written
 
 
@@ -37,6 +35,7 @@ class Collector:
     Args:
         model: the model.
         collection: what is collected.
+        weights: the mark of those of the model.
         out: the directory.
         positions: as in `collect`.
         max_new_tokens: as in `collect`.
@@ -49,6 +48,7 @@ class Collector:
         self,
         model: Looped,
         collection: Collection,
+        weights: str,
         out: Path,
         positions: Indices,
         max_new_tokens: int,
@@ -58,6 +58,7 @@ class Collector:
     ):
         self.model: Looped = model
         self.collection: Collection = collection
+        self.weights: str = weights
         self.out: Path = out
         self.positions: Indices = positions
         self.skip: bool = skip
@@ -67,7 +68,6 @@ class Collector:
         self.one_by_one: bool = bool(max_new_tokens) and model.exit_policy is not None
         self.alike: bool = False  # whether the model takes no padding
         self.taking: Taking = Taking(model, collection.names, collection.dtype, _nowhere)
-        self._weights: str = weights_of(model)
         self._rows: dict[Text, int] = {}  # the first row of every text of the block
         self._open: list[Draft] = []
 
@@ -108,13 +108,14 @@ class Collector:
         if not path.exists():
             return False
         try:
-            shard = Shard(path)
-            if not shard.is_whole():
-                return False
-        except (LoopedError, OSError):  # damaged: it is collected again
+            return self._is_whole(Shard(path), block)
+        except DamagedError:
             return False
+
+    def _is_whole(self, shard: Shard, block: list[Text]) -> bool:
+        """Whether a shard has all of a block, bit for bit as it was written, and no prompt is to be tried again."""
         if shard.metadata.get("collection") != self.collection.mark:
-            raise LoopedError(f"{str(path)!r} is of another collection; choose another directory, or remove it.")
+            raise LoopedError(f"{str(shard.path)!r} is of another collection; choose another directory, or remove it.")
         before, now = shard.index("prompt.digest").tolist(), [text.digest for text in block]
         for text, was, is_now in zip(block, before, now, strict=False):
             if was != is_now:
@@ -127,9 +128,11 @@ class Collector:
                 f"{str(self.out)!r} holds more prompts than were given, such as prompt {block[-1].number + 1}; pass all of "
                 "them, or read the store with load_activations."
             )
-        failed = json.loads(bytes(shard.index("failed").numpy())).values()
-        again = bool(failed) if not self.skip else any(why.startswith(WANTS_MEMORY) for why in failed)
-        return len(before) == len(now) and not again
+        failed = failures(shard).values()
+        if len(before) < len(now) or any(not self.skip or lacks_memory(why) for why in failed):
+            return False
+        shard.check()
+        return True
 
     def write(self, number: int, block: list[Text], behind: Behind, update: Callable[[int], object]) -> None:
         """Run the texts of a block and write its shard.
@@ -144,12 +147,11 @@ class Collector:
             LoopedError: a text fails; the disk is full.
         """
         place = shard_path(self.out, number)
-        remove_drafts(place)
         todo = sorted((text for text in block if not text.failed), key=lambda text: (len(text.tokens), text.number))
         update(len(block) - len(todo))
         self._rows = dict(zip(todo, accumulate(map(self.n_rows, todo), initial=0), strict=False))
         capacity = sum(map(self.n_rows, todo))
-        metadata = {"collection": self.collection.mark, WEIGHTS: self._weights, "block": str(number), **versions()}
+        metadata = {"collection": self.collection.mark, "weights": self.weights, "block": str(number), **versions()}
         draft = Draft(
             place, self.collection.shapes, self.collection.dtype, capacity, index_names(self.collection), metadata
         )  # fmt: skip
@@ -228,12 +230,10 @@ class Collector:
 
     def _failed(self, text: Text, error: Exception) -> str:
         """Why a text is left out, or the error that says so."""
-        if is_out_of_memory(error):
-            error = NoMemoryError(f"it does not fit into memory ({error}); take fewer positions, or another device.")
         if self.skip:
             return f"{type(error).__name__}: {error}"
         raise LoopedError(
-            f"prompt {text.number} failed: {error} The shards before it are in {str(self.out)!r}. Mend the cause and call "
+            f"{failure(text.number, error)} The shards before it are in {str(self.out)!r}. Mend the cause and call "
             'again, which goes on there, or leave such prompts out with on_error="skip" (--on-error skip).'
         ) from error
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -14,12 +15,13 @@ from ..looped import Looped
 from ..panels import Panel
 from ..results import Result, load_result
 from ..results.saving import save_result
-from ..runs.asked import digest, weights_of
+from ..runs.asked import described, digest
+from ..runs.folder import Weights, refuse_others
 from ..schedule import Schedule
 from .places import where
-from .shards import Shard
+from .shards import DamagedError, Shard
 
-RECORD, WEIGHTS = "collection.safetensors", "weights"
+RECORD = "collection.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,23 +65,53 @@ class Collection(Result):
         return []
 
 
-def check_same(out: Path, wanted: Collection, model: Looped) -> Collection | None:
-    """The record of a directory, if it has one and it is of this collection.
+def weights_mark(wanted: Collection, model: Weights) -> str:
+    """What a shard says of the weights that it is of.
+
+    Args:
+        wanted: the collection.
+        model: has the fingerprint of the weights.
+    """
+    return digest([described(part) for part in (wanted.schedule, *vars(model.fingerprint()).values())])
+
+
+def whole_record(out: Path, model: Weights | Looped | None = None) -> Collection | None:
+    """The record of a directory; None where it has none, or a damaged one.
+
+    Args:
+        out: the directory.
+        model: refuse what is of another one.
+
+    Raises:
+        LoopedError: it is of another model, of a later version, or no collection.
+    """
+    file, asked = out / RECORD, cast(Any, model)
+    try:
+        found = load_result(file)
+    except LoopedError as error:
+        if "a later version" in str(error):
+            raise
+        return None
+    if not isinstance(found, Collection):
+        raise LoopedError(f"{str(file)!r} is a {type(found).__name__} and no collection; choose another directory.")
+    return found if asked is None else load_result(file, asked)
+
+
+def check_same(out: Path, wanted: Collection, model: Weights) -> Collection | None:
+    """The record of a directory, if it has a whole one and it is of this collection.
 
     Args:
         out: the directory.
         wanted: what is asked now; where it has no shapes, those of the record are not compared.
-        model: refuse what is of another one.
+        model: has the fingerprint of the weights; what is of others is refused.
 
     Raises:
         LoopedError: it is of another collection; the message has the difference.
     """
-    file = out / RECORD
-    if not file.exists():
+    refuse_others(out, "collect")
+    found = whole_record(out, model)
+    if found is None:
         return None
-    found = load_result(file, model)
-    if not isinstance(found, Collection):
-        raise LoopedError(f"{str(file)!r} is a {type(found).__name__} and no collection; choose another directory.")
     before: dict[str, Any] = {**found.asked, **{f.name: getattr(found, f.name) for f in fields(found) if f.name != "asked"}}
     now: dict[str, Any] = {**wanted.asked, **{f.name: getattr(wanted, f.name) for f in fields(wanted) if f.name != "asked"}}
     for name in (*found.asked, *wanted.asked, "names", "dtype", "schedule"):
@@ -91,36 +123,36 @@ def check_same(out: Path, wanted: Collection, model: Looped) -> Collection | Non
     return found
 
 
-def record_first(out: Path, wanted: Collection, model: Looped) -> Collection:
+def record_first(out: Path, wanted: Collection, model: Weights) -> Collection:
     """Write the record of a directory, or read that of a process that was faster.
+
+    A record that was lost or damaged is written again where the shards are of this collection and of these weights.
 
     Args:
         out: the directory.
         wanted: what is asked now.
-        model: refuse what is of another one.
+        model: has the fingerprint of the weights; what is of others is refused.
 
     Raises:
         LoopedError: it is of another collection; the message has the difference.
     """
-    if not (out / RECORD).exists():
-        _check_shards(out, wanted, model)
-    save_result(wanted, out / RECORD, model, put=link_first)
-    return check_same(out, wanted, model) or wanted
-
-
-def _check_shards(out: Path, wanted: Collection, model: Looped) -> None:
-    """Refuse shards of another collection, or of another model, in a directory whose record was lost."""
-    mine = wanted.mark, weights_of(model)
+    file = out / RECORD
+    was_there = file.exists()  # what comes later is of another process, and whole
+    if found := check_same(out, wanted, model):
+        return found
+    marks = wanted.mark, weights_mark(wanted, model)
     for path in sorted(out.glob("shard-*.safetensors")):
-        try:
+        with suppress(DamagedError):  # it is written again
             said = Shard(path).metadata
-        except LoopedError:  # damaged: it is collected again
-            continue
-        if (said.get("collection"), said.get(WEIGHTS)) != mine:
-            raise LoopedError(
-                f"{str(out)!r} has no {RECORD}, and {path.name} in it is of another collection or another model; choose "
-                "another directory."
-            )
+            if (said.get("collection"), said.get("weights")) != marks:
+                raise LoopedError(
+                    f"{str(out)!r} has no whole {RECORD}, and {path.name} does not say that it is of this collection and of "
+                    "these weights; choose another directory, or remove this one."
+                )
+    if was_there:
+        file.unlink(missing_ok=True)
+    save_result(wanted, file, cast(Any, model), put=link_first)
+    return check_same(out, wanted, model) or wanted
 
 
 def _without(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import LoopedError
 from .places import group_of
 from .record import Collection
-from .shards import INDEX
+from .shards import INDEX, DamagedError, Shard
 from .texts import Text
 
 NAMES = (
@@ -96,6 +96,22 @@ def finished(
             raise LoopedError(f"{name} has other positions than others of {group or 'its kind'}, which no store keeps.")
     index |= {f"rows.{group}": has.nonzero().flatten().int() for group, has in groups.items() if not bool(has.all())}
     return kept, {INDEX + name: values for name, values in index.items()}
+
+
+def failures(shard: Shard) -> dict[int, str]:
+    """The prompts that a shard leaves out, and why.
+
+    Args:
+        shard: the shard.
+
+    Raises:
+        DamagedError: what it says cannot be read.
+    """
+    try:
+        found: dict[str, str] = json.loads(bytes(shard.index("failed").numpy()))
+        return {int(number): why for number, why in found.items()}
+    except (ValueError, AttributeError) as error:  # in a shard of before checksums
+        raise DamagedError.of(shard.path, "index.failed is not what was written") from error
 
 
 def _row(at: Ended, k: int, position: int) -> int:

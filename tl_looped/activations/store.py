@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +11,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._words import counted
 from ..errors import LoopedError, OutOfRangeError, UnknownNameError
 from ..looped import Looped
-from ..results import load_result
 from ..schedule import Indices, LoopSelector, Schedule
+from .extent import extent_of
 from .places import Sites, group_of, names_of, where
 from .reading import Activations
-from .record import RECORD, Collection
-from .shards import CHECKSUM, Shard
+from .record import RECORD, Collection, whole_record
+from .shard_index import failures
+from .shards import Shard
 
 
 class Prompt(NamedTuple):
@@ -64,12 +65,12 @@ def load_activations(directory: str | Path, model: Looped | None = None) -> Acti
         (torch.Size([4, 8]), [], torch.Size([4, 2, 8]))
     """
     place = Path(directory)
-    if not (place / RECORD).exists():
-        raise LoopedError(f"{str(directory)!r} is no store of activations: it has no {RECORD}; write one with collect.")
-    found = load_result(place / RECORD, model)
-    if not isinstance(found, Collection):
-        raise LoopedError(f"{str(place / RECORD)!r} is a {type(found).__name__} and no collection.")
-    shards = [Shard(path) for path in sorted(place.glob("shard-*.safetensors"))]
+    paths, found = sorted(place.glob("shard-*.safetensors")), whole_record(place, model)
+    if found is None:
+        remedy = "call the same collect again, which writes it again" if paths else "write one with collect"
+        lacks = "a damaged" if (place / RECORD).exists() else "no"
+        raise LoopedError(f"{str(directory)!r} is no store of activations: it has {lacks} {RECORD}; {remedy}.")
+    shards = [Shard(path) for path in paths]
     for shard in shards:
         if shard.metadata.get("collection") != found.mark:
             raise LoopedError(f"{str(shard.path)!r} is of another collection than {RECORD} beside it; remove it.")
@@ -108,8 +109,7 @@ class ActivationStore:
     @property
     def settings(self) -> dict[str, str]:
         """What `collect` was asked, and the versions that wrote the first shard."""
-        said = self.shards[0].metadata if self.shards else {}
-        return {**self.collection.asked, **{name: value for name, value in said.items() if name != CHECKSUM}}
+        return {**self.collection.asked, **(self.shards[0].metadata if self.shards else {})}
 
     @cached_property
     def n_rows(self) -> int:
@@ -125,19 +125,20 @@ class ActivationStore:
     @cached_property
     def failed(self) -> dict[int, str]:
         """The prompts that were left out, and why."""
-        found: dict[str, str] = {}
-        for shard in self.shards:
-            found |= json.loads(bytes(shard.index("failed").numpy()))
-        return {int(number): why for number, why in found.items()}
+        return {number: why for shard in self.shards for number, why in failures(shard).items()}
 
     @property
     def missing(self) -> list[int]:
-        """The numbers of shards that are not there while later ones are; the same `collect` writes them."""
+        """The numbers of shards that are not there; the same `collect` writes them.
+
+        Where no `collect` has come to the end of the prompts yet, those after the last shard are not known.
+        """
         numbers = [int(shard.path.stem[6:]) for shard in self.shards]
-        return sorted(set(range(max(numbers, default=-1) + 1)) - set(numbers))
+        n_shards = max(extent_of(self.directory), *(number + 1 for number in numbers), 0)
+        return sorted(set(range(n_shards)) - set(numbers))
 
     def __repr__(self) -> str:
-        gaps = f", {len(self.missing)} shards missing" if self.missing else ""
+        gaps = f", {counted(len(self.missing), 'shard')} missing" if self.missing else ""
         names = f"{self.names[0]}" + (f" and {len(self.names) - 1} more" if len(self.names) > 1 else "")
         dtype = str(self.dtype).removeprefix("torch.")
         return f"ActivationStore({names}; {len(self.prompts)} prompts, {self.n_rows} tokens, {dtype}{gaps})"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import LoopedError, NoPromptsError
 from ..runs.prompts import Prompts, each_prompt, read_prompt
+from .memory import ADVICE, lacks_memory
 
 
 @dataclass(eq=False)
@@ -41,6 +42,19 @@ def _digest(tokens: Tensor) -> int:
     return int.from_bytes(hashlib.sha256(tokens.numpy().tobytes()).digest()[:8], "little") >> 1
 
 
+def failure(number: int, error: Exception) -> str:
+    """What is said of a prompt that failed.
+
+    Args:
+        number: which.
+        error: why.
+    """
+    said = str(error).strip() or type(error).__name__
+    advice = f" {ADVICE}" if lacks_memory(f"{type(error).__name__}: {said}") else ""
+    named = said if said.startswith(f"prompt {number} ") else f"prompt {number} failed: {said}"
+    return f"{named.rstrip('.')}.{advice}"
+
+
 def texts_of(model: Any, prompts: Prompts, skip: bool) -> Iterator[Text]:
     """The prompts as texts; rows of a batch of tokens are prompts of their own.
 
@@ -56,8 +70,7 @@ def texts_of(model: Any, prompts: Prompts, skip: bool) -> Iterator[Text]:
             rows = read_prompt(model, prompt, number, "collect").cpu()
         except LoopedError as error:
             if not skip:
-                said = str(error)
-                raise LoopedError(said if f"prompt {number}" in said else f"prompt {number}: {said}") from error
+                raise LoopedError(failure(number, error)) from error
             yield Text(number, torch.empty(0, dtype=torch.long, device="cpu"), 0, str(error))
             number += 1
             continue

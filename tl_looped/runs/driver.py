@@ -105,7 +105,7 @@ def measured(measure: Measure[R], model: Any, batch: Any) -> R:
     try:
         return measure(model, batch)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not _is_out_of_memory(error):
             raise
         halves = () if _has_rows_of_its_own(measure) else _halves(batch)
         if not halves:
@@ -121,12 +121,7 @@ def measured(measure: Measure[R], model: Any, batch: Any) -> R:
     return either + second
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that there was too little memory.
-
-    Args:
-        error: what was raised.
-    """
+def _is_out_of_memory(error: Exception) -> bool:
     says = ("can't allocate memory", "not enough memory", "ALLOC_FAILED")  # of the CPU's allocator and of cuBLAS
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in says)
 
