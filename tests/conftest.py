@@ -18,6 +18,8 @@ import pytest
 import torch
 from zoo import changed_bridges
 
+from tl_looped.runs.shares import ARRAY, RANKS
+
 hypothesis.settings.register_profile("any machine", deadline=None)  # by default, 200 ms an example
 hypothesis.settings.load_profile("any machine")
 
@@ -30,6 +32,13 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher and no Slurm started this process, whatever started the tests."""
+    for name in {*ARRAY, *(name for names in RANKS for name in names)}:
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(autouse=True)

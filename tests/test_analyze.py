@@ -28,9 +28,10 @@ from tl_looped.errors import LoopedError
 from tl_looped.results import Estimate, load_result
 from tl_looped.runs import Asked, merge
 from tl_looped.runs.progress import Progress
-from tl_looped.runs.shares import ARRAY, RANKS, Share
+from tl_looped.runs.shares import Share
 from tl_looped.runs.units import cut, share_of
 
+pytestmark = pytest.mark.usefixtures("by_hand")
 CFG: dict[str, Any] = {"d_model": 8, "n_heads": 2, "d_vocab": 11, "n_core": 2, "n_loops": 3, "n_ctx": 16}
 ASKED: dict[str, Any] = {"fixed_points": {"n_loops": 4}, "limiting_behaviour": {"n_loops": 24}}
 QUIET: dict[str, Any] = {"verbose": False}
@@ -45,12 +46,6 @@ def prompts(n: int) -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def model() -> LoopedBridge:
     return LoopedBridge.from_config(LoopedConfig(**CFG), seed=0)
-
-
-@pytest.fixture(autouse=True)
-def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in {*ARRAY, *(name for names in RANKS for name in names)}:
-        monkeypatch.delenv(name, raising=False)
 
 
 def whole(model: LoopedBridge, folder: Path, **settings: Any) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from tl_looped._writing import draft_of, write_text
 from tl_looped.errors import LoopedError
 from tl_looped.results import Estimate, load_result
 from tl_looped.runs import merge
-from tl_looped.runs.shares import ARRAY, RANKS
 
+pytestmark = pytest.mark.usefixtures("by_hand")
 ASK: dict[str, Any] = {"fixed_points": {"n_loops": 2}}
 PROMPTS = [random_tokens(1, n, seed=n)[0] for n in (3, 4, 2)]
 QUIET: dict[str, Any] = {"verbose": False}
@@ -29,12 +29,6 @@ QUIET: dict[str, Any] = {"verbose": False}
 @pytest.fixture(scope="module")
 def model() -> LoopedBridge:
     return LoopedBridge.from_config(LoopedConfig(d_model=8, n_heads=2, d_vocab=31, n_core=2, n_loops=3, n_ctx=16), seed=0)
-
-
-@pytest.fixture(autouse=True)
-def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in {*ARRAY, *(name for names in RANKS for name in names)}:
-        monkeypatch.delenv(name, raising=False)
 
 
 def damage(file: Path, place: int) -> None:

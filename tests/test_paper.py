@@ -20,9 +20,9 @@ from tl_looped.paper.findings import Findings
 from tl_looped.paper.measures import Initial, OfInitial, OfPrompt
 from tl_looped.paper.published import PUBLISHED, SECTIONS
 from tl_looped.results import load_result
-from tl_looped.runs.shares import ARRAY, RANKS
 from tl_looped.runs.units import cut
 
+pytestmark = pytest.mark.usefixtures("by_hand")
 pytest.importorskip("pyarrow")
 PROMPTS = [random_tokens(1, n, seed=n)[0] for n in (5, 4, 6)]
 QUIET: dict[str, Any] = {"verbose": False}
@@ -32,12 +32,6 @@ def made(bridge: LoopedBridge, prompts: list[Any], **settings: Any) -> Paper:
     found = paper(bridge, prompts, **settings)
     assert found is not None
     return found
-
-
-@pytest.fixture(autouse=True)
-def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in {*ARRAY, *(name for names in RANKS for name in names)}:
-        monkeypatch.delenv(name, raising=False)
 
 
 def here(found: Paper) -> dict[str, str]:

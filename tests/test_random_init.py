@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -16,29 +17,30 @@ SMALL = {"n_layers": 2, "d_model": 16, "verbose": False}
 
 
 def test_numbers_are_those_of_the_model_run_by_itself() -> None:
+    """With all its loops, where the sweep runs one again and again."""
     found = random_init_sweep(**SMALL, n_loops=6, seeds=[4, 5], std=0.3, embed_std=0.6)
     tokens = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(0))
-    k = found.distance.labels["layout"].index("Huginn norm, injection")
-    rows = []
-    for seed in (4, 5):
-        layout = NORMS["Huginn norm"] | INJECTIONS["injection"]
-        size = {"d_model": 16, "n_heads": 4, "d_vocab": 256, "n_core": 2, "n_loops": 6}
-        cfg = LoopedConfig(**size, rope_layout="none", noise_std=0.6, embed_scale=2.0, **layout)
-        bridge = LoopedBridge.from_config(cfg)
-        draw(bridge.original_model, seed, 0.3)
-        with torch.no_grad():
-            x = (
-                bridge.run_with_cache(tokens, initial_state=seed)[1].stack_loops("resid_post").double()
-            )  # [loop, layer, batch, pos, d_model]
-        cosine = torch.cosine_similarity(x, x[-1], dim=-1)
-        between = torch.cosine_similarity(x[-1, 0], x[-1, 1], dim=-1).mean().item()
-        distance = (x - x[-1]).norm(dim=-1) / x[-1].norm(dim=-1)
-        rows.append([distance[2].mean().item(), cosine[2].mean().item(), x[2].norm(dim=-1).mean().item(), between])
-    for column, estimate in zip(
-        zip(*rows, strict=True), (found.distance, found.cosine, found.norm, found.degeneracy), strict=True
-    ):
-        value = estimate.values[k] if estimate is found.degeneracy else estimate.values[k, 2]
-        assert value.item() == pytest.approx(sum(column) / 2, rel=1e-4) and estimate.count == 2
+    for norm, injection in itertools.product(NORMS, INJECTIONS):
+        k = found.distance.labels["layout"].index(f"{norm}, {injection}")
+        rows = []
+        for seed in (4, 5):
+            size = {"d_model": 16, "n_heads": 4, "d_vocab": 256, "n_core": 2, "n_loops": 6}
+            layout = NORMS[norm] | INJECTIONS[injection]
+            bridge = LoopedBridge.from_config(
+                LoopedConfig(**size, rope_layout="none", noise_std=0.6, embed_scale=2.0, **layout)
+            )
+            draw(bridge.original_model, seed, 0.3)
+            noise = {"initial_state": seed} if injection == "injection" else {}
+            with torch.no_grad():
+                x = bridge.run_with_cache(tokens, **noise)[1].stack_loops("resid_post").double()  # [loop, layer, batch, pos, d]
+            cosine = torch.cosine_similarity(x, x[-1], dim=-1).mean((1, 2, 3))
+            distance = ((x - x[-1]).norm(dim=-1) / x[-1].norm(dim=-1)).mean((1, 2, 3))
+            between = torch.cosine_similarity(x[-1, 0], x[-1, 1], dim=-1).mean()
+            rows.append((distance, cosine, x.norm(dim=-1).mean((1, 2, 3)), between))
+        estimates = (found.distance, found.cosine, found.norm, found.degeneracy)
+        for column, estimate in zip(zip(*rows, strict=True), estimates, strict=True):
+            torch.testing.assert_close(estimate.values[k], torch.stack(column).mean(0), rtol=1e-4, atol=1e-6)
+            assert estimate.count == 2
 
 
 def test_standard_deviations() -> None:

@@ -8,14 +8,10 @@ from typing import Any
 import pytest
 
 from tl_looped.errors import LoopedError
-from tl_looped.runs.shares import ARRAY, RANKS, Share
+from tl_looped.runs.shares import ARRAY, Share
 from tl_looped.runs.units import Batch, Unit, share_of
 
-
-@pytest.fixture(autouse=True)
-def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in {*ARRAY, *(name for names in RANKS for name in names)}:
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("by_hand")
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,12 @@ def remove_drafts(file: str | Path) -> None:
                 draft.unlink()
 
 
+def remove_all_drafts(directory: Path) -> None:
+    """Remove what processes of this machine left of any file of a directory when they were killed."""
+    for file in {draft.name[1:].rsplit(".", 3)[0] for draft in directory.glob(".*.*.*.*")}:
+        remove_drafts(directory / file)
+
+
 def draft_of(place: Path) -> Path:
     """A new name for a file while it is written, beside its place; `remove_drafts` knows it."""
     return place.with_name(f"{_beginning(place)}{os.getpid()}.{uuid4().hex[:8]}")

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .._words import counted
-from .._writing import remove_drafts
+from .._writing import remove_all_drafts
 from ..errors import LoopedError
 from ..looped import Looped, at_depth, check_model
 from ..runs.asked import described, hooks_of
@@ -122,7 +122,7 @@ def collect(
     _make(place)
     weights = Weights(model.fingerprint())
     found = check_same(place, wanted, weights)
-    _tidy(place)
+    remove_all_drafts(place)
     inputs = {} if initial_state is None else {"initial_state": initial_state}
     texts = texts_of(model, prompts, skip)
     if found is None:
@@ -145,7 +145,7 @@ def collect(
                     bar.update(len(block))
     finally:
         collector.abandon()
-        _tidy(place)
+        remove_all_drafts(place)
     if more := [path for path in place.glob("shard-*.safetensors") if int(path.stem[6:]) > number]:
         raise LoopedError(
             f"{str(place)!r} holds more prompts than were given, in {more[0].name}; pass all of them, or read the store with "
@@ -206,12 +206,6 @@ def _make(place: Path) -> None:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LoopedError(f"{str(place)!r} cannot be made a directory: {error.strerror or error}.") from error
-
-
-def _tidy(place: Path) -> None:
-    """Remove what killed processes left of any file."""
-    for file in {draft.name[1:].rsplit(".", 3)[0] for draft in place.glob(".*.safetensors.*.*.*")}:
-        remove_drafts(place / file)
 
 
 def _row_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

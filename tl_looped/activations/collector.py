@@ -13,9 +13,8 @@ from torch import Tensor
 from ..errors import LoopedError
 from ..looped import Looped
 from ..results.saving import versions
-from ..runs.driver import MISTAKES
+from ..runs.driver import MISTAKES, lacks_memory
 from ..schedule import Indices, check_count, select_indices
-from .memory import lacks_memory
 from .record import Collection
 from .shard_index import Ended, failures, finished, index_names
 from .shards import DamagedError, DiskError, Draft, Shard

@@ -15,7 +15,7 @@ from ..looped import Looped
 from ..panels import Panel
 from ..results import Result, load_result
 from ..results.saving import save_result
-from ..runs.asked import described, digest
+from ..runs.asked import described, digest, weights_of
 from ..runs.folder import Weights, refuse_others
 from ..schedule import Schedule
 from .places import where
@@ -72,7 +72,7 @@ def weights_mark(wanted: Collection, model: Weights) -> str:
         wanted: the collection.
         model: has the fingerprint of the weights.
     """
-    return digest([described(part) for part in (wanted.schedule, *vars(model.fingerprint()).values())])
+    return digest([described(wanted.schedule), weights_of(model)])
 
 
 def whole_record(out: Path, model: Weights | Looped | None = None) -> Collection | None:

@@ -12,8 +12,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import LoopedError, NoPromptsError
+from ..runs.driver import lacks_memory
 from ..runs.prompts import Prompts, each_prompt, read_prompt
-from .memory import ADVICE, lacks_memory
+
+ADVICE = "It ran alone: load the model with a smaller dtype= or on another device=, or shorten the prompt."
 
 
 @dataclass(eq=False)

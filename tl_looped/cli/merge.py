@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import LoopedError
 from ._parser import add_command
 from .analyze import written
 from .paper import said
@@ -29,9 +28,9 @@ def run(args: argparse.Namespace) -> int:
     """Write the results of all shares."""
     from ..paper import ASKED, finish
     from ..runs import merge
+    from ..runs.folder import refuse_part_of_paper
 
-    if (whole := args.out.resolve().parent.parent / ASKED).is_file():
-        raise LoopedError(f"{str(args.out)!r} is a part of tl-looped paper, which has no table; merge {str(whole.parent)!r}.")
+    refuse_part_of_paper(args.out)
     if (args.out / ASKED).is_file():
         return said(finish(args.out))
     return written(args.out, merge(args.out))

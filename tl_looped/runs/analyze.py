@@ -13,7 +13,7 @@ from ..errors import LoopedError, NoPromptsError
 from ..looped import Hooked, check_model, unrolls_kept
 from ..schedule import check_count
 from .asked import described
-from .folder import PAPER, Folder
+from .folder import Folder, refuse_part_of_paper
 from .job import Job, carry_out
 from .prompts import each_prompt
 from .shares import Share
@@ -77,8 +77,7 @@ def analyze(
         raise LoopedError(f'on_error={on_error!r} was given; choose "raise" or "skip".')
     if not isinstance(model, Hooked) or isinstance(model, type):
         check_model(model)
-    if (whole := Path(out).resolve().parent.parent / PAPER).exists():
-        raise LoopedError(f"{str(out)!r} is a part of tl-looped paper in {str(whole.parent)!r}; choose another directory.")
+    refuse_part_of_paper(Path(out))
     measures, given, share = asked_of(analyses), listed(prompts, "analyze"), Share.read(shard)
     with unrolls_kept():
         for measure in measures.values():

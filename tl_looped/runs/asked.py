@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..looped import Hooked, Looped
+from ..looped import Looped
 from ..results import Grid
 
 FIXED = (str, int, float, tuple, slice, Tensor, FunctionType)  # what a function may hold that makes it another one
@@ -28,13 +28,12 @@ def hooks_of(model: Looped) -> str:
     return ", ".join(hooks) or "None"
 
 
-def weights_of(model: Hooked) -> str:
-    """A digest of the weights of a model."""
-    if isinstance(model, Looped):
+def weights_of(model: Any) -> str:
+    """A digest of the weights of a model, or of what has the fingerprint of one."""
+    if hasattr(model, "fingerprint"):
         found = model.fingerprint()
         return digest([described(value) for value in getattr(found, "__dict__", {"": found}).values()])
-    module: Any = model
-    named = module.named_parameters() if isinstance(module, nn.Module) else ()
+    named = model.named_parameters() if isinstance(model, nn.Module) else ()
     return digest([[name, parameter.detach()] for name, parameter in named])
 
 

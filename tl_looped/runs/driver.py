@@ -105,7 +105,7 @@ def measured(measure: Measure[R], model: Any, batch: Any) -> R:
     try:
         return measure(model, batch)
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not lacks_memory(f"{type(error).__name__}: {error}"):
             raise
         halves = () if _has_rows_of_its_own(measure) else _halves(batch)
         if not halves:
@@ -121,9 +121,14 @@ def measured(measure: Measure[R], model: Any, batch: Any) -> R:
     return either + second
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    says = ("can't allocate memory", "not enough memory", "ALLOC_FAILED")  # of the CPU's allocator and of cuBLAS
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in says)
+def lacks_memory(why: str) -> bool:
+    """Whether a run failed for want of memory, which another time, or elsewhere, there may be.
+
+    Args:
+        why: the name of the error and what it says, of torch on any device, or of Python.
+    """
+    says = ("OutOfMemoryError", "MemoryError", "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    return any(words in why for words in says)
 
 
 def _has_rows_of_its_own(measure: object) -> bool:

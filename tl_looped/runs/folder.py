@@ -239,6 +239,21 @@ class Folder:
         return f"{self._marks[name]} {unit}"
 
 
+def refuse_part_of_paper(out: Path) -> None:
+    """Refuse a directory in which `tl-looped paper` keeps what is done.
+
+    Args:
+        out: the directory.
+
+    Raises:
+        LoopedError: it is one; the message has the directory that it is a part of.
+    """
+    if (whole := out.resolve().parent.parent / PAPER).is_file():
+        raise LoopedError(
+            f"{str(out)!r} is a part of tl-looped paper; merge {str(whole.parent)!r}, or choose another directory."
+        )
+
+
 def refuse_others(out: Path, own: str) -> None:
     """Refuse a directory that another command writes to.
 
